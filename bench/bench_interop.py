@@ -43,10 +43,10 @@ SIZES = {"small": (12, 12, 768, 50257), "tiny": (3, 4, 64, 211)}  # layers, head
 WAYS = ("hooks", "adapter")
 
 
-def hooked_model(size: str, dtype: torch.dtype):
+def hooked_model(sizes: tuple[int, int, int, int], dtype: torch.dtype):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    n_layers, n_heads, d_model, d_vocab = SIZES[size]
+    n_layers, n_heads, d_model, d_vocab = sizes
     config = HookedTransformerConfig(
         n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_model // n_heads, d_mlp=4 * d_model,
         d_vocab=d_vocab, n_ctx=64, act_fn="gelu_new", normalization_type="LN", device="cpu", dtype=dtype, seed=0,
@@ -94,7 +94,7 @@ def resident(field: str) -> int:
 
 def peak_memory(way: str, args: argparse.Namespace) -> int:
     """Bytes above loading at the high-water mark of one run, in this process: run it in one of its own."""
-    run = implementation(way, hooked_model(args.size, torch.float32), args)
+    run = implementation(way, hooked_model(SIZES[args.size], torch.float32), args)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the threads' own buffers are not the implementation's
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -112,7 +112,7 @@ def agreement(args: argparse.Namespace) -> tuple[float, float]:
     """The largest difference relative to the largest score: of a small model in float64, of this one in float32."""
     found = []
     for size, dtype in (("tiny", torch.float64), (args.size, torch.float32)):
-        model = hooked_model(size, dtype)
+        model = hooked_model(SIZES[size], dtype)
         hooks, adapter = (implementation(way, model, args)() for way in WAYS)
         found.append(float((hooks - adapter).abs().max() / hooks.abs().max()))
     if not (found[0] < 1e-10 and found[1] < 1e-3):
@@ -121,7 +121,7 @@ def agreement(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def seconds(args: argparse.Namespace) -> list[list[float]]:
-    model = hooked_model(args.size, torch.float32)
+    model = hooked_model(SIZES[args.size], torch.float32)
     runs = [implementation(way, model, args) for way in WAYS]
     taken: list[list[float]] = [[], []]
     for repeat in range(args.repeats + 1):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eapcore.model import APPROXIMATE, Model
+from eapcore.model import APPROXIMATE, Model, accumulate_dtype
 
 
 class HookPoint(nn.Identity):
@@ -92,8 +92,9 @@ def eap(hooked: Hooked, clean: Tensor, corrupt: Tensor, right: int, wrong: int) 
     """EAP scores [S, R] of the logit difference at the last position, mean over pairs."""
     graph, config = hooked.model.graph, hooked.model.config
     batch, tokens = clean.shape
-    buffer = torch.zeros(batch, tokens, graph.n_senders, config.d_model)
-    scores = torch.zeros(graph.n_senders, graph.n_receivers)
+    like = hooked.model.weights.w_e
+    buffer = like.new_zeros(batch, tokens, graph.n_senders, config.d_model)
+    scores = like.new_zeros(graph.n_senders, graph.n_receivers, dtype=accumulate_dtype(like.dtype))
     senders, receivers = hooked.points()
 
     def collect(place: slice, sign: float):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from eapcore import kernels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_kernels
+import bench_pipeline
+import hooked
+import pipeline_gpu
+import pipeline_work
+import published
 
 needs_cpp = pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
 
@@ -42,3 +48,187 @@ def test_bench_edge_scores(benchmark):
     delta, grads = torch.randn(157, 1, 4, 768), torch.randn(37, 1, 4, 768)
     scores = benchmark(kernels.edge_scores, delta, grads)
     torch.testing.assert_close(scores, delta.flatten(1) @ grads.flatten(1).T, rtol=1e-4, atol=1e-3)
+
+
+def case(**changes):
+    return replace(bench_pipeline.CASES[0], work=replace(bench_pipeline.SMALL, **bench_pipeline.TINY), **changes)
+
+
+def test_the_pipeline_s_table_checks_times_and_measures_its_cases(capsys):
+    for chosen in ("first", "against"):
+        assert bench_pipeline.main(["--quick", "--repeats", "1", "--case", chosen]) == 0
+        out, measured = capsys.readouterr().out, 0
+        for one in [one for one in bench_pipeline.CASES if chosen in one.name]:
+            reason = bench_pipeline.why_not(one)
+            assert (f"\n{one.name}: not measured, {reason}" if reason else f"\n{one.name}: L=3 D=64") in out
+            measured += not reason
+        assert out.count("scores agree to") == out.count("    time ") == out.count("    memory ") == measured >= 1
+
+
+def test_the_verdicts_of_made_up_numbers():
+    floor, hooks = case(time=1.1), case(against="hooked", time=1 / 8, memory="1/6")
+    buffer = floor.work.sender_buffer()
+    assert buffer == 16 * 16 * 20 * 64 * 4
+    holds = bench_pipeline.time_line(floor, [1.0, 1.1, 1.3], 2.0, 1.9)
+    assert holds == "1.1 x floor (1.00 – 1.30; 2.00 s and 1.90 s), bound 1.1: holds"
+    short = bench_pipeline.time_line(hooks, [0.2, 0.1, 0.2], 1.0, 5.0)
+    assert short == "0.2 x hooked (0.10 – 0.20; 1.00 s and 5.00 s; 5.0 x less), bound 0.125: FALLS SHORT"
+    assert bench_pipeline.time_line(case(time=None), [3.0], 3.0, 1.0).endswith("(stated)")
+    bounds = {
+        "floor + 1.25 x buffer": 1000 + 1.25 * buffer,
+        "2 x floor": 2000,
+        "unshared": 70,
+        "1/4": 250,
+        "1/6": 1000 / 6,
+    }
+    for memory, bound in bounds.items():
+        one = case(memory=memory)
+        assert bench_pipeline.memory_bound(one, 1000, 70) == bound
+        assert bench_pipeline.memory_line(one, int(bound), 1000, 70).endswith(": holds")
+        assert bench_pipeline.memory_line(one, int(bound) + 1, 1000, 70).endswith(": FALLS SHORT")
+    stated = bench_pipeline.memory_line(case(memory="stated"), 3 << 20, 1 << 20, 0)
+    assert stated == "3 MiB, floor 1 (stated)"
+    mib = bench_pipeline.memory_line(hooks, 10 << 20, 80 << 20, 0)
+    assert mib == "10 MiB, hooked 80 (8.0 x less), bound 13: holds"
+
+
+def test_implementations_that_disagree_are_never_timed(monkeypatch):
+    right = hooked.eap
+    monkeypatch.setattr(hooked, "eap", lambda *args: right(*args) * 1.01)
+    with pytest.raises(RuntimeError, match=r"dense, hooked disagree by .*e-0[23] .*: nothing is timed"):
+        pipeline_work.disagreement(case().work, ["dense", "hooked"])
+
+
+def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
+    small = pipeline_work.Work(2, 2, 64, 50, B=2, T=8)
+    large = replace(small, B=200)
+    few, many = pipeline_work.memories([(small, "dense"), (large, "dense")])
+    assert many - few > 0.9 * large.sender_buffer()
+    with pytest.raises(RuntimeError, match=r"(?s)peak memory was not measured.*must be floor, dense"):
+        pipeline_work.memories([(small, "fast")])
+
+
+@pytest.mark.parametrize("name", pipeline_work.PUBLISHED)
+def test_published_tools_agree_or_are_said_to_be_absent(name):
+    if reason := published.why_not(name):
+        assert reason.startswith(f"{name.partition(',')[0]} is not installed (tests/interop/environment-")
+        return
+    assert pipeline_work.disagreement(case().work, ["dense", name]) < 1e-4
+
+
+def test_scaling_tables_and_their_plot(tmp_path, capsys):
+    import pipeline_scaling
+
+    plot, lines = tmp_path / "scaling.png", tmp_path / "rows.jsonl"
+    bench_pipeline.main(["--scaling", "--quick", "--repeats", "1", "--plot", str(plot), "--json", str(lines)])
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and plot.stat().st_size > 5000
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    axes = pipeline_scaling.QUICK_AXES
+    assert [(r["axis"], r["size"], r["name"]) for r in rows] == [
+        (axis, size, name) for axis, sizes in axes.items() for size in sizes for name in pipeline_scaling.NAMES
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+    out = capsys.readouterr().out
+    assert all(f"\n{axis}, CPU ms" in out and f"\n{axis}, MiB" in out for axis in axes)
+
+
+def test_a_scaling_table_gives_the_exponent():
+    import pipeline_scaling
+
+    rows = [
+        {"axis": "B", "size": size, "name": name, "seconds": size**power, "bytes": size << 20}
+        for size in (1, 2, 8)
+        for name, power in zip(pipeline_scaling.NAMES, (1, 2, 0, 0.5), strict=True)
+    ]
+    table = pipeline_scaling.table(rows, "B", "seconds").splitlines()
+    assert table[0].split() == ["B,", "CPU", "ms", "1", "2", "8", "exponent"]
+    assert [line.split()[-1] for line in table[1:]] == ["1.00", "2.00", "0.00", "0.50"]
+    assert table[2].split() == ["dense", "1000.0", "4000.0", "64000.0", "2.00"]
+    assert pipeline_scaling.table(rows, "B", "bytes").splitlines()[1].split() == ["floor", "1.0", "2.0", "8.0", "1.00"]
+
+
+class Host:
+    """The GPU's instruments on the CPU: everything is run, the figures are made up."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.timed = 0
+
+    def ms(self, run):
+        run()
+        self.timed += 1
+        return 20.0
+
+    def peak(self, run):
+        run()
+        return 3 << 20
+
+    def profile(self, run):
+        run()
+        return pipeline_gpu.Profile({"void partial_scores": 1.0, "channel_grads": 2.0, "gemm": 1.0}, 60, 80)
+
+    def release(self):
+        pass
+
+
+def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys):
+    lines = tmp_path / "rows.jsonl"
+    assert pipeline_gpu.main(quick=True, json_file=lines, on=Host()) == 0
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len([row for row in rows if "check" in row]) == 6
+    dense = next(row for row in rows if row.get("name") == "dense")
+    assert dense["ms_a_batch"] == 10 and dense["pairs_a_second"] == pytest.approx(300) and dense["of_floor"] == 1
+    assert (dense["contraction"], dense["making"], dense["kernels_a_batch"], dense["launches_a_batch"]) == (
+        0.25,
+        0.5,
+        30,
+        40,
+    )
+    assert {row["model"] for row in rows if "model" in row} == {"GPT-2 XL", "13B", "GPT-2 small"}
+    largest = [(row["model"], row["B"]) for row in rows if "model" in row and row["name"] == "hooked"]
+    assert largest == [("GPT-2 small", 6), ("GPT-2 XL", 6)]
+    assert "all parts measured" in capsys.readouterr().out
+
+
+def test_a_part_of_the_gpu_bench_that_fails_is_printed_and_the_rest_goes_on(monkeypatch, capsys):
+    def broken(self, name, work):
+        raise RuntimeError("this part cannot run")
+
+    monkeypatch.setattr(pipeline_gpu.Bench, "large", broken)
+    host = Host()
+    assert pipeline_gpu.main(quick=True, json_file=None, on=host) == 1
+    out, error = capsys.readouterr()
+    assert "GPT-2 XL: FAILED" in out and out.endswith("FAILED: GPT-2 XL, 13B\n") and "this part cannot run" in error
+    assert "hooked, B 6" in out and host.timed > 0
+
+
+def test_the_gpu_bench_times_nothing_that_is_wrong_and_stops_when_its_time_is_up(monkeypatch, capsys):
+    host = Host()
+    assert pipeline_gpu.main(quick=True, json_file=None, on=host, seconds=-1) == 1
+    assert "not measured: the time is up" in capsys.readouterr().out and host.timed == 0
+    right = hooked.eap
+    monkeypatch.setattr(hooked, "eap", lambda *args: right(*args) * 1.01)
+    assert pipeline_gpu.main(quick=True, json_file=None, on=host) == 1
+    assert "FAILED: check" in capsys.readouterr().out and host.timed == 0
+
+
+def test_hooks_that_do_not_fit_end_the_search_for_the_largest_batch():
+    class Small(Host):
+        calls = 0
+
+        def peak(self, run):
+            self.calls += 1
+            if self.calls == 3:
+                raise torch.OutOfMemoryError("no more")
+            return super().peak(run)
+
+    bench = pipeline_gpu.Bench(Small(), 60)
+    bench.largest("tiny", pipeline_gpu.TINY, 48)
+    assert [(row["name"], row["B"]) for row in bench.rows] == [("hooked", 6), ("factored", 6)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_without_a_gpu_it_says_so(capsys):
+    assert bench_pipeline.main(["--device", "cuda"]) == 1
+    assert "no GPU is visible to torch" in capsys.readouterr().out
