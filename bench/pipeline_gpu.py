@@ -185,7 +185,8 @@ class Bench:
         self.add(
             model=name, name="factored", B=work.B, T=work.T, ms=ms, pairs_a_second=work.B / ms * 1e3,
             of_floor=floor / ms, peak_mib=peak / MIB, buffer_mib=work.sender_buffer() / 2 / MIB,
-            contraction=found.part(CONTRACTION), making=found.part(MAKING), kernels=found.count, launches=found.launches,
+            contraction=found.part(CONTRACTION), making=found.part(MAKING), kernels=found.count,
+            launches=found.launches,
         )  # fmt: skip
 
     def largest(self, name: str, work: Work, most: int) -> None:
