@@ -6,10 +6,18 @@
     python bench/bench_methods.py --quick    few pairs and edges, to see that everything runs
 
 One edge at a time means: the clean and the corrupt run are made once, then for every edge one forward of the clean
-prompts with that edge patched, all layers at all positions. "hooks" is how tools do it that can patch every head's q, k
-and v input on its own: each reads its own copy of the residual stream through its own LayerNorm and projection, and all
-positions are unembedded. "plain" is the least that such a forward can do: one LayerNorm and one projection a layer, the
-patched head's input computed again, only the answer position unembedded.
+prompts with that edge patched, all layers at all positions. "hooks" is how tools do it that can patch every edge (ACDC,
+auto-circuit, EAP-IG: TransformerLens with use_split_qkv_input, use_attn_result and use_hook_mlp_in): every head's q, k
+and v input is its own copy of the residual stream through its own LayerNorm and projection, every head's output is made
+[B, T, H, D] and then added up, and all positions are unembedded; tuned, in that each is one batched product. "plain" is
+the least that such a forward can do: one LayerNorm and one projection a layer, heads never apart, the patched head's
+input computed again, only the answer position unembedded. "TransformerLens" is HookedTransformer itself with these
+flags and one forward hook, where the package is installed (tests/interop/run.sh makes environments).
+
+The GPT-2-small-sized model has random weights, its prompts the shape of IOI's: 15 tokens, as in "Then, Mary and John
+went to the store. John gave a drink to". Once the second "John" is replaced, position 10, the counterfactual of EAP-IG
+and of the MIB benchmark; once all names are, from position 2 on, that of ACDC and of EAP. What is shared before the
+first difference runs once here and for every edge there, so that is the larger part of the ratio.
 
 Effects are compared before anything is timed. Times are CPU seconds of the process (user + system) on one thread, warm.
 One edge at a time is timed on a sample of the edges, drawn evenly, and scaled to all of them.
@@ -18,10 +26,13 @@ One edge at a time is timed on a sample of the edges, drawn evenly, and scaled t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +50,7 @@ from eapcore.attribution import METHODS, attribute
 from eapcore.circuit import EdgeScores
 from eapcore.config import LayerWeights, ModelConfig, Weights
 from eapcore.evaluate import agreement, mib, overlap, roc
+from eapcore.interop.transformer_lens import receiver_hook
 from eapcore.model import APPROXIMATE, Model, load, run_with_senders
 from eapcore.patch import metric_on, patch_edges
 from eapcore.tasks import TASKS, PromptPairs
@@ -46,6 +58,8 @@ from eapcore.tasks import TASKS, PromptPairs
 TOYS = ("toy-ioi", "toy-induction")
 TOP = 50
 TARGET = 10.0
+TOKENS = 15
+PROMPTS = {"the second subject replaced": 10, "all names replaced": 2}  # the first difference
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -131,7 +145,11 @@ class OneAtATime:
                 qkv = qkv.permute(2, 0, 1, 3)
             q, k, v = (part.transpose(0, 1) for part in qkv.chunk(3))  # [B, H, T, K]
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.score_scale(index))
-            x = x + z.transpose(1, 2).flatten(2) @ layer.w_o.flatten(0, 1) + layer.b_o
+            if self.split:
+                result = torch.bmm(z.transpose(0, 1).flatten(1, 2), layer.w_o)  # [H, B·T, D]
+                x = x + result.unflatten(1, shape).permute(1, 2, 0, 3).sum(2) + layer.b_o
+            else:
+                x = x + z.transpose(1, 2).flatten(2) @ layer.w_o.flatten(0, 1) + layer.b_o
             if layer.w_in is not None:
                 read = x + self.delta[s] if r == graph.mlp_receiver(index) else x
                 hidden = F.gelu(self.norm(read, layer.ln2) @ layer.w_in + layer.b_in, approximate=self.approximate)
@@ -149,7 +167,63 @@ class OneAtATime:
         return APPROXIMATE[self.model.config.act_fn or "gelu"]
 
 
-def speed_of_patching(name: str, model: Model, pairs: PromptPairs, edges: list[str] | None, sample: int) -> bool:
+class Published:
+    """Patch one edge in one forward of a HookedTransformer with the same weights."""
+
+    def __init__(self, model: Model, pairs: PromptPairs) -> None:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        self.model, self.pairs, config, weights = model, pairs, model.config, model.weights
+        sizes = {
+            name: getattr(config, name)
+            for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn")
+        }
+        flags = dict.fromkeys(("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"), True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 3.9 announces that 4 will not have it
+            self.hooked = HookedTransformer(HookedTransformerConfig(**sizes, **flags, normalization_type="LN"))
+        state = self.hooked.state_dict()
+        state |= {"embed.W_E": weights.w_e, "pos_embed.W_pos": weights.w_pos, "unembed.W_U": weights.w_u}
+        norms = {"ln_final": weights.ln_final}
+        for index, layer in enumerate(weights.layers):
+            at = f"blocks.{index}."
+            for part, w, b in zip("QKV", torch.cat(layer.w_qkv).chunk(3), layer.b_qkv.chunk(3), strict=True):
+                state |= {f"{at}attn.W_{part}": w, f"{at}attn.b_{part}": b}
+            state |= {f"{at}attn.W_O": layer.w_o, f"{at}attn.b_O": layer.b_o}
+            state |= {f"{at}mlp.W_in": layer.w_in, f"{at}mlp.b_in": layer.b_in}
+            state |= {f"{at}mlp.W_out": layer.w_out, f"{at}mlp.b_out": layer.b_out}
+            norms |= {f"{at}ln1": layer.ln1, f"{at}ln2": layer.ln2}
+        for place, (gamma, beta) in norms.items():
+            state |= {f"{place}.w": gamma, f"{place}.b": beta}
+        self.hooked.load_state_dict(state)
+        with torch.no_grad():
+            clean, corrupt = (run_with_senders(model, tokens)[1] for tokens in (pairs.clean, pairs.corrupt))
+            self.delta = corrupt - clean
+            self.clean = self.value([])
+
+    @torch.no_grad()
+    def value(self, hooks: list[tuple[str, Callable[..., Tensor]]]) -> float:
+        rows = torch.arange(len(self.pairs)), self.pairs.positions
+        logits = self.hooked.run_with_hooks(self.pairs.clean, fwd_hooks=hooks)[rows]
+        answers, wrong = (logits.gather(1, ids) for ids in (self.pairs.answers, self.pairs.wrong))
+        return float((answers.double().mean(1) - wrong.double().mean(1)).mean())
+
+    def effect(self, edge: tuple[int, int]) -> float:
+        s, r = edge
+        name, _, head = receiver_hook(self.model.graph, self.model.graph.receiver_names[r]).partition("[")
+
+        def add(stream: Tensor, hook: object) -> Tensor:
+            read = stream.clone()  # [B, T, H, D] in front of heads
+            target = read[:, :, int(head.rstrip("]"))] if head else read
+            target += self.delta[s]
+            return read
+
+        return self.value([(name, add)]) - self.clean
+
+
+def speed_of_patching(
+    name: str, model: Model, pairs: PromptPairs, edges: list[str] | None, sample: int, published: bool = False
+) -> bool:
     """Print a line for each way; True where ours costs at most a tenth of the hook-based one."""
     graph = model.graph
     mask = graph.edge_mask() if edges is None else patch_mask(model, edges)
@@ -157,10 +231,15 @@ def speed_of_patching(name: str, model: Model, pairs: PromptPairs, edges: list[s
     some = every[:: max(1, len(every) // sample)]
     names = [graph.edge_name(s, r) for s, r in some]
     effects = patch_edges(model, pairs, "logit_diff", names)
-    ways = {"hooks": OneAtATime(model, pairs, True), "plain": OneAtATime(model, pairs, False)}
+    ways: dict[str, OneAtATime | Published] = {
+        "hooks": OneAtATime(model, pairs, True),
+        "plain": OneAtATime(model, pairs, False),
+    }
+    if published:
+        ways["TransformerLens"] = Published(model, pairs)
     largest = max(abs(effects[n]) for n in names)
     for way, one in ways.items():
-        error = max(abs(one.effect(e) - effects[n]) for e, n in zip(some[:12], names, strict=False))
+        error = max(abs(one.effect(e) - effects[n]) for e, n in zip(some[:8], names, strict=False))
         if error > 1e-4 * largest:
             raise SystemExit(
                 f"{name}: {way} and patch_edges differ by {error:.1e}, the largest effect is {largest:.1e}"
@@ -171,13 +250,14 @@ def speed_of_patching(name: str, model: Model, pairs: PromptPairs, edges: list[s
     print(
         f"\n{name}: {len(every)} edges × {len(pairs)} pairs of {tokens} tokens, first difference at {first}, on average"
     )
-    print(f"  {'patch_edges':<22}{ours:>10.2f} CPU s")
+    print(f"  {'patch_edges':<32}{ours:>10.2f} CPU s")
     ratios = {}
     for way, one in ways.items():
-        each = seconds(lambda one=one: [one.effect(e) for e in some]) / len(some)
+        timed = some[:4] if way == "TransformerLens" else some
+        each = seconds(partial(list, map(one.effect, timed))) / len(timed)
         ratios[way] = each * len(every) / ours
-        print(f"  {'one at a time, ' + way:<22}{each * len(every):>10.2f} CPU s{ratios[way]:>8.1f} ×   "
-              f"({len(some)} edges timed)")  # fmt: skip
+        print(f"  {'one at a time, ' + way:<32}{each * len(every):>10.2f} CPU s{ratios[way]:>8.1f} ×   "
+              f"({len(timed)} edges timed)")  # fmt: skip
     passed = ratios["hooks"] >= TARGET
     print(f"  {'PASS' if passed else 'FAIL'}: {ratios['hooks']:.1f} × fewer CPU seconds than hooks, target {TARGET:g}")
     return passed
@@ -197,9 +277,12 @@ def speed(quick: bool) -> bool:
         passed &= speed_of_patching(name, model, pairs, None, 40)
     if not quick:
         model = random_gpt2()
-        pairs = random_pairs(8, 16, 4, model.config.d_vocab)
-        top = [edge for edge, _ in attribute(model, pairs).top(1000)]
-        passed &= speed_of_patching("GPT-2 small's shape, EAP's top 1,000", model, pairs, top, 20)
+        published = importlib.util.find_spec("transformer_lens") is not None
+        for what, first in PROMPTS.items():
+            pairs = random_pairs(8, TOKENS, first, model.config.d_vocab)
+            top = [edge for edge, _ in attribute(model, pairs).top(1000)]
+            title = f"GPT-2 small's shape, EAP's top 1,000, {what}"
+            passed &= speed_of_patching(title, model, pairs, top, 20, published)
     print("\nACDC on KL, from all edges")
     print(f"  {'model':<15}{'threshold':>10}{'kept':>7}{'decided':>9}{'run':>7}{'launches':>10}{'CPU s':>8}")
     for name in TOYS:

@@ -79,6 +79,7 @@ METRICS: dict[str, Metric] = {
 }
 _NEEDS_WRONG = ("logit_diff", "prob_diff", "logit_margin")
 _NEEDS_ANSWERS = (*_NEEDS_WRONG, "nll")
+_READS_ANSWERS = (logit_diff, logit_margin)  # and wrong answers, and no other token's logit
 
 
 def find_metric(metric: str | Metric, answers: Tensor, wrong: Tensor) -> tuple[str, Metric]:
@@ -105,6 +106,19 @@ def _first_without(ids: Tensor) -> int | None:
     """The first pair that has no token in its set of ids [N, A], None if every pair has one."""
     without = (ids >= 0).any(1).logical_not().nonzero()
     return int(without[0]) if len(without) else None
+
+
+def tokens_read(metric: Metric, answers: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Where a metric reads the logits of the answers and wrong answers alone, which tokens these are.
+
+    Returns:
+        (tokens int64 [B, A + W], and answers [B, A] and wrong [B, W] as places among them); None for any other metric.
+    """
+    if metric not in _READS_ANSWERS:
+        return None
+    tokens = torch.cat([answers, wrong], 1)
+    places = torch.arange(tokens.shape[1], device=tokens.device).where(tokens >= 0, -1)
+    return tokens.clamp_min(0), places[:, : answers.shape[1]], places[:, answers.shape[1] :]
 
 
 def evaluate(metric: Metric, logits: Tensor, batch: MetricBatch) -> Tensor:

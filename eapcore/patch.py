@@ -85,7 +85,7 @@ def run_circuit(
 
 @torch.no_grad()
 def circuit_logits(model: Model, batch: Batch, circuits: Sequence[Circuit]) -> Tensor:
-    """Logits float64 [C, B, V] of several circuits on a batch that has been run; see `run_circuit`."""
+    """The batch's logits, float64 [C, B, V] or [C, B, n], for several circuits; see `run_circuit`."""
     graph = model.graph
     if not circuits:
         raise ValueError("at least one circuit is needed")
@@ -178,7 +178,7 @@ def patch_edges(
     partial.batch_size = size
     total, seen, position, saved = int(mask.sum()) * len(pairs), 0, 0, time.monotonic()
     try:
-        for batch in question.batches(size):
+        for batch in question.batches(size, copies=1 + int(mask.sum()) // model.config.n_layers):
             rows = len(batch.pairs)
             chunks = list(_chunks(model, batch, mask))
             if position + len(chunks) <= partial.done:
@@ -231,23 +231,18 @@ def _edge_set(graph: Graph, edges: Edges) -> Tensor:
 
 
 def _chunks(model: Model, batch: Batch, mask: Tensor) -> Iterator[list[tuple[int, int]]]:
-    """The edges (sender, receiver), those together that go through the model together: into one layer's heads, into its
-    MLP, into the logits."""
+    """The edges (sender, receiver), those together that go through the model together: into one layer, into the
+    logits."""
     graph = model.graph
     for index in range(model.config.n_layers + 1):
-        end = index == model.config.n_layers
-        groups = [slice(graph.logits, graph.logits + 1)] if end else [graph.qkv(index)]
-        if graph.has_mlp and not end:
-            groups.append(slice(graph.mlp_receiver(index), graph.mlp_receiver(index) + 1))
-        for group in groups:
-            found = [(s, r + group.start) for r, s in mask[:, group].T.nonzero().tolist()]
-            mlp_at_read = index == model.config.n_layers - 1 and group.stop - group.start == 1
-            copies = batch.copies(model, at_read=end or mlp_at_read)
-            yield from (found[i : i + copies] for i in range(0, len(found), copies))
+        start = index * graph.receivers_per_layer
+        found = [(s, start + r) for r, s in mask[:, start : start + graph.receivers_per_layer].T.nonzero().tolist()]
+        copies = batch.copies(model, at_read=index == model.config.n_layers)
+        yield from (found[i : i + copies] for i in range(0, len(found), copies))
 
 
 def _patched(model: Model, batch: Batch, chunk: list[tuple[int, int]], delta: Tensor) -> Tensor:
-    """Logits [C, B, V] with one edge of a chunk patched in each copy; delta is [S, B, T, D]."""
+    """The batch's logits [C, B, .] with one edge of a chunk patched in each copy; delta is [S, B, T, D]."""
     senders: dict[int, list[int]] = {}
     for s, r in chunk:
         senders.setdefault(r, []).append(s)
@@ -255,20 +250,24 @@ def _patched(model: Model, batch: Batch, chunk: list[tuple[int, int]], delta: Te
 
 
 def _read_more(model: Model, batch: Batch, changes: list[tuple[int, Tensor]]) -> Tensor:
-    """Logits [C, B, V] where one receiver reads more: (receiver, [C_i, B, T, D]), all of one layer's heads, or one."""
+    """The batch's logits [C, B, .] where one receiver reads more: (receiver, [C_i, B, T, D]), all of them in one layer,
+    or the logits."""
     graph, last = model.graph, model.config.n_layers - 1
-    index, place = divmod(changes[0][0], graph.receivers_per_layer)
-    if index <= last and place < 3 * graph.n_heads:
-        mid = torch.cat([through_head(model, batch, r, added) for r, added in changes])
-        return finish(model, batch, index + 1, through_mlp(model, index, mid))
-    ((_, added),) = changes
-    stream = batch.clean.mlp_in[index] if index <= last else batch.clean.out
-    if index >= last:
-        stream, added = at_read(stream, batch.read), at_read(added, batch.read)
-    changed = (stream + added).flatten(0, 1)
-    if index <= last:
-        changed = through_mlp(model, index, changed, stream.repeat(len(added), 1, 1))
-    return finish(model, batch, index + 1, changed)
+    index = changes[0][0] // graph.receivers_per_layer
+    reads, passes = [], []  # what the MLP reads in each copy, and what goes past it
+    for receiver, added in changes:
+        if receiver % graph.receivers_per_layer < 3 * graph.n_heads and index <= last:
+            stream = read = through_head(model, batch, receiver, added)
+        else:
+            stream = batch.clean.mlp_in[index] if index <= last else batch.clean.out
+            if index >= last:
+                stream, added = at_read(stream, batch.read), at_read(added, batch.read)
+            read, stream = (stream + added).flatten(0, 1), stream.repeat(len(added), 1, 1)
+        reads.append(read)
+        passes.append(stream)
+    if index > last:
+        return finish(model, batch, index, reads[0])
+    return finish(model, batch, index + 1, through_mlp(model, index, torch.cat(reads), torch.cat(passes)))
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -288,6 +287,7 @@ def _identity(question: Question, mask: Tensor) -> dict[str, Any]:
         "task": _digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
         "metric": question.metric_name,
         "edges": _digest(mask),
+        "layout of chunks": 2,
         "ablation": [question.ablation, "" if question.other is None else _digest(question.other)],
     }
 

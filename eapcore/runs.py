@@ -18,7 +18,7 @@ from eapcore import planner
 from eapcore.ablation import find_values
 from eapcore.attribution import as_pairs, check_finite, describe
 from eapcore.graph import Graph
-from eapcore.metrics import Metric, MetricBatch, evaluate, find_metric
+from eapcore.metrics import Metric, MetricBatch, evaluate, find_metric, tokens_read
 from eapcore.model import (
     LayerRun,
     Model,
@@ -38,6 +38,8 @@ from eapcore.tasks import PromptPairs
 
 # Tokens of all copies of a batch that go through a layer together: more leave the cache of a CPU and gain nothing.
 _TOKENS = {"cpu": 4096, "cuda": 131072}
+# Multiply-adds of one [tokens, D] × [D, D] product of all copies, with which a batch is worth its own launches.
+_WORK = {"cpu": 1 << 31, "cuda": 1 << 36}
 _LOGITS = 1 << 24  # logits, in float64, that are held at once
 _SHARE = 0.25  # of the free memory that the copies' senders may take
 
@@ -85,15 +87,21 @@ class Question:
             raise ValueError(f"batch_size must be 'auto' or a positive integer, got {size!r}")
         return size
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All pairs, those that share a long prefix together."""
-        first = self.pairs.first_difference()
-        order = sorted(range(len(self.pairs)), key=lambda i: (int(first[i]), int(self.pairs.positions[i])))
-        for index in torch.tensor(order).split(size):
-            yield make_batch(self.model, self.pairs, index, self.other)
+    def batches(self, size: int, copies: int = 1) -> Iterator[Batch]:
+        """All pairs, those that share a long prefix together.
+
+        copies: about how many of a batch go through a layer. Where they alone make large matrix products, a batch ends
+        before a pair whose tokens would make it run many positions for nothing.
+        """
+        first, stop = self.pairs.first_difference().tolist(), (self.pairs.positions + 1).tolist()
+        if self.other is not None:  # which differs from the clean run everywhere
+            first = [0] * len(first)
+        enough = _WORK.get(self.model.device.type, 1 << 31) // (copies * self.model.config.d_model**2)
+        for index in _groups(first, stop, size, enough):
+            yield make_batch(self.model, self.pairs, torch.tensor(index), self.other, self.metric)
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The metric on each copy of a batch, float64 [C, B], from logits [C, B, V]."""
+        """The metric on each copy of a batch, float64 [C, B], from its logits [C, B, V] or [C, B, n]."""
         return torch.stack([evaluate(self.metric, row, batch.reference).double() for row in logits])
 
     def ends(self, batch: Batch) -> Tensor:
@@ -107,6 +115,26 @@ class Question:
     def describe(self) -> dict[str, Any]:
         """What a file says of the model, the task, the metric, and what ran."""
         return {**describe(self.model, self.pairs), "metric": {"name": self.metric_name}}
+
+
+def _groups(first: list[int], stop: list[int], size: int, enough: int) -> list[list[int]]:
+    """Which pairs go together, at most `size`, by the windows first to stop of their tokens.
+
+    A group with enough tokens ends before a pair with which more than a tenth of what it runs would be no pair's.
+    """
+    groups: list[list[int]] = []
+    useful = begin = end = 0
+    for i in sorted(range(len(first)), key=lambda i: (first[i], stop[i])):
+        mine, last = stop[i] - first[i], max(end, stop[i])
+        if groups and len(groups[-1]) < size:
+            padded = (len(groups[-1]) + 1) * (last - begin)
+            if useful < enough or 10 * (useful + mine) >= 9 * padded:
+                groups[-1].append(i)
+                useful, end = useful + mine, last
+                continue
+        groups.append([i])
+        useful, begin, end = mine, first[i], stop[i]
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +185,8 @@ class Batch:
 
     pairs: on the model's device. index: int64 [B], which of the task's pairs. start: the first position of the window;
     clean and corrupt share the tokens before it, and `past` are their keys and values. clean: the clean run. other:
-    what an ablated edge carries, a run only where it is the corrupt one. reference: what a metric may look at.
+    what an ablated edge carries, a run only where it is the corrupt one. reference: what a metric may look at. tokens:
+    int64 [B, n], those whose logits are made, and places among which the reference's answers are; None for all V.
     """
 
     pairs: PromptPairs
@@ -167,6 +196,7 @@ class Batch:
     clean: Run
     other: Run
     reference: MetricBatch
+    tokens: Tensor | None = None
 
     @property
     def read(self) -> Tensor:
@@ -189,12 +219,18 @@ class Batch:
         if senders:
             size = senders * rows * tokens * model.config.d_model * model.dtype.itemsize
             useful = min(useful, int(_SHARE * planner.free_bytes(model.device) // size))
-        return max(1, min(useful, _LOGITS // (rows * model.config.d_vocab)))
+        logits = rows * model.config.d_vocab if self.tokens is None else self.tokens.numel()
+        return max(1, min(useful, _LOGITS // logits))
 
 
 @torch.no_grad()
-def make_batch(model: Model, pairs: PromptPairs, index: Tensor, other: Tensor | None = None) -> Batch:
-    """Run the clean and the corrupt prompts of some pairs; other as in `Question`."""
+def make_batch(
+    model: Model, pairs: PromptPairs, index: Tensor, other: Tensor | None = None, metric: Metric | None = None
+) -> Batch:
+    """Run the clean and the corrupt prompts of some pairs; other as in `Question`.
+
+    metric: what will be measured, where no other logits than it reads are needed.
+    """
     batch = pairs.select(index).to(model.device)
     start = int(batch.first_difference().min()) if other is None else 0
     stop = int(batch.positions.max()) + 1
@@ -202,11 +238,25 @@ def make_batch(model: Model, pairs: PromptPairs, index: Tensor, other: Tensor | 
     prompts = (batch.clean, batch.corrupt)
     runs = [record(model, embed(model, tokens[:, start:stop], start), past) for tokens in prompts]
     read = batch.positions[:, None] - start
-    clean, corrupt = (unembed(model, at_positions(run.out, read)[:, 0])[0].double() for run in runs)
-    reference = MetricBatch(batch.answers, batch.wrong, clean, corrupt, index.to(model.device))
+    tokens, answers, wrong = None, batch.answers, batch.wrong
+    found = None if metric is None else tokens_read(metric, answers, wrong)
+    if found is not None and found[0].numel() <= model.config.d_vocab:  # or their columns would be the larger matrix
+        tokens, answers, wrong = found
+    clean, corrupt = _logits(model, torch.stack([at_positions(run.out, read)[:, 0] for run in runs]), tokens)
+    reference = MetricBatch(answers, wrong, clean, corrupt, index.to(model.device))
     if other is not None:
         runs[1] = _sum_up(model, other[:, None, :stop].expand_as(runs[0].senders))
-    return Batch(batch, index, start, past, runs[0], runs[1], reference)
+    return Batch(batch, index, start, past, runs[0], runs[1], reference, tokens)
+
+
+def _logits(model: Model, x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Logits float64 [C, B, V] from the last residual streams x [C, B, D], or of the tokens [B, n] alone [C, B, n]."""
+    if tokens is None:
+        return unembed(model, x)[0].double()
+    n = normalise(x, model.weights.ln_final, model.config.eps)[0]
+    columns = model.weights.w_u.T[tokens].transpose(1, 2)  # [B, D, n]
+    logits = (n.transpose(0, 1) @ columns).transpose(0, 1)  # [C, B, n]
+    return (logits if model.weights.b_u is None else logits + model.weights.b_u[tokens]).double()
 
 
 def ablated_senders(
@@ -285,7 +335,7 @@ def through_mlp(model: Model, index: int, mid: Tensor, base: Tensor | None = Non
 
 
 def finish(model: Model, batch: Batch, index: int, x: Tensor) -> Tensor:
-    """Logits at the answers, float64 [C, B, V], from the stream x that enters the layer `index`.
+    """The batch's logits at the answers, float64 [C, B, V] or [C, B, n], from the stream that enters the layer `index`.
 
     x: [C·B, T, D], or behind the last layer [C·B, 1, D] at the answers.
     """
@@ -293,7 +343,7 @@ def finish(model: Model, batch: Batch, index: int, x: Tensor) -> Tensor:
     past = None if batch.past is None else _Repeated(batch.past, copies)
     for run in run_layers(model, x, first=index, past=past, read=batch.read.repeat(copies, 1)):
         x = run.out
-    return unembed(model, x[:, 0])[0].double().unflatten(0, (copies, -1))
+    return _logits(model, x[:, 0].unflatten(0, (copies, -1)), batch.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +405,7 @@ def run_masked(
         recompute: bool [S].
 
     Returns:
-        (logits float64 [C, B, V], changes of the recomputed senders in order [C, n, B, ., D]).
+        (the batch's logits float64 [C, B, V] or [C, B, n], changes of the recomputed senders in order [C, n, B, ., D]).
     """
     graph, config = model.graph, model.config
     copies, (rows, tokens), last = len(masks), batch.shape, config.n_layers - 1
@@ -419,7 +469,7 @@ def run_masked(
             place[:, made] = run_mlp(config, layer, n)[0] - _window(base.senders[graph.mlp(index)], batch, short)
             made += 1
     end = read([graph.logits], base.out, True)[:, 0, :, 0]
-    return unembed(model, end)[0].double(), own
+    return _logits(model, end, batch.tokens), own
 
 
 def _window(x: Tensor, batch: Batch, short: bool) -> Tensor:

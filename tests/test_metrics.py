@@ -12,7 +12,7 @@ from models import random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution import attribute
-from eapcore.metrics import METRICS, MetricBatch, evaluate, find_metric
+from eapcore.metrics import METRICS, MetricBatch, evaluate, find_metric, logit_diff, logit_margin, tokens_read
 from eapcore.patch import metric_on
 
 V = 11
@@ -294,10 +294,27 @@ def test_logits_are_computed_only_where_the_metric_reads(metric):
     assert len(seen.products) == 4  # the clean and the corrupt run; the gradient starts from what the clean run made
 
 
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_a_metric_is_the_same_on_the_logits_that_it_reads(metric):
+    logits = torch.randn(3, 20, dtype=torch.float64)
+    answers, wrong = torch.tensor([[4, -1], [7, 2], [0, -1]]), torch.tensor([[1, 2, 3], [19, -1, -1], [5, 5, -1]])
+    found = tokens_read(metric, answers, wrong)
+    assert (found is None) == (metric not in (logit_diff, logit_margin))
+    if found is not None:
+        tokens, *sets = found
+        read = logits.gather(1, tokens)
+        index = torch.arange(3)
+        there = evaluate(metric, read, MetricBatch(*sets, read, read, index))
+        assert torch.equal(there, evaluate(metric, logits, MetricBatch(answers, wrong, logits, logits, index)))
+
+
 def test_patching_computes_logits_only_where_the_metric_reads():
     model = random_model(d_vocab=97)
     pairs = random_pairs(model, [9, 4, 7])
     circuit = attribute(model, pairs).top_n(10)
     with Vocabulary(97, model.weights) as seen:
+        metric_on(model, pairs, "nll", [circuit])
+    assert seen.products == [6, 3] and seen.largest == 6  # clean and corrupt, then the circuit: one row a pair
+    with Vocabulary(97, model.weights) as seen:
         metric_on(model, pairs, "logit_diff", [circuit])
-    assert set(seen.products) == {3} and seen.largest == 3
+    assert seen.products == []  # no more than four tokens a pair

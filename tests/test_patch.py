@@ -23,6 +23,7 @@ from eapcore.patch import (
     routes,
     run_circuit,
 )
+from eapcore.tasks import PromptPairs
 
 MODELS = {
     "gpt2": {"n_layers": 2, "n_heads": 2, "d_model": 12},
@@ -131,6 +132,33 @@ def test_effects_depend_neither_on_the_batch_size_nor_on_the_copies_in_a_forward
     whole = patch_edges(model, pairs).scores
     monkeypatch.setattr(runs, "_TOKENS", {"cpu": 7 * batch_size * 3})
     close(patch_edges(model, pairs, batch_size=batch_size).scores, whole, 1e-13)
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(1000, 1), (10, 3), (0, 5)])
+def test_pairs_of_different_windows_run_apart_once_each_has_enough_tokens(enough, expected):
+    first, stop = [0, 4, 0, 7, 4, 4, 3], [5, 8, 5, 9, 8, 6, 9]
+    groups = runs._groups(first, stop, 4 if enough < 1000 else 9, enough)
+    assert sorted(i for group in groups for i in group) == list(range(7))
+    assert len(groups) == expected
+    if not enough:  # no position runs for a pair that does not need it, but for a tenth
+        for group in groups:
+            width = max(stop[i] for i in group) - min(first[i] for i in group)
+            assert sum(stop[i] - first[i] for i in group) >= 0.9 * width * len(group)
+
+
+@pytest.mark.parametrize("ablation", ["corrupt", "zero"])
+def test_effects_do_not_depend_on_which_pairs_run_together(ablation, monkeypatch):
+    model = random_model()
+    clean, corrupt = [], []
+    for length, first in ((6, 1), (7, 5), (9, 0)):
+        part = random_pairs(model, [length] * 2, first_difference=first, seed=length)
+        clean += part.clean.tolist()
+        corrupt += part.corrupt.tolist()
+    pairs = PromptPairs.from_lists(clean, corrupt, [1] * 6, [2] * 6)
+    monkeypatch.setattr(runs, "_WORK", {"cpu": 0})
+    apart = patch_edges(model, pairs, ablation=ablation).scores
+    monkeypatch.setattr(runs, "_groups", lambda first, stop, size, enough: [list(range(len(first)))])
+    close(patch_edges(model, pairs, ablation=ablation).scores, apart, 1e-13)
 
 
 def test_answers_before_the_last_token_are_read_there():
