@@ -150,11 +150,12 @@ class Bench:
 
     def check(self, work: Work) -> None:
         """Compare every implementation on the device with float64 on the CPU, in each dtype."""
-        exact = attribute(work.model(dtype=torch.float64), work.pairs(2), impl="reference", storage="dense").scores
+        pairs = work.pairs(4)  # so that batches are recorded and replayed too
+        exact = attribute(work.model(dtype=torch.float64), pairs, impl="reference", storage="dense").scores
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
             model = work.model(dtype=dtype, device=self.on.device, drawn_on="cpu")
             for name in ("dense", "factored", "hooked"):
-                found = implementation(name, model, work.pairs(2), work.B)()
+                found = implementation(name, model, pairs, work.B)()
                 assert found is not None
                 error = float((found.double().cpu() - exact).abs().max() / exact.abs().max())
                 self.add(check=name, dtype=str(dtype), error=error, limit=limit)
@@ -166,7 +167,7 @@ class Bench:
         model, pairs = work.model(dtype=dtype, device=self.on.device), work.pairs(batches)
         floor = self.median(implementation("floor", model, pairs, work.B))
         self.add(name="floor", dtype=str(dtype), B=work.B, ms_a_batch=floor / batches)
-        for name in ("dense", "factored", "hooked"):
+        for name in ("dense", "dense, no graphs", "factored", "hooked"):
             run = implementation(name, model, pairs, work.B)
             ms = self.median(run)
             found = self.on.profile(run)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from eapcore import kernels, planner
 from eapcore.ablation import find_values
+from eapcore.batches import Feed, Replays, Tensors, pinned_copy, recorder
 from eapcore.circuit import EdgeScores
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.methods import METHODS, Options, Points, Recipe, recipe
+from eapcore.metrics import METRICS as OWN_METRICS
 from eapcore.metrics import Metric, find_metric
 from eapcore.model import Model, check_tokens, first_non_finite
 from eapcore.nodes import NodeScores
@@ -47,6 +49,7 @@ class _Others(TypedDict, total=False):
     storage: str
     batch_size: int | str
     impl: str
+    graphs: bool | str
     progress: Progress | None
 
 
@@ -82,6 +85,7 @@ def attribute(
     storage: str = "auto",
     batch_size: int | str = "auto",
     impl: str = "auto",
+    graphs: bool | str = "auto",
     progress: Progress | None = None,
 ) -> EdgeScores | NodeScores:
     """Score every edge, node or neuron of a model for one behaviour.
@@ -135,6 +139,10 @@ def attribute(
         batch_size: pairs at a time; "auto" from the planner's memory estimate. The scores do not depend on it. A batch
             for which the memory does not suffice is halved, and a warning is logged.
         impl: the kernels' implementation, see `kernels`.
+        graphs: on a GPU, whether batches of a shape that comes again are recorded as CUDA graphs and replayed, which
+            saves a small model's launches. "auto" where it suits: a metric by name, and not storage "factored" of
+            edges; where recording fails it goes on without, and a warning is logged. True also for a callable metric,
+            which must not look at values on the host, and raises where it fails. The scores do not depend on it.
         progress: called with (pairs done, pairs in all) after every batch.
 
     Returns:
@@ -179,40 +187,53 @@ def attribute(
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
     # Pairs that share a long prefix go together: what a batch shares is computed once.
     first = pairs.first_difference()
-    left = sorted(range(len(pairs)), key=lambda i: (int(first[i]), int(pairs.positions[i])))
+    order = sorted(range(len(pairs)), key=lambda i: (int(first[i]), int(pairs.positions[i])))
+    feed = Feed(pairs, order, model.device, shared=values is None, copy=pinned_copy(model.device))
+    replays = _replays(model, metric, graphs, recordable=storage == "dense" or level != "edge")
     memory = torch.empty(0, dtype=model.dtype, device=model.device)
-    while left:
-        index = torch.tensor(left[:size])
-        window = Window.of(pairs, index, model.device, shared=values is None)
+
+    def score(window: Window) -> Tensors:
+        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
+        sums = Sums(shapes, window, reduce, impl, absolute=how.absolute)
+        store: Store
+        if level != "edge":
+            store = NodeStore(model, window, units=level == "neuron")
+        else:
+            store = DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window)
+        step = score_window(model, window, metric, store, sums, how.passes, values=values, units=level == "neuron")
+        return [step.values, step.largest, *sums.result().values()]
+
+    while feed.left:
+        window = feed.window(size)
         try:
             if storage == "dense" and memory.numel() < DenseStore.size(model, window):
+                replays.clear()
                 memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
                 memory = torch.empty(DenseStore.size(model, window), dtype=model.dtype, device=model.device)
-            sums = Sums(shapes, window, reduce, impl, absolute=how.absolute)
-            store: Store
-            if level != "edge":
-                store = NodeStore(model, window, units=level == "neuron")
-            else:
-                store = DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window)
-            step = score_window(model, window, metric, store, sums, how.passes, values=values, units=level == "neuron")
+            measured_here, largest_here, *parts = replays.run(window, score)
         except RuntimeError as error:
-            if not _out_of_memory(error) or len(index) == 1:
+            if not _out_of_memory(error):
                 raise
-            size = len(index) // 2
-            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(index), size)
+            if replays.drop():
+                _log.warning("out of memory: going on without CUDA graphs")
+                continue
+            if len(window.pairs) == 1:
+                raise
+            size = len(window.pairs) // 2
+            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(window.pairs), size)
             continue
-        left = left[len(index) :]
-        measured[:, index] = step.values
-        largest = torch.maximum(largest, step.largest)
-        for name, part in sums.result().items():
+        feed.advance(window)
+        measured[:, window.index] = measured_here
+        largest = torch.maximum(largest, largest_here)
+        for total, part in zip(scores.values(), parts, strict=True):
             if reduce == "pair":
-                scores[name][index] = part
+                total[window.index] = part
             else:
-                (scores[name] if reduce == "all" else scores[name][: window.stop]).add_(part)
-        if model.device.type == "cpu" or not left:  # on a GPU every look would wait for it
+                (total if reduce == "all" else total[: window.stop]).add_(part)
+        if model.device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
             check_finite(model, pairs, measured)
         if progress is not None:
-            progress(len(pairs) - len(left), len(pairs))
+            progress(feed.done, len(pairs))
     if not bool(largest.isfinite()):
         raise ValueError(f"the gradient of the metric {metric_name} is NaN or infinite where its value is finite")
     if not all(bool(x.isfinite().all()) for x in scores.values()):
@@ -256,6 +277,19 @@ def _storage(model: Model, pairs: PromptPairs, how: Recipe, level: str, storage:
         return storage
     groups = len(model.weights.layers[0].w_qkv)
     return planner.storage(model.config, pairs, model.dtype, model.device, groups=groups)
+
+
+def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bool) -> Replays:
+    """What runs the batches, with a recorder where one is wanted; ValueError where it is and cannot be."""
+    if graphs != "auto" and not isinstance(graphs, bool):
+        raise ValueError(f"graphs must be True, False or 'auto', got {graphs!r}")
+    by = recorder(model.device) if graphs else None
+    if graphs is True and (by is None or not recordable):
+        why = f"the model is on {model.device}" if by is None else "the storage of these edges is 'factored'"
+        raise ValueError(f"graphs=True needs a GPU, and of edges storage='dense', but {why}: leave graphs at 'auto'")
+    if graphs == "auto" and not (recordable and metric in OWN_METRICS.values()):
+        by = None
+    return Replays(by, strict=graphs is True)
 
 
 def _shapes(model: Model, level: str) -> dict[str, tuple[int, ...]]:

@@ -50,6 +50,11 @@ class Model:
         return self.weights.w_e.device
 
     @cached_property
+    def edge_mask(self) -> Tensor:
+        """The graph's edges on the model's device, bool [S, R]: copied there once."""
+        return self.graph.edge_mask().to(self.device)
+
+    @cached_property
     def content_hash(self) -> str:
         return self.weights.content_hash()
 

@@ -92,8 +92,7 @@ def score_window(
 
     ends = {alpha: replace(run, unembedded=unembed(model, run.out[:, 0])) for alpha, run in ends.items()}
     logits = {alpha: run.unembedded[0].double() for alpha, run in ends.items() if run.unembedded is not None}
-    index_here = window.index.to(model.device)
-    reference = MetricBatch(pairs.answers, pairs.wrong, logits[1.0], logits[0.0], index_here)
+    reference = MetricBatch(pairs.answers, pairs.wrong, logits[1.0], logits[0.0], window.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
     for number, (step, origin) in enumerate(zip(passes, origins, strict=True)):

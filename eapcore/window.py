@@ -29,7 +29,7 @@ class Window:
 
     Clean and corrupt share the tokens before it: every Δ is zero there, and the two runs have one past (an ablation
     without prompts has a Δ everywhere: its windows start at 0). Behind the last position that the metric reads every
-    gradient is zero. index: int64 [B], which pairs of the task these are.
+    gradient is zero. pairs, index: on the model's device; index is int64 [B], which of the task's pairs these are.
     """
 
     pairs: PromptPairs
@@ -41,7 +41,7 @@ class Window:
     def of(pairs: PromptPairs, index: Tensor, device: torch.device, *, shared: bool = True) -> Window:
         batch = pairs.select(index)
         start, stop = int(batch.first_difference().min()) if shared else 0, int(batch.positions.max()) + 1
-        return Window(batch.to(device), index, start, stop)
+        return Window(batch.to(device), index.to(device), start, stop)
 
     @property
     def read(self) -> Tensor:
@@ -218,7 +218,7 @@ class FactoredStore:
         self.dz = like.new_zeros(config.n_layers, rows, tokens, config.n_heads, config.d_head)
         self.mlp = None if config.attn_only else like.new_zeros(config.n_layers, rows, tokens, config.d_model)
         self.embed = like.new_zeros(0)
-        self.mask = model.graph.edge_mask().to(model.device)
+        self.mask = model.edge_mask
 
     def set_embed(self, delta: Tensor) -> None:
         self.embed = delta

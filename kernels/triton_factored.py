@@ -69,7 +69,9 @@ def _alignment(columns: Sequence[int], element_size: int) -> int:
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(device)
+    table = torch.tensor(rows, dtype=torch.int64)
+    # From pinned memory the host does not wait for the device.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def _part(

@@ -29,6 +29,7 @@ FLOORS = [
         "eapcore.ablation",
         "eapcore.softmax",
         "eapcore.window",
+        "eapcore.batches",
         "eapcore.passes",
         "eapcore.attribution",
     ),

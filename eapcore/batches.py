@@ -1,0 +1,204 @@
+"""A task batch by batch, as a GPU wants it: prompts that are there before they are needed, and batches of one shape
+recorded as a CUDA graph and replayed, since a small model's kernels take less time than their launches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eapcore.tasks import PromptPairs
+from eapcore.window import Window
+
+_MOST = 16  # shapes that are recorded: each keeps its results, and what is more seldom would not gain
+_log = logging.getLogger("eapcore")
+
+Tensors = list[Tensor]
+Work = Callable[[Tensors], Tensors]
+
+
+def tensors(window: Window) -> Tensors:
+    """What is different in windows of one shape."""
+    pairs = window.pairs
+    prompts = [pairs.clean[:, : window.stop], pairs.corrupt[:, : window.stop]]
+    return [*prompts, pairs.lengths, pairs.positions, pairs.answers, pairs.wrong, window.index]
+
+
+def with_tensors(window: Window, given: Tensors) -> Window:
+    """A window of the same shape with other tensors."""
+    *parts, index = given
+    names = ("clean", "corrupt", "lengths", "positions", "answers", "wrong")
+    fields: dict[str, Any] = dict(zip(names, parts, strict=True))
+    return replace(window, pairs=replace(window.pairs, **fields), index=index)
+
+
+class Copy(Protocol):
+    """Copies to a device that go on while something else runs there."""
+
+    def start(self, given: Tensors) -> Tensors: ...
+
+    def finish(self, copied: Tensors) -> None:
+        """From here on what is launched finds the copies whole."""
+
+
+class PinnedCopy:
+    """From pinned memory, on a stream of its own: the host waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def start(self, given: Tensors) -> Tensors:
+        with torch.cuda.stream(self.stream):
+            return [x.pin_memory().to(self.device, non_blocking=True) for x in given]
+
+    def finish(self, copied: Tensors) -> None:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for x in copied:
+            x.record_stream(current)
+
+
+def pinned_copy(device: torch.device) -> Copy | None:
+    """What copies to a device while something else runs there; None where there is nothing to gain."""
+    return PinnedCopy(device) if device.type == "cuda" else None
+
+
+class Feed:
+    """A task's windows in a given order; with a copy, each is on its way while the one before it is scored.
+
+    Args:
+        pairs: the task, on the CPU.
+        order: which pairs, in the order of their windows.
+        device: where the windows are wanted.
+        shared: as `Window.of`.
+        copy: None to have each window copied as it is asked for.
+    """
+
+    def __init__(
+        self, pairs: PromptPairs, order: Sequence[int], device: torch.device, *, shared: bool, copy: Copy | None
+    ) -> None:
+        self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
+        self.done = 0
+        self.ahead: tuple[list[int], Window] | None = None
+
+    @property
+    def left(self) -> int:
+        """How many pairs are still to be scored."""
+        return len(self.order) - self.done
+
+    def window(self, size: int) -> Window:
+        """The window of the next pairs, at most `size` of them; asked again before `advance`, it is of the same."""
+        chosen = self.order[self.done : self.done + size]
+        if self.copy is None:
+            return Window.of(self.pairs, torch.tensor(chosen), self.device, shared=self.shared)
+        here = self.ahead[1] if self.ahead is not None and self.ahead[0] == chosen else self._start(chosen)
+        self.copy.finish(tensors(here))
+        following = self.order[self.done + size : self.done + 2 * size]
+        self.ahead = (following, self._start(following)) if following else None
+        return here
+
+    def advance(self, window: Window) -> None:
+        """A window is scored."""
+        self.done += len(window.pairs)
+
+    def _start(self, chosen: list[int]) -> Window:
+        assert self.copy is not None
+        window = Window.of(self.pairs, torch.tensor(chosen), torch.device("cpu"), shared=self.shared)
+        return with_tensors(window, self.copy.start(tensors(window)))
+
+
+class Recorder(Protocol):
+    """Records work on tensors of one shape: the result does it again on others, and returns the same results anew.
+
+    What it returns is overwritten by the next replay of any recording.
+    """
+
+    def capture(self, work: Work, given: Tensors) -> Work: ...
+
+
+class CudaRecorder:
+    """CUDA graphs whose memory is one pool: they run one after the other, and what they keep is read in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Work, given: Tensors) -> Work:
+        held = [x.clone() for x in given]
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries make their workspaces for a stream at its first use
+                work(held)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=side):
+                results = work(held)
+
+        def replay(given: Tensors) -> Tensors:
+            for to, x in zip(held, given, strict=True):
+                to.copy_(x, non_blocking=True)
+            graph.replay()
+            return results
+
+        return replay
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """What records on a device; None where there is nothing to gain."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Replays:
+    """Runs work on windows: as it is the first time that a shape comes, recorded and replayed from the second on.
+
+    Args:
+        by: None to run everything as it is.
+        strict: raise what goes wrong while recording. Else, and where the memory does not suffice for it, work goes on
+            without, and a warning is logged.
+    """
+
+    def __init__(self, by: Recorder | None, *, strict: bool) -> None:
+        self.by, self.strict = by, strict
+        self.seen: set[object] = set()
+        self.recorded: dict[object, Work] = {}
+
+    def run(self, window: Window, work: Callable[[Window], Tensors]) -> Tensors:
+        """What `work` returns for a window; it may be overwritten by the next call.
+
+        work: depends on the window's shape and tensors alone, and never looks at a tensor's values on the host.
+        """
+        if self.by is None:
+            return work(window)
+        given = tensors(window)
+        key = (window.start, window.stop, *(x.shape for x in given))
+        if key in self.recorded:
+            return self.recorded[key](given)
+        if key not in self.seen or len(self.recorded) == _MOST:
+            self.seen.add(key)
+            return work(window)
+        try:
+            replay = self.by.capture(lambda held: work(with_tensors(window, held)), given)
+        except RuntimeError as error:
+            if self.strict and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.drop()
+            _log.warning("batches cannot be recorded as CUDA graphs, going on without: %s", error)
+            return work(window)
+        self.recorded[key] = replay
+        return replay(given)
+
+    def clear(self) -> None:
+        """Forget what is recorded, as the memory that it works in goes."""
+        self.recorded.clear()
+
+    def drop(self) -> bool:
+        """Record nothing more and free what is recorded; whether that was anything."""
+        held = bool(self.recorded)
+        self.by = None
+        self.clear()
+        return held

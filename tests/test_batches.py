@@ -1,0 +1,300 @@
+"""What a GPU is given ahead of time, and what it repeats: the wiring, with a copy and a recorder for the CPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from models import random_model, random_pairs
+
+from eapcore import attribute, attribution, batches
+from eapcore.batches import Feed, tensors, with_tensors
+from eapcore.tasks import PromptPairs
+from eapcore.window import Window
+
+CPU = torch.device("cpu")
+LENGTHS = [9] * 7 + [12] * 5 + [9] * 4
+
+
+class Recorder:
+    """Does on the CPU what a CUDA graph does: works on tensors that it holds, and overwrites its results."""
+
+    def __init__(self):
+        self.captured, self.replayed = 0, 0
+        self.recorded = self.inside = False
+
+    def capture(self, work, given):
+        self.captured += 1
+        self.recorded = True
+        held = [x.clone() for x in given]
+        results = [torch.full_like(x, torch.nan) for x in self.again(work, held)]
+
+        def replay(given):
+            self.replayed += 1
+            for to, x in zip(held, given, strict=True):
+                to.copy_(x)
+            for to, x in zip(results, self.again(work, held), strict=True):
+                to.copy_(x)
+            return results
+
+        return replay
+
+    def again(self, work, held):
+        self.inside = True
+        try:
+            return work(held)
+        finally:
+            self.inside = False
+
+
+class Late:
+    """A copy that is not there before it is finished."""
+
+    def __init__(self):
+        self.started, self.finished = 0, 0
+        self.under_way: list[tuple[list, list]] = []
+
+    def start(self, given):
+        self.started += 1
+        self.under_way.append(([torch.full_like(x, -(10**6)) for x in given], [x.clone() for x in given]))
+        return self.under_way[-1][0]
+
+    def finish(self, copied):
+        self.finished += 1
+        for held, source in self.under_way:
+            if held[0].data_ptr() == copied[0].data_ptr():
+                for to, x in zip(held, source, strict=True):
+                    to.copy_(x)
+
+
+def mixed_pairs(model, lengths=LENGTHS):
+    """Pairs of two lengths and two prefixes, so that windows of several shapes come several times."""
+    parts = [random_pairs(model, lengths, seed=3), random_pairs(model, lengths, seed=4, first_difference=4)]
+    columns = {
+        name: [ids[:n].tolist() for part in parts for ids, n in zip(getattr(part, name), part.lengths, strict=True)]
+        for name in ("clean", "corrupt")
+    }
+    answers = {name: [ids.tolist() for part in parts for ids in getattr(part, name)] for name in ("answers", "wrong")}
+    return PromptPairs.from_lists(**columns, **answers)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = Recorder()
+    monkeypatch.setattr(attribution, "recorder", lambda device: found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduce": "pair"},
+        {"reduce": "position"},
+        {"method": "eap-ig", "steps": 3},
+        {"method": "eap-ig-activations", "steps": 2, "metric": "kl"},
+        {"method": "clean-corrupt", "metric": "nll"},
+        {"method": "relp"},
+        {"method": "qk-fix"},
+        {"method": "grad-drop"},
+        {"method": "atp-star", "reduce": "pair"},
+        {"ablation": "mean"},
+        {"level": "node"},
+        {"level": "neuron", "reduce": "pair"},
+        {"level": "neuron", "method": "eap-ig"},
+    ],
+    ids=str,
+)
+def test_replayed_batches_give_the_scores_of_plain_ones(recorder, options):
+    model = random_model(n_layers=3)
+    pairs = mixed_pairs(model)
+    options = {"batch_size": 3, "storage": "auto" if "level" in options else "dense", **options}
+    plain = attribute(model, pairs, graphs=False, **options)
+    assert recorder.captured == 0
+    replayed = attribute(model, pairs, graphs=True, **options)
+    assert recorder.captured >= 2 and recorder.replayed > recorder.captured
+    for name in ("scores", "per_position", "per_pair", "units", "dimensions"):
+        expected, found = getattr(plain, name, None), getattr(replayed, name, None)
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        elif expected:
+            assert all(torch.allclose(found[k], expected[k], rtol=1e-12, atol=1e-12) for k in expected)
+    clean, corrupt = plain.meta["metric"]["clean"], plain.meta["metric"]["corrupt"]
+    assert replayed.meta["metric"]["clean"] == pytest.approx(clean, rel=1e-12, abs=1e-12)
+    assert replayed.meta["metric"]["corrupt"] == pytest.approx(corrupt, rel=1e-12, abs=1e-12)
+
+
+def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(recorder, monkeypatch):
+    model = random_model()
+    pairs = random_pairs(model, [8] * 14)
+    attribute(model, pairs, batch_size=4, graphs=True, storage="dense")  # 4, 4, 4 and the last 2
+    assert (recorder.captured, recorder.replayed) == (1, 2)
+    attribute(model, pairs, batch_size=14, graphs=True, storage="dense")
+    assert (recorder.captured, recorder.replayed) == (1, 2)
+    monkeypatch.setattr(batches, "_MOST", 1)
+    recorder.captured = 0
+    attribute(model, mixed_pairs(model), batch_size=2, graphs=True, storage="dense")
+    # The dense buffer grew once on the way, and took what was recorded in the smaller one with it.
+    assert recorder.captured == 2
+
+
+def test_auto_records_metrics_by_name_alone(recorder):
+    model = random_model()
+    pairs = random_pairs(model, [8] * 12)
+
+    def callable_metric(logits):
+        return logits[:, 1] - logits[:, 2]
+
+    options = {"batch_size": 3, "storage": "dense"}
+    expected = attribute(model, pairs, callable_metric, **options)
+    assert recorder.captured == 0
+    found = attribute(model, pairs, callable_metric, graphs=True, **options)
+    assert recorder.captured == 1 and torch.equal(found.scores, expected.scores)
+    attribute(model, pairs, **options)
+    assert recorder.captured == 2
+    attribute(model, pairs, batch_size=3, storage="factored")
+    attribute(model, pairs, graphs=False, **options)
+    assert recorder.captured == 2
+    attribute(model, pairs, batch_size=3, level="node")
+    assert recorder.captured == 3
+
+
+def test_a_recorded_metric_knows_which_pairs_it_is_of(recorder):
+    model = random_model()
+    pairs = random_pairs(model, [8] * 12)
+
+    def weighted(logits, batch):
+        return (logits[:, 1] - logits[:, 2]) * (1 + batch.index)
+
+    options = {"batch_size": 3, "storage": "dense", "reduce": "pair"}
+    plain, replayed = (attribute(model, pairs, weighted, graphs=graphs, **options) for graphs in (False, True))
+    assert recorder.replayed == 3 and torch.equal(replayed.per_pair, plain.per_pair)
+
+
+def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, caplog):
+    class Broken(Recorder):
+        def capture(self, work, given):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(attribution, "recorder", lambda device: Broken())
+    model = random_model()
+    pairs = random_pairs(model, [8] * 12)
+    options = {"batch_size": 3, "storage": "dense"}
+    with caplog.at_level(logging.WARNING, "eapcore"):
+        found = attribute(model, pairs, **options)
+    assert [r.message for r in caplog.records] == [
+        "batches cannot be recorded as CUDA graphs, going on without: operation not permitted when stream is capturing"
+    ]
+    assert torch.equal(found.scores, attribute(model, pairs, graphs=False, **options).scores)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        attribute(model, pairs, graphs=True, **options)
+
+
+def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(recorder, monkeypatch, caplog):
+    model = random_model()
+    pairs = mixed_pairs(model, [12] * 9)  # the longer windows come first: no larger buffer is needed on the way
+    options = {"batch_size": 3, "storage": "dense"}
+    expected = attribute(model, pairs, graphs=False, **options)
+    real, calls = attribution.score_window, []
+
+    def full(model, window, *args, **named):
+        calls.append(len(window.pairs))
+        if recorder.recorded and not recorder.inside:
+            recorder.recorded = False
+            raise torch.OutOfMemoryError("no more")
+        return real(model, window, *args, **named)
+
+    monkeypatch.setattr(attribution, "score_window", full)
+    with caplog.at_level(logging.WARNING, "eapcore"):
+        found = attribute(model, pairs, graphs=True, **options)
+    assert [r.message for r in caplog.records] == ["out of memory: going on without CUDA graphs"]
+    assert recorder.captured == 1 and min(calls[:-1]) == 3
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-12, atol=1e-12)
+
+
+def test_a_recording_for_which_memory_does_not_suffice_is_left_out(monkeypatch, caplog):
+    class Full(Recorder):
+        def capture(self, work, given):
+            raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(attribution, "recorder", lambda device: Full())
+    model = random_model()
+    pairs = random_pairs(model, [8] * 12)
+    expected = attribute(model, pairs, graphs=False, batch_size=3, storage="dense")
+    with caplog.at_level(logging.WARNING, "eapcore"):
+        found = attribute(model, pairs, graphs=True, batch_size=3, storage="dense")
+    assert [r.message for r in caplog.records] == [
+        "batches cannot be recorded as CUDA graphs, going on without: no more"
+    ]
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"graphs": "yes"}, "graphs must be True, False or 'auto', got 'yes'"),
+        ({"graphs": 1}, "graphs must be True, False or 'auto', got 1"),
+        ({"graphs": True}, "graphs=True needs a GPU, and of edges storage='dense', but the model is on cpu"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(options, message):
+    model = random_model()
+    with pytest.raises(ValueError, match=message):
+        attribute(model, random_pairs(model, [6, 6]), **options)
+
+
+def test_factored_edges_are_not_recorded(recorder):
+    model = random_model()
+    with pytest.raises(ValueError, match="the storage of these edges is 'factored'"):
+        attribute(model, random_pairs(model, [6, 6]), storage="factored", graphs=True)
+
+
+def test_windows_arrive_in_order_whole_and_one_ahead():
+    model = random_model()
+    pairs, copy = mixed_pairs(model), Late()
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    feed = Feed(pairs, order, CPU, shared=True, copy=copy)
+    sizes = [5, 5, 2, 2, 7]  # a size that changes on the way throws away what was ahead
+    taken = []
+    while feed.left:
+        size = sizes[min(len(taken), 4)]
+        window = feed.window(size)
+        again = feed.window(size)  # as after a batch that did not fit
+        expected = Window.of(pairs, torch.tensor(order[feed.done : feed.done + size]), CPU)
+        for found in (window, again):
+            assert (found.start, found.stop) == (expected.start, expected.stop)
+            assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
+        taken.append(len(window.pairs))
+        feed.advance(window)
+        assert copy.started > copy.finished or not feed.left
+    assert taken[:4] == [5, 5, 2, 2] and sum(taken) == len(pairs)
+
+
+def test_scores_do_not_depend_on_copies_ahead(monkeypatch):
+    model, copy = random_model(), Late()
+    pairs = mixed_pairs(model)
+    expected = attribute(model, pairs, batch_size=3, reduce="pair")
+    monkeypatch.setattr(attribution, "pinned_copy", lambda device: copy)
+    found = attribute(model, pairs, batch_size=3, reduce="pair")
+    assert copy.started == copy.finished == -(-len(pairs) // 3)
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.per_pair, expected.per_pair)
+
+
+def test_a_window_s_tensors_make_it_again():
+    pairs = mixed_pairs(random_model())
+    window = Window.of(pairs, torch.tensor([1, 9, 4]), CPU)
+    again = with_tensors(window, [x.clone() for x in tensors(window)])
+    assert again.shape == window.shape and torch.equal(again.read, window.read)
+    assert torch.equal(again.index, torch.tensor([1, 9, 4]))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(window), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"method": "eap-ig"}, {"level": "node"}, {"reduce": "pair"}], ids=str)
+def test_cuda_graphs_give_the_scores_of_plain_batches(options):
+    model = random_model(n_layers=3, dtype=torch.float32, device="cuda")
+    pairs = mixed_pairs(model)
+    options = {"batch_size": 3, "storage": "auto" if "level" in options else "dense", **options}
+    plain, replayed = (attribute(model, pairs, graphs=graphs, **options) for graphs in (False, True))
+    torch.testing.assert_close(replayed.scores, plain.scores, rtol=1e-6, atol=1e-6)
