@@ -140,9 +140,10 @@ def attribute(
             for which the memory does not suffice is halved, and a warning is logged.
         impl: the kernels' implementation, see `kernels`.
         graphs: on a GPU, whether batches of a shape that comes again are recorded as CUDA graphs and replayed, which
-            saves a small model's launches. "auto" where it suits: a metric by name, and not storage "factored" of
-            edges; where recording fails it goes on without, and a warning is logged. True also for a callable metric,
-            which must not look at values on the host, and raises where it fails. The scores do not depend on it.
+            saves a small model's launches. "auto" where it suits: shapes that come often, a metric by name, and not
+            storage "factored" of edges; where recording fails it goes on without, and a warning is logged. True also
+            for a callable metric, which must not look at values on the host, and raises where it fails. The scores do
+            not depend on it.
         progress: called with (pairs done, pairs in all) after every batch.
 
     Returns:
@@ -210,7 +211,7 @@ def attribute(
                 replays.clear()
                 memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
                 memory = torch.empty(DenseStore.size(model, window), dtype=model.dtype, device=model.device)
-            measured_here, largest_here, *parts = replays.run(window, score)
+            measured_here, largest_here, *parts = replays.run(window, score, feed.alike)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise

@@ -15,7 +15,11 @@ from torch import Tensor
 from eapcore.tasks import PromptPairs
 from eapcore.window import Window
 
-_MOST = 16  # shapes that are recorded: each keeps its results, and what is more seldom would not gain
+_MOST = 16  # shapes that are recorded: each keeps its results
+# Windows of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model;
+# to record it twice that, and 80 ms for the garbage collection of `torch.cuda.graph`. So 9 replays pay for it where the
+# device needs no time at all, and twice as many where it needs half of the host's.
+_WORTH = 16
 _log = logging.getLogger("eapcore")
 
 Tensors = list[Tensor]
@@ -83,6 +87,7 @@ class Feed:
         self, pairs: PromptPairs, order: Sequence[int], device: torch.device, *, shared: bool, copy: Copy | None
     ) -> None:
         self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
+        self.first, self.stop = pairs.first_difference()[self.order], pairs.positions[self.order] + 1
         self.done = 0
         self.ahead: tuple[list[int], Window] | None = None
 
@@ -101,6 +106,13 @@ class Feed:
         following = self.order[self.done + size : self.done + 2 * size]
         self.ahead = (following, self._start(following)) if following else None
         return here
+
+    def alike(self, window: Window) -> int:
+        """How many windows of this one's shape are to come, itself included."""
+        size = len(window.pairs)
+        first, stop = (x[self.done :][: self.left // size * size].view(-1, size) for x in (self.first, self.stop))
+        same = stop.amax(1) == window.stop
+        return int((same & (first.amin(1) == window.start) if self.shared else same).sum())
 
     def advance(self, window: Window) -> None:
         """A window is scored."""
@@ -158,8 +170,8 @@ class Replays:
 
     Args:
         by: None to run everything as it is.
-        strict: raise what goes wrong while recording. Else, and where the memory does not suffice for it, work goes on
-            without, and a warning is logged.
+        strict: record every shape that comes again, and raise what goes wrong. Else only shapes that come often enough
+            to gain. There, and where the memory does not suffice, work goes on without, and a warning is logged.
     """
 
     def __init__(self, by: Recorder | None, *, strict: bool) -> None:
@@ -167,10 +179,11 @@ class Replays:
         self.seen: set[object] = set()
         self.recorded: dict[object, Work] = {}
 
-    def run(self, window: Window, work: Callable[[Window], Tensors]) -> Tensors:
+    def run(self, window: Window, work: Callable[[Window], Tensors], alike: Callable[[Window], int]) -> Tensors:
         """What `work` returns for a window; it may be overwritten by the next call.
 
         work: depends on the window's shape and tensors alone, and never looks at a tensor's values on the host.
+        alike: how many windows of this one's shape are to come, itself included.
         """
         if self.by is None:
             return work(window)
@@ -178,7 +191,7 @@ class Replays:
         key = (window.start, window.stop, *(x.shape for x in given))
         if key in self.recorded:
             return self.recorded[key](given)
-        if key not in self.seen or len(self.recorded) == _MOST:
+        if key not in self.seen or len(self.recorded) == _MOST or not (self.strict or alike(window) >= _WORTH):
             self.seen.add(key)
             return work(window)
         try:

@@ -82,6 +82,7 @@ def mixed_pairs(model, lengths=LENGTHS):
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
+    monkeypatch.setattr(batches, "_WORTH", 1)
     monkeypatch.setattr(attribution, "recorder", lambda device: found)
     return found
 
@@ -139,6 +140,34 @@ def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(re
     assert recorder.captured == 2
 
 
+def test_auto_records_shapes_that_come_often_alone(recorder, monkeypatch):
+    model = random_model()
+    pairs = mixed_pairs(model, [12] * 9)
+    monkeypatch.setattr(batches, "_WORTH", 3)
+    attribute(model, pairs, batch_size=2, storage="dense")
+    # From 0 on: 5 windows, the last with a pair of the other prefix; the second is recorded with 4 to come, itself too.
+    # From 4 on: 4 windows, the second with 3 to come.
+    assert (recorder.captured, recorder.replayed) == (2, 7)
+    monkeypatch.setattr(batches, "_WORTH", 4)
+    attribute(model, pairs, batch_size=2, storage="dense")
+    assert (recorder.captured, recorder.replayed) == (3, 11)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_windows_alike_are_counted(shared):
+    pairs = mixed_pairs(random_model())
+    order = sorted(range(len(pairs)), key=lambda i: (int(pairs.first_difference()[i]), int(pairs.positions[i])))
+    feed = Feed(pairs, order, CPU, shared=shared, copy=None)
+    while feed.left:
+        window, behind = feed.window(3), 0
+        for at in range(feed.done, len(order), 3):
+            other = Window.of(pairs, torch.tensor(order[at : at + 3]), CPU, shared=shared)
+            same = (other.start, other.stop, len(other.pairs)) == (window.start, window.stop, len(window.pairs))
+            behind += same
+        assert feed.alike(window) == behind >= 1
+        feed.advance(window)
+
+
 def test_auto_records_metrics_by_name_alone(recorder):
     model = random_model()
     pairs = random_pairs(model, [8] * 12)
@@ -177,6 +206,7 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
         def capture(self, work, given):
             raise RuntimeError("operation not permitted when stream is capturing")
 
+    monkeypatch.setattr(batches, "_WORTH", 1)
     monkeypatch.setattr(attribution, "recorder", lambda device: Broken())
     model = random_model()
     pairs = random_pairs(model, [8] * 12)
