@@ -100,7 +100,7 @@ def draw(rows: list[dict], base: Work, file: Path) -> None:
     figure.suptitle(
         f"one batch, L={base.L}, H={base.H}, D={base.D}, B={base.B}, T={base.T} but for the axis", fontsize=9
     )
-    figure.savefig(file, format="png", dpi=80)
+    figure.savefig(file, format="png", dpi=80, pil_kwargs={"optimize": True})
 
 
 def main(*, quick: bool, repeats: int, json_file: Path | None, plot: Path | None) -> list[dict]:
