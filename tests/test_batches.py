@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from models import random_model, random_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore import attribute, attribution, batches
 from eapcore.batches import Feed, tensors, with_tensors
@@ -15,6 +16,24 @@ from eapcore.window import Window
 
 CPU = torch.device("cpu")
 LENGTHS = [9] * 7 + [12] * 5 + [9] * 4
+
+
+OPTIONS = [
+    {},
+    {"reduce": "pair"},
+    {"reduce": "position"},
+    {"method": "eap-ig", "steps": 3},
+    {"method": "eap-ig-activations", "steps": 2, "metric": "kl"},
+    {"method": "clean-corrupt", "metric": "nll"},
+    {"method": "relp"},
+    {"method": "qk-fix"},
+    {"method": "grad-drop"},
+    {"method": "atp-star", "reduce": "pair"},
+    {"ablation": "mean"},
+    {"level": "node"},
+    {"level": "neuron", "reduce": "pair"},
+    {"level": "neuron", "method": "eap-ig"},
+]
 
 
 class Recorder:
@@ -87,26 +106,7 @@ def recorder(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"reduce": "pair"},
-        {"reduce": "position"},
-        {"method": "eap-ig", "steps": 3},
-        {"method": "eap-ig-activations", "steps": 2, "metric": "kl"},
-        {"method": "clean-corrupt", "metric": "nll"},
-        {"method": "relp"},
-        {"method": "qk-fix"},
-        {"method": "grad-drop"},
-        {"method": "atp-star", "reduce": "pair"},
-        {"ablation": "mean"},
-        {"level": "node"},
-        {"level": "neuron", "reduce": "pair"},
-        {"level": "neuron", "method": "eap-ig"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_replayed_batches_give_the_scores_of_plain_ones(recorder, options):
     model = random_model(n_layers=3)
     pairs = mixed_pairs(model)
@@ -124,6 +124,54 @@ def test_replayed_batches_give_the_scores_of_plain_ones(recorder, options):
     clean, corrupt = plain.meta["metric"]["clean"], plain.meta["metric"]["corrupt"]
     assert replayed.meta["metric"]["clean"] == pytest.approx(clean, rel=1e-12, abs=1e-12)
     assert replayed.meta["metric"]["corrupt"] == pytest.approx(corrupt, rel=1e-12, abs=1e-12)
+
+
+class NoLook(TorchDispatchMode):
+    """Refuses what would wait for a GPU, or what a recording could not repeat: values of tensors that the host looks
+    at, shapes that depend on them, and tensors made of the host's values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = "index" in name and any(x is not None and x.dtype == torch.bool for x in flat_tensors(args[1:]))
+        if by_mask or any(name.startswith(refused) for refused in self.REFUSED):
+            raise AssertionError(f"{name} waits for a GPU")
+        return func(*args, **(kwargs or {}))
+
+
+def flat_tensors(args):
+    found = []
+    for x in args:
+        found += flat_tensors(x) if isinstance(x, list | tuple) else [x] if isinstance(x, torch.Tensor) else []
+    return found
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"storage": "factored"}], ids=str)
+def test_nothing_in_a_batch_waits_for_the_device(monkeypatch, options):
+    model = random_model(n_layers=3)
+    pairs = mixed_pairs(model)
+    options = {"batch_size": 3, "storage": "auto" if "level" in options else "dense", **options}
+    attribute(model, pairs, **options)  # what is made once, for a model, is there
+    watched = []
+
+    def run(self, window, work, alike):
+        with NoLook():
+            watched.append(work(window))
+        return watched[-1]
+
+    monkeypatch.setattr(batches.Replays, "run", run)
+    attribute(model, pairs, **options)
+    assert len(watched) > 5
+
+
+def test_a_look_at_a_value_is_seen():
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits"), NoLook():
+        float(torch.ones(()))
+    with pytest.raises(AssertionError, match="index waits"), NoLook():
+        torch.ones(2)[torch.ones(2) > 0]
+    with pytest.raises(AssertionError, match="lift_fresh waits"), NoLook():
+        torch.tensor([1, 2])
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(recorder, monkeypatch):

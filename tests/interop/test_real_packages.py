@@ -229,6 +229,18 @@ def test_auto_circuit_s_prune_scores_are_the_same(attn_only, by_position):
     assert float((again.scores - scores.scores).abs().max()) <= 1e-10
 
 
+@pytest.mark.parametrize("name", ["transformer-lens", "transformer-lens, frozen", "auto-circuit"])
+def test_what_the_benchmark_times_as_published_gives_the_same_scores(name, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import pipeline_work
+    import published
+
+    if published.why_not(name):
+        pytest.skip(published.why_not(name))
+    work = pipeline_work.Work(3, 4, 64, 211, B=2, T=9)
+    assert pipeline_work.disagreement(work, ["dense", name], torch.float64) <= 1e-10
+
+
 def test_auto_circuit_s_edges_have_the_names_that_we_give_them():
     if importlib.util.find_spec("auto_circuit") is None:
         pytest.skip("auto-circuit is not in this environment")
