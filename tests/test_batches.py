@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -366,6 +367,80 @@ def test_a_window_s_tensors_make_it_again():
     assert again.shape == window.shape and torch.equal(again.read, window.read)
     assert torch.equal(again.index, torch.tensor([1, 9, 4]))
     assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(window), strict=True))
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is asked of torch.cuda, in order, where there is none: streams and graphs that say what they are for."""
+    found, streams = [], ["main"]
+
+    class Stream:
+        def __init__(self, device=None):
+            self.name = "side"
+
+        def wait_stream(self, other):
+            found.append(f"{self.name} waits for {other.name}")
+
+    main = Stream()
+    main.name = "main"
+
+    @contextlib.contextmanager
+    def on(name):
+        streams.append(name)
+        yield
+        streams.pop()
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        found.append(f"capture into {pool}")
+        with on("captured"):
+            yield
+
+    class CUDAGraph:
+        def replay(self):
+            found.append("replay")
+
+    for name, fake in {
+        "Stream": Stream, "stream": lambda stream: on(stream.name), "current_stream": lambda device=None: main,
+        "graph": graph, "CUDAGraph": CUDAGraph, "graph_pool_handle": lambda: "pool",
+        "device": lambda device: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: found.append(f"pin on {streams[-1]}") or self.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: found.append(f"kept for {stream.name}"))
+    return {"streams": streams, "events": found}
+
+
+def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
+    used = []
+
+    def work(held):
+        events["events"].append(f"work on {events['streams'][-1]}")
+        used.append(held[0])
+        return [held[0] * 2]
+
+    replay = batches.CudaRecorder(CPU).capture(work, [torch.tensor([1.0, 2.0])])
+    expected = ["side waits for main", "work on side", "main waits for side", "capture into pool", "work on captured"]
+    assert events["events"] == expected and used[0] is used[1]
+    (results,) = replay([torch.tensor([5.0, 6.0])])
+    assert events["events"][len(expected) :] == ["replay"]
+    assert used[1].tolist() == [5.0, 6.0] and results.tolist() == [2.0, 4.0]  # what the graph would overwrite
+
+
+def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
+    copy = batches.PinnedCopy(CPU)
+    copied = copy.start([torch.tensor([1, 2]), torch.tensor([3])])
+    assert events["events"] == ["pin on side", "pin on side"]
+    copy.finish(copied)
+    assert events["events"][2:] == ["main waits for side", "kept for main", "kept for main"]
+    assert [x.tolist() for x in copied] == [[1, 2], [3]]
+
+
+def test_only_a_gpu_gets_either(events):
+    assert batches.recorder(CPU) is None and batches.pinned_copy(CPU) is None
+    cuda = torch.device("cuda")
+    assert isinstance(batches.recorder(cuda), batches.CudaRecorder)
+    assert isinstance(batches.pinned_copy(cuda), batches.PinnedCopy)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -19,6 +19,9 @@ import pipeline_gpu
 import pipeline_work
 import published
 
+needs_peaks = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="this system keeps no high-water mark that can be set back"
+)
 needs_cpp = pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
 
 
@@ -54,6 +57,7 @@ def case(**changes):
     return replace(bench_pipeline.CASES[0], work=replace(bench_pipeline.SMALL, **bench_pipeline.TINY), **changes)
 
 
+@needs_peaks
 def test_the_pipeline_s_table_checks_times_and_measures_its_cases(capsys):
     for chosen in ("first", "against"):
         assert bench_pipeline.main(["--quick", "--repeats", "1", "--case", chosen]) == 0
@@ -99,6 +103,7 @@ def test_implementations_that_disagree_are_never_timed(monkeypatch):
         pipeline_work.disagreement(case().work, ["dense", "hooked"])
 
 
+@needs_peaks
 def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
     small = pipeline_work.Work(2, 2, 64, 50, B=2, T=8)
     large = replace(small, B=200)
@@ -116,6 +121,7 @@ def test_published_tools_agree_or_are_said_to_be_absent(name):
     assert pipeline_work.disagreement(case().work, ["dense", name]) < 1e-4
 
 
+@needs_peaks
 def test_scaling_tables_and_their_plot(tmp_path, capsys):
     import pipeline_scaling
 
