@@ -17,6 +17,9 @@ from eapcore.tasks import PromptPairs
 # Pairs are batched up to this many tokens: on a CPU larger batches leave the cache and gain nothing, a GPU wants more.
 _TOKENS = {"cpu": 512, "cuda": 8192}
 _SHARE = 0.5  # of the free memory that a batch may take
+# Steps of an integral go through the model together up to this many tokens: by then products have enough rows to be
+# fast and launches cost little (bench/bench_ig.py --together).
+_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def dense_bytes(
@@ -145,6 +148,11 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30  # where the system does not say: what a small laptop has left
 
 
+def budget(device: torch.device) -> int:
+    """Bytes that a batch may take: half of those that are free."""
+    return int(_SHARE * free_bytes(device))
+
+
 def factored_bytes(
     config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, *, device: torch.device | str = "cpu"
 ) -> int:
@@ -177,7 +185,7 @@ def storage(
     tokens = int(pairs.lengths.max())
     wanted = max(1, min(_useful(tokens, device), len(pairs)) // 4)
     needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups)
-    return "dense" if needed <= _SHARE * free_bytes(device) else "factored"
+    return "dense" if needed <= budget(device) else "factored"
 
 
 def batch_size(
@@ -193,9 +201,23 @@ def batch_size(
     tokens = int(pairs.lengths.max())
     needed = partial(dense_bytes, groups=groups) if storage == "dense" else factored_bytes
     sizes = range(1, min(_useful(tokens, device), len(pairs)) + 1)
-    budget = _SHARE * free_bytes(device)
-    return max(1, bisect_right(sizes, budget, key=lambda n: needed(config, n, tokens, dtype, device=device)))
+    return max(1, bisect_right(sizes, budget(device), key=lambda n: needed(config, n, tokens, dtype, device=device)))
 
 
 def _useful(tokens: int, device: torch.device) -> int:
     return max(1, _TOKENS.get(device.type, 512) // tokens)
+
+
+def steps_together(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int,
+) -> int:
+    """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
+    useful = _STEP_TOKENS.get(device.type, 1024) // (batch * tokens)
+    needed = partial(dense_bytes, config, tokens=tokens, dtype=dtype, device=device)
+    return 1 + bisect_right(range(2, min(useful, steps) + 1), budget, key=lambda n: needed(n * batch))

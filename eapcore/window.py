@@ -101,7 +101,12 @@ class Sums:
 
 
 class Store(Protocol):
-    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them."""
+    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them.
+
+    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
+    """
+
+    steps: bool
 
     def set_embed(self, delta: Tensor) -> None:
         """Δ of the embedding, [B, T, D]."""
@@ -116,7 +121,7 @@ class Store(Protocol):
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        """Go back from grad [B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
+        """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
 
 
 class DenseStore:
@@ -126,6 +131,8 @@ class DenseStore:
     positions that are read: all that the last layer's heads and MLP need, since what reads them has a gradient there
     alone.
     """
+
+    steps = True
 
     def __init__(self, model: Model, window: Window, memory: Tensor) -> None:
         self.model, self.read = model, window.read
@@ -166,16 +173,18 @@ class DenseStore:
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        backward(self.model, saved, grad, _Edges(self, sums, step), rules=step.rules, past=past, read=self.read)
+        read = self.read.repeat(len(grad) // len(self.read), 1)
+        edges = _Edges(self, sums, step, len(grad))
+        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=read)
 
 
 class _Edges(Sink):
     """Contracts the dense buffer with the receivers' gradients as they come."""
 
-    def __init__(self, store: DenseStore, sums: Sums, step: Pass) -> None:
+    def __init__(self, store: DenseStore, sums: Sums, step: Pass, rows: int) -> None:
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
         # One layer's receivers at a time, in the same memory: fresh pages would cost as much time as the arithmetic.
-        layer = store.everywhere.shape[1:].numel() * 3 * store.model.config.n_heads
+        layer = rows * store.everywhere.shape[2:].numel() * 3 * store.model.config.n_heads
         self.workspace = store.everywhere.new_empty(layer)
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
@@ -203,12 +212,15 @@ class _Edges(Sink):
 
     def add(self, grads: Tensor, receivers: slice, at_read: bool) -> None:
         delta, sums = self.senders(receivers.start, at_read), self.sums
+        grads = over_steps(grads, 1, delta.shape[1])
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
         sums.add("scores", block, (slice(0, len(delta)), receivers), self.step.weight, at_read)
 
 
 class FactoredStore:
     """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly."""
+
+    steps = False
 
     def __init__(self, model: Model, window: Window) -> None:
         self.model, self.read = model, window.read
@@ -306,6 +318,8 @@ class _Factors(Sink):
 class NodeStore(FactoredStore):
     """The same differences, and with `units` those of the MLPs' hidden units, for scores of what senders send."""
 
+    steps = True
+
     def __init__(self, model: Model, window: Window, *, units: bool) -> None:
         super().__init__(model, window)
         self.units: dict[int, Tensor] | None = {} if units else None
@@ -318,7 +332,8 @@ class NodeStore(FactoredStore):
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=self.read)
+        read = self.read.repeat(len(grad) // len(self.read), 1)
+        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=read)
 
 
 class _Nodes(Sink):
@@ -334,7 +349,7 @@ class _Nodes(Sink):
         component = "embed" if senders.start == 0 else f"{'m' if place == model.config.n_heads else 'a'}{layer}"
         if self.sums.absolute and component in self.step.rules.cut:
             return
-        grad = grad.to(model.dtype)
+        grad = over_steps(grad, 0, len(store.read)).to(model.dtype)
         if component[0] == "a":
             w_o, dz = model.weights.layers[layer].w_o, at_positions(store.dz[layer], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
@@ -353,6 +368,7 @@ class _Nodes(Sink):
 
     def units(self, index: int, grad: Tensor, at_read: bool) -> None:
         if self.store.units is not None:
+            grad = over_steps(grad, 0, len(self.store.read))
             self.add("units", "btm,btm->{}m", self.store.units[index], grad, (index, slice(None)), at_read)
 
     def add(self, name: str, formula: str, delta: Tensor, grad: Tensor, place: tuple[Any, ...], at_read: bool) -> None:
@@ -360,6 +376,11 @@ class _Nodes(Sink):
         kept = {"all": "", "pair": "b", "position": "t"}[self.sums.reduction(at_read)]
         block = torch.einsum(formula.format(kept), delta.to(wide), grad.to(wide))
         self.sums.add(name, block, place, self.step.weight, at_read)
+
+
+def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
+    """x [.., n·B, ..] of n runs of the same B = rows pairs, added up over the runs: [.., B, ..]."""
+    return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
 
 
 def _at(x: Tensor, read: Tensor) -> Tensor:

@@ -129,6 +129,16 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
     assert size <= useful and (free > 1 << 20 or size == 1) and (free < 1 << 40 or size == useful)
 
 
+def test_steps_run_together_up_to_a_number_of_tokens_and_of_bytes():
+    def together(batch, tokens, steps, budget=1 << 40):
+        return planner.steps_together(GPT2, batch, tokens, steps, torch.float32, CPU, budget)
+
+    assert [together(2, 16, n) for n in (1, 2, 5, 32, 40)] == [1, 2, 5, 32, 32]
+    assert [together(n, 16, 5) for n in (8, 16, 32, 64, 1000)] == [5, 4, 2, 1, 1]
+    needed = [planner.dense_bytes(GPT2, 2 * n, 16, torch.float32) for n in range(1, 6)]
+    assert [together(2, 16, 5, size - 1) for size in needed] == [1, 1, 2, 3, 4]
+
+
 def test_an_automatic_batch_is_no_larger_than_the_task_and_grows_with_the_memory(monkeypatch):
     assert planner.batch_size(GPT2, many_pairs(3, 20), torch.float32, CPU) <= 3
     sizes = []
