@@ -192,7 +192,6 @@ def attribute(
     feed = Feed(pairs, order, model.device, shared=values is None, copy=pinned_copy(model.device))
     replays = _replays(model, metric, graphs, recordable=storage == "dense" or level != "edge")
     memory = torch.empty(0, dtype=model.dtype, device=model.device)
-    budget = planner.budget(model.device)
 
     def score(window: Window) -> Tensors:
         """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
@@ -202,9 +201,7 @@ def attribute(
             store = NodeStore(model, window, units=level == "neuron")
         else:
             store = DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window)
-        step = score_window(
-            model, window, metric, store, sums, how.passes, budget=budget, values=values, units=level == "neuron"
-        )
+        step = score_window(model, window, metric, store, sums, how.passes, values=values, units=level == "neuron")
         return [step.values, step.largest, *sums.result().values()]
 
     while feed.left:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,14 @@ class Channels:
         """Which of the graph's receivers these are."""
         start = self.model.graph.qkv(self.index).start
         return slice(start + self.channels.start, start + self.channels.stop)
+
+    def of(self, pairs: slice) -> Channels:
+        """The same of some of the batch's pairs, as views; without what the layer's attention was given."""
+        x, mean, rstd = (
+            None if t is None else t[pairs] for t in (self.norm_in.x, self.norm_in.mean, self.norm_in.rstd)
+        )
+        assert x is not None
+        return replace(self, norm_in=NormInput(x, mean, rstd), act=self.act[pairs], g=self.g[pairs])
 
     def grads(self, impl: str, workspace: Tensor | None = None) -> Tensor:
         """∂metric/∂v of each of them, [C, B, T, D], in the first elements of a workspace where there is one."""

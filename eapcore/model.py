@@ -307,19 +307,29 @@ def run_layers(
 
 def run_layer(model: Model, index: int, x: Tensor, past: Tensor | None, read: Tensor | None) -> LayerRun:
     """Run one layer; past is its own, and with `read` it makes only keys and values at all positions."""
-    config, layer, n_heads = model.config, model.weights.layers[index], model.config.n_heads
-    n, attn_in = normalise(x, layer.ln1, config.eps)
-    if read is None:
-        saved = LayerSaved(attn_in, (project(layer, n, slice(0, 3 * n_heads)),))
-    else:
-        q = project(layer, at_positions(n, read), slice(0, n_heads))
-        saved = LayerSaved(attn_in, (q, project(layer, n, slice(n_heads, 3 * n_heads))))
+    saved = layer_qkv(model, index, x, read)
     z = attend(model, index, saved.q, saved.kv, past, read)
-    x = at_positions(x, read) + attention_output(layer, z)
+    sent = attention_output(model.weights.layers[index], z)
+    return behind_attention(model, index, saved, z, at_positions(x, read) + sent)
+
+
+def layer_qkv(model: Model, index: int, x: Tensor, read: Tensor | None) -> LayerSaved:
+    """What a layer's attention reads and the q, k and v of it; with `read`, q at these positions alone."""
+    layer, n_heads = model.weights.layers[index], model.config.n_heads
+    n, attn_in = normalise(x, layer.ln1, model.config.eps)
+    if read is None:
+        return LayerSaved(attn_in, (project(layer, n, slice(0, 3 * n_heads)),))
+    q = project(layer, at_positions(n, read), slice(0, n_heads))
+    return LayerSaved(attn_in, (q, project(layer, n, slice(n_heads, 3 * n_heads))))
+
+
+def behind_attention(model: Model, index: int, saved: LayerSaved, z: Tensor, x: Tensor) -> LayerRun:
+    """The rest of a layer, from the residual stream x [B, Q, D] behind its attention on."""
+    layer = model.weights.layers[index]
     if layer.w_in is None:
         return LayerRun(saved, z, None, x)
-    n, mlp_in = normalise(x, layer.ln2, config.eps)
-    mlp, hidden = run_mlp(config, layer, n)
+    n, mlp_in = normalise(x, layer.ln2, model.config.eps)
+    mlp, hidden = run_mlp(model.config, layer, n)
     return LayerRun(replace(saved, mlp_in=mlp_in, hidden=hidden), z, mlp, x + mlp)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eapcore import planner
 from eapcore.ablation import Values
 from eapcore.gradient import logits_grad
 from eapcore.methods import Pass
@@ -19,12 +18,13 @@ from eapcore.model import (
     Model,
     NormInput,
     activation,
+    embed,
     normalise,
-    prefix,
     run_layers,
     run_mlp,
     unembed,
 )
+from eapcore.paired import run_paired
 from eapcore.rules import Rules
 from eapcore.window import Store, Sums, Window
 
@@ -55,7 +55,6 @@ def score_window(
     sums: Sums,
     passes: Sequence[Pass],
     *,
-    budget: int,
     values: Values | None = None,
     units: bool = False,
 ) -> Step:
@@ -66,12 +65,10 @@ def score_window(
         store: empty, for the differences.
         sums: what the scores are added to.
         passes: the backward passes of a method.
-        budget: bytes that passes which run together may take.
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
     """
     read, pairs = window.read, window.pairs
-    past = prefix(model, pairs.clean[:, : window.start])
     start = {1.0: window.embed(model, pairs.clean), 0.0: window.embed(model, pairs.corrupt)}
     ablated = start[0.0] if values is None else Values.at(values.embed, window.stop, None).expand_as(start[1.0])
     store.set_embed(ablated - start[1.0])
@@ -79,96 +76,81 @@ def score_window(
     # The corrupt run is where a pass starts only where it is what the senders are ablated to.
     origins = [None if step.end == 0.0 and values is not None else step.end for step in passes]
     kept: dict[float, list[LayerSaved]] = {origin: [] for origin in origins if origin is not None}
-    # Clean and corrupt run as one batch: matrix products of twice the rows are faster.
+
+    def moved(index: int, z: Tensor) -> Tensor | None:
+        store.set_heads(index, _difference(window, z, None if values is None else values.z[index], index == last))
+        return store.moved(f"a{index}") if values is None else None
+
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
-    both = torch.cat([start[alpha] for alpha in halves])
-    runs = run_layers(model, both, past=past, read=read.repeat(2, 1))
+    last, past = model.config.n_layers - 1, []
+    shared = embed(model, pairs.clean[:, : window.start])
+    runs = run_paired(model, shared, start[1.0], start[0.0], read, moved)
     for index in range(model.config.n_layers):  # enumerate would hold each layer's run while the next is made
-        run = next(runs)
-        store.set_layer(index, *_differences(model, index, window, run, values, units))
+        run, before = next(runs)
+        if before is not None:
+            past.append(before.clone())  # a view would keep all that the layer made alive
+        _set_mlp(model, index, window, run, values, units, store)
         for alpha, rows in halves.items():
             if alpha in kept:
                 kept[alpha].append(run.saved.copy(rows))
             ends[alpha] = _Run(kept.get(alpha, []), run.out[rows])
-        del run  # before the next layer runs, and before the gradients are made
-    del both, runs
+        del run, before  # before the next layer runs, and before the gradients are made
+    del shared, runs
+    past = past or None
 
     ends = {alpha: replace(run, unembedded=unembed(model, run.out[:, 0])) for alpha, run in ends.items()}
     logits = {alpha: run.unembedded[0].double() for alpha, run in ends.items() if run.unembedded is not None}
     reference = MetricBatch(pairs.answers, pairs.wrong, logits[1.0], logits[0.0], window.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
-    done, sizes = 0, _together(model, window, store, passes, origins, budget)
-    for count in sizes:
-        steps, origin = passes[done : done + count], origins[done]
-        done += count
-        step = steps[0]
+    for number, (step, origin) in enumerate(zip(passes, origins, strict=True)):
         if origin is None:
-            x = torch.cat([torch.lerp(ablated, start[1.0], each.alpha) for each in steps])
-            at = _run(model, x, 0, past, read.repeat(count, 1))
-            del x
+            at = _run(model, torch.lerp(ablated, start[1.0], step.alpha), 0, past, read)
         else:
             # The backward pass frees what it has passed, unless a later pass starts from the same run.
-            again = origin in origins[done:]
+            again = origin in origins[number + 1 :]
             at = replace(ends[origin], saved=list(ends[origin].saved)) if again else ends.pop(origin)
         if step.component != "embed":
             at = _interpolated(model, at, step, store.moved(step.component), past, read)
         unembedded = at.unembedded or unembed(model, at.out[:, 0])
-        weights = [each.weight for each in steps] if count > 1 else [1.0]  # one alone is weighted with its scores
-        size, grad = metric_grad(model, *unembedded, metric, reference, step.rules, weights)
-        largest = torch.maximum(largest, size)
+        d_logits, grad = metric_grad(model, *unembedded, metric, reference, step.rules)
+        largest = torch.maximum(largest, d_logits.abs().max())
         at = replace(at, unembedded=None)
-        del unembedded
-        if done == len(passes):  # the logits are large where the vocabulary is
+        del d_logits, unembedded
+        if number + 1 == len(passes):  # the logits are large where the vocabulary is
             ends.clear()
             del reference, logits
-        store.contract(sums, at.saved, grad[:, None], past, step if count == 1 else replace(step, weight=1.0))
+        store.contract(sums, at.saved, grad[:, None], past, step)
         sums.end_pass()
         del at, grad  # which would still be there while the next pass makes its own
     return Step(measured, largest)
 
 
-def _together(
-    model: Model, window: Window, store: Store, passes: Sequence[Pass], origins: Sequence[float | None], budget: int
-) -> Iterator[int]:
-    """How many of the passes, in order, run as one batch: those that share a Δ and their rules, if they make all of
-    their activations."""
-    done = 0
-    while done < len(passes):
-        alike, first = 1, passes[done]
-        while store.steps and origins[done] is None and done + alike < len(passes):
-            other = passes[done + alike]
-            if origins[done + alike] is not None or replace(other, alpha=first.alpha, weight=first.weight) != first:
-                break
-            alike += 1
-        count = planner.steps_together(model.config, *window.shape, alike, model.dtype, model.device, budget)
-        yield count
-        done += count
+def _difference(window: Window, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:
+    """Δ [B, Q, ..] of what the clean and then the corrupt prompts made, [2·B, Q, ..], or of what is put in its place.
 
-
-def _differences(
-    model: Model, index: int, window: Window, run: LayerRun, values: Values | None, units: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Δ of a layer: of its heads' mixtures of v, of what its MLP sends, and of its hidden units if they are wanted.
-
-    run: of the clean and then the corrupt prompts. Subtracted before any projection: the difference of two nearly equal
-    outputs would cancel after rounding.
+    Subtracted before any projection: the difference of two nearly equal outputs would cancel after rounding.
     """
-    read = window.read if index == model.config.n_layers - 1 else None
-    sent = _sent(model, run, units)
-    here = [None if x is None else x[: len(window.pairs)] for x in sent]
-    there = [None if x is None else x[len(window.pairs) :] for x in sent]
-    if values is not None:
-        ablated = (values.z, values.mlp, values.units if units else None)
-        there = [None if x is None else Values.at(x[index], window.stop, read) for x in ablated]
-    dz, mlp, hidden = (None if a is None or b is None else b - a for a, b in zip(here, there, strict=True))
-    assert dz is not None
-    return dz, mlp, hidden
+    clean, corrupt = both.tensor_split(2)
+    if ablated is not None:
+        corrupt = Values.at(ablated, window.stop, window.read if at_read else None)
+    return corrupt - clean
 
 
-def _sent(model: Model, run: LayerRun, units: bool) -> list[Tensor | None]:
+def _set_mlp(
+    model: Model, index: int, window: Window, run: LayerRun, values: Values | None, units: bool, store: Store
+) -> None:
+    """Give the store Δ of what a layer's MLP sends, and of its hidden units if they are wanted."""
     hidden, act_fn = run.saved.hidden, model.config.act_fn
-    return [run.z, run.mlp, activation(act_fn, hidden) if units and hidden is not None and act_fn is not None else None]
+    if run.mlp is None or hidden is None or act_fn is None:
+        return
+    at_read = index == model.config.n_layers - 1
+    ablated = None if values is None or values.mlp is None else values.mlp[index]
+    delta, delta_units = _difference(window, run.mlp, ablated, at_read), None
+    if units:
+        ablated = None if values is None or values.units is None else values.units[index]
+        delta_units = _difference(window, activation(act_fn, hidden), ablated, at_read)
+    store.set_mlp(index, delta, delta_units)
 
 
 def _run(model: Model, x: Tensor, first: int, past: list[Tensor] | None, read: Tensor) -> _Run:
@@ -203,26 +185,13 @@ def _interpolated(
 
 
 def metric_grad(
-    model: Model,
-    logits: Tensor,
-    norm_in: NormInput,
-    metric: Metric,
-    batch: MetricBatch,
-    rules: Rules,
-    weights: Sequence[float] = (1.0,),
+    model: Model, logits: Tensor, norm_in: NormInput, metric: Metric, batch: MetricBatch, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """max |∂(Σ metric)/∂logits|, and ∂(Σ weight · metric)/∂x [n·B, D], from the logits [n·B, V] of the last stream x.
-
-    weights: one for each of the n runs of the batch that follow each other.
-    """
+    """∂(Σ metric)/∂logits float64 [B, V] and ∂(Σ metric)/∂x [B, D], from the logits [B, V] of the last stream x."""
     with torch.enable_grad():
         leaf = logits.detach().to(torch.float64, copy=True).requires_grad_()
-        values = torch.cat([evaluate(metric, part, batch) for part in leaf.chunk(len(weights))])
-        if not values.requires_grad:
+        value = evaluate(metric, leaf, batch)
+        if not value.requires_grad:
             raise ValueError("the metric has no gradient: it must be computed from the logits with torch operations")
-        (d_logits,) = torch.autograd.grad(values.sum(), leaf)
-    largest = d_logits.abs().max()
-    if len(weights) > 1:
-        for part, weight in zip(d_logits.chunk(len(weights)), weights, strict=True):
-            part *= weight
-    return largest, logits_grad(model, d_logits, norm_in, rules)
+        (d_logits,) = torch.autograd.grad(value.sum(), leaf)
+    return d_logits, logits_grad(model, d_logits, norm_in, rules)

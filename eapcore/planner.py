@@ -17,9 +17,18 @@ from eapcore.tasks import PromptPairs
 # Pairs are batched up to this many tokens: on a CPU larger batches leave the cache and gain nothing, a GPU wants more.
 _TOKENS = {"cpu": 512, "cuda": 8192}
 _SHARE = 0.5  # of the free memory that a batch may take
-# Steps of an integral go through the model together up to this many tokens: by then products have enough rows to be
-# fast and launches cost little (bench/bench_ig.py --together).
-_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+# One layer's receivers at a time: on a CPU they should stay in a cache until they are contracted, but each call turns
+# the weights round once (8 MiB cost 3 % more time than 20 at GPT-2 small's size); a GPU wants long calls.
+_WORKSPACE = {"cpu": 20 << 20, "cuda": 1 << 30}
+
+
+def workspace_pairs(
+    config: ModelConfig, pairs: int, tokens: int, dtype: torch.dtype, device: torch.device | str
+) -> int:
+    """How many of a batch's pairs have one layer's receivers, [3H, B, T, D], in memory at a time: as even as can be."""
+    one = 3 * config.n_heads * tokens * config.d_model * dtype.itemsize
+    at_once = max(1, _WORKSPACE.get(torch.device(device).type, _WORKSPACE["cpu"]) // one)
+    return -(-pairs // -(-pairs // at_once))
 
 
 def dense_bytes(
@@ -43,10 +52,10 @@ def dense_bytes(
 
         2·B·T·(4D + 4HK + M)         the layer at hand, the clean and the corrupt run as one batch
         5·B·V                        the logits at the answer positions and their gradients, in float64
-        B·T·3H·D                     one layer's receivers, and the largest of
+        B'·T·3H·D                    one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
             4·B·H·T²                 its attention pattern and its gradients, in float32 at least
             2·B·T·M                  its hidden units' gradients
-            5·B·T·3H·D               what the reference makes receivers with, in float32 at least; a third of that where
+            5·B'·T·3H·D              what the reference makes receivers with, in float32 at least; a third of that where
                                      a checkpoint stores q, k and v apart, which is `groups` = 3
 
     Prompts are taken to differ from their first token on.
@@ -56,12 +65,13 @@ def dense_bytes(
     several = config.n_layers > 1
     buffer = (graph.heads(config.n_layers - 1).start * tokens + graph.n_senders) * batch * config.d_model * width
     senders = graph.heads(max(config.n_layers - 2, 0)).start
-    made = _receiver_bytes(config, batch * tokens, dtype, senders, device, impl, groups)
+    at_once = workspace_pairs(config, batch, tokens, dtype, device)
+    made = _receiver_bytes(config, at_once * tokens, dtype, senders, device, impl, groups)
     if not several:  # the queries of the last layer, here the only one, have a gradient at one position alone
         made = made * 2 // 3
     receivers = made + 3 * sizes.heads + (3 if config.normalization is not None else 1) * sizes.wide_stream
     units = 2 * batch * tokens * (config.d_mlp or 0) * width + 3 * sizes.wide_stream if several else 0
-    workspace = 3 * config.n_heads * sizes.stream
+    workspace = 3 * config.n_heads * at_once * tokens * config.d_model * width
     going_back = workspace + max(sizes.attention if several else 0, units, receivers)
     return buffer + sizes.kept + max(sizes.forward, going_back, sizes.logits)
 
@@ -148,11 +158,6 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30  # where the system does not say: what a small laptop has left
 
 
-def budget(device: torch.device) -> int:
-    """Bytes that a batch may take: half of those that are free."""
-    return int(_SHARE * free_bytes(device))
-
-
 def factored_bytes(
     config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, *, device: torch.device | str = "cpu"
 ) -> int:
@@ -169,7 +174,8 @@ def factored_bytes(
     sizes, mlps = _sizes(config, batch, tokens, dtype), not config.attn_only
     differences = config.n_layers * (sizes.heads + mlps * sizes.stream)
     forwards = sizes.kept + max(sizes.forward, sizes.attention, sizes.logits)
-    factors = config.n_layers * (12 * sizes.heads + (1 + mlps) * sizes.stream) + 3 * sizes.stream
+    norms = config.normalization is not None
+    factors = config.n_layers * (12 * sizes.heads + (norms + mlps) * sizes.stream) + 3 * sizes.stream
     factors += 3 * sizes.heads + (sizes.layer if config.n_layers > 1 else sizes.stream)  # a last layer keeps little
     if kernels.choose("edge_scores_factored", device=device, dtype=dtype) == "reference":
         factors += 2 * (graph.n_senders + graph.n_receivers) * sizes.wide_stream
@@ -185,7 +191,7 @@ def storage(
     tokens = int(pairs.lengths.max())
     wanted = max(1, min(_useful(tokens, device), len(pairs)) // 4)
     needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups)
-    return "dense" if needed <= budget(device) else "factored"
+    return "dense" if needed <= _SHARE * free_bytes(device) else "factored"
 
 
 def batch_size(
@@ -201,23 +207,9 @@ def batch_size(
     tokens = int(pairs.lengths.max())
     needed = partial(dense_bytes, groups=groups) if storage == "dense" else factored_bytes
     sizes = range(1, min(_useful(tokens, device), len(pairs)) + 1)
-    return max(1, bisect_right(sizes, budget(device), key=lambda n: needed(config, n, tokens, dtype, device=device)))
+    budget = _SHARE * free_bytes(device)
+    return max(1, bisect_right(sizes, budget, key=lambda n: needed(config, n, tokens, dtype, device=device)))
 
 
 def _useful(tokens: int, device: torch.device) -> int:
     return max(1, _TOKENS.get(device.type, 512) // tokens)
-
-
-def steps_together(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    steps: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: int,
-) -> int:
-    """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
-    useful = _STEP_TOKENS.get(device.type, 1024) // (batch * tokens)
-    needed = partial(dense_bytes, config, tokens=tokens, dtype=dtype, device=device)
-    return 1 + bisect_right(range(2, min(useful, steps) + 1), budget, key=lambda n: needed(n * batch))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eapcore import kernels
+from eapcore import kernels, planner
 from eapcore.gradient import Channels, Sink, backward, spread
 from eapcore.methods import Pass
 from eapcore.model import LayerSaved, Model, accumulate_dtype, at_positions, embed, head_outputs
@@ -81,13 +81,22 @@ class Sums:
         """What a block is to be summed over; see `add`."""
         return "pair" if self.inner == "position" and at_read else self.inner
 
-    def add(self, name: str, block: Tensor, place: tuple[Any, ...], weight: float, at_read: bool = False) -> None:
-        """Add a block that was summed as `reduction` says, [.., *place], to the scores there."""
+    def add(
+        self,
+        name: str,
+        block: Tensor,
+        place: tuple[Any, ...],
+        weight: float,
+        at_read: bool = False,
+        pairs: slice = slice(None),
+    ) -> None:
+        """Add a block that was summed over some of the pairs as `reduction` says, [.., *place], to the scores there."""
         scores = self.scores[name][(..., *place)]
         if self.inner == "position" and at_read:
-            scores.index_add_(0, self.read, block.double() * weight)
+            scores.index_add_(0, self.read[pairs], block.double() * weight)
         else:
-            (scores[self.start :] if self.inner == "position" else scores).add_(block, alpha=weight)
+            here = {"all": slice(None), "pair": pairs, "position": slice(self.start, None)}[self.inner]
+            scores[here].add_(block, alpha=weight)
 
     def end_pass(self) -> None:
         for name in self.total:
@@ -101,19 +110,16 @@ class Sums:
 
 
 class Store(Protocol):
-    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them.
-
-    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
-    """
-
-    steps: bool
+    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them."""
 
     def set_embed(self, delta: Tensor) -> None:
         """Δ of the embedding, [B, T, D]."""
 
-    def set_layer(self, index: int, dz: Tensor, mlp: Tensor | None, units: Tensor | None) -> None:
-        """Δ of a layer's mixtures of v [B, Q, H, K], of what its MLP sends [B, Q, D] and of its hidden units
-        [B, Q, M]."""
+    def set_heads(self, index: int, dz: Tensor) -> None:
+        """Δ of a layer's mixtures of v, [B, Q, H, K]."""
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
 
     def moved(self, component: str) -> Tensor:
         """Δ of what all heads of a layer "a{l}" or its MLP "m{l}" send together, [B, T, D], of the last [B, Q, D]."""
@@ -121,7 +127,7 @@ class Store(Protocol):
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
+        """Go back from grad [B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
 
 
 class DenseStore:
@@ -131,8 +137,6 @@ class DenseStore:
     positions that are read: all that the last layer's heads and MLP need, since what reads them has a gradient there
     alone.
     """
-
-    steps = True
 
     def __init__(self, model: Model, window: Window, memory: Tensor) -> None:
         self.model, self.read = model, window.read
@@ -156,14 +160,15 @@ class DenseStore:
     def set_embed(self, delta: Tensor) -> None:
         self.everywhere[0] = delta
 
-    def set_layer(self, index: int, dz: Tensor, mlp: Tensor | None, units: Tensor | None) -> None:
+    def set_heads(self, index: int, dz: Tensor) -> None:
         last = index == self.model.config.n_layers - 1
         if last:
             self.at_read[: len(self.everywhere)] = _at(self.everywhere, self.read)
         rows = self.rows(last)
         head_outputs(dz, self.model.weights.layers[index].w_o, out=rows[self.model.graph.heads(index)])
-        if mlp is not None:
-            rows[self.model.graph.mlp(index)] = mlp
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        self.rows(index == self.model.config.n_layers - 1)[self.model.graph.mlp(index)] = delta
 
     def moved(self, component: str) -> Tensor:
         index, graph = int(component[1:]), self.model.graph
@@ -173,54 +178,57 @@ class DenseStore:
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        read = self.read.repeat(len(grad) // len(self.read), 1)
-        edges = _Edges(self, sums, step, len(grad))
-        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=read)
+        backward(self.model, saved, grad, _Edges(self, sums, step), rules=step.rules, past=past, read=self.read)
 
 
 class _Edges(Sink):
     """Contracts the dense buffer with the receivers' gradients as they come."""
 
-    def __init__(self, store: DenseStore, sums: Sums, step: Pass, rows: int) -> None:
+    def __init__(self, store: DenseStore, sums: Sums, step: Pass) -> None:
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
-        # One layer's receivers at a time, in the same memory: fresh pages would cost as much time as the arithmetic.
-        layer = rows * store.everywhere.shape[2:].numel() * 3 * store.model.config.n_heads
-        self.workspace = store.everywhere.new_empty(layer)
+        # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
+        # contracted and added up, and fresh pages would cost as much time as the arithmetic.
+        config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
+        self.at_once = planner.workspace_pairs(config, *buffer.shape[1:3], dtype, buffer.device)
+        self.workspace = buffer.new_empty(self.at_once * 3 * config.n_heads * buffer.shape[2] * config.d_model)
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
         self.add(grad[None], slice(receiver, receiver + 1), at_read)
 
     def channels(self, part: Channels) -> Tensor:
-        grads = part.grads(self.sums.impl, self.workspace)
-        heads, first = self.store.model.config.n_heads, part.receivers.start - part.channels.start
-        for start in range(part.channels.start, part.channels.stop, heads) if self.step.exact_softmax else ():
-            if start == 2 * heads:
-                continue
-            delta = self.senders(part.receivers.start, part.at_read)
-            block = exact_scores(part, slice(start, start + heads), delta, self.sums.inner)
-            place = (slice(0, len(delta)), slice(first + start, first + start + heads))
-            self.sums.add("scores", block, place, self.step.weight)
-        by_gradient = part.receivers
+        heads, by_gradient = self.store.model.config.n_heads, part.channels
         if self.step.exact_softmax:  # v alone
-            by_gradient = slice(first + max(part.channels.start, 2 * heads), part.receivers.stop)
-        if by_gradient.start < by_gradient.stop:
-            self.add(grads[by_gradient.start - part.receivers.stop :], by_gradient, part.at_read)
-        return grads.sum(0, dtype=accumulate_dtype(grads.dtype))
+            by_gradient = slice(max(part.channels.start, 2 * heads), part.channels.stop)
+            for start in range(part.channels.start, min(part.channels.stop, 2 * heads), heads):
+                self.add_exact(part, slice(start, start + heads))
+        first = part.receivers.start - part.channels.start
+        receivers = slice(first + by_gradient.start, first + by_gradient.stop)
+        total = []
+        for pairs in (slice(start, start + self.at_once) for start in range(0, len(part.g), self.at_once)):
+            grads = part.of(pairs).grads(self.sums.impl, self.workspace)
+            if by_gradient.start < by_gradient.stop:
+                self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs)
+            total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)))
+        return torch.cat(total)
+
+    def add_exact(self, part: Channels, channels: slice) -> None:
+        delta = self.senders(part.receivers.start, part.at_read)
+        block = exact_scores(part, channels, delta, self.sums.inner)
+        first = part.receivers.start - part.channels.start
+        place = (slice(0, len(delta)), slice(first + channels.start, first + channels.stop))
+        self.sums.add("scores", block, place, self.step.weight)
 
     def senders(self, receiver: int, at_read: bool) -> Tensor:
         return self.store.rows(at_read)[: self.graph.senders_before(receiver)]
 
-    def add(self, grads: Tensor, receivers: slice, at_read: bool) -> None:
-        delta, sums = self.senders(receivers.start, at_read), self.sums
-        grads = over_steps(grads, 1, delta.shape[1])
+    def add(self, grads: Tensor, receivers: slice, at_read: bool, pairs: slice = slice(None)) -> None:
+        delta, sums = self.senders(receivers.start, at_read)[:, pairs], self.sums
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
-        sums.add("scores", block, (slice(0, len(delta)), receivers), self.step.weight, at_read)
+        sums.add("scores", block, (slice(0, len(delta)), receivers), self.step.weight, at_read, pairs)
 
 
 class FactoredStore:
     """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly."""
-
-    steps = False
 
     def __init__(self, model: Model, window: Window) -> None:
         self.model, self.read = model, window.read
@@ -235,12 +243,18 @@ class FactoredStore:
     def set_embed(self, delta: Tensor) -> None:
         self.embed = delta
 
-    def set_layer(self, index: int, dz: Tensor, mlp: Tensor | None, units: Tensor | None) -> None:
-        last = index == self.model.config.n_layers - 1
-        place = (torch.arange(len(self.read), device=self.read.device)[:, None], self.read) if last else ...
-        self.dz[index][place] = dz
-        if self.mlp is not None and mlp is not None:
-            self.mlp[index][place] = mlp
+    def set_heads(self, index: int, dz: Tensor) -> None:
+        self.dz[index][self._place(index)] = dz
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        assert self.mlp is not None
+        self.mlp[index][self._place(index)] = delta
+
+    def _place(self, index: int) -> Any:
+        """Where in [B, T] a layer's Δ belongs."""
+        if index < self.model.config.n_layers - 1:
+            return ...
+        return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
 
     def moved(self, component: str) -> Tensor:
         index = int(component[1:])
@@ -318,22 +332,19 @@ class _Factors(Sink):
 class NodeStore(FactoredStore):
     """The same differences, and with `units` those of the MLPs' hidden units, for scores of what senders send."""
 
-    steps = True
-
     def __init__(self, model: Model, window: Window, *, units: bool) -> None:
         super().__init__(model, window)
         self.units: dict[int, Tensor] | None = {} if units else None
 
-    def set_layer(self, index: int, dz: Tensor, mlp: Tensor | None, units: Tensor | None) -> None:
-        super().set_layer(index, dz, mlp, units)
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        super().set_mlp(index, delta, units)
         if self.units is not None and units is not None:
             self.units[index] = units
 
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        read = self.read.repeat(len(grad) // len(self.read), 1)
-        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=read)
+        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=self.read)
 
 
 class _Nodes(Sink):
@@ -349,7 +360,7 @@ class _Nodes(Sink):
         component = "embed" if senders.start == 0 else f"{'m' if place == model.config.n_heads else 'a'}{layer}"
         if self.sums.absolute and component in self.step.rules.cut:
             return
-        grad = over_steps(grad, 0, len(store.read)).to(model.dtype)
+        grad = grad.to(model.dtype)
         if component[0] == "a":
             w_o, dz = model.weights.layers[layer].w_o, at_positions(store.dz[layer], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
@@ -368,7 +379,6 @@ class _Nodes(Sink):
 
     def units(self, index: int, grad: Tensor, at_read: bool) -> None:
         if self.store.units is not None:
-            grad = over_steps(grad, 0, len(self.store.read))
             self.add("units", "btm,btm->{}m", self.store.units[index], grad, (index, slice(None)), at_read)
 
     def add(self, name: str, formula: str, delta: Tensor, grad: Tensor, place: tuple[Any, ...], at_read: bool) -> None:
@@ -376,11 +386,6 @@ class _Nodes(Sink):
         kept = {"all": "", "pair": "b", "position": "t"}[self.sums.reduction(at_read)]
         block = torch.einsum(formula.format(kept), delta.to(wide), grad.to(wide))
         self.sums.add(name, block, place, self.step.weight, at_read)
-
-
-def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
-    """x [.., n·B, ..] of n runs of the same B = rows pairs, added up over the runs: [.., B, ..]."""
-    return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
 
 
 def _at(x: Tensor, read: Tensor) -> Tensor:

@@ -72,6 +72,25 @@ def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(options, batc
     assert 0.9 <= planned / measured <= 1.1
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("pairs_at_once", [1, 5])
+def test_receivers_that_are_made_for_some_pairs_at_a_time_are_planned_so(impl, pairs_at_once, monkeypatch):
+    model = random_model(**SMALL | {"n_layers": 3, "n_heads": 12, "d_head": 16}, dtype=torch.float32)
+    tokens, batch = 20, 16
+    pairs = random_pairs(model, [tokens] * batch)
+    monkeypatch.setattr(planner, "_WORKSPACE", {"cpu": pairs_at_once * 36 * tokens * 64 * 4})
+    assert planner.workspace_pairs(model.config, batch, tokens, model.dtype, "cpu") == {1: 1, 5: 4}[pairs_at_once]
+
+    def call():
+        return attribute(model, pairs, storage="dense", batch_size=batch, impl=impl)
+
+    call()
+    planned = planner.dense_bytes(model.config, batch, tokens, model.dtype, impl=impl)
+    measured = peak_bytes(call)
+    print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB: {planned / measured:.3f}")
+    assert 0.9 <= planned / measured <= 1.1
+
+
 @pytest.mark.parametrize(("options", "batch", "tokens"), SHAPES.values(), ids=SHAPES)
 def test_the_planned_memory_of_factored_storage_is_about_the_measured_peak(options, batch, tokens):
     model = random_model(**{"dtype": torch.float32} | options)
@@ -127,16 +146,6 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
     if size < useful:  # one pair more would not keep within it
         assert planner.dense_bytes(GPT2, size + 1, length, dtype) > free / 2
     assert size <= useful and (free > 1 << 20 or size == 1) and (free < 1 << 40 or size == useful)
-
-
-def test_steps_run_together_up_to_a_number_of_tokens_and_of_bytes():
-    def together(batch, tokens, steps, budget=1 << 40):
-        return planner.steps_together(GPT2, batch, tokens, steps, torch.float32, CPU, budget)
-
-    assert [together(2, 16, n) for n in (1, 2, 5, 32, 40)] == [1, 2, 5, 32, 32]
-    assert [together(n, 16, 5) for n in (8, 16, 32, 64, 1000)] == [5, 4, 2, 1, 1]
-    needed = [planner.dense_bytes(GPT2, 2 * n, 16, torch.float32) for n in range(1, 6)]
-    assert [together(2, 16, 5, size - 1) for size in needed] == [1, 1, 2, 3, 4]
 
 
 def test_an_automatic_batch_is_no_larger_than_the_task_and_grows_with_the_memory(monkeypatch):

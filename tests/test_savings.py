@@ -10,6 +10,7 @@ import torch
 from models import random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eapcore import planner
 from eapcore.attribution import attribute
 from eapcore.metrics import METRICS
 from eapcore.model import embed, forward, prefix, run_layers, unembed
@@ -101,6 +102,25 @@ def products(model, pairs):
     with Products() as products:
         attribute(model, pairs, impl="reference")
     return products.count
+
+
+@pytest.mark.parametrize(
+    ("method", "reduce"),
+    [*((method, reduce) for method in ("eap", "relp") for reduce in ("all", "pair", "position")), ("qk-fix", "pair")],
+)
+def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_were(method, reduce, monkeypatch):
+    model = random_model(n_layers=3)
+    pairs = random_pairs(model, [9, 9, 6, 7, 9], first_difference=2)
+    whole = attribute(model, pairs, method=method, reduce=reduce, storage="dense")
+    heads = 3 * model.config.n_heads * model.config.d_model * 8
+    monkeypatch.setattr(planner, "_WORKSPACE", {"cpu": 2 * 7 * heads})  # two pairs of seven tokens: 2 + 2 + 1
+    assert planner.workspace_pairs(model.config, 5, 7, model.dtype, "cpu") == 2
+    some = attribute(model, pairs, method=method, reduce=reduce, storage="dense", batch_size=5)
+    for name in ("scores", "per_pair", "per_position"):
+        expected, found = getattr(whole, name, None), getattr(some, name, None)
+        if expected is not None:
+            assert expected.abs().max() > 1e-3
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_work_shrinks_with_the_prefix_and_stops_behind_the_answer():
