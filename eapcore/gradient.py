@@ -59,11 +59,8 @@ class Channels:
 
     def of(self, pairs: slice) -> Channels:
         """The same of some of the batch's pairs, as views; without what the layer's attention was given."""
-        x, mean, rstd = (
-            None if t is None else t[pairs] for t in (self.norm_in.x, self.norm_in.mean, self.norm_in.rstd)
-        )
-        assert x is not None
-        return replace(self, norm_in=NormInput(x, mean, rstd), act=self.act[pairs], g=self.g[pairs])
+        norm_in = self.norm_in.of(lambda x: x[pairs])
+        return replace(self, norm_in=norm_in, act=self.act[pairs], g=self.g[pairs])
 
     def grads(self, impl: str, workspace: Tensor | None = None) -> Tensor:
         """∂metric/∂v of each of them, [C, B, T, D], in the first elements of a workspace where there is one."""

@@ -6,7 +6,7 @@ through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,15 +117,13 @@ class NormInput:
             raise ValueError("x_hat needs a normalisation, this stream has none")
         return ((self.x - self.mean) * self.rstd).to(self.x.dtype)
 
-    def copy(self, rows: slice) -> NormInput:
-        """The same of some of the batch's prompts, in memory of its own."""
-        mean, rstd = (None if s is None else s[rows].clone() for s in (self.mean, self.rstd))
-        return NormInput(self.x[rows].clone(), mean, rstd)
+    def of(self, take: Callable[[Tensor], Tensor]) -> NormInput:
+        """The same of what `take` takes of each tensor."""
+        return NormInput(take(self.x), *(None if s is None else take(s) for s in (self.mean, self.rstd)))
 
     def at(self, read: Tensor) -> NormInput:
         """The same at the positions read [B, Q] alone."""
-        mean, rstd = (None if s is None else at_positions(s, read) for s in (self.mean, self.rstd))
-        return NormInput(at_positions(self.x, read), mean, rstd)
+        return self.of(lambda x: at_positions(x, read))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +143,9 @@ class LayerSaved:
     def copy(self, rows: slice) -> LayerSaved:
         """The same of some of the batch's prompts, in memory of its own: a view would keep all prompts' alive."""
         return LayerSaved(
-            self.attn_in.copy(rows),
+            self.attn_in.of(lambda x: x[rows].clone()),
             tuple(t[rows].clone() for t in self.qkv),
-            None if self.mlp_in is None else self.mlp_in.copy(rows),
+            None if self.mlp_in is None else self.mlp_in.of(lambda x: x[rows].clone()),
             None if self.hidden is None else self.hidden[rows].clone(),
         )
 

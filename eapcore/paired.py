@@ -15,7 +15,6 @@ from eapcore.model import (
     LayerRun,
     LayerSaved,
     Model,
-    NormInput,
     attend,
     attention_output,
     behind_attention,
@@ -95,18 +94,19 @@ def _of_both(run: LayerRun, z: Tensor, cut: int, runs: int, at_read: bool) -> La
     """A layer's run without the prefix's rows; with at_read all but the keys, values and their input have none."""
     behind = 0 if at_read else cut
 
-    def norm(x: NormInput, first: int) -> NormInput:
-        return NormInput(*(None if t is None else _behind(t, first, runs) for t in (x.x, x.mean, x.rstd)))
+    def rest(x: Tensor) -> Tensor:
+        return _behind(x, behind, runs)
 
     saved = run.saved
+    qkv = (rest(saved.qkv[0]), *(_behind(t, cut, runs) for t in saved.qkv[1:]))
     return LayerRun(
         LayerSaved(
-            norm(saved.attn_in, cut),
-            tuple(_behind(t, first, runs) for t, first in zip(saved.qkv, (behind, cut), strict=False)),
-            None if saved.mlp_in is None else norm(saved.mlp_in, behind),
-            None if saved.hidden is None else _behind(saved.hidden, behind, runs),
+            saved.attn_in.of(lambda x: _behind(x, cut, runs)),
+            qkv,
+            None if saved.mlp_in is None else saved.mlp_in.of(rest),
+            None if saved.hidden is None else rest(saved.hidden),
         ),
         z,
-        None if run.mlp is None else _behind(run.mlp, behind, runs),
-        _behind(run.out, behind, runs),
+        None if run.mlp is None else rest(run.mlp),
+        rest(run.out),
     )

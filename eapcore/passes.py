@@ -82,13 +82,14 @@ def score_window(
         return store.moved(f"a{index}") if values is None else None
 
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
-    last, past = model.config.n_layers - 1, []
+    last = model.config.n_layers - 1
+    pasts: list[Tensor] = []
     shared = embed(model, pairs.clean[:, : window.start])
     runs = run_paired(model, shared, start[1.0], start[0.0], read, moved)
     for index in range(model.config.n_layers):  # enumerate would hold each layer's run while the next is made
         run, before = next(runs)
         if before is not None:
-            past.append(before.clone())  # a view would keep all that the layer made alive
+            pasts.append(before.clone())  # a view would keep all that the layer made alive
         _set_mlp(model, index, window, run, values, units, store)
         for alpha, rows in halves.items():
             if alpha in kept:
@@ -96,7 +97,7 @@ def score_window(
             ends[alpha] = _Run(kept.get(alpha, []), run.out[rows])
         del run, before  # before the next layer runs, and before the gradients are made
     del shared, runs
-    past = past or None
+    past = pasts or None
 
     ends = {alpha: replace(run, unembedded=unembed(model, run.out[:, 0])) for alpha, run in ends.items()}
     logits = {alpha: run.unembedded[0].double() for alpha, run in ends.items() if run.unembedded is not None}

@@ -189,8 +189,9 @@ class _Edges(Sink):
         # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
         # contracted and added up, and fresh pages would cost as much time as the arithmetic.
         config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
-        self.at_once = planner.workspace_pairs(config, *buffer.shape[1:3], dtype, buffer.device)
-        self.workspace = buffer.new_empty(self.at_once * 3 * config.n_heads * buffer.shape[2] * config.d_model)
+        rows, tokens = buffer.shape[1:3]
+        self.at_once = planner.workspace_pairs(config, rows, tokens, dtype, buffer.device)
+        self.workspace = buffer.new_empty(self.at_once * 3 * config.n_heads * tokens * config.d_model)
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
         self.add(grad[None], slice(receiver, receiver + 1), at_read)
