@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,14 +24,16 @@ class Values:
     [L, T, M] the hidden units that it is made of; None without MLPs.
     """
 
-    embed: Tensor
-    z: Tensor
-    mlp: Tensor | None
-    units: Tensor | None
+    embed: Annotated[Tensor, "T D"]
+    z: Annotated[Tensor, "L T H K"]
+    mlp: Annotated[Tensor, "L T D"] | None
+    units: Annotated[Tensor, "L T M"] | None
     meta: Mapping[str, Any]
 
     @staticmethod
-    def at(x: Tensor, stop: int, read: Tensor | None) -> Tensor:
+    def at(
+        x: Annotated[Tensor, "T ..."], stop: int, read: Annotated[Tensor, "int64 B Q"] | None
+    ) -> Annotated[Tensor, "T ... | B Q ..."]:
         """One of them at the positions before `stop`, [T, ..], or at those read [B, Q], [B, Q, ..]."""
         if len(x) == 1:
             return x

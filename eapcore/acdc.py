@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eapcore.attribution import Task
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -23,7 +24,7 @@ Progress = Callable[[int, int], None]
 @torch.no_grad()
 def acdc(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric = "kl",
     *,
     threshold: float,
@@ -105,7 +106,7 @@ def acdc(
 
 def prune_sweep(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     scores: EdgeScores,
     sizes: Sequence[int],
     thresholds: Sequence[float],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Annotated, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from eapcore.rules import Rules
 from eapcore.tasks import PromptPairs
 from eapcore.window import DenseStore, FactoredStore, NodeStore, Store, Sums, Window
 
-__all__ = ["METHODS", "attribute", "describe"]
+__all__ = ["METHODS", "Task", "attribute", "describe"]
 
 STORAGES = ("auto", "dense", "factored")
 Progress = Callable[[int, int], None]
@@ -53,7 +53,7 @@ class _Others(TypedDict, total=False):
     progress: Progress | None
 
 
-Task = PromptPairs | tuple[Tensor, Tensor]
+Task = PromptPairs | tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int64 N T"]]
 
 
 @overload
@@ -369,7 +369,7 @@ def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:
     }
 
 
-def as_pairs(task: tuple[Tensor, Tensor]) -> PromptPairs:
+def as_pairs(task: tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int64 N T"]]) -> PromptPairs:
     """(clean, corrupt) tokens [N, T] as pairs that are read at their last position and have no answers."""
     if not isinstance(task, tuple | list) or len(task) != 2 or not all(isinstance(t, Tensor) for t in task):
         raise ValueError(f"task must be PromptPairs or (clean, corrupt) tokens, got {type(task).__name__}")

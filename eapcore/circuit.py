@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ SIGN = "score = predicted change of the metric (higher = better) when the edge i
 class Circuit:
     """A set of edges: bool mask [S, R] over a graph, with what is known of where it comes from."""
 
-    mask: Tensor
+    mask: Annotated[Tensor, "bool S R"]
     graph: Graph
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,11 +116,11 @@ class EdgeScores:
     where it was asked for, with scores its mean; per_position [T, S, R] likewise, with scores its sum.
     """
 
-    scores: Tensor
+    scores: Annotated[Tensor, "S R"]
     graph: Graph
     meta: Mapping[str, Any] = field(default_factory=dict)
-    per_pair: Tensor | None = None
-    per_position: Tensor | None = None
+    per_pair: Annotated[Tensor, "N S R"] | None = None
+    per_position: Annotated[Tensor, "T S R"] | None = None
 
     def __post_init__(self) -> None:
         expected = (self.graph.n_senders, self.graph.n_receivers)
@@ -134,7 +134,7 @@ class EdgeScores:
                 )
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self) -> Annotated[Tensor, "bool S R"]:
         """bool [S, R], True where there is an edge."""
         return self.graph.edge_mask()
 
@@ -142,7 +142,7 @@ class EdgeScores:
         """The score of an edge by name, e.g. scores["a3.h7->a5.h2<q>"]."""
         return float(self.scores[self.graph.edge(edge)])
 
-    def ranking(self, *, signed: bool = False) -> tuple[Tensor, Tensor]:
+    def ranking(self, *, signed: bool = False) -> tuple[Annotated[Tensor, "int64 E"], Annotated[Tensor, "E"]]:
         """All edges from the most to the least important: (flat indices s·R + r, usefulness).
 
         Usefulness is |score|, or with signed=True −score: what the behaviour needs comes first, what hinders it last.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -70,16 +71,16 @@ class LayerWeights:
     b_o: [D]. ln1, ln2: (γ, β), each [D], None without LayerNorm. w_in: [D, M]. b_in: [M]. w_out: [M, D]. b_out: [D].
     """
 
-    w_qkv: tuple[Tensor, ...]
-    b_qkv: Tensor
-    w_o: Tensor
-    b_o: Tensor
-    ln1: tuple[Tensor, Tensor] | None = None
-    ln2: tuple[Tensor, Tensor] | None = None
-    w_in: Tensor | None = None
-    b_in: Tensor | None = None
-    w_out: Tensor | None = None
-    b_out: Tensor | None = None
+    w_qkv: tuple[Annotated[Tensor, "C' D K"], ...]
+    b_qkv: Annotated[Tensor, "3H K"]
+    w_o: Annotated[Tensor, "H K D"]
+    b_o: Annotated[Tensor, "D"]
+    ln1: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
+    ln2: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
+    w_in: Annotated[Tensor, "D M"] | None = None
+    b_in: Annotated[Tensor, "M"] | None = None
+    w_out: Annotated[Tensor, "M D"] | None = None
+    b_out: Annotated[Tensor, "D"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,14 @@ class Weights:
     b_u: [V] or None. ln_final: (γ, β), None without LayerNorm.
     """
 
-    w_e: Tensor
-    w_pos: Tensor
+    w_e: Annotated[Tensor, "V D"]
+    w_pos: Annotated[Tensor, "n_ctx D"]
     layers: tuple[LayerWeights, ...]
-    w_u: Tensor
-    b_u: Tensor | None = None
-    ln_final: tuple[Tensor, Tensor] | None = None
+    w_u: Annotated[Tensor, "D V"]
+    b_u: Annotated[Tensor, "V"] | None = None
+    ln_final: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
+    def named(self) -> Iterator[tuple[str, Annotated[Tensor, "..."]]]:
         """Every tensor with its name here, in a fixed order."""
         for field in fields(self):
             value = getattr(self, field.name)

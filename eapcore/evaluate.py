@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from eapcore.attribution import Task
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -352,7 +353,7 @@ def roc(
     *,
     rule: str = "trapezoid",
     ranking: str = "absolute",
-    edges: Tensor | None = None,
+    edges: Annotated[Tensor, "bool S R"] | None = None,
     edge_set: str = "all edges",
 ) -> Roc:
     """How well scores tell a reference circuit's edges from the others.
@@ -389,7 +390,7 @@ def roc_of_circuits(
     reference: Circuit,
     *,
     rule: str = "pareto",
-    edges: Tensor | None = None,
+    edges: Annotated[Tensor, "bool S R"] | None = None,
     edge_set: str = "all edges",
 ) -> Roc:
     """The same for circuits, one point each, e.g. of ACDC at several thresholds; (0, 0) and (1, 1) are added.
@@ -447,7 +448,11 @@ class Agreement:
     signs: float
 
 
-def agreement(estimate: EdgeScores, exact: EdgeScores, edges: Tensor | None = None) -> Agreement:
+def agreement(
+    estimate: EdgeScores,
+    exact: EdgeScores,
+    edges: Annotated[Tensor, "bool S R"] | None = None,
+) -> Agreement:
     """Compare two sets of scores over edges, bool [S, R]; None is all edges.
 
     Raises:
@@ -510,7 +515,7 @@ class Verification:
 
 def verify(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric,
     scores: EdgeScores,
     n: int,
@@ -587,9 +592,9 @@ class Stability:
     overlap: mean share of the top n that two resamples have in common; overlap_with_all: with that of all pairs.
     """
 
-    std: Tensor
-    sign_consistency: Tensor
-    top_frequency: Tensor
+    std: Annotated[Tensor, "S R"]
+    sign_consistency: Annotated[Tensor, "S R"]
+    top_frequency: Annotated[Tensor, "S R"]
     overlap: float
     overlap_with_all: float
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -599,7 +604,7 @@ class Stability:
 
 
 def stability(
-    per_pair: Tensor,
+    per_pair: Annotated[Tensor, "N S R"],
     graph: Graph,
     *,
     top_n: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Graph:
             return None
         return self.mlp(layer) if place == 3 * self.n_heads else self.heads(layer).start + place % self.n_heads
 
-    def edge_mask(self) -> Tensor:
+    def edge_mask(self) -> Annotated[Tensor, "bool S R"]:
         """bool [S, R], True where there is an edge."""
         before = torch.tensor([self.senders_before(r) for r in range(self.n_receivers)])
         return torch.arange(self.n_senders)[:, None] < before

@@ -9,27 +9,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-Metric = Callable[..., Tensor]
+Metric = Callable[..., Annotated[Tensor, "B"]]
 
 
 @dataclass(frozen=True, slots=True)
 class MetricBatch:
     """What a metric may look at besides the logits.
 
-    answers, wrong: int64 [B, A], [B, W], padded with −1. clean_logits, corrupt_logits: [B, V] of the unpatched runs.
-    index: int64 [B], which pairs of the task these are.
+    answers, wrong: int64 [B, A], [B, W], padded with −1. clean_logits, corrupt_logits: [B, V] of the unpatched runs;
+    for a named metric that reads no other tokens, those of the answers alone. index: int64 [B], which pairs of the task
+    these are.
     """
 
-    answers: Tensor
-    wrong: Tensor
-    clean_logits: Tensor
-    corrupt_logits: Tensor
-    index: Tensor
+    answers: Annotated[Tensor, "int64 B A"]
+    wrong: Annotated[Tensor, "int64 B W"]
+    clean_logits: Annotated[Tensor, "float64 B V | B V'"]
+    corrupt_logits: Annotated[Tensor, "float64 B V | B V'"]
+    index: Annotated[Tensor, "int64 B"]
 
 
 def _set_sum(values: Tensor, ids: Tensor) -> Tensor:
@@ -41,30 +42,30 @@ def _set_mean(values: Tensor, ids: Tensor) -> Tensor:
     return _set_sum(values, ids) / (ids >= 0).sum(1)
 
 
-def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+def logit_diff(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """mean logit of the answers − mean logit of the wrong answers (one token each in IOI)."""
     return _set_mean(logits, batch.answers) - _set_mean(logits, batch.wrong)
 
 
-def prob_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+def prob_diff(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """Σ P(answers) − Σ P(wrong answers), as in Greater-Than."""
     probabilities = logits.softmax(-1)
     return _set_sum(probabilities, batch.answers) - _set_sum(probabilities, batch.wrong)
 
 
-def logit_margin(logits: Tensor, batch: MetricBatch) -> Tensor:
+def logit_margin(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """mean logit of the answers − the largest logit of the wrong answers, as in Docstring."""
     wrong = logits.gather(1, batch.wrong.clamp_min(0)).masked_fill(batch.wrong < 0, -torch.inf)
     return _set_mean(logits, batch.answers) - wrong.amax(1)
 
 
-def nll(logits: Tensor, batch: MetricBatch) -> Tensor:
+def nll(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """−(negative log-probability) = log Σ P(answers): with its sign turned, so that higher is better here too."""
     chosen = logits.log_softmax(-1).gather(1, batch.answers.clamp_min(0))
     return chosen.masked_fill(batch.answers < 0, -torch.inf).logsumexp(1)
 
 
-def kl(logits: Tensor, batch: MetricBatch) -> Tensor:
+def kl(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """−KL(P_clean ‖ P): with its sign turned, so that higher is better here too. Its gradient at the clean run is 0."""
     reference = batch.clean_logits.log_softmax(-1)
     return (reference.exp() * (logits.log_softmax(-1) - reference)).sum(-1)
@@ -82,7 +83,9 @@ _NEEDS_ANSWERS = (*_NEEDS_WRONG, "nll")
 _READS_ANSWERS = (logit_diff, logit_margin)  # and wrong answers, and no other token's logit
 
 
-def find_metric(metric: str | Metric, answers: Tensor, wrong: Tensor) -> tuple[str, Metric]:
+def find_metric(
+    metric: str | Metric, answers: Annotated[Tensor, "int64 N A"], wrong: Annotated[Tensor, "int64 N W"]
+) -> tuple[str, Metric]:
     """The name and the callable of a metric, checked against a task's answers [N, A] and wrong answers [N, W].
 
     Raises:
@@ -108,7 +111,9 @@ def _first_without(ids: Tensor) -> int | None:
     return int(without[0]) if len(without) else None
 
 
-def tokens_read(metric: Metric, answers: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def tokens_read(
+    metric: Metric, answers: Annotated[Tensor, "int64 B A"], wrong: Annotated[Tensor, "int64 B W"]
+) -> tuple[Annotated[Tensor, "int64 B V'"], Annotated[Tensor, "int64 B A"], Annotated[Tensor, "int64 B W"]] | None:
     """Where a metric reads the logits of the answers and wrong answers alone, which tokens these are.
 
     Returns:
@@ -121,7 +126,9 @@ def tokens_read(metric: Metric, answers: Tensor, wrong: Tensor) -> tuple[Tensor,
     return tokens.clamp_min(0), places[:, : answers.shape[1]], places[:, answers.shape[1] :]
 
 
-def evaluate(metric: Metric, logits: Tensor, batch: MetricBatch) -> Tensor:
+def evaluate(
+    metric: Metric, logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch
+) -> Annotated[Tensor, "B"]:
     """The metric's value for each pair, [B]. Whether it is finite is not looked at: that would wait for a GPU.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from eapcore import kernels
 from eapcore.config import LayerWeights, ModelConfig, Weights
 from eapcore.graph import Graph
 from eapcore.weights import load_weights
+
+__all__ = ["Model", "forward", "load", "run_with_senders", "sender_buffer"]
 
 TOYS = {f"toy-{name}": Path(__file__).parent / "toy" / name for name in ("ioi", "induction")}
 APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
@@ -69,7 +71,7 @@ class Model:
             constants.append((torch.cat([g for g, _ in groups]), torch.cat([o for _, o in groups])))
         return constants
 
-    def closed_form(self, index: int, channels: slice) -> tuple[Tensor, Tensor]:
+    def closed_form(self, index: int, channels: slice) -> tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]]:
         """(Wᵀγ, b + Wᵀβ), each [C, K], for some of a layer's q, k and v channels."""
         w_gamma, offset = self._constants[index]
         return w_gamma[channels], offset[channels]
@@ -356,7 +358,7 @@ def unembed(model: Model, x: Tensor) -> tuple[Tensor, NormInput]:
     return (logits if model.weights.b_u is None else logits + model.weights.b_u), norm_in
 
 
-def sender_buffer(model: Model, batch: int, tokens: int) -> Tensor:
+def sender_buffer(model: Model, batch: int, tokens: int) -> Annotated[Tensor, "S B T D"]:
     """An empty buffer [S, B, T, D] for `run_with_senders`."""
     shape = (model.graph.n_senders, batch, tokens, model.config.d_model)
     return torch.empty(shape, dtype=model.dtype, device=model.device)
@@ -382,7 +384,9 @@ def check_tokens(model: Model, tokens: Tensor, what: str = "tokens") -> None:
 
 
 @torch.no_grad()
-def run_with_senders(model: Model, tokens: Tensor, senders: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_with_senders(
+    model: Model, tokens: Annotated[Tensor, "int64 B T"], senders: Annotated[Tensor, "S B T D"] | None = None
+) -> tuple[Annotated[Tensor, "B T V"], Annotated[Tensor, "S B T D"]]:
     """Run the model; every sender writes its output into the sender buffer.
 
         Σ_s senders[s] + Σ_l b_O[l] = the last residual stream
@@ -420,7 +424,7 @@ def run_with_senders(model: Model, tokens: Tensor, senders: Tensor | None = None
     return unembed(model, x)[0], senders
 
 
-def forward(model: Model, tokens: Tensor) -> Tensor:
+def forward(model: Model, tokens: Annotated[Tensor, "int64 B T"]) -> Annotated[Tensor, "B T V"]:
     """Logits [B, T, V] of tokens int64 [B, T]; differentiable in the weights, keeps nothing else."""
     check_tokens(model, tokens)
     x = embed(model, tokens)

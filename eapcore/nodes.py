@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -28,13 +28,13 @@ class NodeScores:
     mean) or of positions (the sum) in front; empty where they were not asked for.
     """
 
-    scores: Tensor
+    scores: Annotated[Tensor, "S"]
     graph: Graph
     meta: Mapping[str, Any] = field(default_factory=dict)
-    units: Tensor | None = None
-    dimensions: Tensor | None = None
-    per_pair: Mapping[str, Tensor] = field(default_factory=dict)
-    per_position: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Annotated[Tensor, "L M"] | None = None
+    dimensions: Annotated[Tensor, "S D"] | None = None
+    per_pair: Mapping[str, Annotated[Tensor, "N S | N L M | N S D"]] = field(default_factory=dict)
+    per_position: Mapping[str, Annotated[Tensor, "T S | T L M | T S D"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = self.graph.n_senders

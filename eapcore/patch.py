@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from eapcore.attribution import Task
 from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -52,7 +53,7 @@ def run_circuit(
     *,
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
-) -> Tensor:
+) -> Annotated[Tensor, "float64 B V | C B V"]:
     """Logits at the answer positions with every edge outside the circuit carrying the corrupt prompt's activation.
 
         v[r] = v_other[r] + Σ_{s in circuit} (e[s] − e_other[s])
@@ -84,7 +85,9 @@ def run_circuit(
 
 
 @torch.no_grad()
-def circuit_logits(model: Model, batch: Batch, circuits: Sequence[Circuit]) -> Tensor:
+def circuit_logits(
+    model: Model, batch: Batch, circuits: Sequence[Circuit]
+) -> Annotated[Tensor, "float64 C B V | C B V'"]:
     """The batch's logits, float64 [C, B, V] or [C, B, n], for several circuits; see `run_circuit`."""
     graph = model.graph
     if not circuits:
@@ -130,7 +133,7 @@ def metric_on(
 @torch.no_grad()
 def patch_edges(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric = "logit_diff",
     edges: Edges = None,
     *,
@@ -388,7 +391,7 @@ class Interpolation:
 @torch.no_grad()
 def interpolate(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric,
     edge: str,
     *,
@@ -442,10 +445,10 @@ class NodeEffects:
     """What patching each sender does to the metric, for all that reads it: effects [S'] or, by position, [S', T]."""
 
     nodes: list[str]
-    effects: Tensor
+    effects: Annotated[Tensor, "S' | S' T"]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, node: str) -> Tensor:
+    def __getitem__(self, node: str) -> Annotated[Tensor, "() | T"]:
         return self.effects[self.nodes.index(node)]
 
     def save(self, path: str | Path) -> None:
@@ -455,7 +458,7 @@ class NodeEffects:
 @torch.no_grad()
 def patch_nodes(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric = "logit_diff",
     nodes: Sequence[str] | None = None,
     *,
@@ -590,7 +593,7 @@ class PathEffect:
 @torch.no_grad()
 def path_patch(
     model: Model,
-    task: PromptPairs | tuple[Tensor, Tensor],
+    task: Task,
     metric: str | Metric,
     senders: Sequence[str],
     paths: Circuit | Sequence[str],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eapcore import planner
 from eapcore.ablation import find_values
-from eapcore.attribution import as_pairs, check_finite, describe
+from eapcore.attribution import Task, as_pairs, check_finite, describe
 from eapcore.graph import Graph
 from eapcore.metrics import Metric, MetricBatch, evaluate, find_metric, tokens_read
 from eapcore.model import (
@@ -62,7 +62,7 @@ class Question:
     @staticmethod
     def of(
         model: Model,
-        task: PromptPairs | tuple[Tensor, Tensor],
+        task: Task,
         metric: str | Metric,
         ablation: str = "corrupt",
         reference: PromptPairs | None = None,

@@ -7,6 +7,7 @@ under TRITON_INTERPRET=1) or "auto". A named implementation runs or raises; `cho
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -70,15 +71,15 @@ def _resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def edge_scores(
-    delta: Tensor,
-    grads: Tensor,
+    delta: Annotated[Tensor, "S B T D"],
+    grads: Annotated[Tensor, "R B T D"],
     *,
-    mask: Tensor | None = None,
+    mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
-    rows: Tensor | None = None,
+    rows: Annotated[Tensor, "int64 N"] | None = None,
     precision: str = "ieee",
     impl: str = "auto",
-) -> Tensor:
+) -> Annotated[Tensor, "S R | B S R | T S R"]:
     """Contract every sender's difference with every receiver's gradient, all pairs at once.
 
         scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
@@ -120,8 +121,11 @@ def edge_scores(
 
 
 def receiver_constants(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    weight: Annotated[Tensor, "C D K"],
+    bias: Annotated[Tensor, "C K"] | None,
+    gamma: Annotated[Tensor, "D"] | None,
+    beta: Annotated[Tensor, "D"] | None,
+) -> tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]]:
     """The two constants of the weights in the closed form of `receiver_grads`.
 
         w_gamma = Wᵀγ        offset = b + Wᵀβ        both [C, K]
@@ -135,16 +139,16 @@ def receiver_constants(
 
 
 def receiver_grads(
-    g: Tensor,
-    act: Tensor,
-    weight: Tensor,
+    g: Annotated[Tensor, "C B T K"],
+    act: Annotated[Tensor, "C B T K"],
+    weight: Annotated[Tensor, "C D K"],
     *,
     norm: Norm,
-    w_gamma: Tensor | None = None,
-    offset: Tensor | None = None,
-    out: Tensor | None = None,
+    w_gamma: Annotated[Tensor, "C K"] | None = None,
+    offset: Annotated[Tensor, "C K"] | None = None,
+    out: Annotated[Tensor, "C B T D"] | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Annotated[Tensor, "C B T D"]:
     """Gradients with respect to the residual stream that each head's q, k or v input reads, without splitting it.
 
     For one channel with x̂ the normalised stream, n = γ∘x̂ + β and a = n·W + b, given g = ∂metric/∂a:
@@ -190,12 +194,12 @@ def edge_scores_factored(
     senders: FactoredSenders,
     receivers: FactoredReceivers,
     *,
-    mask: Tensor | None = None,
+    mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     chunk: int | None = None,
     precision: str = "ieee",
     impl: str = "auto",
-) -> Tensor:
+) -> Annotated[Tensor, "S R | B S R | T S R"]:
     """`edge_scores` of all senders and receivers of a model, both sides made on the fly from their factors.
 
     Goes through the B·T token rows in chunks: makes the senders [S, chunk, D] and the receivers [R, chunk, D] of one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ class Norm:
     """
 
     kind: str
-    x_hat: Tensor | None = None
-    rstd: Tensor | None = None
-    gamma: Tensor | None = None
+    x_hat: Annotated[Tensor, "B T D"] | None = None
+    rstd: Annotated[Tensor, "B T"] | None = None
+    gamma: Annotated[Tensor, "D"] | None = None
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -126,10 +127,10 @@ class FactoredSenders:
     l sends dz[l, :, :, h] @ w_o[l][h]. w_o: L tensors [H, K, D]. mlp: [L, B, T, D] Δ of the MLPs, None without MLPs.
     """
 
-    embed: Tensor
-    dz: Tensor
-    w_o: Sequence[Tensor]
-    mlp: Tensor | None = None
+    embed: Annotated[Tensor, "B T D"]
+    dz: Annotated[Tensor, "L B T H K"]
+    w_o: Sequence[Annotated[Tensor, "H K D"]]
+    mlp: Annotated[Tensor, "L B T D"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +142,14 @@ class FactoredReceivers:
     `receiver_constants`. mlp: [L, B, T, D] gradients of the MLPs' receivers, None without MLPs. logits: [B, T, D].
     """
 
-    g: Tensor
-    act: Tensor
-    weight: Sequence[Sequence[Tensor]]
+    g: Annotated[Tensor, "L C B T K"]
+    act: Annotated[Tensor, "L C B T K"]
+    weight: Sequence[Sequence[Annotated[Tensor, "C' D K"]]]
     norms: Sequence[Norm]
-    w_gamma: Tensor
-    offset: Tensor
-    logits: Tensor
-    mlp: Tensor | None = None
+    w_gamma: Annotated[Tensor, "L C K"]
+    offset: Annotated[Tensor, "L C K"]
+    logits: Annotated[Tensor, "B T D"]
+    mlp: Annotated[Tensor, "L B T D"] | None = None
 
 
 def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers, reduce: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ _HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")
 _MLP = re.compile(r"MLP (\d+)")
 
 
-def to_prune_scores(scores: EdgeScores, *, n_batches: int = 1, per_position: bool = False) -> dict[str, Tensor]:
+Module = Annotated[Tensor, "H S' | S' | T H S' | T S'"]  # the edges into one module from the S' senders before it
+
+
+def to_prune_scores(scores: EdgeScores, *, n_batches: int = 1, per_position: bool = False) -> dict[str, Module]:
     """Scores as auto-circuit keeps them: for each module that reads the residual stream, a tensor of its edges.
 
         prune_scores[module][h, s] = −n_batches · score[s, r]
@@ -47,7 +51,7 @@ def to_prune_scores(scores: EdgeScores, *, n_batches: int = 1, per_position: boo
     return found
 
 
-def from_prune_scores(prune_scores: Mapping[str, Tensor], graph: Graph, *, n_batches: int = 1) -> EdgeScores:
+def from_prune_scores(prune_scores: Mapping[str, Module], graph: Graph, *, n_batches: int = 1) -> EdgeScores:
     """auto-circuit's PruneScores as EdgeScores; the inverse of `to_prune_scores`.
 
     Args:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,9 @@ MIB_PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 _MEAN_LENGTH = 512  # the package cuts prompts to this many tokens before it averages
 _FORMS = "a tensor of tokens int64 [B, T] or a list of B strings"
 
-Metric = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-Prompts = Tensor | Sequence[str]
+Logits = Annotated[Tensor, "B T V"]
+Metric = Callable[[Logits, Logits, Annotated[Tensor, "int64 B"], Any], Annotated[Tensor, "() | B"]]
+Prompts = Annotated[Tensor, "int64 B T"] | Sequence[str]
 Batch = tuple[Prompts, Prompts, Any]
 
 
@@ -215,7 +216,9 @@ def _read(own: Model, model: nn.Module | Model, clean: Prompts, corrupt: Prompts
     return _Batch(tokens, other, lengths, label)
 
 
-def tokenize(own: Model, model: nn.Module | Model, prompts: Prompts, what: str) -> tuple[Tensor, Tensor]:
+def tokenize(
+    own: Model, model: nn.Module | Model, prompts: Prompts, what: str
+) -> tuple[Annotated[Tensor, "int64 B T"], Annotated[Tensor, "int64 B"]]:
     """Tokens [B, T] and lengths [B] without padding, as the package makes them from text.
 
     A BOS in front, padding on the right; all of a prompt's trailing pad tokens count as padding, also those that its
@@ -484,7 +487,7 @@ def their_shape(graph: Graph) -> tuple[int, int]:
     return full.n_senders, full.n_receivers
 
 
-def in_their_order(graph: Graph, ours: Tensor) -> Tensor:
+def in_their_order(graph: Graph, ours: Annotated[Tensor, "S R"]) -> Annotated[Tensor, "S' R'"]:
     """A tensor [S, R] in the package's rows and columns; MLPs that the model has not are zero."""
     rows, columns = _places(graph, ours.device)
     theirs = ours.new_zeros(their_shape(graph))
@@ -492,7 +495,7 @@ def in_their_order(graph: Graph, ours: Tensor) -> Tensor:
     return theirs
 
 
-def in_our_order(graph: Graph, theirs: Tensor) -> Tensor:
+def in_our_order(graph: Graph, theirs: Annotated[Tensor, "S' R'"]) -> Annotated[Tensor, "S R"]:
     """The inverse of `in_their_order`; ValueError for another shape, or an edge of an MLP that is not there."""
     if theirs.shape != their_shape(graph):
         raise ValueError(f"expected [senders, receivers] = {list(their_shape(graph))}, got {list(theirs.shape)}")
@@ -536,10 +539,10 @@ class GraphFile:
     circuit: Circuit
     d_model: int
     scores: EdgeScores | None = None
-    nodes: Tensor | None = None
-    node_scores: Tensor | None = None
-    neurons: Tensor | None = None
-    neuron_scores: Tensor | None = None
+    nodes: Annotated[Tensor, "bool S"] | None = None
+    node_scores: Annotated[Tensor, "S"] | None = None
+    neurons: Annotated[Tensor, "bool S D"] | None = None
+    neuron_scores: Annotated[Tensor, "S D"] | None = None
 
     @staticmethod
     def of(scores: EdgeScores, d_model: int, circuit: Circuit | None = None) -> GraphFile:

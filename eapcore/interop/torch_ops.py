@@ -6,7 +6,7 @@ below take what they are given without a copy, call those ops, and return numpy 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -71,15 +71,15 @@ def _(
 
 
 def edge_scores(
-    delta: Any,
-    grads: Any,
+    delta: Annotated[Any, "S B T D"],
+    grads: Annotated[Any, "R B T D"],
     *,
-    mask: Any = None,
+    mask: Annotated[Any, "bool S R"] = None,
     reduce: str = "all",
-    rows: Any = None,
+    rows: Annotated[Any, "int64 N"] = None,
     precision: str = "ieee",
     impl: str = "auto",
-) -> Any:
+) -> Annotated[Any, "S R | B S R | T S R"]:
     """`kernels.edge_scores` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
 
         scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
@@ -97,15 +97,15 @@ def edge_scores(
 
 
 def receiver_grads(
-    g: Any,
-    act: Any,
-    weight: Any,
+    g: Annotated[Any, "C B T K"],
+    act: Annotated[Any, "C B T K"],
+    weight: Annotated[Any, "C D K"],
     *,
     norm: kernels.Norm,
-    w_gamma: Any = None,
-    offset: Any = None,
+    w_gamma: Annotated[Any, "C K"] = None,
+    offset: Annotated[Any, "C K"] = None,
     impl: str = "auto",
-) -> Any:
+) -> Annotated[Any, "C B T D"]:
     """`kernels.receiver_grads` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
 
         ∂metric/∂v = rstd · ( γ∘(W g) − c1·1 − c2·x̂ )      c1 = ⟨g, Wᵀγ⟩/D      c2 = ⟨g, a − b − Wᵀβ⟩/D
@@ -123,7 +123,7 @@ def receiver_grads(
     return grads.numpy() if isinstance(g, np.ndarray) else grads
 
 
-def as_tensor(value: Any, name: str) -> Tensor:
+def as_tensor(value: Any, name: str) -> Annotated[Tensor, "..."]:
     """A tensor over a torch tensor's, a numpy array's or a DLPack object's own memory.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ class PromptPairs:
     be 0. name says which task this is, seed how it was drawn (None where nothing was), vocab names the ids.
     """
 
-    clean: Tensor
-    corrupt: Tensor
-    lengths: Tensor
-    positions: Tensor
-    answers: Tensor
-    wrong: Tensor
+    clean: Annotated[Tensor, "int64 N T"]
+    corrupt: Annotated[Tensor, "int64 N T"]
+    lengths: Annotated[Tensor, "int64 N"]
+    positions: Annotated[Tensor, "int64 N"]
+    answers: Annotated[Tensor, "int64 N A"]
+    wrong: Annotated[Tensor, "int64 N W"]
     name: str = "unnamed"
     seed: int | None = None
     vocab: tuple[str, ...] | None = None
@@ -95,7 +96,7 @@ class PromptPairs:
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def select(self, index: Tensor) -> PromptPairs:
+    def select(self, index: Annotated[Tensor, "int64 B"]) -> PromptPairs:
         """The pairs at these indices, cut to the longest prompt among them."""
         longest = int(self.lengths[index].max())
         return replace(
@@ -108,7 +109,7 @@ class PromptPairs:
             wrong=self.wrong[index],
         )
 
-    def first_difference(self) -> Tensor:
+    def first_difference(self) -> Annotated[Tensor, "int64 N"]:
         """int64 [N], the first position at which clean and corrupt differ."""
         return (self.clean != self.corrupt).int().argmax(1)
 
