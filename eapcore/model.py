@@ -6,6 +6,7 @@ through it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,7 +59,10 @@ class Model:
 
     @cached_property
     def content_hash(self) -> str:
-        return self.weights.content_hash()
+        """The weights' hash together with what changes the numbers beside them, as 16 hex digits."""
+        c = self.config
+        beside = f"{c.act_fn} {c.attn_scale:.9g} {c.scale_attn_by_inverse_layer_idx} {c.eps:.9g}"
+        return hashlib.sha256(f"{self.weights.content_hash()} {beside}".encode()).hexdigest()[:16]
 
     @cached_property
     def _constants(self) -> list[tuple[Tensor, Tensor]]:

@@ -546,7 +546,7 @@ def test_the_hash_does_not_depend_on_how_much_is_hashed_at_a_time(monkeypatch):
 
 def test_every_single_weight_changes_the_hash():
     model = random_model(n_layers=1)
-    hashes = {model.content_hash}
+    hashes = {model.weights.content_hash()}
     names = [name for name, _ in model.weights.named()]
     for _name, tensor in model.weights.named():
         index = (0,) * tensor.ndim
@@ -556,6 +556,13 @@ def test_every_single_weight_changes_the_hash():
         tensor[index] = old
     assert model.weights.content_hash() in hashes
     assert len(hashes) == len(names) + 1 == 19
+
+
+def test_the_hash_tells_apart_what_the_same_weights_compute():
+    model = random_model()
+    changes = [{"act_fn": "relu"}, {"attn_scale": 1.0}, {"eps": 1e-6}, {"scale_attn_by_inverse_layer_idx": True}]
+    others = [dataclasses.replace(model, config=dataclasses.replace(model.config, **change)) for change in changes]
+    assert len({m.content_hash for m in (model, *others)}) == 5
 
 
 def test_the_hash_tells_dtypes_a_tied_head_and_transposed_weights_apart():

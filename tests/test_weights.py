@@ -371,7 +371,7 @@ def test_a_transformer_lens_state_dict_is_the_model_that_it_was_made_from(option
     loaded = load_weights(state, config=cfg)
     assert loaded.config == model.config
     torch.testing.assert_close(logits_of(loaded), forward(model, TOKENS), rtol=0, atol=1e-13)
-    assert loaded.weights.content_hash() == model.content_hash
+    assert loaded.weights.content_hash() == model.weights.content_hash()
     owned = {t.untyped_storage().data_ptr() for t in state.values()}
     copied = [name for name, t in loaded.weights.named() if t.untyped_storage().data_ptr() not in owned]
     assert all("b_qkv" in name for name in copied)  # three small tensors joined into one
