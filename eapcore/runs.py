@@ -409,6 +409,7 @@ def run_masked(
     """
     graph, config = model.graph, model.config
     copies, (rows, tokens), last = len(masks), batch.shape, config.n_layers - 1
+    alike = ((masks == masks[:1]) | recompute[:, None]).all(0)  # [S, R], what all copies read alike of fixed senders
     masks = masks.to(model.device, model.dtype)
     held = masks * ~recompute.to(model.device)[:, None]  # what the fixed senders send
     again: list[int] = recompute.nonzero().squeeze(1).tolist()
@@ -425,7 +426,7 @@ def run_masked(
         pool, mine = (fixed.at_read, own.at_read) if short else (fixed.everywhere, own.everywhere)
         stream = at_read(stream, batch.read) if short else stream
         weights = held[:, :stop, receivers].transpose(1, 2)  # [C, R_i, S_i]
-        if bool((weights == weights[:1]).all()):
+        if bool(alike[:stop, receivers].all()):
             weights = weights[:1]
         v = stream + (weights @ pool[:stop].flatten(1)).unflatten(2, stream.shape)
         if made:
