@@ -53,7 +53,7 @@ class Model:
         return self.weights.w_e.device
 
     @cached_property
-    def edge_mask(self) -> Tensor:
+    def edge_mask(self) -> Annotated[Tensor, "bool S R"]:
         """The graph's edges on the model's device, bool [S, R]: copied there once."""
         return self.graph.edge_mask().to(self.device)
 
