@@ -1,4 +1,6 @@
 // The contraction's outer loops: which blocks, which tiles, which thread, and the fixed order of every sum.
+// What both forms of the contraction share (edges, plan, threads), then the form that multiplies along the inner dimension;
+// outer.hpp has the other one.
 //
 // The inner dimension goes by in blocks. For each block the receivers are packed a group at a time (it stays in the
 // second-level cache), and each tile of senders is packed or read in place once and meets every receiver of the group
@@ -44,23 +46,28 @@ inline std::vector<Range> even_tiles(std::int64_t rows, std::int64_t limit) {
 // The senders and receivers that have an edge, cut into tiles, and the pairs of tiles that have one.
 class Edges {
  public:
-  // mask: [S, R] of 0 and 1, or null for all pairs.
-  Edges(const std::uint8_t* mask, std::int64_t n_senders, std::int64_t n_receivers, int max_n)
-      : mask_(mask), n_senders_(n_senders), n_receivers_(n_receivers) {
+  // mask: [S, R] of 0 and 1, or null for all pairs. A tile has at most max_m senders and max_n receivers. turned: what is
+  // called senders here are the caller's receivers and the other way round, of a mask and scores that stay as they lie.
+  Edges(const std::uint8_t* mask, std::int64_t n_senders, std::int64_t n_receivers, int max_n, int max_m = kMaxM,
+        bool turned = false)
+      : max_m(max_m), tile_sums(max_m * max_n), mask_(mask), n_senders_(n_senders), n_receivers_(n_receivers),
+        stride_s_(turned ? 1 : n_receivers), stride_r_(turned ? n_senders : 1) {
     std::vector<std::uint8_t> used(static_cast<std::size_t>(n_receivers), mask == nullptr);
     for (std::int64_t s = 0; s < n_senders; ++s) {
       bool any = mask == nullptr && n_receivers > 0;
       for (std::int64_t r = 0; mask != nullptr && r < n_receivers; ++r) {
-        const std::uint8_t edge = mask[s * n_receivers + r];
+        const std::uint8_t edge = mask[at(s, r)];
+        n_edges += edge;
         any = any || edge != 0;
         used[static_cast<std::size_t>(r)] |= edge;
       }
       if (any) senders.push_back(s);
     }
+    if (mask == nullptr) n_edges = n_senders * n_receivers;
     for (std::int64_t r = 0; r < n_receivers && !senders.empty(); ++r) {
       if (used[static_cast<std::size_t>(r)] != 0) receivers.push_back(r);
     }
-    sender_tiles = even_tiles(static_cast<std::int64_t>(senders.size()), kMaxM);
+    sender_tiles = even_tiles(static_cast<std::int64_t>(senders.size()), max_m);
     receiver_tiles = even_tiles(static_cast<std::int64_t>(receivers.size()), max_n);
     has_.assign(sender_tiles.size() * receiver_tiles.size(), mask == nullptr);
     for (std::size_t i = 0; mask != nullptr && i < sender_tiles.size(); ++i) {
@@ -73,14 +80,17 @@ class Edges {
     return has_[static_cast<std::size_t>(sender_tile) * receiver_tiles.size() + static_cast<std::size_t>(receiver_tile)];
   }
   bool edge(std::int64_t sender, std::int64_t receiver) const {
-    return mask_ == nullptr || mask_[sender * n_receivers_ + receiver] != 0;
+    return mask_ == nullptr || mask_[at(sender, receiver)] != 0;
   }
+  // Where a pair lies in the mask and in the scores.
+  std::int64_t at(std::int64_t sender, std::int64_t receiver) const { return sender * stride_s_ + receiver * stride_r_; }
   std::int64_t n_senders() const { return n_senders_; }
   std::int64_t n_receivers() const { return n_receivers_; }
 
   std::vector<std::int64_t> senders, receivers;  // rising
   std::vector<Range> sender_tiles, receiver_tiles;
-  std::int64_t active_tiles = 0;
+  std::int64_t n_edges = 0, active_tiles = 0;
+  std::int64_t max_m, tile_sums;  // the sum of a tile's sender m and receiver n is number n * max_m + m of tile_sums
 
  private:
   std::uint8_t any_edge(std::size_t i, std::size_t j) const {
@@ -93,7 +103,7 @@ class Edges {
   }
 
   const std::uint8_t* mask_;
-  std::int64_t n_senders_, n_receivers_;
+  std::int64_t n_senders_, n_receivers_, stride_s_, stride_r_;
   std::vector<std::uint8_t> has_;
 };
 
@@ -109,6 +119,11 @@ struct Plan {
   int threads = 1;
   std::int64_t splits = 1;  // tasks that share one part of the result
   std::vector<Task> tasks;
+  std::int64_t most_sender_tiles() const {
+    std::int64_t most = 0;
+    for (const Task& task : tasks) most = std::max(most, task.sender_tiles.size());
+    return most;
+  }
 };
 
 // Cuts the work so that `threads` are evenly busy: along the blocks as long as the partial sums stay small, else along
@@ -124,7 +139,7 @@ inline Plan plan_tasks(const Edges& edges, const std::vector<std::int64_t>& bloc
   plan.threads = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), useful));
 
   const std::int64_t fewest = *std::min_element(blocks_of_group.begin(), blocks_of_group.end());
-  const std::int64_t partial_bytes = groups * sender_tiles * receiver_tiles * kMaxM * kMaxN * 8;
+  const std::int64_t partial_bytes = groups * sender_tiles * receiver_tiles * edges.tile_sums * 8;
   double best = 0;
   for (std::int64_t splits = 1; splits <= plan.threads && splits <= std::max<std::int64_t>(fewest, 1); ++splits) {
     if (splits > 1 && splits * partial_bytes > kPartialsBytes) break;
@@ -172,15 +187,16 @@ void write_scores(const Edges& edges, Range sender_tiles, const double* sums, st
     for (std::int64_t j = 0; j < receiver_tiles; ++j) {
       if (!edges.has(i, j)) continue;
       const Range receivers = edges.receiver_tiles[static_cast<std::size_t>(j)];
-      const double* tile = sums + ((i - sender_tiles.begin) * receiver_tiles + j) * kMaxM * kMaxN;
+      const double* tile = sums + ((i - sender_tiles.begin) * receiver_tiles + j) * edges.tile_sums;
       for (std::int64_t m = 0; m < senders.size(); ++m) {
         const std::int64_t sender = edges.senders[static_cast<std::size_t>(senders.begin + m)];
         for (std::int64_t n = 0; n < receivers.size(); ++n) {
           const std::int64_t receiver = edges.receivers[static_cast<std::size_t>(receivers.begin + n)];
           if (!edges.edge(sender, receiver)) continue;
-          double sum = tile[n * kMaxM + m];
-          for (std::int64_t part = 1; part < parts; ++part) sum += tile[part * part_stride + n * kMaxM + m];
-          scores[sender * edges.n_receivers() + receiver] = static_cast<Out>(sum);
+          const double* at = tile + n * edges.max_m + m;
+          double sum = *at;
+          for (std::int64_t part = 1; part < parts; ++part) sum += at[part * part_stride];
+          scores[edges.at(sender, receiver)] = static_cast<Out>(sum);
         }
       }
     }
@@ -193,7 +209,6 @@ struct Worker {
   Senders senders;      // opened at the block that is multiplied
   Receivers receivers;  // opened at the block that is packed
   Buffer<P> panel, groups[2];
-  Buffer<double> sums;
   std::vector<std::uint8_t> packed;  // which tiles of the panel are
 };
 
@@ -216,42 +231,38 @@ inline std::vector<Pass> plan_passes(const Task& task, std::int64_t receiver_til
   return passes;
 }
 
-// Packs the next pass's receivers bit by bit between the tiles of the present one. Few rows are on their way from memory
-// at a time: rows often lie a multiple of a large power of two apart, so that many of them would evict each other.
-template <class P, class Receivers>
+// Packs one side's tiles of the next pass bit by bit between the tiles of the present one. Few rows are on their way from
+// memory at a time: rows often lie a multiple of a large power of two apart, so that many of them would evict each other.
+// side: opened at the block that is packed; pack(i) packs tile i.
+template <class Side, class Pack>
 class Packing {
  public:
-  Packing(const Edges& edges, Receivers& side, Range receivers, P* target, std::int64_t tile_elements)
-      : edges_(edges), side_(side), tiles_(receivers), target_(target), tile_elements_(tile_elements), at_(receivers.begin) {
-    if (receivers.size() > 0) {
-      begin_ = fetched_ = tile(receivers.begin).begin;
-      end_ = tile(receivers.end - 1).end;
+  Packing(const std::vector<Range>& tiles, const std::vector<std::int64_t>& rows, const Side& side, Range range, Pack pack)
+      : tiles_(tiles), rows_(rows), side_(side), pack_(pack), at_(range.begin), tiles_end_(range.end) {
+    if (range.size() > 0) {
+      begin_ = fetched_ = tile(range.begin).begin;
+      end_ = tile(range.end - 1).end;
     }
   }
-  // Where the next row lies that should be fetched by the end of `step` of `steps` even ones; null if it has been.
-  const char* fetch(std::int64_t step, std::int64_t steps) {
-    if (fetched_ >= std::min(end_, begin_ + (end_ - begin_) * (step + 1) / steps)) return nullptr;
-    return side_.address(edges_.receivers[static_cast<std::size_t>(fetched_++)]);
+  // Packs the tiles that have been fetched; rows are due to be fetched evenly, up to the end of `step` of `steps`.
+  void begin_step(std::int64_t step, std::int64_t steps) {
+    while (at_ < tiles_end_ && tile(at_).end <= fetched_) pack_(at_++);
+    due_ = begin_ + (end_ - begin_) * (step + 1) / steps;
   }
-  void pack_fetched() {
-    while (at_ < tiles_.end && tile(at_).end <= fetched_) pack_one();
-  }
+  // Where the next row lies that is due to be fetched; null if none is.
+  const char* fetch() { return fetched_ < due_ ? side_.address(rows_[static_cast<std::size_t>(fetched_++)]) : nullptr; }
   void finish() {
-    while (at_ < tiles_.end) pack_one();
+    while (at_ < tiles_end_) pack_(at_++);
   }
 
  private:
-  const Range& tile(std::int64_t i) const { return edges_.receiver_tiles[static_cast<std::size_t>(i)]; }
-  void pack_one() {
-    side_.pack(edges_.receivers.data() + tile(at_).begin, tile(at_).size(), target_ + (at_ - tiles_.begin) * tile_elements_);
-    ++at_;
-  }
+  const Range& tile(std::int64_t i) const { return tiles_[static_cast<std::size_t>(i)]; }
 
-  const Edges& edges_;
-  Receivers& side_;
-  Range tiles_;
-  P* target_;
-  std::int64_t tile_elements_, at_, begin_ = 0, end_ = 0, fetched_ = 0;
+  const std::vector<Range>& tiles_;
+  const std::vector<std::int64_t>& rows_;
+  const Side& side_;
+  Pack pack_;
+  std::int64_t at_, tiles_end_, begin_ = 0, end_ = 0, fetched_ = 0, due_ = 0;
 };
 
 // Adds one task's products to sums [sender tile][receiver tile][receiver][sender].
@@ -264,16 +275,22 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
   const std::int64_t tile_elements = layout.block_size() * tiles.max_n;
   const auto passes = plan_passes(task, receiver_tiles, panel_tiles, group_tiles);
 
+  // Packing of a pass's receivers; behind the last pass there is nothing to pack.
+  const auto packing_of = [&](std::size_t index) {
+    const bool exists = index < passes.size();
+    const Range receivers = exists ? passes[index].receivers : Range{0, 0};
+    if (exists) worker.receivers.open(task.group, passes[index].block);
+    P* group = worker.groups[index % 2].data();
+    return Packing(edges.receiver_tiles, edges.receivers, worker.receivers, receivers, [&, receivers, group](std::int64_t j) {
+      const Range tile = edges.receiver_tiles[static_cast<std::size_t>(j)];
+      worker.receivers.pack(edges.receivers.data() + tile.begin, tile.size(), group + (j - receivers.begin) * tile_elements);
+    });
+  };
+  packing_of(0).finish();
+
   for (std::size_t index = 0; index < passes.size(); ++index) {
     const Pass& pass = passes[index];
-    if (index == 0) {
-      worker.receivers.open(task.group, pass.block);
-      Packing<P, Receivers>(edges, worker.receivers, pass.receivers, worker.groups[0].data(), tile_elements).finish();
-    }
-    const bool has_next = index + 1 < passes.size();
-    if (has_next) worker.receivers.open(task.group, passes[index + 1].block);
-    Packing<P, Receivers> packing(edges, worker.receivers, has_next ? passes[index + 1].receivers : Range{0, 0},
-                                  worker.groups[(index + 1) % 2].data(), tile_elements);
+    auto packing = packing_of(index + 1);
     const P* group = worker.groups[index % 2].data();
 
     worker.senders.open(task.group, pass.block);
@@ -291,7 +308,7 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
       const std::int64_t i = pass.senders.begin + turn % pass.senders.size();
       const std::int64_t from_step = turn / pass.senders.size() * part_steps;
       const std::int64_t n_steps = std::min(part_steps, steps - from_step);
-      packing.pack_fetched();
+      packing.begin_step(turn, parts * pass.senders.size());
       std::int64_t j = pass.receivers.begin;
       while (j < pass.receivers.end && !edges.has(i, j)) ++j;
       if (j == pass.receivers.end) continue;
@@ -325,17 +342,82 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
         if (sender < sender_end) {
           prefetch = worker.senders.address(edges.senders[static_cast<std::size_t>(sender++)]);
         } else {
-          prefetch = packing.fetch(turn, parts * pass.senders.size());
+          prefetch = packing.fetch();
         }
         if (prefetch == nullptr) prefetch = reinterpret_cast<const char*>(rows.rows[0]);
         const std::int64_t n = edges.receiver_tiles[static_cast<std::size_t>(j)].size();
         tiles.tile[count - 1][n - 1](
             rows, group + (j - pass.receivers.begin) * tile_elements + from_step * n * tiles.width, n_steps,
-            sums + ((i - task.sender_tiles.begin) * receiver_tiles + j) * kMaxM * kMaxN, prefetch);
+            sums + ((i - task.sender_tiles.begin) * receiver_tiles + j) * edges.tile_sums, prefetch);
       }
     }
     packing.finish();
   }
+}
+
+// Runs the plan's tasks, each on the worker of its thread, and adds up what they made, in a fixed order.
+// run_task(worker, task, sums) adds one task's products to sums [sender tile][receiver tile][tile_sums].
+template <class Out, class Worker, class RunTask>
+void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::vector<Worker>& workers,
+              const RunTask& run_task, Out* scores) {
+  const std::int64_t result = edges.n_senders() * edges.n_receivers();
+  const auto sender_tiles = static_cast<std::int64_t>(edges.sender_tiles.size());
+  const auto receiver_tiles = static_cast<std::int64_t>(edges.receiver_tiles.size());
+  const std::int64_t tile_row = receiver_tiles * edges.tile_sums, part_stride = sender_tiles * tile_row;
+  Buffer<double> partials;
+  std::vector<Buffer<double>> own;  // of threads that share no result
+  if (plan.splits > 1) {
+    partials.reserve(groups * plan.splits * part_stride);
+  } else {
+    for (int i = 0; i < plan.threads; ++i) own.emplace_back(plan.most_sender_tiles() * tile_row);
+  }
+  const auto run = [&](std::size_t thread, const Task& task) {
+    double* sums = task.partial < 0 ? own[thread].data()
+                                    : partials.data() + task.partial * part_stride + task.sender_tiles.begin * tile_row;
+    std::fill(sums, sums + task.sender_tiles.size() * tile_row, 0.0);
+    run_task(workers[thread], task, sums);
+    if (task.partial < 0) write_scores(edges, task.sender_tiles, sums, 0, 1, scores + task.group * result);
+  };
+
+  const auto n_tasks = static_cast<std::int64_t>(plan.tasks.size());
+  const auto clear = [&](std::int64_t row) {
+    std::fill(scores + row * edges.n_receivers(), scores + (row + 1) * edges.n_receivers(), Out{0});
+  };
+  const auto combine = [&](std::int64_t group, std::int64_t tile) {
+    write_scores(edges, {tile, tile + 1}, partials.data() + group * plan.splits * part_stride + tile * tile_row, part_stride,
+                 plan.splits, scores + group * result);
+  };
+  // Threads wait for each other only where that is worth it: a wait costs more than clearing or adding a small result.
+  const bool small = groups * result * plan.splits < (std::int64_t{1} << 18);
+  const std::int64_t all_rows = groups * edges.n_senders();
+  if (small) {
+    for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(plan.threads)
+#endif
+  {
+#if defined(_OPENMP)
+    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
+#else
+    const std::size_t thread = 0;
+#endif
+    if (!small) {
+#if defined(_OPENMP)
+#pragma omp for schedule(static)
+#endif
+      for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
+    }
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, 1) nowait
+#endif
+    for (std::int64_t i = 0; i < n_tasks; ++i) run(thread, plan.tasks[static_cast<std::size_t>(i)]);
+  }
+  if (plan.splits == 1) return;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(plan.threads) schedule(static) if (!small)
+#endif
+  for (std::int64_t i = 0; i < groups * sender_tiles; ++i) combine(i / sender_tiles, i % sender_tiles);
 }
 
 // scores[group, s, r] = Σ over the group's blocks of ⟨sender s, receiver r⟩, 0 where there is no edge.
@@ -351,11 +433,8 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
 template <class P, class Out, class Layout, class Senders, class Receivers>
 void contract(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, const Senders& senders_side,
               const Receivers& receivers_side, int threads, Out* scores) {
-  const auto groups = static_cast<std::int64_t>(layout.blocks().size());
-  const std::int64_t result = edges.n_senders() * edges.n_receivers();
   const auto receiver_tiles = static_cast<std::int64_t>(edges.receiver_tiles.size());
   const Plan plan = plan_tasks(edges, layout.blocks(), edges.active_tiles * kMaxM * tiles.max_n * layout.inner(), threads);
-  constexpr std::int64_t tile_sums = kMaxM * kMaxN;
   const std::int64_t block_size = layout.block_size();
   const std::int64_t group_tiles =
       std::max<std::int64_t>(1, kGroupBytes / static_cast<std::int64_t>(sizeof(P)) / (layout.part_size() * tiles.max_n));
@@ -363,9 +442,7 @@ void contract(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
       std::max<std::int64_t>(1, kPanelBytes / static_cast<std::int64_t>(sizeof(P)) / (block_size * kMaxM));
 
   std::vector<Worker<P, Senders, Receivers>> workers;
-  std::int64_t most_senders = 0;
-  for (const Task& task : plan.tasks) most_senders = std::max(most_senders, task.sender_tiles.size());
-  const std::int64_t panel = std::min(panel_tiles, most_senders);
+  const std::int64_t panel = std::min(panel_tiles, plan.most_sender_tiles());
   const std::int64_t group = std::min(group_tiles, receiver_tiles) * tiles.max_n * block_size;
   workers.reserve(static_cast<std::size_t>(plan.threads));
   for (int i = 0; i < plan.threads; ++i) {
@@ -373,63 +450,13 @@ void contract(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
                        receivers_side,
                        Buffer<P>(panel * block_size * kMaxM),
                        {Buffer<P>(group), Buffer<P>(group)},
-                       Buffer<double>(plan.splits == 1 ? most_senders * receiver_tiles * tile_sums : 0),
                        std::vector<std::uint8_t>(static_cast<std::size_t>(panel))});
   }
-  const std::int64_t part_stride = static_cast<std::int64_t>(edges.sender_tiles.size()) * receiver_tiles * tile_sums;
-  Buffer<double> partials;
-  if (plan.splits > 1) partials.reserve(groups * plan.splits * part_stride);
-
-  const auto run = [&](Worker<P, Senders, Receivers>& worker, const Task& task) {
-    double* sums = task.partial < 0 ? worker.sums.data()
-                                    : partials.data() + task.partial * part_stride +
-                                          task.sender_tiles.begin * receiver_tiles * tile_sums;
-    std::fill(sums, sums + task.sender_tiles.size() * receiver_tiles * tile_sums, 0.0);
-    run_task(tiles, edges, layout, task, panel_tiles, group_tiles, worker, sums);
-    if (task.partial < 0) write_scores(edges, task.sender_tiles, sums, 0, 1, scores + task.group * result);
-  };
-
-  const auto n_tasks = static_cast<std::int64_t>(plan.tasks.size());
-  const auto sender_tiles = static_cast<std::int64_t>(edges.sender_tiles.size());
-  const auto clear = [&](std::int64_t row) {
-    std::fill(scores + row * edges.n_receivers(), scores + (row + 1) * edges.n_receivers(), Out{0});
-  };
-  const auto combine = [&](std::int64_t group, std::int64_t tile) {
-    write_scores(edges, {tile, tile + 1},
-                 partials.data() + group * plan.splits * part_stride + tile * receiver_tiles * tile_sums, part_stride,
-                 plan.splits, scores + group * result);
-  };
-  // Threads wait for each other only where that is worth it: a wait costs more than clearing or adding a small result.
-  const bool small = groups * result * plan.splits < (std::int64_t{1} << 18);
-  const std::int64_t all_rows = groups * edges.n_senders();
-  if (small) {
-    for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
-  }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(plan.threads)
-#endif
-  {
-#if defined(_OPENMP)
-    Worker<P, Senders, Receivers>& worker = workers[static_cast<std::size_t>(omp_get_thread_num())];
-#else
-    Worker<P, Senders, Receivers>& worker = workers[0];
-#endif
-    if (!small) {
-#if defined(_OPENMP)
-#pragma omp for schedule(static)
-#endif
-      for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
-    }
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic, 1) nowait
-#endif
-    for (std::int64_t i = 0; i < n_tasks; ++i) run(worker, plan.tasks[static_cast<std::size_t>(i)]);
-  }
-  if (plan.splits == 1) return;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(plan.threads) schedule(static) if (!small)
-#endif
-  for (std::int64_t i = 0; i < groups * sender_tiles; ++i) combine(i / sender_tiles, i % sender_tiles);
+  run_plan(plan, edges, static_cast<std::int64_t>(layout.blocks().size()), workers,
+           [&](Worker<P, Senders, Receivers>& worker, const Task& task, double* sums) {
+             run_task(tiles, edges, layout, task, panel_tiles, group_tiles, worker, sums);
+           },
+           scores);
 }
 
 }  // namespace eapcore

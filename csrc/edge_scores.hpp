@@ -1,7 +1,9 @@
 // scores[s, r] = Σ over token rows of ⟨delta[s, row], grads[r, row]⟩ for explicit tensors of any outer strides.
 #pragma once
 
-#include "contract.hpp"
+#include <array>
+
+#include "outer.hpp"
 
 namespace eapcore {
 
@@ -28,14 +30,16 @@ inline std::vector<std::vector<std::int64_t>> group_rows(Reduce reduce, std::int
   return lists;
 }
 
-// The inner elements of each group cut into blocks of one length (the last may be shorter).
+// The inner elements of each group cut into blocks of one length (the last may be shorter); as many for each thread.
 class DenseLayout {
  public:
-  DenseLayout(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t d_model, std::int64_t block_size, int width)
+  DenseLayout(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t d_model, std::int64_t block_size, int width,
+              int threads = 1)
       : block_size_(width) {
     for (const auto& list : rows) {
       const std::int64_t length = static_cast<std::int64_t>(list.size()) * d_model;
-      const std::int64_t count = (length + block_size - 1) / block_size;
+      std::int64_t count = (length + block_size - 1) / block_size;
+      if (threads > 1 && count > threads) count = (count + threads - 1) / threads * threads;
       const std::int64_t size = count == 0 ? width : ((length + count - 1) / count + width - 1) / width * width;
       lengths_.push_back(length);
       sizes_.push_back(size);
@@ -117,6 +121,23 @@ class DenseSide {
     return reinterpret_cast<const char*>(tensor_.data + i * tensor_.stride_row + pieces_[0].offset);
   }
 
+  // Up to `lanes` rows turned round: [word][lane], zeros in lanes that have no row.
+  void pack_columns(const OuterTiles<P>& tiles, const std::int64_t* rows, std::int64_t count, P* target) {
+    const std::int64_t steps = (length_ + width_ - 1) / width_, whole = steps * width_;
+    runs_.resize(static_cast<std::size_t>(tiles.lanes * whole));
+    std::array<const P*, kMaxLanes> lanes;
+    for (std::int64_t i = 0; i < tiles.lanes; ++i) {
+      P* run = runs_.data() + i * whole;
+      if (i >= count) {
+        std::fill(run, run + whole, P{});
+      } else if (!in_place()) {
+        pack(rows + i, 1, run);
+      }
+      lanes[static_cast<std::size_t>(i)] = i < count && in_place() ? row(rows[i]) : run;
+    }
+    tiles.turn(lanes.data(), steps, target);
+  }
+
   void pack(const std::int64_t* rows, std::int64_t count, P* target) {
     for (std::int64_t i = 0; i < count; ++i) {
       const Source* source = tensor_.data + rows[i] * tensor_.stride_row;
@@ -143,6 +164,7 @@ class DenseSide {
   std::int64_t length_ = 0;
   std::vector<Piece> pieces_;
   std::vector<Source> gathered_;
+  std::vector<P> runs_;
 };
 
 // mask: [S, R] of 0 and 1, or null. rows: distinct b·T + t; n_rows < 0 for all. scores: [S, R], [B, S, R] or [T, S, R].
@@ -154,13 +176,29 @@ void edge_scores_with(Isa isa, const Tensor4<Source>& delta, const Tensor4<Sourc
   const Tiles<P> table = tiles<P>(isa);
   const PackFn<P, Source> pack_row = packer<P, Source>(table.isa);
   const auto groups = group_rows(reduce, batch, tokens, rows, n_rows);
-  const Edges edges(mask, n_senders, n_receivers, table.max_n);
-  const std::int64_t block_bytes = edges.receiver_tiles.size() > 1 ? kBlockBytes : kStreamBytes;
-  const DenseLayout layout(groups, d_model, block_bytes / static_cast<std::int64_t>(sizeof(P)), table.width);
   const auto delta_segments = segments(delta, groups, tokens, d_model);
   const auto grads_segments = segments(grads, groups, tokens, d_model);
-  contract(table, edges, layout, DenseSide<P, Source>(delta, delta_segments, layout, pack_row, table.width),
-           DenseSide<P, Source>(grads, grads_segments, layout, pack_row, table.width), threads, scores);
+  const auto side = [&](const Tensor4<Source>& tensor, const DenseLayout& layout) {
+    return DenseSide<P, Source>(tensor, &tensor == &delta ? delta_segments : grads_segments, layout, pack_row, table.width);
+  };
+  if constexpr (!std::is_same_v<P, double>) {
+    const OuterTiles<P> outer = outer_tiles<P>(isa);
+    const bool turned = columns_are_receivers(n_senders, n_receivers, outer.lanes);
+    const std::int64_t n_columns = turned ? n_receivers : n_senders, n_others = turned ? n_senders : n_receivers;
+    if (outer_pays(n_columns, n_others, outer.lanes)) {
+      const Edges edges(mask, n_columns, n_others, kMaxOuterRows, outer.lanes, turned);
+      if (outer_pays(edges)) {
+        const DenseLayout layout(groups, d_model, kOuterSteps * outer.width, outer.width, threads);
+        contract_outer(outer, edges, layout, side(turned ? grads : delta, layout), side(turned ? delta : grads, layout), threads,
+                       scores);
+        return;
+      }
+    }
+  }
+  const Edges edges(mask, n_senders, n_receivers, table.max_n);
+  const std::int64_t block_bytes = edges.receiver_tiles.size() > 1 ? kBlockBytes : kStreamBytes;
+  const DenseLayout layout(groups, d_model, block_bytes / static_cast<std::int64_t>(sizeof(P)), table.width, threads);
+  contract(table, edges, layout, side(delta, layout), side(grads, layout), threads, scores);
 }
 
 // Chooses the type of the packed panels: the source's own where the instruction set multiplies it, else float32.

@@ -25,9 +25,13 @@
 #if defined(__GNUC__)
 #define EAPCORE_INLINE inline __attribute__((always_inline))
 #define EAPCORE_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define EAPCORE_PREFETCH_ONCE(address) __builtin_prefetch(address, 0, 0)  // for what is read once
+#define EAPCORE_PREFETCH_SUM(address) __builtin_prefetch(address, 1, 3)
 #else
 #define EAPCORE_INLINE inline
 #define EAPCORE_PREFETCH(address) static_cast<void>(address)
+#define EAPCORE_PREFETCH_ONCE(address) static_cast<void>(address)
+#define EAPCORE_PREFETCH_SUM(address) static_cast<void>(address)
 #endif
 
 namespace eapcore {

@@ -80,6 +80,72 @@ Tiles<typename V::Element> make_tiles(Isa isa) {
   return table;
 }
 
+template <class V, int N>
+EAPCORE_TARGET void outer_tile(const typename V::Element* rows, const typename V::Element* columns, std::int64_t steps,
+                               double* sums, const char* const* ahead) {
+  constexpr int lanes = vector_bytes / 4, word = V::width / lanes;
+  static_assert(lanes % kAhead == 0);
+  typename V::type total[N];
+  EAPCORE_UNROLL
+  for (int n = 0; n < N; ++n) total[n] = V::zero();
+  EAPCORE_UNROLL
+  for (int i = 0; i < N * lanes; i += 8) EAPCORE_PREFETCH_SUM(sums + i);
+  std::int64_t step = 0;
+  while (step < steps) {
+    typename V::type acc[N];
+    EAPCORE_UNROLL
+    for (int n = 0; n < N; ++n) acc[n] = V::zero();
+    for (const std::int64_t end = step + std::min(steps - step, kOuterChunk); step < end; ++step) {
+      for (int fetched = 0; fetched < kAhead; ++fetched) {
+        EAPCORE_UNROLL
+        for (int i = 0; i < lanes / kAhead; ++i) {
+          const auto column = V::load(columns + i * V::width);
+          EAPCORE_UNROLL
+          for (int n = 0; n < N; ++n) acc[n] = V::fma(V::word(rows + n * V::width + i * word), column, acc[n]);
+        }
+        columns += lanes / kAhead * V::width;
+        rows += lanes / kAhead * word;
+        EAPCORE_PREFETCH_ONCE(ahead[fetched] + step * 64);
+      }
+      rows += (N - 1) * V::width;
+    }
+    EAPCORE_UNROLL
+    for (int n = 0; n < N; ++n) total[n] = V::plus(total[n], acc[n]);
+  }
+  EAPCORE_UNROLL
+  for (int n = 0; n < N; ++n) V::add(total[n], sums + n * lanes);
+}
+
+template <class V>
+EAPCORE_TARGET void turn(const typename V::Element* const* rows, std::int64_t steps, typename V::Element* target) {
+  constexpr int lanes = vector_bytes / 4, word = V::width / lanes;
+  static_assert(lanes % transpose_block == 0);
+  for (std::int64_t step = 0; step < steps; ++step, target += lanes * V::width) {
+    for (int lane = 0; lane < lanes; lane += transpose_block) {
+      for (int i = 0; i < lanes; i += transpose_block) {
+        const float* square[transpose_block];
+        for (int j = 0; j < transpose_block; ++j) {
+          square[j] = reinterpret_cast<const float*>(rows[lane + j] + step * V::width + i * word);
+        }
+        transpose_square(square, reinterpret_cast<float*>(target) + i * lanes + lane, lanes);
+      }
+    }
+  }
+}
+
+template <class V, int N = kMaxOuterRows>
+void fill_outer_tiles(OuterTiles<typename V::Element>& table) {
+  table.tile[N - 1] = outer_tile<V, N>;
+  if constexpr (N > 1) fill_outer_tiles<V, N - 1>(table);
+}
+
+template <class V>
+OuterTiles<typename V::Element> make_outer_tiles(Isa isa) {
+  OuterTiles<typename V::Element> table{isa, vector_bytes / 4, V::width, {}, turn<V>};
+  fill_outer_tiles<V>(table);
+  return table;
+}
+
 template <class V, int R, bool Norm>
 EAPCORE_TARGET void make_rows(const MakeArgs& args) {
   typename V::type acc[R][kMakeVectors];
@@ -127,7 +193,9 @@ EAPCORE_TARGET void transpose_slice(const float* source, std::int64_t stride_d, 
   if (columns == Columns && depth % transpose_block == 0) {
     for (std::int64_t k = 0; k < depth; k += transpose_block) {
       for (std::int64_t d = 0; d < Columns; d += transpose_block) {
-        transpose_square(source + d * stride_d + k, stride_d, target + k * Columns + d, Columns);
+        const float* rows[transpose_block];
+        for (std::int64_t i = 0; i < transpose_block; ++i) rows[i] = source + (d + i) * stride_d + k;
+        transpose_square(rows, target + k * Columns + d, Columns);
       }
     }
     for (std::int64_t k = 0; gamma != nullptr && k < depth; ++k) {

@@ -7,6 +7,7 @@
 // A panel is a group of `n` rows packed as [step][row][lane]: one stream of memory, whatever the strides of the source.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "isa.hpp"
@@ -38,6 +39,28 @@ struct Tiles {
   int width;  // elements of P in one step of one row
   int max_n;
   TileFn<P> tile[kMaxM][kMaxN];
+};
+
+// The other form of a tile, an outer product: one side's rows lie turned round, a *word* (32 bits: a float or two bf16) of up
+// to kLanes rows in a vector's lanes, and up to kMaxOuterRows rows of the other side are broadcast a word at a time. No lanes
+// are added up, so that a block may be long, and one load serves a whole row of a tile; what it costs is the turning round.
+constexpr int kMaxOuterRows = 12;  // accumulators: enough to hide the multiply-adds' latency, few enough for 16 registers
+constexpr std::int64_t kOuterChunk = 4;  // steps that are added up by themselves: sums of many terms lose few bits so
+constexpr int kAhead = 4;          // rows that a call fetches for later calls, each one cache line a step
+
+// sums[n * lanes + m] += Σ rows[n] · columns[m] over `steps` steps of `lanes` words; ahead: kAhead addresses.
+// rows: [step][row][lane]; columns: [word][lane], 0 in lanes without a row.
+template <class P>
+using OuterFn = void (*)(const P* rows, const P* columns, std::int64_t steps, double* sums, const char* const* ahead);
+
+template <class P>
+struct OuterTiles {
+  Isa isa;
+  int lanes;
+  int width;  // elements of P in one step of one row
+  OuterFn<P> tile[kMaxOuterRows];
+  // target[word][lane] = rows[lane][word] for `steps` steps of `lanes` words.
+  void (*turn)(const P* const* rows, std::int64_t steps, P* target);
 };
 
 // Makes rows of a product z · w, with the normalisation's derivative applied where `x_hat` is given:
@@ -85,11 +108,10 @@ constexpr std::int64_t kStreamBytes = 16384;
 #define EAPCORE_TARGET
 namespace portable {
 constexpr std::int64_t transpose_block = 4;
-// target[k][d] = source[d][k] for 4 x 4 elements.
-static EAPCORE_INLINE void transpose_square(const float* source, std::int64_t source_stride, float* target,
-                                            std::int64_t target_stride) {
+// target[k][d] = rows[d][k] for 4 x 4 elements.
+static EAPCORE_INLINE void transpose_square(const float* const* rows, float* target, std::int64_t target_stride) {
   for (std::int64_t k = 0; k < 4; ++k) {
-    for (std::int64_t d = 0; d < 4; ++d) target[k * target_stride + d] = source[d * source_stride + k];
+    for (std::int64_t d = 0; d < 4; ++d) target[k * target_stride + d] = rows[d][k];
   }
 }
 #if defined(__GNUC__)
@@ -112,14 +134,19 @@ struct Vec {
     return v;
   }
   static EAPCORE_INLINE type fma(type a, type b, type c) { return a * b + c; }
+  static EAPCORE_INLINE type plus(type a, type b) { return a + b; }
   static EAPCORE_INLINE type broadcast(T x) { return zero() + x; }
   static EAPCORE_INLINE void store(T* p, type v) { std::memcpy(p, &v, sizeof v); }
+  static EAPCORE_INLINE type word(const T* p) { return broadcast(*p); }
   static EAPCORE_INLINE void add_lanes(const type* v, double* sums) {
     for (int m = 0; m < kMaxM; ++m) {
       double sum = 0;
       for (int i = 0; i < width; ++i) sum += static_cast<double>(v[m][i]);
       sums[m] += sum;
     }
+  }
+  static EAPCORE_INLINE void add(type v, double* sums) {
+    for (int i = 0; i < width; ++i) sums[i] += static_cast<double>(v[i]);
   }
 };
 #else
@@ -142,16 +169,24 @@ struct Vec {
     for (int i = 0; i < width; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
+  static EAPCORE_INLINE type plus(type a, type b) {
+    for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
   static EAPCORE_INLINE type broadcast(T x) {
     type v;
     for (int i = 0; i < width; ++i) v.lane[i] = x;
     return v;
   }
   static EAPCORE_INLINE void store(T* p, type v) { std::memcpy(p, &v, sizeof v); }
+  static EAPCORE_INLINE type word(const T* p) { return broadcast(*p); }
   static EAPCORE_INLINE void add_lanes(const type* v, double* sums) {
     for (int m = 0; m < kMaxM; ++m) {
       for (int i = 0; i < width; ++i) sums[m] += static_cast<double>(v[m].lane[i]);
     }
+  }
+  static EAPCORE_INLINE void add(type v, double* sums) {
+    for (int i = 0; i < width; ++i) sums[i] += static_cast<double>(v.lane[i]);
   }
 };
 #endif
@@ -164,12 +199,11 @@ struct Vec {
 namespace avx2 {
 constexpr std::int64_t vector_bytes = 32;
 constexpr std::int64_t transpose_block = 8;
-// target[k][d] = source[d][k] for 8 x 8 elements.
-EAPCORE_TARGET static EAPCORE_INLINE void transpose_square(const float* source, std::int64_t source_stride, float* target,
-                                                           std::int64_t target_stride) {
+// target[k][d] = rows[d][k] for 8 x 8 elements.
+EAPCORE_TARGET static EAPCORE_INLINE void transpose_square(const float* const* rows, float* target, std::int64_t target_stride) {
   __m256 row[8], pair[8];
   EAPCORE_UNROLL
-  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(source + i * source_stride);
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(rows[i]);
   EAPCORE_UNROLL
   for (int i = 0; i < 8; i += 2) {
     pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
@@ -202,6 +236,13 @@ struct VecF {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
     _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(four)));
+  }
+  EAPCORE_TARGET static EAPCORE_INLINE type word(const float* p) { return broadcast(*p); }
+  EAPCORE_TARGET static EAPCORE_INLINE type plus(type a, type b) { return _mm256_add_ps(a, b); }
+  EAPCORE_TARGET static EAPCORE_INLINE void add(type v, double* sums) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
+    _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
   }
 };
 struct VecD {
@@ -239,6 +280,13 @@ EAPCORE_TARGET static EAPCORE_INLINE __m128 lane_sums(const __m512* v) {
   const __m256 two = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, abcd, 0), _mm512_maskz_extractf32x8_ps(0xff, abcd, 1));
   return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
 }
+// sums[i] += v[i] for 16 lanes.
+EAPCORE_TARGET static EAPCORE_INLINE void add_vector(__m512 v, double* sums) {
+  const __m512d low = _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 0));
+  const __m512d high = _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
 struct VecF {
   using type = __m512;
   using Element = float;
@@ -252,6 +300,9 @@ struct VecF {
   EAPCORE_TARGET static EAPCORE_INLINE void add_lanes(const type* v, double* sums) {
     _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(lane_sums(v))));
   }
+  EAPCORE_TARGET static EAPCORE_INLINE type word(const float* p) { return broadcast(*p); }
+  EAPCORE_TARGET static EAPCORE_INLINE type plus(type a, type b) { return _mm512_add_ps(a, b); }
+  EAPCORE_TARGET static EAPCORE_INLINE void add(type v, double* sums) { add_vector(v, sums); }
 };
 struct VecD {
   using type = __m512d;
@@ -294,6 +345,13 @@ struct VecB {
   EAPCORE_TARGET static EAPCORE_INLINE void add_lanes(const type* v, double* sums) {
     _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(avx512::lane_sums(v))));
   }
+  EAPCORE_TARGET static EAPCORE_INLINE __m512i word(const bf16* p) {
+    int pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  EAPCORE_TARGET static EAPCORE_INLINE type plus(type a, type b) { return _mm512_add_ps(a, b); }
+  EAPCORE_TARGET static EAPCORE_INLINE void add(type v, double* sums) { avx512::add_vector(v, sums); }
 };
 #include "isa_kernels.inl"
 }  // namespace avx512bf16
@@ -339,6 +397,20 @@ inline Tiles<bf16> tiles<bf16>(Isa) {
   return avx512bf16::make_tiles<avx512bf16::VecB>(Isa::avx512bf16);
 }
 #endif
+
+// The outer-product tiles for panels of P: float, or bf16 where tiles<bf16>() is run.
+template <class P>
+OuterTiles<P> outer_tiles(Isa isa) {
+#if EAPCORE_X86
+  if constexpr (std::is_same_v<P, bf16>) {
+    return avx512bf16::make_outer_tiles<avx512bf16::VecB>(Isa::avx512bf16);
+  } else {
+    if (isa >= Isa::avx512) return avx512::make_outer_tiles<avx512::VecF>(Isa::avx512);
+    if (isa == Isa::avx2) return avx2::make_outer_tiles<avx2::VecF>(Isa::avx2);
+  }
+#endif
+  if constexpr (std::is_same_v<P, float>) return portable::make_outer_tiles<portable::Vec<float>>(Isa::portable);
+}
 
 template <class P, class Source>
 PackFn<P, Source> packer(Isa isa) {

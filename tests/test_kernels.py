@@ -183,6 +183,23 @@ def test_scores_are_as_exact_as_torch(impl, dtype, shape):
     assert_scores_good(kernels.edge_scores(delta, grads, impl=impl), delta, grads)
 
 
+@cpp_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(157, 445, 1, 3, 131), (310, 290, 2, 1, 500)], ids=str)
+def test_many_senders_and_receivers_are_as_exact_as_torch(impl, dtype, shape):
+    takes(impl, "edge_scores", dtype)
+    delta, grads = pair(*shape, dtype)
+    mask = torch.ones(shape[:2], dtype=torch.bool).tril(-30)  # tiles without an edge; senders and receivers without one
+    mask |= torch.rand(shape[:2]) < 0.001
+    mask[5:40] = False
+    for edges in (None, mask):
+        assert_scores_good(kernels.edge_scores(delta, grads, mask=edges, impl=impl), delta, grads, edges)
+    rows = torch.randperm(shape[2] * shape[3])[:2]
+    for reduce in checks.REDUCE:
+        got = kernels.edge_scores(delta, grads, reduce=reduce, rows=rows, impl=impl)
+        assert_scores_good(got, delta, grads, reduce=reduce, rows=rows)
+
+
 @cpu_impl
 @pytest.mark.parametrize("reduce", checks.REDUCE)
 @pytest.mark.parametrize("some", ["all rows", "some rows"])

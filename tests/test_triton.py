@@ -21,6 +21,9 @@ from eapcore.kernels import triton_receiver_grads as grads
 
 from eapcore import kernels
 
+# triton 3.6's interpreter makes integers of arrays of one element, which numpy 2.3 warns of and numpy 2.4 refuses.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The unit roundoff of the dtype that a result is stored in.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

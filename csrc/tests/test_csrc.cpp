@@ -85,7 +85,7 @@ struct Shape {
 };
 
 template <class T>
-void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_t skew, int padding) {
+void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_t skew, int padding, double edge_share = 0.4) {
   using Out = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const auto [S, R, B, Tk, D] = shape;
   // Outer strides with gaps; the order of B and T in memory is swapped for the receivers.
@@ -95,7 +95,7 @@ void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_
   const Array<T> delta(extent(S), skew), grads(extent(R), skew);
   const Tensor4<T> left{delta.data(), each, Tk * row, row}, right{grads.data(), each, row, B * row};
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(S * R));
-  for (auto& edge : mask) edge = uniform() < -0.2;
+  for (auto& edge : mask) edge = uniform() < 2 * edge_share - 1;
   std::vector<std::int64_t> rows;
   for (std::int64_t i = 0; i < B * Tk; ++i) {
     if (uniform() < 0.3) rows.push_back(i);
@@ -332,6 +332,24 @@ void test_all_edge_scores(Isa isa, const char* type) {
   test_edge_scores<T>(isa, type, {9, 85, 2, 2, 700}, 3, 1);
 }
 
+// Many senders and receivers: outer products, with the senders and with the receivers turned round.
+template <class T>
+void test_outer_edge_scores(Isa isa, const char* type) {
+  using P = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+  const int lanes = outer_tiles<P>(isa).lanes;
+  const Shape shapes[] = {{64, 104, 1, 2, 430}, {104, 64, 1, 2, 430}};
+  for (const Shape& shape : shapes) {
+    const bool turned = columns_are_receivers(shape.senders, shape.receivers, lanes);
+    expect(turned == (shape.receivers == 64), "the side to turn round");
+    for (const double share : {1.0, 0.4}) {  // a sparse mask is left to the other form
+      std::vector<std::uint8_t> mask(64 * 104);
+      for (auto& edge : mask) edge = uniform() < 2 * share - 1;
+      expect(outer_pays(Edges(mask.data(), 64, 104, kMaxOuterRows, lanes, turned)) == (share == 1.0), "the form");
+    }
+    test_edge_scores<T>(isa, type, shape, 1, 3, 0.97);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -352,6 +370,9 @@ int main() {
     test_all_edge_scores<float>(isa, "float32");
     test_all_edge_scores<bf16>(isa, "bfloat16");
     test_all_edge_scores<half>(isa, "float16");
+    test_outer_edge_scores<float>(isa, "float32");
+    test_outer_edge_scores<half>(isa, "float16");
+    if (isa == Isa::avx512bf16) test_outer_edge_scores<bf16>(isa, "bfloat16");
     for (const std::int64_t skew : {0, 1}) {
       test_receiver_grads<float>(isa, "float32", 2, 2, 3, 8, 64, skew);
       test_receiver_grads<float>(isa, "float32", 3, 1, 17, 5, 33, skew);
