@@ -1,4 +1,4 @@
-"""The benchmark checks before it times, and runs from the source tree."""
+"""The benchmark checks before it times, runs from the source tree, and loses nothing to one failure."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eapcore.kernels import cpp
+from eapcore.kernels import cpp, reference
 
 from eapcore import kernels
 
@@ -25,26 +25,144 @@ needs_peaks = pytest.mark.skipif(
 needs_cpp = pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The GPU's list and control flow on the CPU: the specification in Triton's place, a clock that counts calls."""
+
+    class StandIn(bench_kernels.Clock):
+        def __init__(self, kind):
+            self.kind, self.device, self.calls = kind, "cpu", 0
+
+        def __call__(self, run):
+            run()
+            self.calls += 1
+            return 1.0 + self.calls % 3
+
+        def describe(self):
+            return f"{self.kind}: stand-in"
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_kernels, "Clock", StandIn)
+    monkeypatch.setattr(bench_kernels, "fast_implementation", lambda kind: "reference")
+    return monkeypatch, fail
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @needs_cpp
 def test_quick_benchmark_prints_and_writes_every_case(tmp_path, capsys):
-    rows = bench_kernels.main(["--quick", "--json", str(tmp_path / "rows.jsonl")])
+    assert bench_kernels.main(["--quick", "--json", str(tmp_path / "rows.jsonl")]) == 0
+    header, *rows = lines(tmp_path / "rows.jsonl")
     assert {(row["op"], row["dtype"]) for row in rows} == {
         (op, dtype) for op in kernels.OPS for dtype in ("float32", "bfloat16")
     }
     assert {"cpp", "torch.matmul", "torch.einsum, hooks"} <= {row["provider"] for row in rows}
     assert all(row["ms"] > 0 and row["operations"] > 0 and row["bytes"] > 0 for row in rows)
-    header, *lines = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert lines == rows
     assert header["rates"]["copy"] > 0
-    assert "edge_scores_factored  tiny S=7 R=15 D=32 B·T=10  bfloat16" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "every op is right on small odd shapes" in out
+    assert "edge_scores_factored  tiny S=7 R=15 D=32 B·T=10  bfloat16" in out
 
 
 @needs_cpp
-def test_a_wrong_result_is_never_timed(monkeypatch):
+def test_a_wrong_result_is_never_timed(monkeypatch, tmp_path, capsys):
     right = cpp.edge_scores
     monkeypatch.setattr(cpp, "edge_scores", lambda *args: right(*args) * 1.001)
-    with pytest.raises(RuntimeError, match=r"edge_scores cpp on tiny S=7 R=7 .*: error 1.*e-03 > 1.*e-05"):
-        bench_kernels.main(["--quick"])
+    assert bench_kernels.main(["--quick", "--json", str(tmp_path / "rows.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED checks: RuntimeError: edge_scores cpp torch.float32 D=40 reduce=all ieee: error 1" in out
+    assert "FAILED edge_scores tiny S=7 R=7 D=32 B·T=10 torch.float32: RuntimeError: " in out
+    rows = lines(tmp_path / "rows.jsonl")
+    assert "receiver_grads" in {row.get("op") for row in rows}
+    assert "edge_scores" not in {row.get("op") for row in rows}
+    assert any("error 1." in row.get("failed", "") for row in rows)
+
+
+@needs_cpp
+def test_check_only_times_nothing(tmp_path, capsys):
+    assert bench_kernels.main(["--check-only", "--json", str(tmp_path / "rows.jsonl")]) == 0
+    assert "GB/s" not in capsys.readouterr().out
+    assert lines(tmp_path / "rows.jsonl") == []
+
+
+def test_the_gpu_list_begins_with_what_is_asked_for_and_is_summed_up(stand_in, capsys):
+    assert bench_kernels.main(["--device", "cuda", "--quick"]) == 0
+    summary = capsys.readouterr().out.split("\nSummary\n")[1]
+    assert summary.count("x torch") == 10  # the factored op is also timed with both sides made in memory
+    assert summary.count("of matmul's rate, asked 75: ") == 2
+    assert summary.count("of the copy rate, asked 80: ") == 2
+    asked = [case.asked for case in bench_kernels.cases("cuda", quick=False)]
+    assert None not in asked[:4]
+    assert set(asked[4:]) == {None}
+
+
+def test_one_failure_on_the_gpu_costs_only_itself(stand_in, tmp_path, capsys):
+    monkeypatch, fail = stand_in
+    monkeypatch.setitem(bench_kernels.WORK, "receiver_grads", fail)
+    assert bench_kernels.main(["--device", "cuda", "--quick", "--json", str(tmp_path / "rows.jsonl")]) == 1
+    rows = lines(tmp_path / "rows.jsonl")
+    assert {row["op"] for row in rows if "op" in row} == {"edge_scores", "edge_scores_factored"}
+    assert sum("failed" in row for row in rows) == 3
+    assert capsys.readouterr().out.count("FAILED receiver_grads tiny") == 2
+
+
+def test_a_torch_way_that_cannot_run_is_left_out(stand_in, capsys):
+    monkeypatch, fail = stand_in
+    whole = bench_kernels.edge_scores_work
+
+    def without_einsum(*args):
+        work = whole(*args)
+        work.providers["torch.einsum, hooks"] = fail
+        return work
+
+    monkeypatch.setitem(bench_kernels.WORK, "edge_scores", without_einsum)
+    assert bench_kernels.main(["--device", "cuda", "--quick", "--only", "edge_scores tiny"]) == 0
+    assert "torch.einsum, hooks left out of edge_scores tiny S=7 R=7" in capsys.readouterr().out
+
+
+def test_no_case_begins_after_the_minutes_are_over(stand_in, capsys):
+    assert bench_kernels.main(["--device", "cuda", "--quick", "--minutes", "0"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("not begun, the 0 minutes were over") == 8
+    assert "x torch" not in out
+
+
+def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(bench_kernels, "fast_implementation", lambda kind: "triton")
+    monkeypatch.setattr(kernels, "edge_scores", lambda d, g, *, impl, precision, **kw: kernels_reference(d, g, **kw))
+    for op in ("receiver_grads", "edge_scores_factored"):
+        monkeypatch.setitem(bench_kernels.WORK, op, lambda *args: bench_kernels.Work({}, abs, 0, 0, 0))
+    with pytest.raises(RuntimeError, match="not every kernel ran: channel_grads, partial_scores, sum_splits, zero_"):
+        bench_kernels.check_every_kernel(bench_kernels.Clock("cuda"))
+
+
+def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(bench_kernels, "fast_implementation", lambda kind: "triton")
+    whole = bench_kernels.check_edge_scores
+
+    def one_dtype(fast, device, dtype, width):  # the interpreter is slow
+        if dtype == torch.bfloat16 and width == 37:
+            whole(fast, device, dtype, width)
+
+    monkeypatch.setattr(bench_kernels, "check_edge_scores", one_dtype)
+    bench_kernels.check_every_kernel(bench_kernels.Clock("cuda"))
+
+
+def kernels_reference(delta, grads, *, mask, reduce, rows):
+    return reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
+
+
+def test_edge_tiles_are_counted_by_their_real_pairs():
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[0, 0] = mask[4, 6] = True
+    assert bench_kernels.edge_tile_pairs(mask, 4, 4) == 16 + 3
+    assert bench_kernels.edge_tile_pairs(torch.ones(5, 7, dtype=torch.bool), 4, 4) == 35
 
 
 def test_bench_edge_scores(benchmark):
