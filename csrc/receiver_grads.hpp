@@ -31,6 +31,10 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
   if (op.channels == 0 || rows == 0 || op.d_model == 0) return;
   const std::int64_t slices = (op.d_model + slice - 1) / slice;
   const bool normed = op.norm.x_hat.source.data != nullptr;
+  // float32 rows at one distance from each other are read where they lie.
+  const TokenRows& x_hat = op.norm.x_hat;
+  const bool in_place = normed && x_hat.source.kind == Kind::float32 &&
+                        (op.batch == 1 || x_hat.stride_b == op.tokens * x_hat.stride_t);
   // Parts of the rows only as far as the channels do not keep all threads busy.
   const std::int64_t parts = std::max<std::int64_t>(
       1, std::min<std::int64_t>(rows / kRowsPerPart, (2 * threads + op.channels - 1) / op.channels));
@@ -83,10 +87,10 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
       }
       for (std::int64_t i = 0; i < slices; ++i) {
         const std::int64_t first = i * slice, columns = std::min(slice, op.d_model - first);
-        if (normed) {
+        if (normed && !(in_place && columns == slice)) {
           if (columns < slice) std::fill(worker.x_hat.data(), worker.x_hat.data() + count * slice, 0.0f);
           for (std::int64_t row = 0; row < count; ++row) {
-            reader.read(op.norm.x_hat.source, op.norm.x_hat.offset(begin + row, op.tokens) + first, columns,
+            reader.read(x_hat.source, x_hat.offset(begin + row, op.tokens) + first, columns,
                         worker.x_hat.data() + row * slice, maker.width);
           }
         }
@@ -94,6 +98,10 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
         MakeArgs args{worker.g.data(), depth_row, worker.weight.data() + i * op.d_head * slice, op.d_head,
                       normed ? worker.x_hat.data() : nullptr, slice, scale, shift, slope, worker.made.data(), slice,
                       maker.width};
+        if (in_place && columns == slice) {
+          args.x_hat = static_cast<const float*>(x_hat.source.data) + x_hat.offset(begin, op.tokens) + first;
+          args.x_stride = x_hat.stride_t;
+        }
         if constexpr (std::is_same_v<Out, float>) {
           if (columns == slice) {
             args.out = target;

@@ -25,8 +25,8 @@ _WORKSPACE = {"cpu": 20 << 20, "cuda": 1 << 30}
 def workspace_pairs(
     config: ModelConfig, pairs: int, tokens: int, dtype: torch.dtype, device: torch.device | str
 ) -> int:
-    """How many of a batch's pairs have one layer's receivers, [3H, B, T, D], in memory at a time: as even as can be."""
-    one = 3 * config.n_heads * tokens * config.d_model * dtype.itemsize
+    """How many of a batch's pairs have one layer's receivers, [3H + 1, B, T, D], in memory at a time, evenly."""
+    one = (3 * config.n_heads + (not config.attn_only)) * tokens * config.d_model * dtype.itemsize
     at_once = max(1, _WORKSPACE.get(torch.device(device).type, _WORKSPACE["cpu"]) // one)
     return -(-pairs // -(-pairs // at_once))
 
@@ -52,7 +52,7 @@ def dense_bytes(
 
         2·B·T·(4D + 4HK + M)         the layer at hand, the clean and the corrupt run as one batch
         5·B·V                        the logits at the answer positions and their gradients, in float64
-        B'·T·3H·D                    one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
+        B'·T·(3H + 1)·D              one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
             4·B·H·T²                 its attention pattern and its gradients, in float32 at least
             2·B·T·M                  its hidden units' gradients
             5·B'·T·3H·D              what the reference makes receivers with, in float32 at least; a third of that where
@@ -71,7 +71,7 @@ def dense_bytes(
         made = made * 2 // 3
     receivers = made + 3 * sizes.heads + (3 if config.normalization is not None else 1) * sizes.wide_stream
     units = 2 * batch * tokens * (config.d_mlp or 0) * width + 3 * sizes.wide_stream if several else 0
-    workspace = 3 * config.n_heads * at_once * tokens * config.d_model * width
+    workspace = (3 * config.n_heads + (not config.attn_only)) * at_once * tokens * config.d_model * width
     going_back = workspace + max(sizes.attention if several else 0, units, receivers)
     return buffer + sizes.kept + max(sizes.forward, going_back, sizes.logits)
 

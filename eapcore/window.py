@@ -8,6 +8,7 @@ each sender.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -191,10 +192,17 @@ class _Edges(Sink):
         config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
         rows, tokens = buffer.shape[1:3]
         self.at_once = planner.workspace_pairs(config, rows, tokens, dtype, buffer.device)
-        self.workspace = buffer.new_empty(self.at_once * 3 * config.n_heads * tokens * config.d_model)
+        self.workspace = buffer.new_empty(self.at_once * self.graph.receivers_per_layer * tokens * config.d_model)
+        # A layer's MLP receiver [B, T, D], which waits for the layer's q, k and v: alone it would read all of the buffer.
+        self.mlp: Tensor | None = None
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
-        self.add(grad[None], slice(receiver, receiver + 1), at_read)
+        index = receiver // self.graph.receivers_per_layer
+        if at_read or receiver == self.graph.logits or f"a{index}" in self.step.rules.cut:
+            self.add(grad[None], slice(receiver, receiver + 1), at_read)
+            return
+        self.mlp, heads = grad, self.graph.heads(index)  # those between the layer's q, k and v and its MLP
+        self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=heads)
 
     def channels(self, part: Channels) -> Tensor:
         heads, by_gradient = self.store.model.config.n_heads, part.channels
@@ -202,30 +210,41 @@ class _Edges(Sink):
             by_gradient = slice(max(part.channels.start, 2 * heads), part.channels.stop)
             for start in range(part.channels.start, min(part.channels.stop, 2 * heads), heads):
                 self.add_exact(part, slice(start, start + heads))
-        first = part.receivers.start - part.channels.start
-        receivers = slice(first + by_gradient.start, first + by_gradient.stop)
-        total = []
+        first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
+        mlp, self.mlp, total = self.mlp, None, []
+        receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))
         for pairs in (slice(start, start + self.at_once) for start in range(0, len(part.g), self.at_once)):
             grads = part.of(pairs).grads(self.sums.impl, self.workspace)
-            if by_gradient.start < by_gradient.stop:
-                self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs)
             total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)))
+            if mlp is not None:  # behind the layer's q, k and v, as in the graph
+                shape = (count + 1, *grads.shape[1:])
+                grads = self.workspace[: math.prod(shape)].view(shape)
+                grads[count] = mlp[pairs]
+            if receivers.start < receivers.stop:
+                before = slice(0, self.graph.senders_before(part.receivers.start))
+                self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
         return torch.cat(total)
 
     def add_exact(self, part: Channels, channels: slice) -> None:
-        delta = self.senders(part.receivers.start, part.at_read)
+        delta = self.store.rows(part.at_read)[: self.graph.senders_before(part.receivers.start)]
         block = exact_scores(part, channels, delta, self.sums.inner)
         first = part.receivers.start - part.channels.start
         place = (slice(0, len(delta)), slice(first + channels.start, first + channels.stop))
         self.sums.add("scores", block, place, self.step.weight)
 
-    def senders(self, receiver: int, at_read: bool) -> Tensor:
-        return self.store.rows(at_read)[: self.graph.senders_before(receiver)]
-
-    def add(self, grads: Tensor, receivers: slice, at_read: bool, pairs: slice = slice(None)) -> None:
-        delta, sums = self.senders(receivers.start, at_read)[:, pairs], self.sums
+    def add(
+        self,
+        grads: Tensor,
+        receivers: slice,
+        at_read: bool,
+        pairs: slice = slice(None),
+        senders: slice | None = None,
+    ) -> None:
+        """Contract some receivers' gradients with some senders, None for all that come before them."""
+        senders = senders or slice(0, self.graph.senders_before(receivers.start))
+        delta, sums = self.store.rows(at_read)[senders, pairs], self.sums
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
-        sums.add("scores", block, (slice(0, len(delta)), receivers), self.step.weight, at_read, pairs)
+        sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)
 
 
 class FactoredStore:

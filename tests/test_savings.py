@@ -112,8 +112,8 @@ def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_
     model = random_model(n_layers=3)
     pairs = random_pairs(model, [9, 9, 6, 7, 9], first_difference=2)
     whole = attribute(model, pairs, method=method, reduce=reduce, storage="dense")
-    heads = 3 * model.config.n_heads * model.config.d_model * 8
-    monkeypatch.setattr(planner, "_WORKSPACE", {"cpu": 2 * 7 * heads})  # two pairs of seven tokens: 2 + 2 + 1
+    layer = model.graph.receivers_per_layer * model.config.d_model * 8
+    monkeypatch.setattr(planner, "_WORKSPACE", {"cpu": 2 * 7 * layer})  # two pairs of seven tokens: 2 + 2 + 1
     assert planner.workspace_pairs(model.config, 5, 7, model.dtype, "cpu") == 2
     some = attribute(model, pairs, method=method, reduce=reduce, storage="dense", batch_size=5)
     for name in ("scores", "per_pair", "per_position"):
