@@ -17,9 +17,14 @@ struct FactoredSenders {
   std::int64_t mlp_stride_l = 0;
 };
 
+// One layer's channels: where channel 0 lies, and how far it is to the next.
+struct ChannelTokens {
+  TokenRows first;
+  std::int64_t stride_c = 0;
+};
+
 struct FactoredReceivers {
-  TokenRows g, act;  // of layer 0, channel 0
-  std::int64_t g_stride_l = 0, g_stride_c = 0, act_stride_l = 0, act_stride_c = 0;
+  std::vector<ChannelTokens> g, act;   // [L]
   std::vector<Weight> weight;          // [L * C]
   std::vector<NormSource> norms;       // [L]
   const float *w_gamma = nullptr, *offset = nullptr;  // [L, C, K], contiguous
@@ -191,13 +196,16 @@ class ReceiverSide : public MadeSide {
     const bool normed = norm.x_hat.source.data != nullptr;
     const std::int64_t index = layer * sizes_->channels + channel;
     slicer_.slice(receivers_->weight[static_cast<std::size_t>(index)], first_, columns_, norm.gamma, weight_.data());
-    channel_rows_.read(moved(receivers_->g, layer * receivers_->g_stride_l + channel * receivers_->g_stride_c), rows_, count_,
-                       z_.data());
+    const auto tokens_of = [&](const std::vector<ChannelTokens>& layers) {
+      const ChannelTokens& values = layers[static_cast<std::size_t>(layer)];
+      return moved(values.first, channel * values.stride_c);
+    };
+    channel_rows_.read(tokens_of(receivers_->g), rows_, count_, z_.data());
     const std::int64_t longest = layout_->longest(), slice = maker_->slice();
     float *scale = factors_.data() + index * 3 * longest, *shift = scale + longest, *slope = shift + longest;
     if (normed && known_[static_cast<std::size_t>(index)] == 0) {  // once for each chunk, not for each slice of it
       channel_rows_.coefficients(
-          z_.data(), moved(receivers_->act, layer * receivers_->act_stride_l + channel * receivers_->act_stride_c), norm,
+          z_.data(), tokens_of(receivers_->act), norm,
           receivers_->w_gamma + index * sizes_->d_head, receivers_->offset + index * sizes_->d_head, rows_, count_, scale,
           shift, slope);
       known_[static_cast<std::size_t>(index)] = 1;

@@ -113,7 +113,7 @@ void py_receiver_grads(const std::string& isa_name, const Typed& g, const Typed&
 }
 
 void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, const Typed& dz, const std::vector<Typed>& w_o,
-                             const Typed& sender_mlp, const Typed& g, const Typed& act,
+                             const Typed& sender_mlp, const std::vector<Typed>& g, const std::vector<Typed>& act,
                              const std::vector<std::vector<Typed>>& weight,
                              const std::vector<std::vector<std::int64_t>>& group_sizes, const std::vector<Typed>& norms,
                              const std::vector<bool>& centred, std::int64_t w_gamma, std::int64_t offset,
@@ -129,13 +129,9 @@ void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, co
   senders.dz_stride_h = dz[5];
   for (const Typed& layer : w_o) append_heads(layer, all.heads, senders.w_o);
   FactoredReceivers receivers;
-  receivers.g = token_rows(g, 4);
-  receivers.g_stride_l = g[2];
-  receivers.g_stride_c = g[3];
-  receivers.act = token_rows(act, 4);
-  receivers.act_stride_l = act[2];
-  receivers.act_stride_c = act[3];
   for (std::size_t layer = 0; layer < weight.size(); ++layer) {
+    receivers.g.push_back({token_rows(g[layer], 3), g[layer][2]});
+    receivers.act.push_back({token_rows(act[layer], 3), act[layer][2]});
     for (std::size_t i = 0; i < weight[layer].size(); ++i) {
       append_heads(weight[layer][i], group_sizes[layer][i], receivers.weight);
     }
@@ -160,7 +156,7 @@ void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, co
 
 // kernels/cpp.py refuses a module of another number: what it passes is addresses and sizes, which no type would check.
 // Raise both with every change of a function's arguments or of their meaning.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 NB_MODULE(_csrc, m) {
   m.attr("interface") = kInterface;

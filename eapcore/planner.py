@@ -165,21 +165,27 @@ def factored_bytes(
 
         L·B·T·(HK + D)               what the senders' differences are made of
 
-    and the larger of what the forwards need, as in dense mode, and of
+    and the largest of what the forwards need, as in dense mode, and of
 
-        L·B·T·(12HK + 2D)            q, k, v and their gradients, as they were made and stacked, x̂, the MLPs' gradients
-        2·(S + R)·B·T·D              all senders and receivers, in float32 at least, which the reference makes at once
+        L·B·T·(6HK + 2D)             q, k, v and their gradients, x̂, the MLPs' gradients, with
+            4·B·H·T²                 an attention pattern and its gradients in float32 at least, at the first and the last
+                                     layer of the way back, when what the others kept may still be there, or with
+            L·B·T·6HK                q, k, v and their gradients stacked, on a GPU, or with
+            2·(S + R)·B·T·D          all senders and receivers, in float32 at least, which the reference makes at once
     """
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
-    sizes, mlps = _sizes(config, batch, tokens, dtype), not config.attn_only
+    sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
     differences = config.n_layers * (sizes.heads + mlps * sizes.stream)
-    forwards = sizes.kept + max(sizes.forward, sizes.attention, sizes.logits)
-    norms = config.normalization is not None
-    factors = config.n_layers * (12 * sizes.heads + (norms + mlps) * sizes.stream) + 3 * sizes.stream
-    factors += 3 * sizes.heads + (sizes.layer if config.n_layers > 1 else sizes.stream)  # a last layer keeps little
-    if kernels.choose("edge_scores_factored", device=device, dtype=dtype) == "reference":
-        factors += 2 * (graph.n_senders + graph.n_receivers) * sizes.wide_stream
-    return differences + max(forwards, factors)
+    forwards = sizes.kept + max(sizes.forward, sizes.logits)
+    chosen = kernels.choose("edge_scores_factored", device=device, dtype=dtype)
+    layer = 6 * sizes.heads + (norms + mlps) * sizes.stream
+    going_back = max(sizes.kept + layer, config.n_layers * layer) + sizes.attention + 3 * sizes.stream
+    contracted = config.n_layers * layer
+    if chosen == "triton":
+        contracted += config.n_layers * 6 * sizes.heads
+    if chosen == "reference":
+        contracted += 2 * (graph.n_senders + graph.n_receivers) * sizes.wide_stream
+    return differences + max(forwards, going_back, contracted)
 
 
 def storage(

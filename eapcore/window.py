@@ -193,7 +193,7 @@ class _Edges(Sink):
         rows, tokens = buffer.shape[1:3]
         self.at_once = planner.workspace_pairs(config, rows, tokens, dtype, buffer.device)
         self.workspace = buffer.new_empty(self.at_once * self.graph.receivers_per_layer * tokens * config.d_model)
-        # A layer's MLP receiver [B, T, D], which waits for the layer's q, k and v: alone it would read all of the buffer.
+        # A layer's MLP receiver [B, T, D] waits for the layer's q, k and v: alone it would read all of the buffer again.
         self.mlp: Tensor | None = None
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
@@ -338,8 +338,8 @@ class _Factors(Sink):
         ordered = [self.layers.pop(index) for index in range(config.n_layers)]
         constants = [self.model.closed_form(index, channels) for index in range(config.n_layers)]
         return kernels.FactoredReceivers(
-            g=torch.stack([g.permute(2, 0, 1, 3) for g, _, _, _ in ordered]),
-            act=torch.stack([act.permute(2, 0, 1, 3) for _, act, _, _ in ordered]),
+            g=[g.permute(2, 0, 1, 3) for g, _, _, _ in ordered],
+            act=[act.permute(2, 0, 1, 3) for _, act, _, _ in ordered],
             weight=[groups for _, _, _, groups in ordered],
             norms=[norm for _, _, norm, _ in ordered],
             w_gamma=torch.stack([w for w, _ in constants]),

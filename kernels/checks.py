@@ -137,13 +137,13 @@ class FactoredSenders:
 class FactoredReceivers:
     """What the receivers' gradients are made of; a layer has C channels: its heads' q, then k, then v inputs.
 
-    g: [L, C, B, T, K] ∂metric/∂(q, k, v). act: [L, C, B, T, K] the q, k, v of the clean run. weight: for each layer its
-    channel groups [C_i, D, K] in order, ΣC_i = C. norms: L of `Norm`. w_gamma, offset: [L, C, K], see
+    g: L tensors [C, B, T, K], ∂metric/∂(q, k, v). act: the same of the q, k, v of the clean run. weight: for each layer
+    its channel groups [C_i, D, K] in order, ΣC_i = C. norms: L of `Norm`. w_gamma, offset: [L, C, K], see
     `receiver_constants`. mlp: [L, B, T, D] gradients of the MLPs' receivers, None without MLPs. logits: [B, T, D].
     """
 
-    g: Annotated[Tensor, "L C B T K"]
-    act: Annotated[Tensor, "L C B T K"]
+    g: Sequence[Annotated[Tensor, "C B T K"]]
+    act: Sequence[Annotated[Tensor, "C B T K"]]
     weight: Sequence[Sequence[Annotated[Tensor, "C' D K"]]]
     norms: Sequence[Norm]
     w_gamma: Annotated[Tensor, "L C K"]
@@ -155,18 +155,16 @@ class FactoredReceivers:
 def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers, reduce: str) -> None:
     """Check the arguments of `edge_scores_factored`; the two dataclasses state what they are."""
     one_of("reduce", reduce, REDUCE)
-    if senders.dz.ndim != 5 or receivers.g.ndim != 5:
+    if senders.dz.ndim != 5 or receivers.w_gamma.ndim != 3:
         raise ValueError(
-            f"dz must be [L, B, T, H, K] and g [L, C, B, T, K], got {shape_text(senders.dz)} and "
-            f"{shape_text(receivers.g)}"
+            f"dz must be [L, B, T, H, K] and w_gamma [L, C, K], got {shape_text(senders.dz)} and "
+            f"{shape_text(receivers.w_gamma)}"
         )
     layers, batch, tokens, heads, d_head = senders.dz.shape
-    channels, d_model = receivers.g.shape[1], senders.embed.shape[-1]
+    channels, d_model = receivers.w_gamma.shape[1], senders.embed.shape[-1]
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("senders.embed", senders.embed, (batch, tokens, d_model)),
         ("receivers.logits", receivers.logits, (batch, tokens, d_model)),
-        ("receivers.g", receivers.g, (layers, channels, batch, tokens, d_head)),
-        ("receivers.act", receivers.act, (layers, channels, batch, tokens, d_head)),
         ("receivers.w_gamma", receivers.w_gamma, (layers, channels, d_head)),
         ("receivers.offset", receivers.offset, (layers, channels, d_head)),
     ]
@@ -176,6 +174,8 @@ def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers,
             ("receivers.mlp", receivers.mlp, (layers, batch, tokens, d_model)),
         ]
     expected += [(f"senders.w_o[{i}]", w, (heads, d_head, d_model)) for i, w in enumerate(senders.w_o)]
+    for name, tensors in (("g", receivers.g), ("act", receivers.act)):
+        expected += [(f"receivers.{name}[{i}]", x, (channels, batch, tokens, d_head)) for i, x in enumerate(tensors)]
     for name, tensor, shape in expected:
         if tensor is None or tensor.shape != shape:
             got = None if tensor is None else shape_text(tensor)
@@ -185,10 +185,11 @@ def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers,
                 f"{name} must be {senders.dz.dtype} on {senders.dz.device} as senders.dz is, got {tensor.dtype} on "
                 f"{tensor.device}"
             )
-    if not len(senders.w_o) == len(receivers.weight) == len(receivers.norms) == layers:
+    by_layer = {"w_o": senders.w_o} | {name: getattr(receivers, name) for name in ("g", "act", "weight", "norms")}
+    if any(len(entries) != layers for entries in by_layer.values()):
         raise ValueError(
-            f"w_o, weight and norms must have one entry for each of the {layers} layers, got {len(senders.w_o)}, "
-            f"{len(receivers.weight)} and {len(receivers.norms)}"
+            f"{', '.join(by_layer)} must have one entry for each of the {layers} layers, got "
+            f"{', '.join(str(len(entries)) for entries in by_layer.values())}"
         )
     for layer, (groups, norm) in enumerate(zip(receivers.weight, receivers.norms, strict=True)):
         one_of(f"norms[{layer}].kind", norm.kind, NORMS)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import FactoredReceivers, FactoredSenders, Norm
 
-_INTERFACE = 1  # what csrc/module.cpp calls kInterface
+_INTERFACE = 2  # what csrc/module.cpp calls kInterface
 
 _csrc: ModuleType | None = None
 _why_not = ""
@@ -255,8 +255,6 @@ def edge_scores_factored(
         "senders.dz": senders.dz,
         "senders.embed": senders.embed,
         "senders.mlp": senders.mlp,
-        "receivers.g": receivers.g,
-        "receivers.act": receivers.act,
         "receivers.w_gamma": receivers.w_gamma,
         "receivers.offset": receivers.offset,
         "receivers.mlp": receivers.mlp,
@@ -265,6 +263,7 @@ def edge_scores_factored(
     }
     for layer, (w_o, groups, norm) in enumerate(zip(senders.w_o, receivers.weight, receivers.norms, strict=True)):
         named |= {f"senders.w_o[{layer}]": w_o}
+        named |= {f"receivers.g[{layer}]": receivers.g[layer], f"receivers.act[{layer}]": receivers.act[layer]}
         named |= {f"receivers.weight[{layer}][{i}]": weight for i, weight in enumerate(groups)}
         named |= {f"receivers.norms[{layer}].{name}": getattr(norm, name) for name in ("x_hat", "rstd", "gamma")}
     _check("edge_scores_factored", named)
@@ -272,7 +271,7 @@ def edge_scores_factored(
         raise ValueError(f"chunk must be at least 1 token row, got {chunk}")
     extension, isa_name = _extension(), isa()
     layers, batch, tokens, heads, d_head = senders.dz.shape
-    channels, d_model = receivers.g.shape[1], senders.embed.shape[-1]
+    channels, d_model = receivers.w_gamma.shape[1], senders.embed.shape[-1]
     mlps = senders.mlp is not None
     n_senders, n_receivers = 1 + layers * (heads + mlps), layers * (channels + mlps) + 1
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_senders, n_receivers)):
@@ -292,8 +291,8 @@ def edge_scores_factored(
         (dz.data_ptr(), int(dz.dtype == torch.bfloat16), stride_l, stride_b, stride_t, stride_h),
         [_typed(w, keep, any_inner=True) for w in senders.w_o],
         _typed(senders.mlp, keep),
-        _typed(receivers.g, keep),
-        _typed(receivers.act, keep),
+        [_typed(g, keep) for g in receivers.g],
+        [_typed(act, keep) for act in receivers.act],
         [[_weight(w, keep) for w in groups] for groups in receivers.weight],
         [[w.shape[0] for w in groups] for groups in receivers.weight],
         [_norm(norm, keep) for norm in receivers.norms],

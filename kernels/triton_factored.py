@@ -130,6 +130,13 @@ def _parts(
     return [_part(layers, groups, norms, inputs, acts, heights, first_row, stride_row) for layers in alike.values()]
 
 
+def _stacked(layers: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """[L, C, B, T, K], which one launch addresses by its strides."""
+    if isinstance(layers, Tensor):
+        return common.unit_inner_stride(layers.detach())
+    return torch.stack([x.detach() for x in layers]) if layers else nothing
+
+
 def _same_inner_strides(groups: Sequence[Tensor]) -> list[Tensor]:
     """A layer's channel groups, copied if their d and k strides differ."""
     detached = [w.detach() for w in groups if w.shape[0]]
@@ -186,7 +193,7 @@ def edge_scores_factored(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token row, got {chunk}")
     n_layers, batch, tokens, heads, d_head = senders.dz.shape
-    channels, d_model = receivers.g.shape[1], embed.shape[-1]
+    channels, d_model = receivers.w_gamma.shape[1], embed.shape[-1]
     mlps = 0 if senders.mlp is None else 1
     n_senders = 1 + n_layers * (heads + mlps)
     n_receivers = n_layers * (channels + mlps) + 1
@@ -200,7 +207,7 @@ def edge_scores_factored(
         return out
 
     dz = common.unit_inner_stride(senders.dz.detach()).permute(0, 3, 1, 2, 4)  # [L, H, B, T, K]
-    g, act = (common.unit_inner_stride(x.detach()) for x in (receivers.g, receivers.act))
+    g, act = (_stacked(x, dz.new_zeros(0, channels, batch, tokens, d_head)) for x in (receivers.g, receivers.act))
     w_gamma, offset = receivers.w_gamma.detach().contiguous(), receivers.offset.detach().contiguous()
     w_o = [[w.detach().transpose(1, 2)] for w in senders.w_o]  # [H, D, K]
     w_qkv = [_same_inner_strides(groups) for groups in receivers.weight]

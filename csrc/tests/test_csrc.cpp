@@ -243,10 +243,10 @@ void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, st
   senders.dz_stride_h = K;
   for (std::int64_t i = 0; i < L * H; ++i) senders.w_o.push_back({source_of(w_o.data()), i * K * D, D, 1});
   FactoredReceivers receivers;
-  receivers.g = {source_of(g.data()), Tk * K, K};
-  receivers.act = {source_of(act.data()), Tk * K, K};
-  receivers.g_stride_l = receivers.act_stride_l = C * rows * K;
-  receivers.g_stride_c = receivers.act_stride_c = rows * K;
+  for (std::int64_t l = 0; l < L; ++l) {
+    receivers.g.push_back({{source_of(g.data() + l * C * rows * K), Tk * K, K}, rows * K});
+    receivers.act.push_back({{source_of(act.data() + l * C * rows * K), Tk * K, K}, rows * K});
+  }
   for (const Layer<T>& layer : layers) {
     for (std::int64_t c = 0; c < C; ++c) receivers.weight.push_back(layer.weight_of(c));
     receivers.norms.push_back(layer.norm());
