@@ -168,7 +168,7 @@ def factored_bytes(
     and the largest of what the forwards need, as in dense mode, and of
 
         L·B·T·(6HK + 2D)             q, k, v and their gradients, x̂, the MLPs' gradients, with
-            4·B·H·T²                 an attention pattern and its gradients in float32 at least, at the first and the last
+            4·B·H·T²                 an attention pattern and its gradients in float32 at least, at the first or last
                                      layer of the way back, when what the others kept may still be there, or with
             L·B·T·6HK                q, k, v and their gradients stacked, on a GPU, or with
             2·(S + R)·B·T·D          all senders and receivers, in float32 at least, which the reference makes at once

@@ -193,7 +193,7 @@ class _Edges(Sink):
         rows, tokens = buffer.shape[1:3]
         self.at_once = planner.workspace_pairs(config, rows, tokens, dtype, buffer.device)
         self.workspace = buffer.new_empty(self.at_once * self.graph.receivers_per_layer * tokens * config.d_model)
-        # A layer's MLP receiver [B, T, D] waits for the layer's q, k and v: alone it would read all of the buffer again.
+        # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
         self.mlp: Tensor | None = None
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
