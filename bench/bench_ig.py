@@ -2,10 +2,16 @@
 
     python bench/bench_ig.py                 rules × steps, one gradient at 0.75, relp and the exact patterns
     python bench/bench_ig.py --pairs 16 --seed 1 --only eap-ig    fewer and other prompt pairs; some of the lines
+    python bench/bench_ig.py --together      five steps run together in one batch, against one after another
 
 For every line: R² = 1 − Σ(exact − score)² / Σ(exact − mean)² over all edges, Spearman's rank correlation of the scores,
 and CPU seconds of the process (one thread, warm, median of three) over those of "eap". Exact effects are measured
 first, with the same pairs and metric, in float32; methods whose scores have no sign are compared with their size.
+
+--together: CPU seconds of eap-ig with five steps for each number of pairs, in turns, one thread, the median of five:
+one after another, and all five as one batch whatever its size, from which planner._STEP_TOKENS follows. Scores are
+compared first. "rule" is how many of them the planner runs together, and what that costs. GPT-2 small's size has random
+weights and prompts of 15 tokens that differ from their third on.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eapcore import planner
 from eapcore.attribution import attribute
 from eapcore.circuit import EdgeScores
 from eapcore.model import load
@@ -72,14 +79,57 @@ def timed(*arguments: Any, **how: Any) -> tuple[EdgeScores, float]:
     return scores, statistics.median(seconds)
 
 
+def together() -> None:
+    """Five steps as one batch against one after another, and against one gradient, for each number of pairs."""
+    from bench_methods import random_gpt2, random_pairs
+
+    rule = planner.steps_together
+    ways: dict[str, Any] = {
+        "apart": lambda *_: 1,
+        "together": lambda config, batch, tokens, steps, *_: steps,
+        "rule": rule,
+        "eap": rule,
+    }
+    print(f"\n{'':<28}{'tokens':>8}{'apart, ms':>11}{'together':>10}{'ratio':>8}{'rule':>6}{'ratio':>8}{'× eap':>8}")
+    gpt2 = random_gpt2()
+    cases = [(name, load(name, dtype=torch.float32), (1, 2, 4, 8, 16, 32)) for name in TOYS]
+    for name, model, sizes in [*cases, (gpt2.name, gpt2, (1, 2, 4, 8))]:
+        for size in sizes:
+            toy = name in TOYS
+            pairs = TASKS[name].generate(size, 0) if toy else random_pairs(size, 15, 2, model.config.d_vocab)
+            tokens = int(pairs.positions.max()) + 1 - int(pairs.first_difference().min())
+            passes = planner.Passes((None,) * 5)
+            budget = planner.budget(model.device)
+            chosen = rule(model.config, size, tokens, 5, model.dtype, model.device, budget, passes)
+            scores: dict[str, Tensor] = {}
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            for turn in range(6):
+                for way, times in seconds.items():
+                    planner.steps_together = ways[way]
+                    how = {"method": "eap"} if way == "eap" else {"method": "eap-ig", "steps": 5}
+                    start = time.process_time()
+                    scores[way] = attribute(model, pairs, batch_size=size, **how).scores
+                    if turn:  # the first is the warm-up
+                        times.append(time.process_time() - start)
+                if not turn and (scores["apart"] - scores["together"]).norm() > 1e-4 * scores["apart"].norm():
+                    raise SystemExit(f"{name}: steps together give other scores than one after another")
+            planner.steps_together = rule
+            apart, joint, ruled, eap = (statistics.median(times) for times in seconds.values())
+            print(f"{name + f', {size} pairs':<28}{size * tokens:>8}{apart * 1e3:>11.1f}{joint * 1e3:>10.1f}"
+                  f"{joint / apart:>8.2f}{chosen:>6}{ruled / apart:>8.2f}{ruled / eap:>8.2f}")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=32, help="prompt pairs of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the prompt pairs")
     parser.add_argument("--only", default="", help="only the lines that begin so, and eap")
+    parser.add_argument("--together", action="store_true", help="steps as one batch against one after another")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, 1 thread, float32")
+    if options.together:
+        return together()
     for name in TOYS:
         model = load(name, dtype=torch.float32)
         pairs, metric = TASKS[name].generate(options.pairs, options.seed), TASKS[name].metric

@@ -173,7 +173,8 @@ def attribute(
     values = find_values(model, pairs, ablation, reference)
     storage = _storage(model, pairs, how, level, storage)
     groups = len(model.weights.layers[0].w_qkv)
-    size = planner.batch_size(model.config, pairs, model.dtype, model.device, storage, groups=groups)
+    planned, budget = how.planned(ablation, reduce), planner.budget(model.device)
+    size = planner.batch_size(model.config, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
     if batch_size != "auto":
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be 'auto' or a positive integer, got {batch_size!r}")
@@ -201,7 +202,9 @@ def attribute(
             store = NodeStore(model, window, units=level == "neuron")
         else:
             store = DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window)
-        step = score_window(model, window, metric, store, sums, how.passes, values=values, units=level == "neuron")
+        step = score_window(
+            model, window, metric, store, sums, how.passes, planned, budget, values=values, units=level == "neuron"
+        )
         return [step.values, step.largest, *sums.result().values()]
 
     while feed.left:

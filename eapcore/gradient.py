@@ -57,8 +57,8 @@ class Channels:
         start = self.model.graph.qkv(self.index).start
         return slice(start + self.channels.start, start + self.channels.stop)
 
-    def of(self, pairs: slice) -> Channels:
-        """The same of some of the batch's pairs, as views; without what the layer's attention was given."""
+    def of(self, pairs: slice | Tensor) -> Channels:
+        """The same of some of the batch's pairs, of a slice as views; without what the layer's attention was given."""
         norm_in = self.norm_in.of(lambda x: x[pairs])
         return replace(self, norm_in=norm_in, act=self.act[pairs], g=self.g[pairs])
 

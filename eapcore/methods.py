@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eapcore.graph import Graph
 from eapcore.kernels.checks import one_of
+from eapcore.planner import Passes
 from eapcore.rules import GRADIENT, RELP, Rules
 
 ENDS = {"clean": 1.0, "corrupt": 0.0}
@@ -57,6 +58,14 @@ class Recipe:
     @property
     def exact_softmax(self) -> bool:
         return any(step.exact_softmax for step in self.passes)
+
+    def planned(self, ablation: str, reduce: str) -> Passes:
+        """What the memory of a batch depends on."""
+        corrupt = ablation == "corrupt"
+        # The corrupt run is where a pass starts only where it is what the senders are ablated to.
+        origins = tuple(None if step.end == 0.0 and not corrupt else step.end for step in self.passes)
+        interpolated = any(step.component != "embed" for step in self.passes)
+        return Passes(origins, interpolated, self.exact_softmax, reduce, self.absolute)
 
     def reached(self, graph: Graph) -> Tensor:
         """int64 [S + 1], how many passes have a gradient at what a component reads; the last entry is the logits'."""

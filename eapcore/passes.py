@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from eapcore import planner
 from eapcore.ablation import Values
 from eapcore.gradient import logits_grad
 from eapcore.methods import Pass
@@ -54,6 +55,8 @@ def score_window(
     store: Store,
     sums: Sums,
     passes: Sequence[Pass],
+    planned: planner.Passes,
+    budget: int,
     *,
     values: Values | None = None,
     units: bool = False,
@@ -65,6 +68,7 @@ def score_window(
         store: empty, for the differences.
         sums: what the scores are added to.
         passes: the backward passes of a method.
+        planned, budget: what the planner knows of them, and the bytes that those which run together may take.
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
     """
@@ -73,8 +77,7 @@ def score_window(
     ablated = start[0.0] if values is None else Values.at(values.embed, window.stop, None).expand_as(start[1.0])
     store.set_embed(ablated - start[1.0])
     ends: dict[float, _Run] = {}
-    # The corrupt run is where a pass starts only where it is what the senders are ablated to.
-    origins = [None if step.end == 0.0 and values is not None else step.end for step in passes]
+    origins = planned.origins
     kept: dict[float, list[LayerSaved]] = {origin: [] for origin in origins if origin is not None}
 
     def moved(index: int, z: Tensor) -> Tensor | None:
@@ -104,27 +107,44 @@ def score_window(
     reference = MetricBatch(pairs.answers, pairs.wrong, logits[1.0], logits[0.0], window.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
-    for number, (step, origin) in enumerate(zip(passes, origins, strict=True)):
+    done, sizes = 0, _together(model, window, store, planned, budget)
+    for count in sizes:
+        steps, origin = passes[done : done + count], origins[done]
+        done += count
+        step = steps[0]
         if origin is None:
-            at = _run(model, torch.lerp(ablated, start[1.0], step.alpha), 0, past, read)
+            x = torch.cat([torch.lerp(ablated, start[1.0], each.alpha) for each in steps])
+            at = _run(model, x, 0, past, read.repeat(count, 1))
+            del x
         else:
             # The backward pass frees what it has passed, unless a later pass starts from the same run.
-            again = origin in origins[number + 1 :]
+            again = origin in origins[done:]
             at = replace(ends[origin], saved=list(ends[origin].saved)) if again else ends.pop(origin)
         if step.component != "embed":
             at = _interpolated(model, at, step, store.moved(step.component), past, read)
         unembedded = at.unembedded or unembed(model, at.out[:, 0])
-        d_logits, grad = metric_grad(model, *unembedded, metric, reference, step.rules)
-        largest = torch.maximum(largest, d_logits.abs().max())
+        weights = [each.weight for each in steps] if count > 1 else [1.0]  # one alone is weighted with its scores
+        size, grad = metric_grad(model, *unembedded, metric, reference, step.rules, weights)
+        largest = torch.maximum(largest, size)
         at = replace(at, unembedded=None)
-        del d_logits, unembedded
-        if number + 1 == len(passes):  # the logits are large where the vocabulary is
+        del unembedded
+        if done == len(passes):  # the logits are large where the vocabulary is
             ends.clear()
             del reference, logits
-        store.contract(sums, at.saved, grad[:, None], past, step)
+        store.contract(sums, at.saved, grad[:, None], past, step if count == 1 else replace(step, weight=1.0))
         sums.end_pass()
         del at, grad  # which would still be there while the next pass makes its own
     return Step(measured, largest)
+
+
+def _together(model: Model, window: Window, store: Store, planned: planner.Passes, budget: int) -> Iterator[int]:
+    """How many of the passes, in order, run as one batch: of those that make all of their activations."""
+    done, where = 0, (model.dtype, model.device)
+    while done < len(planned.origins):
+        alike = planned.alike(done) if store.steps else 1
+        count = planner.steps_together(model.config, *window.shape, alike, *where, budget, planned)
+        yield count
+        done += count
 
 
 def _difference(window: Window, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:
@@ -186,13 +206,26 @@ def _interpolated(
 
 
 def metric_grad(
-    model: Model, logits: Tensor, norm_in: NormInput, metric: Metric, batch: MetricBatch, rules: Rules
+    model: Model,
+    logits: Tensor,
+    norm_in: NormInput,
+    metric: Metric,
+    batch: MetricBatch,
+    rules: Rules,
+    weights: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
-    """∂(Σ metric)/∂logits float64 [B, V] and ∂(Σ metric)/∂x [B, D], from the logits [B, V] of the last stream x."""
+    """max |∂(Σ metric)/∂logits|, and ∂(Σ weight · metric)/∂x [n·B, D], from the logits [n·B, V] of the last stream x.
+
+    weights: one for each of the n runs of the batch that follow each other.
+    """
     with torch.enable_grad():
         leaf = logits.detach().to(torch.float64, copy=True).requires_grad_()
-        value = evaluate(metric, leaf, batch)
-        if not value.requires_grad:
+        values = torch.cat([evaluate(metric, part, batch) for part in leaf.chunk(len(weights))])
+        if not values.requires_grad:
             raise ValueError("the metric has no gradient: it must be computed from the logits with torch operations")
-        (d_logits,) = torch.autograd.grad(value.sum(), leaf)
-    return d_logits, logits_grad(model, d_logits, norm_in, rules)
+        (d_logits,) = torch.autograd.grad(values.sum(), leaf)
+    largest = d_logits.abs().max()
+    if len(weights) > 1:
+        for part, weight in zip(d_logits.chunk(len(weights)), weights, strict=True):
+            part *= weight
+    return largest, logits_grad(model, d_logits, norm_in, rules)

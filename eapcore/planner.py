@@ -17,9 +17,48 @@ from eapcore.tasks import PromptPairs
 # Pairs are batched up to this many tokens: on a CPU larger batches leave the cache and gain nothing, a GPU wants more.
 _TOKENS = {"cpu": 512, "cuda": 8192}
 _SHARE = 0.5  # of the free memory that a batch may take
+# Steps of an integral go through the model together up to this many tokens: by then products have enough rows to be
+# fast and launches cost little (bench/bench_ig.py --together).
+_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 # One layer's receivers at a time: on a CPU they should stay in a cache until they are contracted, but each call turns
 # the weights round once (8 MiB cost 3 % more time than 20 at GPT-2 small's size); a GPU wants long calls.
 _WORKSPACE = {"cpu": 20 << 20, "cuda": 1 << 30}
+# Numbers of one chunk's attention patterns, or of its residual streams, that `softmax` holds at once.
+EXACT_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What the memory of a batch depends on in a method, besides its prompts.
+
+    origins: for each backward pass the run that it starts from, clean 1 or corrupt 0, whose activations are kept until
+    then; None if it makes all of its own. interpolated: some make a part of a run anew. exact_softmax: q and k edges
+    are scored so. reduce: "pair" and "position" keep sums for each; absolute: for each pair, and those of a pass apart.
+    """
+
+    origins: tuple[float | None, ...] = (1.0,)
+    interpolated: bool = False
+    exact_softmax: bool = False
+    reduce: str = "all"
+    absolute: bool = False
+
+    def alike(self, done: int) -> int:
+        """How many of the passes behind the first `done` make all of their own activations, up to one that does not."""
+        behind = self.origins[done:]
+        return next((n for n, origin in enumerate(behind) if origin is not None), len(behind))
+
+    def phases(self, together: int) -> set[tuple[int, int, bool]]:
+        """(runs kept from before, runs made, whether other passes follow) of each pass, some of which run together."""
+        found, done = set(), 0
+        while done < len(self.origins):
+            made = min(together, self.alike(done))
+            kept = len({origin for origin in self.origins[done:] if origin is not None})
+            done += max(1, made)
+            found.add((kept, made or int(self.interpolated), done < len(self.origins)))
+        return found
+
+
+ONE_GRADIENT = Passes()
 
 
 def workspace_pairs(
@@ -40,6 +79,8 @@ def dense_bytes(
     device: torch.device | str = "cpu",
     impl: str = "auto",
     groups: int = 1,
+    passes: Passes = ONE_GRADIENT,
+    together: int = 1,
 ) -> int:
     """Peak bytes that `attribute` allocates for one batch in dense mode, the model's own weights not counted.
 
@@ -58,12 +99,48 @@ def dense_bytes(
             5·B'·T·3H·D              what the reference makes receivers with, in float32 at least; a third of that where
                                      a checkpoint stores q, k and v apart, which is `groups` = 3
 
-    Prompts are taken to differ from their first token on.
+    passes: of another method than one gradient at the clean run; `together` of them run as one batch. The first forward
+    keeps what passes start from. Every pass that makes its own activations holds them beside what later ones need, and
+    the layer at hand of one run; while it goes back, the logits stay if others follow. Within 10 % for gradients at
+    interpolated inputs; for methods that interpolate activations, score exact patterns or drop gradients an eighth is
+    added, and the most that a chunk of exact patterns takes: an upper estimate.
+
+    Prompts are taken to differ from their first token on. Scores of every pair that are the result, [N, S, R], are not
+    a batch's and not counted.
     """
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
     sizes, width = _sizes(config, batch, tokens, dtype), dtype.itemsize
-    several = config.n_layers > 1
     buffer = (graph.heads(config.n_layers - 1).start * tokens + graph.n_senders) * batch * config.d_model * width
+    buffer += _sum_bytes(graph, batch, tokens, passes)
+    one = sizes.kept - sizes.stream
+    peak = len(set(passes.origins) - {None}) * one + sizes.forward
+    for kept, made, more in passes.phases(together):
+        rows = max(1, made) * batch
+        here = _sizes(config, rows, tokens, dtype)
+        back = _back_bytes(config, rows, tokens, dtype, device, impl, groups)
+        if passes.exact_softmax:
+            back += _exact_bytes(config, rows, tokens, dtype, torch.device(device))
+        ends, plain = (2 * batch * config.d_vocab * size for size in (8, width))  # the clean and the corrupt logits
+        later = ends + plain if more else 0
+        logits = here.logits - (max(1, made) - 1) * ends + (plain if more else 0)
+        now = max(logits, later + back, later + here.forward // 2 + here.stream if made else 0)
+        peak = max(peak, (kept + made) * one + now)
+    total = buffer + sizes.stream + peak
+    return total * 9 // 8 if passes.interpolated or passes.exact_softmax or passes.absolute else total
+
+
+def _back_bytes(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    impl: str,
+    groups: int,
+) -> int:
+    """Bytes that come and go while gradients go back and are contracted with the sender buffer."""
+    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    sizes, width, several = _sizes(config, batch, tokens, dtype), dtype.itemsize, config.n_layers > 1
     senders = graph.heads(max(config.n_layers - 2, 0)).start
     at_once = workspace_pairs(config, batch, tokens, dtype, device)
     made = _receiver_bytes(config, at_once * tokens, dtype, senders, device, impl, groups)
@@ -72,8 +149,26 @@ def dense_bytes(
     receivers = made + 3 * sizes.heads + (3 if config.normalization is not None else 1) * sizes.wide_stream
     units = 2 * batch * tokens * (config.d_mlp or 0) * width + 3 * sizes.wide_stream if several else 0
     workspace = (3 * config.n_heads + (not config.attn_only)) * at_once * tokens * config.d_model * width
-    going_back = workspace + max(sizes.attention if several else 0, units, receivers)
-    return buffer + sizes.kept + max(sizes.forward, going_back, sizes.logits)
+    return workspace + max(sizes.attention if several else 0, units, receivers)
+
+
+def _sum_bytes(graph: Graph, batch: int, tokens: int, passes: Passes) -> int:
+    """Bytes of a batch's scores, [S, R] in float64, for each pair or position where they are kept so."""
+    kind = "pair" if passes.absolute else passes.reduce
+    each = {"all": 1, "pair": batch, "position": tokens}[kind]
+    # Absolute ones keep a pass apart from the sum, and take its absolute value; a block is summed before it is added.
+    return (3 if passes.absolute else 1) * each * graph.n_senders * graph.n_receivers * 8
+
+
+def _exact_bytes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """At most the bytes that exact patterns take: of as many senders at a time as `softmax` makes."""
+    wide, stream = max(dtype.itemsize, 4), batch * tokens * config.d_model
+    pattern, heads = batch * config.n_heads * tokens**2, batch * tokens * config.n_heads * config.d_head
+    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    at_once = min(graph.n_senders, max(1, EXACT_CHUNK.get(device.type, 1 << 20) // max(pattern, stream)))
+    inputs = (2 if wide == dtype.itemsize else 4) * stream + 2 * heads
+    each = at_once * max(inputs, 3 * heads + 3 * pattern)
+    return (each + 3 * pattern + 2 * batch * graph.n_senders * config.n_heads) * wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +253,19 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30  # where the system does not say: what a small laptop has left
 
 
+def budget(device: torch.device) -> int:
+    """Bytes that a batch may take: half of those that are free."""
+    return int(_SHARE * free_bytes(device))
+
+
 def factored_bytes(
-    config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, *, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    passes: Passes = ONE_GRADIENT,
 ) -> int:
     """About the most bytes that `attribute` allocates for one batch in factored mode, the model's weights not counted.
 
@@ -172,10 +278,17 @@ def factored_bytes(
                                      layer of the way back, when what the others kept may still be there, or with
             L·B·T·6HK                q, k, v and their gradients stacked, on a GPU, or with
             2·(S + R)·B·T·D          all senders and receivers, in float32 at least, which the reference makes at once
+
+    and for other passes than one gradient at the clean run, as in dense mode, the activations that they keep and make.
     """
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
     sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
     differences = config.n_layers * (sizes.heads + mlps * sizes.stream)
+    differences += _sum_bytes(graph, batch, tokens, passes)
+    kept = max(kept + made for kept, made, _ in passes.phases(1))
+    if len(passes.origins) > 1:
+        differences += (kept - 1) * (sizes.kept - sizes.stream)
+        differences += 2 * batch * config.d_vocab * (8 + dtype.itemsize)  # the clean and the corrupt logits
     forwards = sizes.kept + max(sizes.forward, sizes.logits)
     chosen = kernels.choose("edge_scores_factored", device=device, dtype=dtype)
     layer = 6 * sizes.heads + (norms + mlps) * sizes.stream
@@ -197,7 +310,7 @@ def storage(
     tokens = int(pairs.lengths.max())
     wanted = max(1, min(_useful(tokens, device), len(pairs)) // 4)
     needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups)
-    return "dense" if needed <= _SHARE * free_bytes(device) else "factored"
+    return "dense" if needed <= budget(device) else "factored"
 
 
 def batch_size(
@@ -208,14 +321,34 @@ def batch_size(
     storage: str = "dense",
     *,
     groups: int = 1,
+    passes: Passes = ONE_GRADIENT,
 ) -> int:
     """Pairs a batch: enough tokens to be fast, within half of the free memory, at least one."""
     tokens = int(pairs.lengths.max())
     needed = partial(dense_bytes, groups=groups) if storage == "dense" else factored_bytes
     sizes = range(1, min(_useful(tokens, device), len(pairs)) + 1)
-    budget = _SHARE * free_bytes(device)
-    return max(1, bisect_right(sizes, budget, key=lambda n: needed(config, n, tokens, dtype, device=device)))
+
+    def key(n: int) -> int:
+        return needed(config, n, tokens, dtype, device=device, passes=passes)
+
+    return max(1, bisect_right(sizes, budget(device), key=key))
 
 
 def _useful(tokens: int, device: torch.device) -> int:
     return max(1, _TOKENS.get(device.type, 512) // tokens)
+
+
+def steps_together(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int,
+    passes: Passes = ONE_GRADIENT,
+) -> int:
+    """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
+    useful = _STEP_TOKENS.get(device.type, 1024) // (batch * tokens)
+    needed = partial(dense_bytes, config, batch, tokens, dtype, device=device, passes=passes)
+    return 1 + bisect_right(range(2, min(useful, steps) + 1), budget, key=lambda n: needed(together=n))

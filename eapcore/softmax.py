@@ -12,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eapcore import planner
 from eapcore.gradient import Channels, attention_pattern
 from eapcore.model import accumulate_dtype, normalise, project, with_past
-
-# Numbers of one chunk's patterns, or of its residual streams, that are held at once.
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) -> Tensor:
@@ -40,7 +38,7 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     d_pattern = (part.dz.transpose(1, 2) @ v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
     size = max(pattern.numel(), delta[0].numel())
     scores = []
-    for some in delta.split(max(1, _CHUNK.get(model.device.type, 1 << 20) // size)):
+    for some in delta.split(max(1, planner.EXACT_CHUNK.get(model.device.type, 1 << 20) // size)):
         changed = _activations(part, channels, some)  # [C, B, H, T, K]
         if queries:
             other = attention_pattern(model, part.index, changed, k, before, part.read)

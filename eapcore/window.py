@@ -111,7 +111,12 @@ class Sums:
 
 
 class Store(Protocol):
-    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them."""
+    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them.
+
+    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
+    """
+
+    steps: bool
 
     def set_embed(self, delta: Tensor) -> None:
         """Δ of the embedding, [B, T, D]."""
@@ -128,7 +133,7 @@ class Store(Protocol):
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        """Go back from grad [B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
+        """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
 
 
 class DenseStore:
@@ -138,6 +143,8 @@ class DenseStore:
     positions that are read: all that the last layer's heads and MLP need, since what reads them has a gradient there
     alone.
     """
+
+    steps = True
 
     def __init__(self, model: Model, window: Window, memory: Tensor) -> None:
         self.model, self.read = model, window.read
@@ -179,20 +186,24 @@ class DenseStore:
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        backward(self.model, saved, grad, _Edges(self, sums, step), rules=step.rules, past=past, read=self.read)
+        runs = len(grad) // len(self.read)
+        edges, read = _Edges(self, sums, step, runs), self.read.repeat(runs, 1)
+        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=read)
 
 
 class _Edges(Sink):
-    """Contracts the dense buffer with the receivers' gradients as they come."""
+    """Contracts the dense buffer with the receivers' gradients as they come, those of several runs of it added up."""
 
-    def __init__(self, store: DenseStore, sums: Sums, step: Pass) -> None:
+    def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int) -> None:
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
         # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
         # contracted and added up, and fresh pages would cost as much time as the arithmetic.
         config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
         rows, tokens = buffer.shape[1:3]
-        self.at_once = planner.workspace_pairs(config, rows, tokens, dtype, buffer.device)
-        self.workspace = buffer.new_empty(self.at_once * self.graph.receivers_per_layer * tokens * config.d_model)
+        self.at_once = -(-planner.workspace_pairs(config, runs * rows, tokens, dtype, buffer.device) // runs)
+        size = runs * self.at_once * self.graph.receivers_per_layer * tokens * config.d_model
+        self.workspace = buffer.new_empty(size)
+        self.rows = torch.arange(runs * rows, device=buffer.device).view(runs, rows)
         # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
         self.mlp: Tensor | None = None
 
@@ -213,17 +224,19 @@ class _Edges(Sink):
         first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
         mlp, self.mlp, total = self.mlp, None, []
         receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))
-        for pairs in (slice(start, start + self.at_once) for start in range(0, len(part.g), self.at_once)):
-            grads = part.of(pairs).grads(self.sums.impl, self.workspace)
-            total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)))
+        runs, rows = self.rows.shape
+        for pairs in (slice(start, start + self.at_once) for start in range(0, rows, self.at_once)):
+            some = pairs if runs == 1 else self.rows[:, pairs].flatten()
+            grads = part.of(some).grads(self.sums.impl, self.workspace)
+            total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)).unflatten(0, (runs, -1)))
             if mlp is not None:  # behind the layer's q, k and v, as in the graph
                 shape = (count + 1, *grads.shape[1:])
                 grads = self.workspace[: math.prod(shape)].view(shape)
-                grads[count] = mlp[pairs]
+                grads[count] = mlp[some]
             if receivers.start < receivers.stop:
                 before = slice(0, self.graph.senders_before(part.receivers.start))
                 self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
-        return torch.cat(total)
+        return torch.cat(total, 1).flatten(0, 1)
 
     def add_exact(self, part: Channels, channels: slice) -> None:
         delta = self.store.rows(part.at_read)[: self.graph.senders_before(part.receivers.start)]
@@ -243,12 +256,15 @@ class _Edges(Sink):
         """Contract some receivers' gradients with some senders, None for all that come before them."""
         senders = senders or slice(0, self.graph.senders_before(receivers.start))
         delta, sums = self.store.rows(at_read)[senders, pairs], self.sums
+        grads = over_steps(grads, 1, delta.shape[1])
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
         sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)
 
 
 class FactoredStore:
     """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly."""
+
+    steps = False
 
     def __init__(self, model: Model, window: Window) -> None:
         self.model, self.read = model, window.read
@@ -352,6 +368,8 @@ class _Factors(Sink):
 class NodeStore(FactoredStore):
     """The same differences, and with `units` those of the MLPs' hidden units, for scores of what senders send."""
 
+    steps = True
+
     def __init__(self, model: Model, window: Window, *, units: bool) -> None:
         super().__init__(model, window)
         self.units: dict[int, Tensor] | None = {} if units else None
@@ -364,7 +382,8 @@ class NodeStore(FactoredStore):
     def contract(
         self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=self.read)
+        read = self.read.repeat(len(grad) // len(self.read), 1)
+        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=read)
 
 
 class _Nodes(Sink):
@@ -380,7 +399,7 @@ class _Nodes(Sink):
         component = "embed" if senders.start == 0 else f"{'m' if place == model.config.n_heads else 'a'}{layer}"
         if self.sums.absolute and component in self.step.rules.cut:
             return
-        grad = grad.to(model.dtype)
+        grad = over_steps(grad, 0, len(store.read)).to(model.dtype)
         if component[0] == "a":
             w_o, dz = model.weights.layers[layer].w_o, at_positions(store.dz[layer], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
@@ -399,6 +418,7 @@ class _Nodes(Sink):
 
     def units(self, index: int, grad: Tensor, at_read: bool) -> None:
         if self.store.units is not None:
+            grad = over_steps(grad, 0, len(self.store.read))
             self.add("units", "btm,btm->{}m", self.store.units[index], grad, (index, slice(None)), at_read)
 
     def add(self, name: str, formula: str, delta: Tensor, grad: Tensor, place: tuple[Any, ...], at_read: bool) -> None:
@@ -406,6 +426,11 @@ class _Nodes(Sink):
         kept = {"all": "", "pair": "b", "position": "t"}[self.sums.reduction(at_read)]
         block = torch.einsum(formula.format(kept), delta.to(wide), grad.to(wide))
         self.sums.add(name, block, place, self.step.weight, at_read)
+
+
+def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
+    """x [.., n·B, ..] of n runs of the same B = rows pairs, added up over the runs: [.., B, ..]."""
+    return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
 
 
 def _at(x: Tensor, read: Tensor) -> Tensor:

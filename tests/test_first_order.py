@@ -11,6 +11,7 @@ import torch
 from models import random_model, random_pairs
 from test_planner import peak_bytes
 
+from eapcore import passes, planner
 from eapcore.attribution import attribute
 from eapcore.methods import METHODS as NAMES
 from eapcore.metrics import METRICS
@@ -377,14 +378,47 @@ def test_the_file_says_everything_of_the_method(method):
     assert sum(weight for _, weight in described["points"]) == pytest.approx(1)
 
 
+@models
+@pytest.mark.parametrize("how", [{"reduce": "pair"}, {"reduce": "position"}, {"level": "node"}, {"level": "neuron"}])
+@pytest.mark.parametrize("points", ["left", "gauss", [(0.3, 2.0), (0.9, -1.5), (0.5, 0.5)]])
+def test_steps_that_run_together_give_the_scores_of_one_after_another(options, how, points, monkeypatch):
+    model, pairs = case(options)
+    if model.config.attn_only and how.get("level") == "neuron":
+        return
+    how = how | {"method": "eap-ig", "points": points} | ({"steps": 5} if isinstance(points, str) else {})
+    sizes, found, run_layers = [], [], passes.run_layers
+
+    def watch(model, x, **others):
+        sizes.append(len(x))
+        return run_layers(model, x, **others)
+
+    monkeypatch.setattr(passes, "run_layers", watch)
+    for tokens, most in ((0, len(pairs)), (1000, 3 * len(pairs))):
+        monkeypatch.setattr(planner, "_STEP_TOKENS", {"cpu": tokens})
+        sizes.clear()
+        found.append(attribute(model, pairs, batch_size=len(pairs), **how))
+        assert max(sizes) >= most if tokens else set(sizes) == {most}
+    apart, together = found
+    assert_equal(together.scores, apart.scores)
+    for part in ("per_pair", "per_position"):
+        a, b = (getattr(scores, part) for scores in found)
+        for name in a if isinstance(a, dict) else ():
+            torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-12)
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+    if how.get("level") == "neuron":
+        torch.testing.assert_close(together.units, apart.units, rtol=0, atol=1e-12)
+        torch.testing.assert_close(together.dimensions, apart.dimensions, rtol=0, atol=1e-12)
+
+
 @storages
 def test_eap_ig_activations_holds_no_more_with_more_steps(storage):
     model = random_model(n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
-    pairs = random_pairs(model, [16] * 8)
+    pairs = random_pairs(model, [16] * 64)  # so many tokens that steps run one after another
 
     def peak(steps):
         return peak_bytes(
-            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=8)
+            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=64)
         )
 
     peak(1)  # what is computed once for a model belongs to the model

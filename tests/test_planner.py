@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from eapcore import kernels, planner
 from eapcore.attribution import attribute
 from eapcore.config import ModelConfig
+from eapcore.methods import Options, recipe
 from eapcore.tasks import PromptPairs
 
 SMALL = {"n_heads": 4, "d_model": 64, "d_head": 16, "d_mlp": 256, "d_vocab": 101, "n_ctx": 64, "scale": 0.1}
@@ -70,6 +71,56 @@ def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(options, batc
     print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB: {planned / measured:.3f}")
     assert measured > 2**21
     assert 0.9 <= planned / measured <= 1.1
+
+
+def planned_and_measured(options, batch, tokens, how, reduce="all"):
+    """Bytes of a method's batch as planned, with the steps that run together, and as measured."""
+    model = random_model(**{"dtype": torch.float32} | options)
+    config, pairs = model.config, random_pairs(model, [tokens] * batch)
+    made = recipe(how["method"], model.graph, Options(None, how.get("steps"), how.get("points"), None), reduce=reduce)
+    passes = made.planned("corrupt", reduce)
+    together = max(
+        planner.steps_together(config, batch, tokens, passes.alike(done), model.dtype, model.device, 1 << 60, passes)
+        for done in range(len(passes.origins))
+    )
+    groups = len(model.weights.layers[0].w_qkv)
+    planned = planner.dense_bytes(config, batch, tokens, model.dtype, groups=groups, passes=passes, together=together)
+
+    def call():
+        return attribute(model, pairs, storage="dense", batch_size=batch, reduce=reduce, **how)
+
+    call()
+    measured = peak_bytes(call)
+    print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB: {planned / measured:.3f}")
+    return planned, measured
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"method": "eap-ig"}, {"method": "eap-ig", "points": "right", "steps": 5}, {"method": "clean-corrupt"}],
+    ids=["gauss", "right", "clean-corrupt"],
+)
+@pytest.mark.parametrize(("options", "batch", "tokens"), SHAPES.values(), ids=SHAPES)
+def test_the_planned_memory_of_integrated_gradients_is_within_a_tenth(options, batch, tokens, how):
+    planned, measured = planned_and_measured(options, batch, tokens, how)
+    assert 0.9 <= planned / measured <= 1.1
+
+
+@pytest.mark.parametrize("method", ["eap-ig-activations", "qk-fix", "grad-drop", "atp-star", "relp"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "one layer"])
+def test_no_other_method_takes_more_than_planned(method, shape):
+    steps = {"steps": 2} if method == "eap-ig-activations" else {}
+    planned, measured = planned_and_measured(*SHAPES[shape], {"method": method} | steps)
+    assert (0.9 if method == "relp" else 1.0) <= planned / measured <= 4
+
+
+@pytest.mark.parametrize("method", ["eap", "grad-drop"])
+def test_sums_for_each_pair_are_planned(method):
+    wide = SMALL | {"n_layers": 5, "n_heads": 8, "d_model": 16, "d_head": 2, "d_mlp": 16}
+    planned, measured = planned_and_measured(wide, 64, 2, {"method": method}, "pair")
+    result = 64 * 46 * 126 * 8  # [N, S, R] of all pairs, which is not a batch's: the sum and what is made of it
+    assert planned > result
+    assert 0.9 <= (planned + 2 * result) / measured <= 1.5
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -146,6 +197,26 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
     if size < useful:  # one pair more would not keep within it
         assert planner.dense_bytes(GPT2, size + 1, length, dtype) > free / 2
     assert size <= useful and (free > 1 << 20 or size == 1) and (free < 1 << 40 or size == useful)
+
+
+def test_steps_run_together_up_to_a_number_of_tokens_and_of_bytes():
+    def together(batch, tokens, steps, budget=1 << 40):
+        passes = planner.Passes((None,) * steps)
+        return planner.steps_together(GPT2, batch, tokens, steps, torch.float32, CPU, budget, passes)
+
+    assert [together(2, 16, n) for n in (1, 2, 5, 32, 40)] == [1, 2, 5, 32, 32]
+    assert [together(n, 16, 5) for n in (8, 16, 32, 64, 1000)] == [5, 4, 2, 1, 1]
+    passes = planner.Passes((None,) * 5)
+    needed = [planner.dense_bytes(GPT2, 2, 16, torch.float32, passes=passes, together=n) for n in range(1, 6)]
+    assert needed == sorted(set(needed))
+    assert [together(2, 16, 5, size - 1) for size in needed] == [1, 1, 2, 3, 4]
+    # A method that holds more of a batch takes fewer at a time.
+    assert (
+        planner.steps_together(
+            GPT2, 2, 16, 5, torch.float32, CPU, needed[4], planner.Passes((1.0,) + (None,) * 5 + (1.0, 0.0))
+        )
+        < 5
+    )
 
 
 def test_an_automatic_batch_is_no_larger_than_the_task_and_grows_with_the_memory(monkeypatch):
