@@ -350,5 +350,7 @@ def steps_together(
 ) -> int:
     """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
     useful = _STEP_TOKENS.get(device.type, 1024) // (batch * tokens)
+    if useful < 4:  # each alone has tokens enough
+        return 1
     needed = partial(dense_bytes, config, batch, tokens, dtype, device=device, passes=passes)
     return 1 + bisect_right(range(2, min(useful, steps) + 1), budget, key=lambda n: needed(together=n))
