@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -14,10 +15,11 @@ from eapcore import kernels, planner
 from eapcore.ablation import find_values
 from eapcore.batches import Feed, Replays, Tensors, pinned_copy, recorder
 from eapcore.circuit import EdgeScores
+from eapcore.config import ModelConfig
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.methods import METHODS, Options, Points, Recipe, recipe
 from eapcore.metrics import METRICS as OWN_METRICS
-from eapcore.metrics import Metric, find_metric
+from eapcore.metrics import Metric, find_metric, tokens_read
 from eapcore.model import Model, check_tokens, first_non_finite
 from eapcore.nodes import NodeScores
 from eapcore.passes import score_window
@@ -171,10 +173,11 @@ def attribute(
     pairs.check_vocabulary(model.config.d_vocab, model.name)
     metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
     values = find_values(model, pairs, ablation, reference)
-    storage = _storage(model, pairs, how, level, storage)
+    sized = _as_read(model, pairs, metric)
+    storage = _storage(model, sized, pairs, how, level, storage)
     groups = len(model.weights.layers[0].w_qkv)
     planned, budget = how.planned(ablation, reduce), planner.budget(model.device)
-    size = planner.batch_size(model.config, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
+    size = planner.batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
     if batch_size != "auto":
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be 'auto' or a positive integer, got {batch_size!r}")
@@ -261,7 +264,7 @@ def attribute(
     return _result(model, scores, meta, level, reduce, len(pairs))
 
 
-def _storage(model: Model, pairs: PromptPairs, how: Recipe, level: str, storage: str) -> str:
+def _storage(model: Model, config: ModelConfig, pairs: PromptPairs, how: Recipe, level: str, storage: str) -> str:
     """The storage that is used; ValueError for one that does not suit what is scored."""
     if level != "edge":
         if storage == "dense":
@@ -280,7 +283,13 @@ def _storage(model: Model, pairs: PromptPairs, how: Recipe, level: str, storage:
     if storage != "auto":
         return storage
     groups = len(model.weights.layers[0].w_qkv)
-    return planner.storage(model.config, pairs, model.dtype, model.device, groups=groups)
+    return planner.storage(config, pairs, model.dtype, model.device, groups=groups)
+
+
+def _as_read(model: Model, pairs: PromptPairs, metric: Metric) -> ModelConfig:
+    """The model's sizes for the planner, with a vocabulary of as many tokens as the metric reads for a pair."""
+    read = tokens_read(metric, pairs.answers, pairs.wrong, model.config.d_vocab)
+    return model.config if read is None else replace(model.config, d_vocab=read[0].shape[1])
 
 
 def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bool) -> Replays:

@@ -21,6 +21,7 @@ from eapcore.model import (
     NormInput,
     accumulate_dtype,
     as_matrix,
+    by_prompt,
     channel_groups,
     future,
     with_past,
@@ -262,9 +263,18 @@ def attention_grad(
     return ds @ k, ds[..., before:].transpose(-1, -2) @ q, dv
 
 
-def logits_grad(model: Model, d_logits: Tensor, norm_in: NormInput, rules: Rules = GRADIENT) -> Tensor:
-    """∂metric/∂(last residual stream), [..., D], from ∂metric/∂logits [..., V] and what the final LayerNorm read."""
-    dn = d_logits.to(model.dtype) @ model.weights.w_u.T
+def logits_grad(
+    model: Model, d_logits: Tensor, norm_in: NormInput, rules: Rules = GRADIENT, tokens: Tensor | None = None
+) -> Tensor:
+    """∂metric/∂(last residual stream), [..., D], from ∂metric/∂logits [..., V] and what the final LayerNorm read.
+
+    tokens: as `unembed` was given, with the gradients of these tokens' logits.
+    """
+    d_logits, rows = d_logits.to(model.dtype), model.weights.w_u.T
+    if tokens is None:
+        dn = d_logits @ rows
+    else:
+        dn = (by_prompt(d_logits, tokens) @ rows[tokens]).transpose(0, 1).flatten(0, 1)
     return norm_grad(dn, model.weights.ln_final, norm_in, rules.norm)
 
 

@@ -112,14 +112,15 @@ def _first_without(ids: Tensor) -> int | None:
 
 
 def tokens_read(
-    metric: Metric, answers: Annotated[Tensor, "int64 B A"], wrong: Annotated[Tensor, "int64 B W"]
+    metric: Metric, answers: Annotated[Tensor, "int64 B A"], wrong: Annotated[Tensor, "int64 B W"], d_vocab: int
 ) -> tuple[Annotated[Tensor, "int64 B V'"], Annotated[Tensor, "int64 B A"], Annotated[Tensor, "int64 B W"]] | None:
     """Where a metric reads the logits of the answers and wrong answers alone, which tokens these are.
 
     Returns:
-        (tokens int64 [B, A + W], and answers [B, A] and wrong [B, W] as places among them); None for any other metric.
+        (tokens int64 [B, A + W], and answers [B, A] and wrong [B, W] as places among them); None for any other metric,
+        and for so many tokens that their columns of the unembedding would be more than all of it.
     """
-    if metric not in _READS_ANSWERS:
+    if metric not in _READS_ANSWERS or len(answers) * (answers.shape[1] + wrong.shape[1]) > d_vocab:
         return None
     tokens = torch.cat([answers, wrong], 1)
     places = torch.arange(tokens.shape[1], device=tokens.device).where(tokens >= 0, -1)

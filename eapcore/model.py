@@ -355,11 +355,24 @@ def run_mlp(config: ModelConfig, layer: LayerWeights, n: Tensor) -> tuple[Tensor
     return mlp.view(n.shape), hidden.unflatten(0, n.shape[:-1])
 
 
-def unembed(model: Model, x: Tensor) -> tuple[Tensor, NormInput]:
-    """Logits [..., V] from the last residual stream x [..., D] through the final LayerNorm."""
+def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, NormInput]:
+    """Logits [..., V] from the last residual stream x [..., D] through the final LayerNorm.
+
+    With tokens int64 [B, n] those alone, [C·B, n], where x [C·B, D] is of C runs of B prompts.
+    """
     n, norm_in = normalise(x, model.weights.ln_final, model.config.eps)
-    logits = n @ model.weights.w_u
-    return (logits if model.weights.b_u is None else logits + model.weights.b_u), norm_in
+    b_u = model.weights.b_u
+    if tokens is None:
+        logits = n @ model.weights.w_u
+        return (logits if b_u is None else logits + b_u), norm_in
+    columns = model.weights.w_u.T[tokens]  # [B, n, D]
+    logits = (by_prompt(n, tokens) @ columns.transpose(1, 2)).transpose(0, 1)  # [C, B, n]
+    return (logits if b_u is None else logits + b_u[tokens]).flatten(0, 1), norm_in
+
+
+def by_prompt(x: Tensor, tokens: Tensor) -> Tensor:
+    """x [C·B, ...] of C runs of the prompts of tokens [B, n], as [B, C, ...]."""
+    return x.unflatten(0, (-1, len(tokens))).transpose(0, 1)
 
 
 def sender_buffer(model: Model, batch: int, tokens: int) -> Annotated[Tensor, "S B T D"]:

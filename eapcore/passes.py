@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from eapcore import planner
 from eapcore.ablation import Values
 from eapcore.gradient import logits_grad
 from eapcore.methods import Pass
-from eapcore.metrics import Metric, MetricBatch, evaluate
+from eapcore.metrics import Metric, MetricBatch, evaluate, tokens_read
 from eapcore.model import (
     LayerRun,
     LayerSaved,
@@ -76,7 +77,6 @@ def score_window(
     start = {1.0: window.embed(model, pairs.clean), 0.0: window.embed(model, pairs.corrupt)}
     ablated = start[0.0] if values is None else Values.at(values.embed, window.stop, None).expand_as(start[1.0])
     store.set_embed(ablated - start[1.0])
-    ends: dict[float, _Run] = {}
     origins = planned.origins
     kept: dict[float, list[LayerSaved]] = {origin: [] for origin in origins if origin is not None}
 
@@ -87,6 +87,7 @@ def score_window(
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
     last = model.config.n_layers - 1
     pasts: list[Tensor] = []
+    out = read.new_empty(0)
     shared = embed(model, pairs.clean[:, : window.start])
     runs = run_paired(model, shared, start[1.0], start[0.0], read, moved)
     for index in range(model.config.n_layers):  # enumerate would hold each layer's run while the next is made
@@ -97,14 +98,22 @@ def score_window(
         for alpha, rows in halves.items():
             if alpha in kept:
                 kept[alpha].append(run.saved.copy(rows))
-            ends[alpha] = _Run(kept.get(alpha, []), run.out[rows])
+        out = run.out
         del run, before  # before the next layer runs, and before the gradients are made
     del shared, runs
     past = pasts or None
 
-    ends = {alpha: replace(run, unembedded=unembed(model, run.out[:, 0])) for alpha, run in ends.items()}
-    logits = {alpha: run.unembedded[0].double() for alpha, run in ends.items() if run.unembedded is not None}
-    reference = MetricBatch(pairs.answers, pairs.wrong, logits[1.0], logits[0.0], window.index)
+    tokens, answers, wrong = None, pairs.answers, pairs.wrong
+    if (found := tokens_read(metric, answers, wrong, model.config.d_vocab)) is not None:
+        tokens, answers, wrong = found  # the metric reads no other logits
+    all_logits, norm_in = unembed(model, out[:, 0], tokens)  # of both runs at once: reading w_u is what takes time
+    ends = {
+        alpha: _Run(kept.get(alpha, []), out[rows], (all_logits[rows], norm_in.of(operator.itemgetter(rows))))
+        for alpha, rows in halves.items()
+    }
+    logits = {alpha: all_logits[rows].double() for alpha, rows in halves.items()}
+    del out, all_logits, norm_in, found
+    reference = MetricBatch(answers, wrong, logits[1.0], logits[0.0], window.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
     done, sizes = 0, _together(model, window, store, planned, budget)
@@ -122,9 +131,9 @@ def score_window(
             at = replace(ends[origin], saved=list(ends[origin].saved)) if again else ends.pop(origin)
         if step.component != "embed":
             at = _interpolated(model, at, step, store.moved(step.component), past, read)
-        unembedded = at.unembedded or unembed(model, at.out[:, 0])
+        unembedded = at.unembedded or unembed(model, at.out[:, 0], tokens)
         weights = [each.weight for each in steps] if count > 1 else [1.0]  # one alone is weighted with its scores
-        size, grad = metric_grad(model, *unembedded, metric, reference, step.rules, weights)
+        size, grad = metric_grad(model, *unembedded, metric, reference, step.rules, weights, tokens)
         largest = torch.maximum(largest, size)
         at = replace(at, unembedded=None)
         del unembedded
@@ -213,10 +222,11 @@ def metric_grad(
     batch: MetricBatch,
     rules: Rules,
     weights: Sequence[float] = (1.0,),
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """max |∂(Σ metric)/∂logits|, and ∂(Σ weight · metric)/∂x [n·B, D], from the logits [n·B, V] of the last stream x.
 
-    weights: one for each of the n runs of the batch that follow each other.
+    weights: one for each of the n runs of the batch that follow each other. tokens: [B, V'], whose logits these are.
     """
     with torch.enable_grad():
         leaf = logits.detach().to(torch.float64, copy=True).requires_grad_()
@@ -228,4 +238,4 @@ def metric_grad(
     if len(weights) > 1:
         for part, weight in zip(d_logits.chunk(len(weights)), weights, strict=True):
             part *= weight
-    return largest, logits_grad(model, d_logits, norm_in, rules)
+    return largest, logits_grad(model, d_logits, norm_in, rules, tokens)

@@ -239,8 +239,8 @@ def make_batch(
     runs = [record(model, embed(model, tokens[:, start:stop], start), past) for tokens in prompts]
     read = batch.positions[:, None] - start
     tokens, answers, wrong = None, batch.answers, batch.wrong
-    found = None if metric is None else tokens_read(metric, answers, wrong)
-    if found is not None and found[0].numel() <= model.config.d_vocab:  # or their columns would be the larger matrix
+    found = None if metric is None else tokens_read(metric, answers, wrong, model.config.d_vocab)
+    if found is not None:
         tokens, answers, wrong = found
     clean, corrupt = _logits(model, torch.stack([at_positions(run.out, read)[:, 0] for run in runs]), tokens)
     reference = MetricBatch(answers, wrong, clean, corrupt, index.to(model.device))
@@ -251,12 +251,7 @@ def make_batch(
 
 def _logits(model: Model, x: Tensor, tokens: Tensor | None) -> Tensor:
     """Logits float64 [C, B, V] from the last residual streams x [C, B, D], or of the tokens [B, n] alone [C, B, n]."""
-    if tokens is None:
-        return unembed(model, x)[0].double()
-    n = normalise(x, model.weights.ln_final, model.config.eps)[0]
-    columns = model.weights.w_u.T[tokens].transpose(1, 2)  # [B, D, n]
-    logits = (n.transpose(0, 1) @ columns).transpose(0, 1)  # [C, B, n]
-    return (logits if model.weights.b_u is None else logits + model.weights.b_u[tokens]).double()
+    return unembed(model, x.flatten(0, 1), tokens)[0].double().unflatten(0, x.shape[:2])
 
 
 def ablated_senders(

@@ -61,7 +61,7 @@ def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(options, batc
     pairs = random_pairs(model, [tokens] * batch)
 
     def call():
-        return attribute(model, pairs, storage="dense", batch_size=batch, impl=impl)
+        return attribute(model, pairs, "nll", storage="dense", batch_size=batch, impl=impl)
 
     call()  # what is computed once for a model belongs to the model
     planned = planner.dense_bytes(
@@ -87,7 +87,7 @@ def planned_and_measured(options, batch, tokens, how, reduce="all"):
     planned = planner.dense_bytes(config, batch, tokens, model.dtype, groups=groups, passes=passes, together=together)
 
     def call():
-        return attribute(model, pairs, storage="dense", batch_size=batch, reduce=reduce, **how)
+        return attribute(model, pairs, "nll", storage="dense", batch_size=batch, reduce=reduce, **how)
 
     call()
     measured = peak_bytes(call)
@@ -133,7 +133,7 @@ def test_receivers_that_are_made_for_some_pairs_at_a_time_are_planned_so(impl, p
     assert planner.workspace_pairs(model.config, batch, tokens, model.dtype, "cpu") == {1: 1, 5: 4}[pairs_at_once]
 
     def call():
-        return attribute(model, pairs, storage="dense", batch_size=batch, impl=impl)
+        return attribute(model, pairs, "nll", storage="dense", batch_size=batch, impl=impl)
 
     call()
     planned = planner.dense_bytes(model.config, batch, tokens, model.dtype, impl=impl)
@@ -146,8 +146,8 @@ def test_receivers_that_are_made_for_some_pairs_at_a_time_are_planned_so(impl, p
 def test_the_planned_memory_of_factored_storage_is_about_the_measured_peak(options, batch, tokens):
     model = random_model(**{"dtype": torch.float32} | options)
     pairs = random_pairs(model, [tokens] * batch)
-    attribute(model, pairs, storage="factored", batch_size=batch)
-    measured = peak_bytes(lambda: attribute(model, pairs, storage="factored", batch_size=batch))
+    attribute(model, pairs, "nll", storage="factored", batch_size=batch)
+    measured = peak_bytes(lambda: attribute(model, pairs, "nll", storage="factored", batch_size=batch))
     planned = planner.factored_bytes(model.config, batch, tokens, model.dtype)
     print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB: {planned / measured:.3f}")
     makes_all = kernels.choose("edge_scores_factored", device="cpu", dtype=model.dtype) == "reference"

@@ -98,9 +98,9 @@ class Products(TorchDispatchMode):
         return out
 
 
-def products(model, pairs):
+def products(model, pairs, metric="logit_diff"):
     with Products() as products:
-        attribute(model, pairs, impl="reference")
+        attribute(model, pairs, metric, impl="reference")
     return products.count
 
 
@@ -121,6 +121,33 @@ def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_
         if expected is not None:
             assert expected.abs().max() > 1e-3
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def logit_diff_of_all(logits, batch):  # not the package's own: it may read any logit
+    return METRICS["logit_diff"](logits, batch)
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "clean-corrupt", "relp"])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_making_only_the_logits_that_a_metric_reads_leaves_the_scores_as_they_were(options, method):
+    model = random_model(**options)
+    pairs = random_pairs(model, [8, 8, 6], first_difference=2)
+    pairs = replace(pairs, wrong=torch.tensor([[3, 5, 7], [2, 2, -1], [9, -1, -1]]))
+    for name, metric in (("logit_diff", logit_diff_of_all), ("logit_margin", None)):
+        read = attribute(model, pairs, name, method=method)
+        whole = attribute(model, pairs, metric or (lambda x, b: METRICS["logit_margin"](x, b)), method=method)
+        assert whole.scores.abs().max() > 1e-3
+        torch.testing.assert_close(read.scores, whole.scores, rtol=0, atol=1e-12)
+        assert read.meta["metric"]["clean"] == pytest.approx(whole.meta["metric"]["clean"], abs=1e-12)
+
+
+def test_the_unembedding_is_read_only_where_the_metric_does():
+    model = random_model(d_vocab=200)
+    pairs = random_pairs(model, [8, 8, 6])
+    products(model, pairs)  # what is made once for a model is there
+    wide = products(model, pairs, logit_diff_of_all) - products(model, pairs, METRICS["logit_diff"])
+    read = pairs.answers.shape[1] + pairs.wrong.shape[1]
+    assert wide == 3 * len(pairs) * (200 - read) * model.config.d_model  # clean, corrupt and the way back
 
 
 def test_work_shrinks_with_the_prefix_and_stops_behind_the_answer():
