@@ -68,6 +68,7 @@ CASES = [
     Case("first difference at 10", replace(SMALL, P=10), "dense", "floor", 0.75, "unshared"),
     Case("GPT-2 large", LARGE, "dense", "floor", 1.40, "stated"),
     Case("against tuned hooks", EIGHT, "dense", "hooked", 1 / 2.5, "1/4"),
+    Case("against tuned hooks, in halves of four pairs", EIGHT, "dense, in halves", "hooked", 1 / 2.5, "1/4"),
     Case("against tuned hooks, factored", EIGHT, "factored", "hooked", 1 / 2.5, "1/4"),
     Case("against TransformerLens as published", EIGHT, "dense", "transformer-lens", 1 / 8, "1/6", 1, 3),
     Case("against auto-circuit as published", EIGHT, "dense", "auto-circuit", 1 / 8, "1/6", 1, 3),

@@ -110,10 +110,11 @@ def floor(model: Model, pairs: PromptPairs) -> None:
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Run:
     """A call that runs one implementation batch by batch, and gives its scores [S, R] (None for the floor)."""
-    if name in ("dense", "factored", "dense, no graphs"):
-        storage, _, off = name.partition(", ")
-        graphs = False if off else "auto"
-        return lambda: attribute(model, pairs, storage=storage, batch_size=batch, graphs=graphs).scores
+    if name in ("dense", "factored", "dense, no graphs", "dense, in halves"):
+        storage, _, how = name.partition(", ")
+        size = max(1, batch // 2) if how == "in halves" else batch
+        graphs = False if how == "no graphs" else "auto"
+        return lambda: attribute(model, pairs, storage=storage, batch_size=size, graphs=graphs).scores
     if name in PUBLISHED:
         import published
 

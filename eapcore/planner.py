@@ -92,7 +92,8 @@ def dense_bytes(
     and the largest of what comes and goes:
 
         2·B·T·(4D + 4HK + M)         the layer at hand, the clean and the corrupt run as one batch
-        5·B·V                        the logits at the answer positions and their gradients, in float64
+        5·B·V                        the logits at the answer positions and their gradients, in float64; a metric that
+                                     takes a softmax of them makes 2·B·V more
         B'·T·(3H + 1)·D              one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
             4·B·H·T²                 its attention pattern and its gradients, in float32 at least
             2·B·T·M                  its hidden units' gradients
@@ -277,7 +278,8 @@ def factored_bytes(
             4·B·H·T²                 an attention pattern and its gradients in float32 at least, at the first or last
                                      layer of the way back, when what the others kept may still be there, or with
             L·B·T·6HK                q, k, v and their gradients stacked, on a GPU, or with
-            2·(S + R)·B·T·D          all senders and receivers, in float32 at least, which the reference makes at once
+            2·(S + R)·B·T·D          all senders and receivers, float32 at least, which the reference makes at once, or
+            (S + R + 15H)·B·T·D      a layer's receivers in the making
 
     and for other passes than one gradient at the clean run, as in dense mode, the activations that they keep and make.
     """
@@ -297,7 +299,8 @@ def factored_bytes(
     if chosen == "triton":
         contracted += config.n_layers * 6 * sizes.heads
     if chosen == "reference":
-        contracted += 2 * (graph.n_senders + graph.n_receivers) * sizes.wide_stream
+        every = graph.n_senders + graph.n_receivers
+        contracted += (every + max(every, 5 * 3 * config.n_heads)) * sizes.wide_stream
     return differences + max(forwards, going_back, contracted)
 
 
