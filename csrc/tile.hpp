@@ -400,17 +400,24 @@ inline Tiles<bf16> tiles<bf16>(Isa) {
 
 // The outer-product tiles for panels of P: float, or bf16 where tiles<bf16>() is run.
 template <class P>
-OuterTiles<P> outer_tiles(Isa isa) {
+OuterTiles<P> outer_tiles(Isa isa);
+
+template <>
+inline OuterTiles<float> outer_tiles<float>(Isa isa) {
 #if EAPCORE_X86
-  if constexpr (std::is_same_v<P, bf16>) {
-    return avx512bf16::make_outer_tiles<avx512bf16::VecB>(Isa::avx512bf16);
-  } else {
-    if (isa >= Isa::avx512) return avx512::make_outer_tiles<avx512::VecF>(Isa::avx512);
-    if (isa == Isa::avx2) return avx2::make_outer_tiles<avx2::VecF>(Isa::avx2);
-  }
+  if (isa >= Isa::avx512) return avx512::make_outer_tiles<avx512::VecF>(Isa::avx512);
+  if (isa == Isa::avx2) return avx2::make_outer_tiles<avx2::VecF>(Isa::avx2);
 #endif
-  if constexpr (std::is_same_v<P, float>) return portable::make_outer_tiles<portable::Vec<float>>(Isa::portable);
+  static_cast<void>(isa);
+  return portable::make_outer_tiles<portable::Vec<float>>(Isa::portable);
 }
+
+#if EAPCORE_X86
+template <>
+inline OuterTiles<bf16> outer_tiles<bf16>(Isa) {
+  return avx512bf16::make_outer_tiles<avx512bf16::VecB>(Isa::avx512bf16);
+}
+#endif
 
 template <class P, class Source>
 PackFn<P, Source> packer(Isa isa) {

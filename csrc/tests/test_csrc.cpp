@@ -372,7 +372,9 @@ int main() {
     test_all_edge_scores<half>(isa, "float16");
     test_outer_edge_scores<float>(isa, "float32");
     test_outer_edge_scores<half>(isa, "float16");
+#if EAPCORE_X86
     if (isa == Isa::avx512bf16) test_outer_edge_scores<bf16>(isa, "bfloat16");
+#endif
     for (const std::int64_t skew : {0, 1}) {
       test_receiver_grads<float>(isa, "float32", 2, 2, 3, 8, 64, skew);
       test_receiver_grads<float>(isa, "float32", 3, 1, 17, 5, 33, skew);
