@@ -6,13 +6,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 flags="-std=c++17 -fopenmp -ffp-contract=fast -Wall -Wextra -Werror"
-echo "plain"
 # shellcheck disable=SC2086
-"${CXX:-g++}" $flags -O3 -o "$build/plain" "$here/test_csrc.cpp"
-"$build/plain"
-echo "address and undefined-behaviour sanitizers"
+"${CXX:-g++}" $flags -O3 -o "$build/plain" "$here/test_csrc.cpp" &
+plain=$!
 # shellcheck disable=SC2086
 "${CXX:-g++}" $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o "$build/sanitized" "$here/test_csrc.cpp"
+wait "$plain"
+echo "plain"
+"$build/plain"
+echo "address and undefined-behaviour sanitizers"
 "$build/sanitized"
 if command -v aarch64-linux-gnu-g++ >/dev/null; then
   echo "AArch64: it compiles"
