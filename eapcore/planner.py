@@ -270,7 +270,7 @@ def factored_bytes(
 ) -> int:
     """About the most bytes that `attribute` allocates for one batch in factored mode, the model's weights not counted.
 
-        L·B·T·(HK + D)               what the senders' differences are made of
+        L·B·T·(HK + D) + B·T·D       what the senders' differences are made of
 
     and the largest of what the forwards need, as in dense mode, and of
 
@@ -285,7 +285,7 @@ def factored_bytes(
     """
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
     sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
-    differences = config.n_layers * (sizes.heads + mlps * sizes.stream)
+    differences = config.n_layers * (sizes.heads + mlps * sizes.stream) + sizes.stream
     differences += _sum_bytes(graph, batch, tokens, passes)
     kept = max(kept + made for kept, made, _ in passes.phases(1))
     if len(passes.origins) > 1:
@@ -294,7 +294,8 @@ def factored_bytes(
     forwards = sizes.kept + max(sizes.forward, sizes.logits)
     chosen = kernels.choose("edge_scores_factored", device=device, dtype=dtype)
     layer = 6 * sizes.heads + (norms + mlps) * sizes.stream
-    going_back = max(sizes.kept + layer, config.n_layers * layer) + sizes.attention + 3 * sizes.stream
+    going_back = max(sizes.kept + layer, config.n_layers * layer) + 3 * sizes.stream
+    going_back += sizes.attention if config.n_layers > 1 else 0  # the only layer's queries are read at one position
     contracted = config.n_layers * layer
     if chosen == "triton":
         contracted += config.n_layers * 6 * sizes.heads

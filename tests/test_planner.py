@@ -169,7 +169,7 @@ def test_the_planned_memory_of_factored_storage_is_about_the_measured_peak(optio
     planned = planner.factored_bytes(model.config, batch, tokens, model.dtype)
     print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB: {planned / measured:.3f}")
     makes_all = kernels.choose("edge_scores_factored", device="cpu", dtype=model.dtype) == "reference"
-    low, high = (0.8, 1.5) if makes_all else (0.9, 1.2)  # the former is a rough plan: it is never chosen by itself
+    low, high = (0.8, 1.5) if makes_all else (0.9, 1.1)  # the former is a rough plan: it is never chosen by itself
     assert low <= planned / measured <= high
 
 
