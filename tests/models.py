@@ -17,6 +17,16 @@ from eapcore.tasks import PromptPairs
 SHARED = Path(os.environ.get("EAPCORE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
+# Options of `random_model`: one of each kind whose forward and backward differ.
+KINDS = {
+    "gpt2": {},
+    "one layer": {"n_layers": 1},
+    "attention-only": {"d_mlp": None, "n_layers": 3},
+    "q k v apart": {"split_qkv": True},
+    "no LayerNorm": {"normalization": None, "scale": 0.2},
+}
+
+
 def random_model(
     n_layers=2, n_heads=3, d_model=24, d_head=8, d_mlp=40, d_vocab=29, n_ctx=16, *, act_fn="gelu_new",
     normalization="layernorm", split_qkv=False, dtype=torch.float64, seed=0, scale=0.4, device="cpu",

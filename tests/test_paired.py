@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import KINDS, random_model, random_pairs
 
 from eapcore.model import at_positions, attention_output, embed, prefix, run_layers
 from eapcore.paired import run_paired
-
-MODELS = {
-    "gpt2": {},
-    "one layer": {"n_layers": 1},
-    "attention-only": {"d_mlp": None, "n_layers": 3},
-    "q k v apart": {"split_qkv": True},
-    "no LayerNorm": {"normalization": None, "scale": 0.2},
-}
 
 
 def tensors(value):
@@ -28,7 +20,7 @@ def tensors(value):
 
 @pytest.mark.parametrize("told", [True, False], ids=["difference given", "computed"])
 @pytest.mark.parametrize("first", [0, 1, 5])
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_every_layer_makes_what_it_makes_alone(options, first, told):
     model = random_model(**options)
     pairs = random_pairs(model, [7, 7, 6], first_difference=first)

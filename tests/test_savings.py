@@ -7,7 +7,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import KINDS, random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore import planner
@@ -15,14 +15,6 @@ from eapcore.attribution import attribute
 from eapcore.metrics import METRICS
 from eapcore.model import embed, forward, prefix, run_layers, unembed
 from eapcore.tasks import PromptPairs
-
-MODELS = {
-    "gpt2": {},
-    "one layer": {"n_layers": 1},
-    "attention-only": {"d_mlp": None, "n_layers": 3},
-    "q k v apart": {"split_qkv": True},
-    "no LayerNorm": {"normalization": None, "scale": 0.2},
-}
 
 
 def assert_exact(model, pairs, **options):
@@ -32,7 +24,7 @@ def assert_exact(model, pairs, **options):
 
 
 @pytest.mark.parametrize("first", [0, 4, 7], ids=["first token", "middle", "last token"])
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_shared_prefix_leaves_the_scores_as_they_were(options, first):
     model = random_model(**options)
     assert_exact(model, random_pairs(model, [8, 8, 8], first_difference=first))
@@ -53,7 +45,7 @@ def test_different_prefixes_and_lengths_in_a_batch_leave_the_scores_as_they_were
     assert_exact(model, joined, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_answers_before_the_last_token_leave_the_scores_as_they_were(options):
     model = random_model(**options)
     pairs = random_pairs(model, [9, 9, 6], first_difference=2)
@@ -128,7 +120,7 @@ def logit_diff_of_all(logits, batch):  # not the package's own: it may read any 
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "clean-corrupt", "relp"])
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_making_only_the_logits_that_a_metric_reads_leaves_the_scores_as_they_were(options, method):
     model = random_model(**options)
     pairs = random_pairs(model, [8, 8, 6], first_difference=2)
