@@ -172,20 +172,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own)")
+    parser.add_argument("--products", choices=["auto", "torch"], default="auto", help="who multiplies (products.py)")
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--json", type=Path, help="with --scaling or on a GPU: write the rows here, one object a line")
     parser.add_argument("--plot", type=Path, help="with --scaling: draw time and memory into this PNG")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.products == "torch":
+        torch.backends.mkldnn.set_flags(False)
     if args.device == "cuda":
         import pipeline_gpu
 
         return pipeline_gpu.main(quick=args.quick, json_file=args.json)
     from eapcore import kernels
+    from eapcore.products import large_by
 
     chosen = kernels.choose("edge_scores", device="cpu", dtype=torch.float32)
-    print(f"{versions()}, {torch.get_num_threads()} threads, {platform.machine()}, kernels {chosen}, float32")
+    machine = f"{torch.get_num_threads()} threads, {platform.machine()}"
+    print(f"{versions()}, {machine}, kernels {chosen}, large products {large_by()}, float32")
     if args.scaling:
         import pipeline_scaling
 

@@ -168,8 +168,8 @@ def resident(field: str) -> int:
 def peak_memory(work: Work, name: str) -> int:
     """Bytes above loading at the high-water mark of one batch, in this process: run it in one of its own."""
     # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs.
-    small = Work(2, 2, 16, 16, B=2, T=4)
-    implementation(name, small.model(), small.pairs(), small.B)()
+    for small in (Work(2, 2, 16, 16, B=2, T=4), Work(2, 4, 256, 16, B=4, T=20)):
+        implementation(name, small.model(), small.pairs(), small.B)()
     run = implementation(name, work.model(), work.pairs(), work.B)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")

@@ -277,7 +277,7 @@ def _edge_table(scores: EdgeScores, n: int) -> str:
 def _info(args: argparse.Namespace) -> None:
     import torch
 
-    from eapcore import __version__, kernels, planner
+    from eapcore import __version__, kernels, planner, products
 
     model = None if args.model is None else load_model(args, args.model)
     print(f"eapcore  {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
@@ -286,6 +286,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"devices  {', '.join(devices)}")
     for impl, reason in kernels.available().items():
         print(f"kernels  {impl:<10}{'available' if not reason else f'absent: {reason}'}")
+    print(f"products large float32 ones on the CPU by {products.large_by()}")
     if model is None:
         return
     config, graph = model.config, model.graph

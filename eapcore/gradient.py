@@ -26,6 +26,7 @@ from eapcore.model import (
     future,
     with_past,
 )
+from eapcore.products import product
 from eapcore.rules import GRADIENT, Rules, activation_grad, frozen_weight, norm_grad
 
 
@@ -161,7 +162,7 @@ def backward(
         if f"a{index}" in rules.cut:
             total = spread(total, here, run.kv.shape[1])
             continue
-        dz = (total.to(model.dtype) @ layer.w_o.flatten(0, 1).T).unflatten(-1, layer.w_o.shape[:2])
+        dz = product(total.to(model.dtype), layer.w_o.flatten(0, 1).T).unflatten(-1, layer.w_o.shape[:2])
         before = None if past is None else past[index]
         for part in _channels(model, index, run, dz, before, here, rules):
             summed = sink.channels(part)
@@ -177,7 +178,7 @@ def backward(
 def units_grad(layer: LayerWeights, total: Tensor) -> Tensor:
     """The gradient [B, Q, M] of the MLP's hidden units behind the activation, from that behind the layer [B, Q, D]."""
     assert layer.w_out is not None
-    return total @ layer.w_out.T
+    return product(total, layer.w_out.T)
 
 
 def mlp_receiver_grad(model: Model, index: int, run: LayerSaved, units: Tensor, rules: Rules = GRADIENT) -> Tensor:
@@ -186,7 +187,7 @@ def mlp_receiver_grad(model: Model, index: int, run: LayerSaved, units: Tensor, 
     assert layer.w_in is not None and act_fn is not None
     assert run.hidden is not None and run.mlp_in is not None
     d_hidden = activation_grad(act_fn, units, run.hidden, rules.activation)
-    return norm_grad(d_hidden @ layer.w_in.T, layer.ln2, run.mlp_in, rules.norm)
+    return norm_grad(product(d_hidden, layer.w_in.T), layer.ln2, run.mlp_in, rules.norm)
 
 
 def _channels(
@@ -272,7 +273,7 @@ def logits_grad(
     """
     d_logits, rows = d_logits.to(model.dtype), model.weights.w_u.T
     if tokens is None:
-        dn = d_logits @ rows
+        dn = product(d_logits, rows)
     else:
         dn = (by_prompt(d_logits, tokens) @ rows[tokens]).transpose(0, 1).flatten(0, 1)
     return norm_grad(dn, model.weights.ln_final, norm_in, rules.norm)
@@ -285,7 +286,7 @@ def unproject(groups: list[Tensor], g: Tensor) -> Tensor:
         part = g[:, :, start : start + w.shape[0]]
         matrix = as_matrix(w)
         if matrix is not None:
-            dn = part.flatten(2) @ matrix.T
+            dn = product(part.flatten(2), matrix.T)
         else:
             dn = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, g.shape[:2])
         total = dn if total is None else total + dn

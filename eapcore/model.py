@@ -20,6 +20,7 @@ from torch import Tensor
 from eapcore import kernels
 from eapcore.config import LayerWeights, ModelConfig, Weights
 from eapcore.graph import Graph
+from eapcore.products import product
 from eapcore.weights import load_weights
 
 __all__ = ["Model", "forward", "load", "run_with_senders", "sender_buffer"]
@@ -217,7 +218,7 @@ def project(layer: LayerWeights, n: Tensor, channels: slice) -> Tensor:
     for w in channel_groups(layer, channels):
         matrix = as_matrix(w)
         if matrix is not None:
-            parts.append((n @ matrix).unflatten(-1, (w.shape[0], w.shape[2])))  # [B, T, C_i, K]
+            parts.append(product(n, matrix).unflatten(-1, (w.shape[0], w.shape[2])))  # [B, T, C_i, K]
         else:
             parts.append((n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2]))  # [B, T, C_i, K]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)) + layer.b_qkv[channels]
@@ -274,7 +275,7 @@ def head_outputs(z: Tensor, w_o: Tensor, out: Tensor | None = None) -> Tensor:
 
 def attention_output(layer: LayerWeights, z: Tensor) -> Tensor:
     """What all heads of a layer add to the residual stream together, bias included: [B, T, D]."""
-    return torch.addmm(layer.b_o, z.flatten(0, 1).flatten(1), layer.w_o.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return product(z.flatten(2), layer.w_o.flatten(0, 1), layer.b_o)
 
 
 def activation(name: str, hidden: Tensor) -> Tensor:
@@ -349,10 +350,8 @@ def run_mlp(config: ModelConfig, layer: LayerWeights, n: Tensor) -> tuple[Tensor
     """What the MLP sends [B, T, D] and its hidden units before the activation function [B, T, M]."""
     assert layer.w_in is not None and layer.b_in is not None and config.act_fn is not None
     assert layer.w_out is not None and layer.b_out is not None
-    rows = n.flatten(0, -2)
-    hidden = torch.addmm(layer.b_in, rows, layer.w_in)
-    mlp = torch.addmm(layer.b_out, activation(config.act_fn, hidden), layer.w_out)
-    return mlp.view(n.shape), hidden.unflatten(0, n.shape[:-1])
+    hidden = product(n, layer.w_in, layer.b_in)
+    return product(activation(config.act_fn, hidden), layer.w_out, layer.b_out), hidden
 
 
 def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, NormInput]:
@@ -363,8 +362,7 @@ def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tens
     n, norm_in = normalise(x, model.weights.ln_final, model.config.eps)
     b_u = model.weights.b_u
     if tokens is None:
-        logits = n @ model.weights.w_u
-        return (logits if b_u is None else logits + b_u), norm_in
+        return product(n, model.weights.w_u, b_u), norm_in
     columns = model.weights.w_u.T[tokens]  # [B, n, D]
     logits = (by_prompt(n, tokens) @ columns.transpose(1, 2)).transpose(0, 1)  # [C, B, n]
     return (logits if b_u is None else logits + b_u[tokens]).flatten(0, 1), norm_in

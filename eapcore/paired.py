@@ -84,10 +84,11 @@ def _add_attention(model: Model, index: int, x: Tensor, z: Tensor, difference: T
     if difference is None:
         return x + attention_output(layer, z)
     count = difference.shape[0] * difference.shape[1]
-    sent = torch.empty_like(x)
-    torch.addmm(layer.b_o, z[0, :-count].flatten(1), layer.w_o.flatten(0, 1), out=sent[0, :-count])
-    torch.add(sent[0, -2 * count : -count], difference.flatten(0, 1), out=sent[0, -count:])
-    return sent.add_(x)
+    sent = attention_output(layer, z[:, :-count])
+    out = torch.empty_like(x)
+    torch.add(x[:, :-count], sent, out=out[:, :-count])
+    torch.add(sent[0, -count:], difference.flatten(0, 1), out=out[0, -count:]).add_(x[0, -count:])
+    return out
 
 
 def _of_both(run: LayerRun, z: Tensor, cut: int, runs: int, at_read: bool) -> LayerRun:

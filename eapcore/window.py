@@ -20,6 +20,7 @@ from eapcore import kernels, planner
 from eapcore.gradient import Channels, Sink, backward, spread
 from eapcore.methods import Pass
 from eapcore.model import LayerSaved, Model, accumulate_dtype, at_positions, embed, head_outputs
+from eapcore.products import product
 from eapcore.softmax import exact_scores
 from eapcore.tasks import PromptPairs
 
@@ -297,7 +298,7 @@ class FactoredStore:
         read = self.read if index == self.model.config.n_layers - 1 else None
         if component[0] == "a":
             dz = at_positions(self.dz[index], read)
-            return dz.flatten(2) @ self.model.weights.layers[index].w_o.flatten(0, 1)
+            return product(dz.flatten(2), self.model.weights.layers[index].w_o.flatten(0, 1))
         assert self.mlp is not None
         return at_positions(self.mlp[index], read)
 
@@ -403,7 +404,7 @@ class _Nodes(Sink):
         if component[0] == "a":
             w_o, dz = model.weights.layers[layer].w_o, at_positions(store.dz[layer], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
-                d_z = (grad @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])
+                d_z = product(grad, w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])
                 self.add("scores", "bthk,bthk->{}h", dz, d_z, (senders,), at_read)
                 return
             delta = head_outputs(dz, w_o)  # [H, B, T, D]

@@ -23,7 +23,15 @@ PACKAGE = ROOT / "eapcore"
 FLOORS = [
     ("eapcore._csrc", "eapcore.kernels"),
     ("eapcore.config", "eapcore.graph", "eapcore.circuit", "eapcore.nodes", "eapcore.metrics", "eapcore.tasks"),
-    ("eapcore.weights", "eapcore.model", "eapcore.rules", "eapcore.gradient", "eapcore.paired", "eapcore.planner"),
+    (
+        "eapcore.weights",
+        "eapcore.products",
+        "eapcore.model",
+        "eapcore.rules",
+        "eapcore.gradient",
+        "eapcore.paired",
+        "eapcore.planner",
+    ),
     (
         "eapcore.methods",
         "eapcore.ablation",

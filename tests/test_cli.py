@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import SHARED, random_model, save_checkpoint
 
+from eapcore import products
 from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.cli import _parser, main
@@ -213,6 +214,7 @@ def test_info_prints_what_runs_here(capsys):
     for impl in ("reference", "cpp", "triton"):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"kernels  {impl}")]
         assert line.endswith("available") or "absent: " in line
+    assert f"products large float32 ones on the CPU by {products.large_by()}" in printed
     assert "model" not in printed
 
 
