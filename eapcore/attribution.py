@@ -19,7 +19,7 @@ from eapcore.config import ModelConfig
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.methods import METHODS, Options, Points, Recipe, recipe
 from eapcore.metrics import METRICS as OWN_METRICS
-from eapcore.metrics import Metric, find_metric, tokens_read
+from eapcore.metrics import Metric, find_metric, tokens_read, vocabularies_held
 from eapcore.model import Model, check_tokens, first_non_finite
 from eapcore.nodes import NodeScores
 from eapcore.passes import score_window
@@ -176,7 +176,8 @@ def attribute(
     sized = _as_read(model, pairs, metric)
     storage = _storage(model, sized, pairs, how, level, storage)
     groups = len(model.weights.layers[0].w_qkv)
-    planned, budget = how.planned(ablation, reduce), planner.budget(model.device)
+    planned = replace(how.planned(ablation, reduce), metric=vocabularies_held(metric))
+    budget = planner.budget(model.device)
     size = planner.batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
     if batch_size != "auto":
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:

@@ -78,6 +78,8 @@ METRICS: dict[str, Metric] = {
     "nll": nll,
     "kl": kl,
 }
+# float64 [B, V] that a metric holds besides the logits and their gradient; of a caller's own metric nobody knows.
+_HOLDS = {prob_diff: 2, nll: 2, kl: 4}
 _NEEDS_WRONG = ("logit_diff", "prob_diff", "logit_margin")
 _NEEDS_ANSWERS = (*_NEEDS_WRONG, "nll")
 _READS_ANSWERS = (logit_diff, logit_margin)  # and wrong answers, and no other token's logit
@@ -125,6 +127,11 @@ def tokens_read(
     tokens = torch.cat([answers, wrong], 1)
     places = torch.arange(tokens.shape[1], device=tokens.device).where(tokens >= 0, -1)
     return tokens.clamp_min(0), places[:, : answers.shape[1]], places[:, answers.shape[1] :]
+
+
+def vocabularies_held(metric: Metric) -> int:
+    """How many float64 [B, V] a named metric holds besides its logits and their gradient; 0 for any other."""
+    return _HOLDS.get(metric, 0)
 
 
 def evaluate(

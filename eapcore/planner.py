@@ -34,6 +34,7 @@ class Passes:
     origins: for each backward pass the run that it starts from, clean 1 or corrupt 0, whose activations are kept until
     then; None if it makes all of its own. interpolated: some make a part of a run anew. exact_softmax: q and k edges
     are scored so. reduce: "pair" and "position" keep sums for each; absolute: for each pair, and those of a pass apart.
+    metric: float64 [B, V] that the metric holds besides its logits and their gradient.
     """
 
     origins: tuple[float | None, ...] = (1.0,)
@@ -41,6 +42,7 @@ class Passes:
     exact_softmax: bool = False
     reduce: str = "all"
     absolute: bool = False
+    metric: int = 0
 
     def alike(self, done: int) -> int:
         """How many of the passes behind the first `done` make all of their own activations, up to one that does not."""
@@ -92,8 +94,8 @@ def dense_bytes(
     and the largest of what comes and goes:
 
         2·B·T·(4D + 4HK + M)         the layer at hand, the clean and the corrupt run as one batch
-        5·B·V                        the logits at the answer positions and their gradients, in float64; a metric that
-                                     takes a softmax of them makes 2·B·V more
+        5·B·V                        the logits at the answer positions and their gradients, in float64, and what the
+                                     metric makes of them (`passes.metric`)
         B'·T·(3H + 1)·D              one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
             4·B·H·T²                 its attention pattern and its gradients, in float32 at least
             2·B·T·M                  its hidden units' gradients
@@ -124,6 +126,7 @@ def dense_bytes(
         ends, plain = (2 * batch * config.d_vocab * size for size in (8, width))  # the clean and the corrupt logits
         later = ends + plain if more else 0
         logits = here.logits - (max(1, made) - 1) * ends + (plain if more else 0)
+        logits += passes.metric * rows * config.d_vocab * 8
         now = max(logits, later + back, later + here.forward // 2 + here.stream if made else 0)
         peak = max(peak, (kept + made) * one + now)
     total = buffer + sizes.stream + peak
@@ -291,7 +294,7 @@ def factored_bytes(
     if len(passes.origins) > 1:
         differences += (kept - 1) * (sizes.kept - sizes.stream)
         differences += 2 * batch * config.d_vocab * (8 + dtype.itemsize)  # the clean and the corrupt logits
-    forwards = sizes.kept + max(sizes.forward, sizes.logits)
+    forwards = sizes.kept + max(sizes.forward, sizes.logits + passes.metric * batch * config.d_vocab * 8)
     chosen = kernels.choose("edge_scores_factored", device=device, dtype=dtype)
     layer = 6 * sizes.heads + (norms + mlps) * sizes.stream
     going_back = max(sizes.kept + layer, config.n_layers * layer) + 3 * sizes.stream

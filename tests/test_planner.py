@@ -13,7 +13,7 @@ from eapcore import kernels, planner
 from eapcore.attribution import attribute
 from eapcore.config import ModelConfig
 from eapcore.methods import Options, recipe
-from eapcore.metrics import METRICS
+from eapcore.metrics import METRICS, vocabularies_held
 from eapcore.tasks import PromptPairs
 
 SMALL = {"n_heads": 4, "d_model": 64, "d_head": 16, "d_mlp": 256, "d_vocab": 101, "n_ctx": 64, "scale": 0.1}
@@ -138,6 +138,23 @@ def test_a_metric_that_reads_two_logits_a_pair_takes_no_vocabulary():
     attribute(model, pairs, storage="dense", batch_size=batch)
     measured = peak_bytes(lambda: attribute(model, pairs, storage="dense", batch_size=batch))
     planned = planner.dense_bytes(replace(model.config, d_vocab=2), batch, tokens, model.dtype)
+    assert 0.9 <= planned / measured <= 1.1
+
+
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+@pytest.mark.parametrize("metric", ["prob_diff", "nll", "kl"])
+def test_what_a_metric_makes_of_a_large_vocabulary_is_planned(metric, storage):
+    options, batch, tokens = SHAPES["a large vocabulary"]
+    model = random_model(**options, dtype=torch.float32)
+    pairs = random_pairs(model, [tokens] * batch)
+
+    def call():
+        return attribute(model, pairs, metric, storage=storage, batch_size=batch, gradient_at="corrupt")
+
+    call()
+    needed = {"dense": planner.dense_bytes, "factored": planner.factored_bytes}[storage]
+    passes = planner.Passes((0.0,), metric=vocabularies_held(METRICS[metric]))
+    planned, measured = needed(model.config, batch, tokens, model.dtype, passes=passes), peak_bytes(call)
     assert 0.9 <= planned / measured <= 1.1
 
 
