@@ -10,9 +10,9 @@ weights, plain PyTorch with scaled_dot_product_attention, logits at the last pos
 hook-based implementations: ours, tuned (hooked.py), and the published ones where they are installed (published.py).
 
 Scores of all implementations are compared before anything is timed. Times are CPU seconds of the process (user and
-system) for some batches, interleaved with the floor in one process, warm, the median of the ratios. Peak memory is
-measured in a child process of its own for each, for one batch: the high-water mark of the resident set above what is
-resident once the model is loaded, with an allocator that gives freed memory back at once.
+system) for some batches, interleaved with the floor in one process for each case, warm, the median of the ratios. Peak
+memory is measured in a child process of its own for each, for one batch: the high-water mark of the resident set above
+what is resident once the model is loaded, with an allocator that gives freed memory back at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline_work import MIB, PUBLISHED, Work, disagreement, implementation, memories
+from pipeline_work import MIB, PUBLISHED, Work, disagreement, memories, seconds
 
 TINY = {"L": 3, "H": 4, "D": 64, "V": 211}
 SMALL = Work(12, 12, 768, 50257, B=16, T=20)
@@ -116,17 +115,9 @@ def memory_line(case: Case, mine: int, other: int, unshared: int) -> str:
 
 def ratios(case: Case, repeats: int) -> tuple[list[float], float, float]:
     """CPU time ours / against, pair by pair after a warm-up, and both medians in seconds."""
-    model, pairs = case.work.model(), case.work.pairs(case.batches)
-    runs = [implementation(name, model, pairs, case.work.B) for name in (case.ours, case.against)]
-    seconds: list[list[float]] = [[], []]
-    for repeat in range(repeats + 1):
-        for which, run in enumerate(runs):
-            start = time.process_time()
-            run()
-            if repeat:
-                seconds[which].append(time.process_time() - start)
-    pairwise = [a / b for a, b in zip(*seconds, strict=True)]
-    return pairwise, *(statistics.median(s) for s in seconds)
+    ours, against = seconds(case.work, [case.ours, case.against], case.batches, repeats)
+    pairwise = [a / b for a, b in zip(ours, against, strict=True)]
+    return pairwise, statistics.median(ours), statistics.median(against)
 
 
 def why_not(case: Case) -> str:

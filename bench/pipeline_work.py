@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,15 +199,47 @@ def serve_memory(jobs: list[tuple[dict[str, int], str]], threads: int) -> None:
 
 def memories(jobs: list[tuple[Work, str]]) -> list[int]:
     """Peak bytes above the loaded model of implementations, each in a process of its own."""
-    payload = json.dumps([[asdict(work), name] for work, name in jobs])
-    code = f"import json, pipeline_work as w; w.serve_memory(json.loads({payload!r}), {torch.get_num_threads()})"
     # glibc would else keep some freed memory for later, now more and now less of it.
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
-    }
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    arguments = [[asdict(work), name] for work, name in jobs], torch.get_num_threads()
+    return [int(words[1]) for words in _served("serve_memory", arguments, gives_back) if words[0] == "peak"]
+
+
+def serve_seconds(fields: dict[str, int], names: list[str], batches: int, repeats: int, threads: int) -> None:
+    """Print the CPU seconds that each implementation takes for some batches, in turn, warm."""
+    torch.set_num_threads(threads)
+    work = Work(**fields)
+    model, pairs = work.model(), work.pairs(batches)
+    runs = [implementation(name, model, pairs, work.B) for name in names]
+    for repeat in range(repeats + 1):
+        for which, run in enumerate(runs):
+            start = time.process_time()
+            run()
+            if repeat:
+                print("seconds", which, time.process_time() - start, flush=True)
+
+
+def seconds(work: Work, names: list[str], batches: int, repeats: int) -> list[list[float]]:
+    """CPU seconds of implementations for some batches, interleaved, of each `repeats` times.
+
+    In a process that has run nothing else: what the allocator was left with by other work, how much freed memory it
+    keeps, moves an implementation with many large intermediate tensors by a quarter.
+    """
+    found: list[list[float]] = [[] for _ in names]
+    arguments = asdict(work), names, batches, repeats, torch.get_num_threads()
+    for words in _served("serve_seconds", arguments, {}):
+        if words[0] == "seconds":
+            found[int(words[1])].append(float(words[2]))
+    return found
+
+
+def _served(function: str, arguments: Any, environment: dict[str, str]) -> list[list[str]]:
+    """The lines, as words, that a function of this file prints in a process of its own."""
+    switch = "" if torch.backends.mkldnn.enabled else "import torch; torch.backends.mkldnn.set_flags(False); "
+    code = f"{switch}import json, pipeline_work as w; w.{function}(*json.loads({json.dumps(arguments)!r}))"
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    environment = os.environ | environment | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"peak memory was not measured: {done.stderr.strip()}")
-    return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+        raise RuntimeError(f"{function} failed: {done.stderr.strip()}")
+    return [line.split() for line in done.stdout.splitlines() if line]
