@@ -20,7 +20,7 @@ LARGE = 1 << 24
 
 def _find_onednn() -> Callable[..., Tensor] | None:
     """The op with which torch.compile multiplies, x Wᵀ + b by oneDNN on plain tensors; None where it would not pay."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return None  # on narrower vectors torch's own product is as fast
     packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if packet is None else packet.default
