@@ -1,7 +1,8 @@
 """What scoring every edge costs, against two forwards and a backward, and against hook-based implementations.
 
-    python bench/bench_pipeline.py                 the table of cases, each with a verdict
-    python bench/bench_pipeline.py --scaling       tables over B, T, L and D instead (pipeline_scaling.py)
+    python bench/bench_pipeline.py                 all of it: 25 minutes on two cores
+    python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
+    python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline_scaling.py)
     python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline_gpu.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
@@ -159,14 +160,14 @@ def versions() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--scaling", action="store_true", help="tables over B, T, L and D")
+    parser.add_argument("--only", choices=["cases", "scaling"], help="one part (default: both)")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
+    parser.add_argument("--case", default="", help="only the cases whose name contains this, and no scaling")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own)")
     parser.add_argument("--products", choices=["auto", "torch"], default="auto", help="who multiplies (products.py)")
     parser.add_argument("--quick", action="store_true", help="small models")
-    parser.add_argument("--json", type=Path, help="with --scaling or on a GPU: write the rows here, one object a line")
-    parser.add_argument("--plot", type=Path, help="with --scaling: draw time and memory into this PNG")
+    parser.add_argument("--json", type=Path, help="write the scaling's or the GPU's rows here, one object a line")
+    parser.add_argument("--plot", type=Path, help="draw the scaling's time and memory into this PNG")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -182,16 +183,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = kernels.choose("edge_scores", device="cpu", dtype=torch.float32)
     machine = f"{torch.get_num_threads()} threads, {platform.machine()}"
     print(f"{versions()}, {machine}, kernels {chosen}, large products {large_by()}, float32")
-    if args.scaling:
+    if args.only != "scaling":
+        print(f"CPU time: median of up to {args.repeats} interleaved pairs after a warm-up (least – most)\n")
+        cases = [case for case in CASES if args.case in case.name]
+        if args.quick:
+            cases = [replace(case, work=replace(case.work, **TINY)) for case in cases]
+        table(cases, args.repeats)
+    if args.only != "cases" and not args.case:
         import pipeline_scaling
 
+        print()
         pipeline_scaling.main(quick=args.quick, repeats=min(args.repeats, 3), json_file=args.json, plot=args.plot)
-        return 0
-    print(f"CPU time: median of up to {args.repeats} interleaved pairs after a warm-up (least – most)\n")
-    cases = [case for case in CASES if args.case in case.name]
-    if args.quick:
-        cases = [replace(case, work=replace(case.work, **TINY)) for case in cases]
-    table(cases, args.repeats)
     return 0
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline_work import MIB, Work, disagreement, implementation, memories
+from pipeline_work import MIB, Work, disagreement, memories, seconds
 
 NAMES = ("floor", "dense", "factored", "hooked")
 BASE = Work(L=4, H=12, D=768, V=5000, B=8, T=20)
@@ -23,27 +22,14 @@ QUICK_BASE = Work(L=2, H=2, D=16, V=50, B=2, T=6)
 QUICK_AXES = {"B": (2, 4), "T": (6, 12), "L": (2, 3), "D": (16, 32)}
 
 
-def seconds(work: Work, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of a batch for each implementation."""
-    model, pairs = work.model(), work.pairs()
-    runs = {name: implementation(name, model, pairs, work.B) for name in NAMES}
-    taken: dict[str, list[float]] = {name: [] for name in NAMES}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if repeat:
-                taken[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
 def measure(base: Work, axes: dict[str, tuple[int, ...]], repeats: int) -> list[dict]:
     """A row for every axis, size and implementation: its CPU seconds and peak bytes."""
     works = {(axis, size): replace(base, **{axis: size}) for axis, sizes in axes.items() for size in sizes}
     distinct = list(dict.fromkeys(works.values()))
     for work in distinct:
         disagreement(work, ["dense", "factored", "hooked"])
-    times = {work: seconds(work, repeats) for work in distinct}
+    medians = {work: map(statistics.median, seconds(work, NAMES, 1, repeats)) for work in distinct}
+    times = {work: dict(zip(NAMES, found, strict=True)) for work, found in medians.items()}
     jobs = [(work, name) for work in distinct for name in NAMES]
     peaks = dict(zip(jobs, memories(jobs), strict=True))
     return [

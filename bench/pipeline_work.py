@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def serve_seconds(fields: dict[str, int], names: list[str], batches: int, repeat
                 print("seconds", which, time.process_time() - start, flush=True)
 
 
-def seconds(work: Work, names: list[str], batches: int, repeats: int) -> list[list[float]]:
+def seconds(work: Work, names: Sequence[str], batches: int, repeats: int) -> list[list[float]]:
     """CPU seconds of implementations for some batches, interleaved, of each `repeats` times.
 
     In a process that has run nothing else: what the allocator was left with by other work, how much freed memory it

@@ -221,13 +221,21 @@ def test_implementations_that_disagree_are_never_timed(monkeypatch):
         pipeline_work.disagreement(case().work, ["dense", "hooked"])
 
 
+def test_times_are_taken_in_turn_in_a_process_apart():
+    small = pipeline_work.Work(2, 2, 16, 50, B=2, T=8)
+    times = pipeline_work.seconds(small, ["dense", "floor"], 2, 3)
+    assert [len(found) for found in times] == [3, 3] and all(0 < t < 10 for found in times for t in found)
+    with pytest.raises(RuntimeError, match=r"(?s)serve_seconds failed.*must be floor, dense"):
+        pipeline_work.seconds(small, ["dense", "fast"], 1, 1)
+
+
 @needs_peaks
 def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
     small = pipeline_work.Work(2, 2, 64, 50, B=2, T=8)
     large = replace(small, B=200)
     few, many = pipeline_work.memories([(small, "dense"), (large, "dense")])
     assert many - few > 0.9 * large.sender_buffer()
-    with pytest.raises(RuntimeError, match=r"(?s)peak memory was not measured.*must be floor, dense"):
+    with pytest.raises(RuntimeError, match=r"(?s)serve_memory failed.*must be floor, dense"):
         pipeline_work.memories([(small, "fast")])
 
 
@@ -244,7 +252,7 @@ def test_scaling_tables_and_their_plot(tmp_path, capsys):
     import pipeline_scaling
 
     plot, lines = tmp_path / "scaling.png", tmp_path / "rows.jsonl"
-    bench_pipeline.main(["--scaling", "--quick", "--repeats", "1", "--plot", str(plot), "--json", str(lines)])
+    bench_pipeline.main(["--only", "scaling", "--quick", "--repeats", "1", "--plot", str(plot), "--json", str(lines)])
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and plot.stat().st_size > 5000
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     axes = pipeline_scaling.QUICK_AXES
