@@ -9,8 +9,9 @@
     python bench/bench_kernels.py --json out.jsonl    one JSON object a line beside the table, as they come
 
 Runs from the source tree, installed or not. Nothing is timed before its result is right: eapcore's implementations
-must be within 1e-5 of float64 (2^-8 where the result itself is stored in bfloat16), in the norm, on a sample of senders
-and receivers, and exactly 0 where there is no edge. The error of PyTorch's ways is printed, not judged: with bfloat16
+must be within 1e-5 of float64 (2^-8 where the result itself is stored in bfloat16; on a GPU more where tensor cores add
+up long chains, see `allowed_error`), in the norm, on a sample of senders and receivers, and exactly 0 where there is no
+edge. The error of PyTorch's ways is printed, not judged: with bfloat16
 they round the result. A case that fails is printed with its reason and costs only itself; the exit status is then 1, as
 it is when the minutes are over before the list is.
 
@@ -200,15 +201,12 @@ def edge_tile_pairs(mask: Tensor, block_s: int, block_r: int) -> int:
     return int(padded[: mask.shape[0], : mask.shape[1]].sum(dtype=torch.float64))
 
 
-def triton_tile(case: Case, receivers: int, delta: Tensor) -> tuple[int, int]:
-    """The tile of pairs that the Triton kernel takes for a case."""
-    from eapcore.kernels import triton_common, triton_edge_scores
+def allowed_error(dtype: torch.dtype, chain: int, arch: int) -> float:
+    """1e-5, or twice what tensor cores lose that add up a chain of so many elements of half precision.
 
-    on = triton_common.target(delta.device)
-    config = triton_edge_scores.choose_config(
-        case.model.S, receivers, triton_edge_scores.configs(case.dtype, "ieee", on)
-    )
-    return config.block_s, config.block_r
+    They cut every sum off, 16 products at a time from sm_90 on and 8 before: see kernels/triton_edge_scores.py.
+    """
+    return 1e-5 if dtype == torch.float32 else max(1e-5, 5e-8 * chain / (16 if arch >= 90 else 8))
 
 
 def edge_scores_work(case: Case, device: str, fast: str, compiled: bool) -> Work:
@@ -251,10 +249,15 @@ def edge_scores_work(case: Case, device: str, fast: str, compiled: bool) -> Work
     n_edges = model.S * receivers if mask is None else int(mask.sum())
     inner = case.batch * case.tokens * model.D
     moved = size_of(delta, grads) + model.S * receivers * 4
-    tile_operations = None
-    if fast == "triton" and mask is not None:
-        tile_operations = 2 * edge_tile_pairs(mask, *triton_tile(case, receivers, delta)) * inner
-    return Work(providers, check, 1e-5, 2 * n_edges * inner, moved, tile_operations)
+    limit, tile_operations = 1e-5, None
+    if fast == "triton":
+        from eapcore.kernels import triton_common, triton_edge_scores
+
+        plan = triton_edge_scores.plan_of(triton_edge_scores.layout(delta, grads, "all", None), mask is not None)
+        limit = allowed_error(dtype, plan.chain, triton_common.target(delta.device).arch)
+        if mask is not None:
+            tile_operations = 2 * edge_tile_pairs(mask, plan.config.block_s, plan.config.block_r) * inner
+    return Work(providers, check, limit, 2 * n_edges * inner, moved, tile_operations)
 
 
 def layer_tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Norm, Tensor, Tensor]:

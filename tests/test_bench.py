@@ -154,6 +154,36 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
     bench_kernels.check_every_kernel(bench_kernels.Clock("cuda"))
 
 
+def test_the_error_allowed_to_tensor_cores_is_twice_what_cut_sums_lose():
+    torch.manual_seed(0)
+    exact, cut, size = torch.zeros(500).double(), torch.zeros(500).double(), torch.tensor(0.0).float()
+    for blocks in range(1, 1025):
+        products = (torch.randn(2, 500, 16).bfloat16().double().prod(0)).sum(1)
+        exact += products
+        size = (cut + products).float()
+        over = size.double().abs() > (cut + products).abs()
+        cut = torch.where(over, size.nextafter(torch.zeros(())), size).double()
+        if blocks in (256, 1024):
+            lost, allowed = bench_kernels.relative(cut, exact), 5e-8 * blocks
+            assert 0.3 * allowed < lost < 0.6 * allowed
+    assert bench_kernels.allowed_error(torch.bfloat16, 1024 * 16, 90) == pytest.approx(5.12e-5)
+    assert bench_kernels.allowed_error(torch.bfloat16, 1024 * 8, 80) == pytest.approx(5.12e-5)
+    assert bench_kernels.allowed_error(torch.bfloat16, 2048, 90) == 1e-5
+    assert bench_kernels.allowed_error(torch.float32, 1 << 20, 90) == 1e-5
+
+
+def test_a_triton_case_is_allowed_the_error_of_its_plan(monkeypatch):
+    pytest.importorskip("triton")
+    from eapcore.kernels import triton_common
+
+    one_processor = triton_common.Target("cuda", 90, 1, 50 << 20, 141 << 30)
+    monkeypatch.setattr(triton_common, "target", lambda device: one_processor)
+    case = bench_kernels.Case("edge_scores", bench_kernels.TINY, 0, 2, 5, torch.bfloat16)
+    for batch, limit in ((2, 1e-5), (1024, 5e-8 * 1024)):  # the longest chain that there is
+        work = bench_kernels.edge_scores_work(replace(case, batch=batch), "cpu", "triton", False)
+        assert work.limit == pytest.approx(limit)
+
+
 def kernels_reference(delta, grads, *, mask, reduce, rows):
     return reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
 

@@ -286,6 +286,23 @@ def test_plans_follow_from_shape_and_device():
     assert plan(HOPPER, 100, 100, 64).splits == 1
 
 
+def test_chains_of_half_precision_are_short_as_far_as_the_workspace_suffices():
+    # One layer and all edges of XL and of a 13B model, a batch of 8192 tokens of GPT-2 small.
+    shapes = [(1249, 76, 1024 * 1600), (1641, 121, 512 * 5120), (1249, 3649, 1024 * 1600), (157, 37, 8192 * 768)]
+    for on in (HOPPER, AMPERE, CDNA):
+        for aligned in (True, False):
+            for senders, receivers, inner in shapes:
+                settings = {"precision": "ieee", "masked": True, "aligned": aligned, "on": on}
+                half, single = (
+                    scores.plan(senders, receivers, 1, 1, inner, dtype=dtype, **settings)
+                    for dtype in (torch.bfloat16, torch.float32)
+                )
+                tile = 4 * half.units * half.config.block_s * half.config.block_r
+                full = half.workspace_bytes + tile > scores.WORKSPACE_BYTES
+                assert half.chain <= scores.CHAIN or (full and receivers == 3649)
+                assert half.splits * half.chain >= inner and single.splits * single.chain >= inner
+
+
 def test_partial_sums_stay_within_their_workspace():
     for groups in (1, 8, 64):
         chosen = scores.plan(
