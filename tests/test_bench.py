@@ -141,8 +141,17 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
         bench_kernels.check_every_kernel(bench_kernels.Clock("cuda"))
 
 
-def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
+@pytest.mark.parametrize("processors", [4, 132])
+def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch, processors):
     pytest.importorskip("triton")
+    from eapcore.kernels import triton_common
+
+    clock = bench_kernels.Clock("cuda")
+    if triton_common.interpreted():
+        on = replace(triton_common.target(torch.device("cpu")), processors=processors)
+        monkeypatch.setattr(triton_common, "target", lambda device: on)
+    else:
+        clock.device = "cuda"
     monkeypatch.setattr(bench_kernels, "fast_implementation", lambda kind: "triton")
     whole = bench_kernels.check_edge_scores
 
@@ -151,7 +160,7 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
             whole(fast, device, dtype, width)
 
     monkeypatch.setattr(bench_kernels, "check_edge_scores", one_dtype)
-    bench_kernels.check_every_kernel(bench_kernels.Clock("cuda"))
+    bench_kernels.check_every_kernel(clock)
 
 
 def test_the_error_allowed_to_tensor_cores_is_twice_what_cut_sums_lose():
