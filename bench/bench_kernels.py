@@ -16,7 +16,8 @@ they round the result. A case that fails is printed with its reason and costs on
 it is when the minutes are over before the list is.
 
 All ways to compute one thing take turns, round after round. CPU: `ms` is processor time of all threads divided by
-their number, which other processes disturb less than the clock. GPU: CUDA events, the L2 cache overwritten each time.
+their number, which other processes disturb less than the clock. GPU: CUDA events, the L2 cache overwritten each time,
+and the device kept busy for a millisecond before, so that a short call is not timed by its launches.
 
     ms, +-          median and half the distance of the quartiles
     x torch         the fastest right PyTorch way's median / this median
@@ -401,6 +402,7 @@ class Clock:
             run()
             return (time.process_time() - start) * 1e3 / torch.get_num_threads()
         self.flush.zero_()
+        torch.cuda._sleep(2_000_000)  # a millisecond in which the host launches what is timed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

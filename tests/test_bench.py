@@ -193,6 +193,28 @@ def test_a_triton_case_is_allowed_the_error_of_its_plan(monkeypatch):
         assert work.limit == pytest.approx(limit)
 
 
+def test_the_device_is_busy_while_a_timed_call_is_launched(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append("record")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    clock = bench_kernels.Clock("cpu")
+    clock.flush = torch.ones(1)
+    assert clock(lambda: events.append("run")) == 1.5
+    assert events == ["sleep", "record", "run", "record", "synchronize"] and clock.flush.item() == 0
+
+
 def kernels_reference(delta, grads, *, mask, reduce, rows):
     return reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
 
