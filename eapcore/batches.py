@@ -16,9 +16,10 @@ from eapcore.tasks import PromptPairs
 from eapcore.window import Window
 
 _MOST = 16  # shapes that are recorded: each keeps its results
-# Windows of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model;
-# to record it twice that, and 80 ms for the garbage collection of `torch.cuda.graph`. So 9 replays pay for it where the
-# device needs no time at all, and twice as many where it needs half of the host's.
+# Windows of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model,
+# and to record it twice that: 2 replays pay for it where the device needs no time at all, and 4 where it needs half of
+# the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
+# to the driver, which later batches ask for it again, and makes a graph of what was launched.
 _WORTH = 16
 _log = logging.getLogger("eapcore")
 
@@ -137,19 +138,23 @@ class CudaRecorder:
     """CUDA graphs whose memory is one pool: they run one after the other, and what they keep is read in between."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        # Memory of a pool goes back to the stream that it was taken on: recordings share it on one stream alone.
+        self.device, self.pool, self.side = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(self, work: Work, given: Tensors) -> Work:
         held = [x.clone() for x in given]
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries make their workspaces for a stream at its first use
-                work(held)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=side):
-                results = work(held)
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            try:
+                with torch.cuda.stream(self.side):  # libraries make their workspaces for a stream at its first use
+                    work(held)
+                main.wait_stream(self.side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                    results = work(held)
+            finally:
+                torch.cuda.set_stream(main)  # `torch.cuda.graph` stays on the other where ending the capture fails
 
         def replay(given: Tensors) -> Tensors:
             for to, x in zip(held, given, strict=True):

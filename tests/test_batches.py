@@ -372,11 +372,12 @@ def test_a_window_s_tensors_make_it_again():
 @pytest.fixture
 def events(monkeypatch):
     """What is asked of torch.cuda, in order, where there is none: streams and graphs that say what they are for."""
-    found, streams = [], ["main"]
+    found, streams, made = [], ["main"], []
 
     class Stream:
         def __init__(self, device=None):
-            self.name = "side"
+            made.append(self)
+            self.name = "side" if len(made) <= 2 else f"side {len(made) - 1}"  # the first is "main"
 
         def wait_stream(self, other):
             found.append(f"{self.name} waits for {other.name}")
@@ -392,9 +393,10 @@ def events(monkeypatch):
 
     @contextlib.contextmanager
     def graph(graph, pool, stream):
-        found.append(f"capture into {pool}")
-        with on("captured"):
-            yield
+        found.append(f"capture into {pool} on {stream.name}")
+        streams.append("captured")
+        yield  # an error leaves the stream as it is, as torch does where ending the capture fails
+        streams.pop()
 
     class CUDAGraph:
         def replay(self):
@@ -404,6 +406,7 @@ def events(monkeypatch):
         "Stream": Stream, "stream": lambda stream: on(stream.name), "current_stream": lambda device=None: main,
         "graph": graph, "CUDAGraph": CUDAGraph, "graph_pool_handle": lambda: "pool",
         "device": lambda device: contextlib.nullcontext(),
+        "set_stream": lambda stream: streams.__setitem__(slice(None), [stream.name]),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: found.append(f"pin on {streams[-1]}") or self.clone())
@@ -420,11 +423,30 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
         return [held[0] * 2]
 
     replay = batches.CudaRecorder(CPU).capture(work, [torch.tensor([1.0, 2.0])])
-    expected = ["side waits for main", "work on side", "main waits for side", "capture into pool", "work on captured"]
+    expected = ["side waits for main", "work on side", "main waits for side", "capture into pool on side"]
+    expected.append("work on captured")
     assert events["events"] == expected and used[0] is used[1]
     (results,) = replay([torch.tensor([5.0, 6.0])])
     assert events["events"][len(expected) :] == ["replay"]
     assert used[1].tolist() == [5.0, 6.0] and results.tolist() == [2.0, 4.0]  # what the graph would overwrite
+
+
+def test_recordings_share_a_stream_and_with_it_their_memory(events):
+    recorder = batches.CudaRecorder(CPU)
+    for size in (2, 3):
+        recorder.capture(lambda held: [held[0] * 2], [torch.ones(size)])
+    assert [event for event in events["events"] if "capture" in event] == ["capture into pool on side"] * 2
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(events):
+    def work(held):
+        if events["streams"][-1] == "captured":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return held
+
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        batches.CudaRecorder(CPU).capture(work, [torch.ones(2)])
+    assert events["streams"] == ["main"]
 
 
 def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
