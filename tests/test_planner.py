@@ -275,3 +275,9 @@ def test_attribute_runs_in_the_batches_that_are_planned(monkeypatch):
 def test_the_free_memory_is_looked_up():
     free = planner.free_bytes(CPU)
     assert isinstance(free, int) and 1 << 24 < free < 1 << 50
+
+
+def test_memory_that_torch_holds_for_its_next_tensors_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (300, 1000), "memory_reserved": 500, "memory_allocated": 380}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert planner.free_bytes(torch.device("cuda", 0)) == 300 + 500 - 380
