@@ -69,7 +69,7 @@ def _alignment(columns: Sequence[int], element_size: int) -> int:
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")  # whatever the default device is
     # From pinned memory the host does not wait for the device.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 

@@ -6,8 +6,10 @@ float64 with one bound: error ≤ 2 × the error of plain PyTorch in the same dt
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
+import os
 import sys
 import threading
 import types
@@ -43,15 +45,21 @@ def same_numbers_every_time():
 
 @pytest.fixture
 def impl(request, monkeypatch):
-    """The name for `impl=`; the parameter "cpp avx2" also forces that instruction set."""
+    """The name for `impl=`; the parameter "cpp avx2" also forces that instruction set.
+
+    Where Triton does not interpret, a test of it makes its tensors on the GPU.
+    """
     name, _, isa = request.param.partition(" ")
     if isa:
         monkeypatch.setenv("EAPCORE_ISA", isa)
-    return name
+    on_gpu = name == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
+    with torch.device("cuda") if on_gpu else contextlib.nullcontext():
+        yield name
 
 
 every_impl = pytest.mark.parametrize("impl", EVERY, indirect=True)
 cpu_impl = pytest.mark.parametrize("impl", CPU, indirect=True)
+triton_impl = pytest.mark.parametrize("impl", [name for name in EVERY if name == "triton"], indirect=True)
 cpp_impl = pytest.mark.parametrize("impl", [name for name in CPU if name.startswith("cpp")], indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=lambda dtype: str(dtype)[6:])
 
@@ -215,13 +223,14 @@ def test_every_reduce_keeps_to_mask_and_rows(impl, dtype, reduce, some):
     assert_scores_good(got, delta, grads, mask, reduce, rows)
 
 
-@pytest.mark.skipif("triton" not in EVERY, reason="triton cannot run here")
+@triton_impl
 @pytest.mark.parametrize("reduce", checks.REDUCE)
-def test_triton_keeps_to_mask_and_rows(reduce):
+def test_triton_keeps_to_mask_and_rows(impl, reduce):
     delta, grads = pair(3, 5, 2, 3, 16)
     mask = torch.rand(3, 5) < 0.6
     rows = torch.tensor([4, 0, 3])
-    got = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, rows=rows, impl="triton")
+    got = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, rows=rows, impl=impl)
+    assert got.device == delta.device
     assert_scores_good(got, delta, grads, mask, reduce, rows)
 
 
@@ -400,15 +409,15 @@ def test_receiver_grads_are_as_exact_as_torch(impl, dtype, turned, shape, kind):
     assert_as_good_as_torch(got, exact, in_torch, size, STORED[dtype])
 
 
-@pytest.mark.skipif("triton" not in EVERY, reason="triton cannot run here")
+@triton_impl
 @pytest.mark.parametrize("kind", checks.NORMS)
-def test_triton_receiver_grads_are_as_exact_as_torch(kind):
+def test_triton_receiver_grads_are_as_exact_as_torch(impl, kind):
     case, *_ = layer_case(2, 1, 5, 8, 33, kind, torch.float32)
     torch.manual_seed(0)
     exact = call_receiver_grads(layer_case(2, 1, 5, 8, 33, kind)[0], "reference")
     size = exact.abs().max().item()
     in_torch = reference.receiver_grads(case[0], case[2], case[3])
-    assert_as_good_as_torch(call_receiver_grads(case, "triton"), exact, in_torch, size, STORED[torch.float32])
+    assert_as_good_as_torch(call_receiver_grads(case, impl), exact, in_torch, size, STORED[torch.float32])
 
 
 @cpp_impl
@@ -527,10 +536,10 @@ def test_factored_scores_repeat_their_bits_with_any_number_of_threads(impl):
         assert torch.equal(got, again)
 
 
-@pytest.mark.skipif("triton" not in EVERY, reason="triton cannot run here")
-def test_triton_factored_scores_are_those_of_the_made_tensors():
+@triton_impl
+def test_triton_factored_scores_are_those_of_the_made_tensors(impl):
     senders, receivers, mask = model_case(1, 2, 2, 1, 3, 8, 16)
-    got = kernels.edge_scores_factored(senders, receivers, mask=mask, impl="triton")
+    got = kernels.edge_scores_factored(senders, receivers, mask=mask, impl=impl)
     assert_factored_good(got, senders, receivers, mask, "all")
 
 
@@ -618,14 +627,11 @@ def test_an_extension_built_from_other_sources_is_refused(monkeypatch):
         stale.isas()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@every_impl
 def test_receiver_grads_writes_where_it_is_told_to(impl):
-    if kernels.available()[impl]:
-        pytest.skip(kernels.available()[impl])
-    generator = torch.Generator().manual_seed(0)
-    g, act = torch.randn(2, 3, 2, 5, 16, generator=generator)
-    weight = torch.randn(3, 32, 16, generator=generator)
-    norm = Norm("layernorm", torch.randn(2, 5, 32, generator=generator), torch.rand(2, 5, generator=generator) + 1)
+    g, act = torch.randn(2, 3, 2, 5, 16)
+    weight = torch.randn(3, 32, 16)
+    norm = Norm("layernorm", torch.randn(2, 5, 32), torch.rand(2, 5) + 1)
     constants = dict(zip(("w_gamma", "offset"), kernels.receiver_constants(weight, None, None, None), strict=True))
     memory = torch.full((7, 2, 5, 32), torch.nan)
     made = kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=memory[2:5], impl=impl)
