@@ -215,7 +215,7 @@ def edge_scores_factored(
 
     Returns, raises: as `edge_scores`.
     """
-    checks.edge_scores_factored(senders, receivers, reduce)
+    checks.edge_scores_factored(senders, receivers, mask, reduce)
     checks.one_of("precision", precision, checks.PRECISIONS)
     chosen = _resolve("edge_scores_factored", impl, senders.dz.device, senders.dz.dtype)
     if chosen == "cpp":

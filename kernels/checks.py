@@ -45,6 +45,19 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_device(what: str, device: torch.device, tensors: dict[str, Tensor | None]) -> None:
+    """Raise ValueError if one of some tensors by name is not on the device, which is `what`'s."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as {what} is, got {tensor.device}")
+
+
+def edge_mask(mask: Tensor | None, senders: int, receivers: int) -> None:
+    """Raise ValueError if a mask is not bool [S, R]."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (senders, receivers)):
+        raise ValueError(f"mask must be bool [S, R] = [{senders}, {receivers}], got {mask.dtype} {shape_text(mask)}")
+
+
 def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> None:
     """Check the arguments of `edge_scores`; its docstring states what they are."""
     one_of("reduce", reduce, REDUCE)
@@ -58,21 +71,15 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
             f"delta and grads must share one dtype out of float64, float32, bfloat16, float16, got {delta.dtype} and "
             f"{grads.dtype}"
         )
-    others = [t for t in (grads, mask, rows) if t is not None]
-    if any(t.device != delta.device for t in others):
-        raise ValueError(
-            f"every tensor must be on delta's device {delta.device}, got {[str(t.device) for t in others]}"
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (delta.shape[0], grads.shape[0])):
-        raise ValueError(
-            f"mask must be bool [S, R] = [{delta.shape[0]}, {grads.shape[0]}], got {mask.dtype} {shape_text(mask)}"
-        )
+    on_device("delta", delta.device, {"grads": grads, "mask": mask, "rows": rows})
+    edge_mask(mask, delta.shape[0], grads.shape[0])
     if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1):
         raise ValueError(f"rows must be int64 [N] indices into B·T, got {rows.dtype} {shape_text(rows)}")
 
 
-def statistics(what: str, norm: Norm, batch: int, tokens: int, d_model: int) -> None:
-    """Raise ValueError if the tensors of a norm that is not "none" do not fit B, T, D."""
+def statistics(what: str, norm: Norm, batch: int, tokens: int, d_model: int, beside: str, there: torch.device) -> None:
+    """Raise ValueError if the tensors of a norm that is not "none" do not fit B, T, D, or are not where `beside` is."""
+    on_device(beside, there, {f"{what}.{name}": getattr(norm, name) for name in ("x_hat", "rstd", "gamma")})
     if norm.x_hat is None or norm.x_hat.shape != (batch, tokens, d_model):
         got = None if norm.x_hat is None else shape_text(norm.x_hat)
         raise ValueError(f"{what}.x_hat must be [B, T, D] = [{batch}, {tokens}, {d_model}], got {got}")
@@ -101,6 +108,7 @@ def receiver_grads(
         raise ValueError(f"weight must be [C, D, K] = [{channels}, D, {d_head}], got {shape_text(weight)}")
     if g.dtype not in FLOATS or act.dtype != g.dtype or weight.dtype != g.dtype:
         raise ValueError(f"g, act and weight must share one float dtype, got {g.dtype}, {act.dtype}, {weight.dtype}")
+    on_device("g", g.device, {"act": act, "weight": weight, "w_gamma": w_gamma, "offset": offset})
     expected = (channels, batch, tokens, weight.shape[1])
     if out is not None and (out.shape != expected or out.dtype != g.dtype or out.device != g.device):
         raise ValueError(
@@ -111,7 +119,7 @@ def receiver_grads(
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if norm.kind == "none":
         return
-    statistics("norm", norm, batch, tokens, weight.shape[1])
+    statistics("norm", norm, batch, tokens, weight.shape[1], "g", g.device)
     needed = {"offset": offset} | ({"w_gamma": w_gamma} if norm.kind == "layernorm" else {})
     for name, value in needed.items():
         if value is None or value.shape != (channels, d_head):
@@ -152,7 +160,9 @@ class FactoredReceivers:
     mlp: Annotated[Tensor, "L B T D"] | None = None
 
 
-def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers, reduce: str) -> None:
+def edge_scores_factored(
+    senders: FactoredSenders, receivers: FactoredReceivers, mask: Tensor | None, reduce: str
+) -> None:
     """Check the arguments of `edge_scores_factored`; the two dataclasses state what they are."""
     one_of("reduce", reduce, REDUCE)
     if senders.dz.ndim != 5 or receivers.w_gamma.ndim != 3:
@@ -194,7 +204,7 @@ def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers,
     for layer, (groups, norm) in enumerate(zip(receivers.weight, receivers.norms, strict=True)):
         one_of(f"norms[{layer}].kind", norm.kind, NORMS)
         if norm.kind != "none":
-            statistics(f"norms[{layer}]", norm, batch, tokens, d_model)
+            statistics(f"norms[{layer}]", norm, batch, tokens, d_model, "senders.dz", senders.dz.device)
         if sum(w.shape[0] for w in groups) != channels or any(w.shape[1:] != (d_model, d_head) for w in groups):
             raise ValueError(
                 f"weight[{layer}] must be channel groups [C_i, {d_model}, {d_head}] with ΣC_i = {channels}, got "
@@ -205,3 +215,6 @@ def edge_scores_factored(senders: FactoredSenders, receivers: FactoredReceivers,
                 f"weight[{layer}] must be {senders.dz.dtype} on {senders.dz.device} as senders.dz is, got "
                 f"{[f'{w.dtype} on {w.device}' for w in groups]}"
             )
+    mlps = senders.mlp is not None
+    on_device("senders.dz", senders.dz.device, {"mask": mask})
+    edge_mask(mask, 1 + layers * (heads + mlps), layers * (channels + mlps) + 1)

@@ -274,10 +274,6 @@ def edge_scores_factored(
     channels, d_model = receivers.w_gamma.shape[1], senders.embed.shape[-1]
     mlps = senders.mlp is not None
     n_senders, n_receivers = 1 + layers * (heads + mlps), layers * (channels + mlps) + 1
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_senders, n_receivers)):
-        raise ValueError(
-            f"mask must be bool [S, R] = [{n_senders}, {n_receivers}], got {mask.dtype} {list(mask.shape)}"
-        )
     scores = _scores((n_senders, n_receivers, batch, tokens), reduce, torch.float32)
     mask = _mask_bytes(mask)
     keep: list[Tensor] = []

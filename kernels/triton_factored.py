@@ -197,10 +197,6 @@ def edge_scores_factored(
     mlps = 0 if senders.mlp is None else 1
     n_senders = 1 + n_layers * (heads + mlps)
     n_receivers = n_layers * (channels + mlps) + 1
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_senders, n_receivers)):
-        raise ValueError(
-            f"mask must be bool [S, R] = [{n_senders}, {n_receivers}], got {mask.dtype} {list(mask.shape)}"
-        )
     shape = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce] + (n_senders, n_receivers)
     out = embed.new_zeros(shape, dtype=torch.float32)
     if batch * tokens * d_model == 0:

@@ -598,6 +598,35 @@ def test_bad_input_says_what_was_expected_and_what_came():
         kernels.edge_scores(delta, grads, rows=torch.tensor([0.5]))
 
 
+def test_tensors_of_another_device_are_named():
+    delta, grads = pair(3, 4, 2, 5, 6)
+    with pytest.raises(ValueError, match=r"^mask must be on cpu as delta is, got meta"):
+        kernels.edge_scores(delta, grads, mask=torch.ones(3, 4, dtype=torch.bool, device="meta"))
+    case, *_ = layer_case(2, 1, 3, 4, 8, dtype=torch.float32)
+    norm = case[3]
+    for index, name in {1: "act", 2: "weight", 4: "w_gamma", 5: "offset"}.items():
+        with pytest.raises(ValueError, match=rf"^{name} must be on cpu as g is, got meta"):
+            call_receiver_grads([x.to("meta") if i == index else x for i, x in enumerate(case)], "auto")
+    senders, receivers, mask = model_case(1, 2, 2, 1, 3, 8, 16)
+    for name in ("x_hat", "rstd", "gamma"):
+        away = replace(norm, **{name: getattr(norm, name).to("meta")})
+        with pytest.raises(ValueError, match=rf"^norm\.{name} must be on cpu as g is, got meta"):
+            call_receiver_grads([*case[:3], away, *case[4:]], "auto")
+        away = replace(receivers.norms[0], **{name: getattr(receivers.norms[0], name).to("meta")})
+        with pytest.raises(ValueError, match=rf"^norms\[0\].{name} must be on cpu as senders\.dz is, got meta"):
+            kernels.edge_scores_factored(senders, replace(receivers, norms=[away]))
+    with pytest.raises(ValueError, match=r"^mask must be on cpu as senders\.dz is, got meta"):
+        kernels.edge_scores_factored(senders, receivers, mask=mask.to("meta"))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_mask_of_another_size_or_dtype_is_refused_by_every_implementation(impl):
+    senders, receivers, mask = model_case(1, 2, 2, 1, 3, 8, 16)
+    for bad in (mask[:1], mask.float()):
+        with pytest.raises(ValueError, match=r"mask must be bool \[S, R\] = \[4, 8\], got"):
+            kernels.edge_scores_factored(senders, receivers, mask=bad, impl=impl)
+
+
 @cpp_impl
 def test_bad_input_to_cpp_says_what_to_do(impl):
     delta, grads = pair(3, 4, 2, 5, 6)
