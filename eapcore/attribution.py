@@ -134,7 +134,9 @@ def attribute(
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
             "mean" over reference prompts and their positions; "mean-positional" over them for each position.
         reference: whose clean prompts a mean is taken over; None for those of the task.
-        reduce: "all"; "pair" or "position" also keep the scores of each pair or position in the result.
+        reduce: "all"; "pair" or "position" also keep the scores of each pair or position in the result. On a GPU a
+            position's pairs that are read there are added, in float64, in any order: the last bits may differ between
+            runs.
         storage: of edges: "dense" keeps the sender buffer [S, B, T, D], "factored" about 10·L·B·T·D numbers instead and
             makes senders and receivers a chunk of tokens at a time; "auto" is dense where a useful batch fits. Nodes
             and neurons need no buffer, and are always factored.
