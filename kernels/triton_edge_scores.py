@@ -17,7 +17,8 @@ How exact it is. A tensor core adds some products of half precision (Hopper 16 a
 accumulator and cuts the sum off towards zero, where an adder rounds to the nearest (Fasi et al. 2021; Khattak, Mikaitis
 2025). Each time takes 4e-8 of the sum so far, half a last place on average, and so 2.3e-8 of what it becomes:
 2.3e-5 after 1024 times. So half precision is split until no program adds more than CHAIN elements, as far as
-WORKSPACE_BYTES suffice; the partial sums are added by adders. Chains of float32 need no bound: "ieee" rounds to the
+WORKSPACE_BYTES suffice (on 132 processors they leave 9e-5 for all edges of GPT-2 XL and 1,024 tokens, 2.4e-4 for those
+of a 13B model and 512); the partial sums are added by adders. Chains of float32 need no bound: "ieee" rounds to the
 nearest, which errs by 4e-6 after 69,000 elements and grows with their square root, and "tf32x3" begins every iteration
 at zero and leaves the sum of iterations to adders.
 
