@@ -1,6 +1,6 @@
 """What scoring every edge costs, against two forwards and a backward, and against hook-based implementations.
 
-    python bench/bench_pipeline.py                 all of it: 25 minutes on two cores
+    python bench/bench_pipeline.py                 all of it: 20 minutes on two cores
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
     python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline_scaling.py)
     python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline_gpu.py)
