@@ -186,9 +186,9 @@ class ReceiverSide : public MadeSide {
 
  private:
   void pack_one(std::int64_t receiver, float* target, std::int64_t stride) {
+    if (receiver + 1 == sizes_->n_receivers()) return read_explicit(receivers_->logits, target, stride);
     const std::int64_t per_layer = sizes_->channels + (sizes_->mlps ? 1 : 0);
     const std::int64_t layer = receiver / per_layer, channel = receiver % per_layer;
-    if (layer == sizes_->layers) return read_explicit(receivers_->logits, target, stride);
     if (channel == sizes_->channels) {
       return read_explicit(moved(receivers_->mlp, layer * receivers_->mlp_stride_l), target, stride);
     }

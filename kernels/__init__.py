@@ -92,7 +92,8 @@ def edge_scores(
         grads: [R, B, T, D] ∂metric/∂v of the receivers, same dtype and device.
         mask: bool [S, R], True where there is an edge; None for all pairs. Tiles without an edge are not computed.
         reduce: "all" sums over b and t; "pair" over t only; "position" over b only.
-        rows: int64 [N], distinct indices b·T + t of the token rows to sum over; None for all.
+        rows: int64 [N], distinct indices b·T + t of the token rows to sum over; None for all. Whether they are is
+            looked at on the CPU alone.
         precision: how float32 is multiplied on a GPU: "ieee" in full, or "tf32x3" as three products of its two tf32
             halves, about as accurate and on tensor cores. Everything else multiplies in full under either name.
         impl: "auto", "reference", "triton" or "cpp".
@@ -107,6 +108,7 @@ def edge_scores(
     Source: Syed, Rager, Conmy 2023, eq. 2.
     """
     checks.edge_scores(delta, grads, mask, reduce, rows)
+    checks.rows_in_range(rows, delta.shape[1] * delta.shape[2])
     checks.one_of("precision", precision, checks.PRECISIONS)
     chosen = _resolve("edge_scores", impl, delta.device, delta.dtype)
     if chosen == "cpp":
@@ -209,7 +211,7 @@ def edge_scores_factored(
         senders, receivers: the factors; the dataclasses state their shapes.
         mask: bool [S, R]; None for all pairs.
         reduce: as in `edge_scores`.
-        chunk: token rows a chunk; None lets the planner choose.
+        chunk: token rows a chunk; None for what the implementation takes as fast.
         precision: of the contraction, as in `edge_scores`.
         impl: "auto", "reference" (which makes everything at once), "triton" or "cpp".
 

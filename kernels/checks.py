@@ -77,6 +77,17 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
         raise ValueError(f"rows must be int64 [N] indices into B·T, got {rows.dtype} {shape_text(rows)}")
 
 
+def rows_in_range(rows: Tensor | None, count: int) -> None:
+    """Raise ValueError if rows on the CPU are not distinct indices below count; a GPU's are not looked at."""
+    if rows is None or rows.device.type != "cpu" or rows.numel() == 0:
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if not 0 <= low <= high < count:
+        raise ValueError(f"rows must lie in 0..{count - 1} = B·T − 1, got {low}..{high}")
+    if (twice := rows.numel() - rows.unique().numel()) > 0:
+        raise ValueError(f"rows must be distinct, got {twice} of {rows.numel()} twice")
+
+
 def statistics(what: str, norm: Norm, batch: int, tokens: int, d_model: int, beside: str, there: torch.device) -> None:
     """Raise ValueError if the tensors of a norm that is not "none" do not fit B, T, D, or are not where `beside` is."""
     on_device(beside, there, {f"{what}.{name}": getattr(norm, name) for name in ("x_hat", "rstd", "gamma")})

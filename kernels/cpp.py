@@ -118,17 +118,6 @@ def _mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.detach().contiguous().view(torch.uint8)
 
 
-def _row_indices(rows: Tensor | None, count: int) -> Tensor | None:
-    if rows is None:
-        return None
-    rows = rows.detach().contiguous()
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
-        raise ValueError(f"rows must lie in 0..{count - 1} = B·T − 1, got {int(rows.min())}..{int(rows.max())}")
-    if rows.unique().numel() != rows.numel():
-        raise ValueError(f"rows must be distinct, got {rows.numel() - rows.unique().numel()} of {rows.numel()} twice")
-    return rows
-
-
 def _scores(shape: tuple[int, int, int, int], reduce: str, dtype: torch.dtype) -> Tensor:
     senders, receivers, batch, tokens = shape
     lead = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce]
@@ -142,7 +131,7 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
     delta, grads, mask = _real(delta), _real(grads), _mask_bytes(mask)
     n_senders, batch, tokens, d_model = delta.shape
     n_receivers = grads.shape[0]
-    rows = _row_indices(rows, batch * tokens)
+    rows = None if rows is None else rows.detach().contiguous()
     scores = _scores((n_senders, n_receivers, batch, tokens), reduce, dtype)
     extension.edge_scores(
         isa_name,

@@ -17,12 +17,12 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
     dtype = output_dtype(delta.dtype)
     delta, grads = delta.to(dtype), grads.to(dtype)
     if rows is not None:
-        keep = torch.zeros(delta.shape[1:3], dtype=dtype, device=delta.device)
-        keep.view(-1)[rows] = 1
-        delta = delta * keep[:, :, None]
+        left_out = torch.ones(delta.shape[1:3], dtype=torch.bool, device=delta.device)
+        left_out.view(-1)[rows] = False
+        delta, grads = (x.masked_fill(left_out[:, :, None], 0) for x in (delta, grads))
     result = {"all": "sr", "pair": "bsr", "position": "tsr"}[reduce]
     scores = torch.einsum(f"sbtd,rbtd->{result}", delta, grads)
-    return scores if mask is None else scores * mask
+    return scores if mask is None else scores.masked_fill(~mask, 0)
 
 
 def receiver_grads(g: Tensor, weight: Tensor, norm: Norm) -> Tensor:

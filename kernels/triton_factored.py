@@ -232,7 +232,7 @@ def edge_scores_factored(
         made_receivers[-1] = receivers.logits.detach()[pairs, positions]
         if senders.mlp is not None and receivers.mlp is not None:
             made_senders[1 + heads :: heads + 1] = senders.mlp.detach()[:, pairs, positions]
-            made_receivers[channels :: channels + 1] = receivers.mlp.detach()[:, pairs, positions]
+            made_receivers[channels : -1 : channels + 1] = receivers.mlp.detach()[:, pairs, positions]
         for part in tables[rows][0] if n_layers else []:
             work = Channels(
                 g=dz[0, :, pairs, positions], act=None, weight=part.weight, norm=NO_NORM, w_gamma=None, offset=None,

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import types
 from dataclasses import fields, is_dataclass, replace
 
@@ -236,8 +237,6 @@ def test_triton_keeps_to_mask_and_rows(impl, reduce):
 
 @every_impl
 def test_non_edges_are_exactly_zero_even_where_inputs_are_not_finite(impl):
-    if impl == "reference":
-        pytest.skip("the specification multiplies by the mask")
     delta, grads = pair(6, 8, 1, 3, 16)
     mask = torch.ones(6, 8, dtype=torch.bool)
     delta[2] = float("nan")
@@ -246,6 +245,29 @@ def test_non_edges_are_exactly_zero_even_where_inputs_are_not_finite(impl):
     assert (got[2] == 0).all()
     keep = [0, 1, 3, 4, 5]
     assert_scores_good(got[keep], delta[keep], grads)
+
+
+@every_impl
+def test_rows_that_are_left_out_are_not_read_even_where_they_are_not_finite(impl):
+    delta, grads = pair(6, 8, 2, 3, 16)
+    rows = torch.tensor([0, 1, 3, 4])
+    expected = kernels.edge_scores(delta, grads, rows=rows, impl=impl)
+    delta[:, :, 2] = float("nan")
+    grads[:, :, 2] = float("inf")
+    assert torch.equal(kernels.edge_scores(delta, grads, rows=rows, impl=impl), expected)
+
+
+@every_impl
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, under Triton's interpreter
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_shows_on_its_edges_and_on_no_others(impl, value):
+    delta, grads = pair(9, 40, 1, 3, 16)
+    expected = kernels.edge_scores(delta, grads, impl=impl)
+    delta[2, 0, 1, 5] = float(value)
+    got = kernels.edge_scores(delta, grads, impl=impl)
+    assert not got[2].isfinite().any()
+    others = [i for i in range(9) if i != 2]
+    torch.testing.assert_close(got[others], expected[others])
 
 
 @every_impl
@@ -320,6 +342,29 @@ def test_python_threads_can_call_at_once(impl):
     for thread in threads:
         thread.join()
     assert all(torch.equal(each, expected) for each in got)
+
+
+@cpp_impl
+def test_another_python_thread_runs_meanwhile(impl):
+    delta, grads = pair(400, 400, 2, 40, 768)
+    torch.set_num_threads(1)
+    kernels.edge_scores(delta, grads, impl=impl)
+    ticks, over = [], threading.Event()
+
+    def tick():
+        while not over.wait(0.002):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    kernels.edge_scores(delta, grads, impl=impl)
+    end = time.perf_counter()
+    over.set()
+    ticker.join()
+    assert end - begin > 0.03
+    # The interpreter would change threads behind the call, not inside it: only then were there none.
+    assert sum(begin + 0.005 < at < end - 0.005 for at in ticks) >= 3
 
 
 STRIDED = {
@@ -494,6 +539,28 @@ MODELS = {
 }
 
 
+# Sizes of 0: no heads, no MLPs, no layers, no pairs, no positions, no columns; (layers, heads, .., MLPs).
+EMPTY = {
+    "MLPs alone": (2, 0, 0, 2, 3, 4, 16, True),
+    "MLPs alone, one layer": (1, 0, 0, 2, 3, 4, 16, True),
+    "nothing in the layers": (2, 0, 0, 2, 3, 4, 16, False),
+    "no pairs": (2, 2, 2, 0, 3, 4, 16, True),
+    "no positions": (2, 2, 2, 2, 0, 4, 16, True),
+}
+
+
+@every_impl
+@pytest.mark.parametrize("reduce", checks.REDUCE)
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+def test_factored_takes_sizes_of_zero(impl, shape, reduce):
+    senders, receivers, _ = model_case(*shape)
+    mask = torch.ones(1 + shape[0] * (shape[1] + shape[7]), shape[0] * (3 * shape[1] + shape[7]) + 1, dtype=torch.bool)
+    got = kernels.edge_scores_factored(senders, receivers, mask=mask, reduce=reduce, impl=impl)
+    exact = reference.edge_scores_factored(doubled(senders), doubled(receivers), mask, reduce)
+    assert got.shape == exact.shape
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def assert_factored_good(got, senders, receivers, mask, reduce):
     exact = reference.edge_scores_factored(doubled(senders), doubled(receivers), mask, reduce)
     in_torch = reference.edge_scores_factored(senders, receivers, mask, reduce)
@@ -627,14 +694,19 @@ def test_a_mask_of_another_size_or_dtype_is_refused_by_every_implementation(impl
             kernels.edge_scores_factored(senders, receivers, mask=bad, impl=impl)
 
 
-@cpp_impl
-def test_bad_input_to_cpp_says_what_to_do(impl):
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_rows_out_of_range_or_twice_are_refused_by_every_implementation(impl):
     delta, grads = pair(3, 4, 2, 5, 6)
     for rows in ([0, 10], [-1, 3]):
         with pytest.raises(ValueError, match=r"rows must lie in 0\.\.9"):
             kernels.edge_scores(delta, grads, rows=torch.tensor(rows), impl=impl)
     with pytest.raises(ValueError, match="rows must be distinct, got 1 of 3 twice"):
         kernels.edge_scores(delta, grads, rows=torch.tensor([2, 5, 2]), impl=impl)
+
+
+@cpp_impl
+def test_bad_input_to_cpp_says_what_to_do(impl):
+    delta, grads = pair(3, 4, 2, 5, 6)
     with pytest.raises(ValueError, match=r"impl='cpp' needs strided CPU tensors, got delta as .* on meta"):
         kernels.edge_scores(delta.to("meta"), grads.to("meta"), impl=impl)
     with pytest.raises(ValueError, match=r"impl='cpp' of receiver_grads takes float32, bfloat16, got torch.float64"):
