@@ -167,8 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--products", choices=["auto", "torch"], default="auto", help="who multiplies (products.py)")
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--json", type=Path, help="write the scaling's or the GPU's rows here, one object a line")
-    parser.add_argument("--plot", type=Path, help="draw the scaling's time and memory into this PNG")
+    parser.add_argument("--plot", type=Path, help="draw the scaling into this PNG (default: scaling.png beside this)")
     args = parser.parse_args(arguments)
+    if args.plot is None and not args.quick:
+        args.plot = Path(__file__).resolve().parent / "scaling.png"
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.products == "torch":

@@ -176,9 +176,9 @@ def attribute(
     metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
     values = find_values(model, pairs, ablation, reference)
     sized = _as_read(model, pairs, metric)
-    storage = _storage(model, sized, pairs, how, level, storage)
     groups = len(model.weights.layers[0].w_qkv)
     planned = replace(how.planned(ablation, reduce), metric=vocabularies_held(metric))
+    storage = _storage(model, sized, pairs, how, level, storage, planned)
     budget = planner.budget(model.device)
     size = planner.batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
     if batch_size != "auto":
@@ -221,7 +221,7 @@ def attribute(
                 memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
                 memory = torch.empty(DenseStore.size(model, window), dtype=model.dtype, device=model.device)
             measured_here, largest_here, *parts = replays.run(window, score, feed.alike)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             if replays.drop():
@@ -267,7 +267,15 @@ def attribute(
     return _result(model, scores, meta, level, reduce, len(pairs))
 
 
-def _storage(model: Model, config: ModelConfig, pairs: PromptPairs, how: Recipe, level: str, storage: str) -> str:
+def _storage(
+    model: Model,
+    config: ModelConfig,
+    pairs: PromptPairs,
+    how: Recipe,
+    level: str,
+    storage: str,
+    planned: planner.Passes,
+) -> str:
     """The storage that is used; ValueError for one that does not suit what is scored."""
     if level != "edge":
         if storage == "dense":
@@ -286,7 +294,7 @@ def _storage(model: Model, config: ModelConfig, pairs: PromptPairs, how: Recipe,
     if storage != "auto":
         return storage
     groups = len(model.weights.layers[0].w_qkv)
-    return planner.storage(config, pairs, model.dtype, model.device, groups=groups)
+    return planner.storage(config, pairs, model.dtype, model.device, groups=groups, passes=planned)
 
 
 def _as_read(model: Model, pairs: PromptPairs, metric: Metric) -> ModelConfig:
@@ -364,8 +372,11 @@ def _result(
     )
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory did not suffice: for torch on either device, for the C++ ops, or for oneDNN inside torch."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "could not create a", "could not execute a"))
 
 
 def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:

@@ -318,10 +318,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if scores.per_pair is not None and args.bootstrap is not None:
         n = min(args.top_n, model.graph.n_edges)
         stable = stability(scores.per_pair, model.graph, top_n=n, n_resamples=args.bootstrap, seed=args.seed)
-        top = stable.sign_consistency[scores.top_n(n).mask]
+        chosen = scores.top_n(n).mask
+        sure = (stable.low[chosen] > 0) | (stable.high[chosen] < 0)
         print(
             f"stable   two resamples share {100 * stable.overlap:.1f} % of their top {n} edges; the top {n} keep their "
-            f"sign in {100 * float(top.mean()):.1f} % of {args.bootstrap} resamples"
+            f"sign in {100 * float(stable.sign_consistency[chosen].mean()):.1f} % of {args.bootstrap} resamples, and "
+            f"{int(sure.sum())} of them have a 95 % confidence interval without 0"
         )
     _write(Evaluation(judged, rocs, complete, minimal, stable), args.out)
 

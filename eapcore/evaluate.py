@@ -587,12 +587,16 @@ def verify(
 class Stability:
     """How scores vary when the prompts are drawn again.
 
-    std: [S, R] of the mean score over resamples. sign_consistency: [S, R] share of the resamples in which the mean
-    score has the sign that it has over all pairs. top_frequency: [S, R] share in which the edge is among the top n.
-    overlap: mean share of the top n that two resamples have in common; overlap_with_all: with that of all pairs.
+    std: [S, R] of the mean score over resamples. low, high: [S, R] the bootstrap confidence interval of the mean score,
+    the (1 ∓ level)/2 quantiles over resamples (the percentile method; `level` stands in meta). sign_consistency: [S, R]
+    share of the resamples in which the mean score has the sign that it has over all pairs. top_frequency: [S, R] share
+    in which the edge is among the top n. overlap: mean share of the top n that two resamples have in common;
+    overlap_with_all: with that of all pairs.
     """
 
     std: Annotated[Tensor, "S R"]
+    low: Annotated[Tensor, "S R"]
+    high: Annotated[Tensor, "S R"]
     sign_consistency: Annotated[Tensor, "S R"]
     top_frequency: Annotated[Tensor, "S R"]
     overlap: float
@@ -611,6 +615,7 @@ def stability(
     n_resamples: int = 100,
     seed: int = 0,
     ranking: str = "absolute",
+    level: float = 0.95,
     meta: Mapping[str, Any] | None = None,
 ) -> Stability:
     """Bootstrap over prompt pairs: draw N of N pairs with replacement, average, rank, compare.
@@ -622,10 +627,13 @@ def stability(
         n_resamples: at least 2.
         seed: of the draws.
         ranking: "absolute" or "signed".
+        level: of the confidence intervals; a thousand resamples give their ends to some hundredths of their width.
         meta: what the result shall say of the scores.
 
     Raises:
-        ValueError: a wrong shape, fewer than 2 pairs or resamples, top_n outside the graph.
+        ValueError: a wrong shape, fewer than 2 pairs or resamples, top_n outside the graph, a level outside 0..1.
+
+    Source of the interval: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     expected = (graph.n_senders, graph.n_receivers)
     if per_pair.ndim != 3 or per_pair.shape[1:] != expected or len(per_pair) < 2:
@@ -636,6 +644,8 @@ def stability(
         raise ValueError(f"n_resamples must be at least 2, got {n_resamples}")
     if ranking not in RANKINGS:
         raise ValueError(f"ranking must be {' or '.join(RANKINGS)}, got {ranking!r}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
     edges, count = graph.edge_mask(), len(per_pair)
     values = per_pair.cpu()[:, edges].double()  # [N, E]
     draws = torch.randint(count, (n_resamples, count), generator=torch.Generator().manual_seed(seed))
@@ -649,6 +659,13 @@ def stability(
         chosen = useful.sort(stable=True, dim=-1, descending=True).indices[..., :top_n]
         return torch.zeros_like(useful).scatter_(-1, chosen, 1.0)
 
+    ordered = means.sort(0).values  # torch.quantile takes 16 million elements at most
+
+    def quantile(share: float) -> Tensor:
+        place = share * (n_resamples - 1)
+        below = min(int(place), n_resamples - 2)
+        return torch.lerp(ordered[below], ordered[below + 1], place - below)
+
     tops = top(means)
     common = tops @ tops.T / top_n
     pairs = n_resamples * (n_resamples - 1)
@@ -659,8 +676,11 @@ def stability(
         return full
 
     method = {"name": "bootstrap", "n_pairs": count, "n_resamples": n_resamples, "seed": seed, "top_n": top_n}
+    method["level"] = level
     return Stability(
         std=placed(means.std(0)),
+        low=placed(quantile((1 - level) / 2)),
+        high=placed(quantile((1 + level) / 2)),
         sign_consistency=placed((means.sign() == whole.sign()).double().mean(0)),
         top_frequency=placed(tops.mean(0)),
         overlap=float((common.sum() - common.trace()) / pairs),

@@ -159,7 +159,7 @@ def _together(model: Model, window: Window, store: Store, planned: planner.Passe
 def _difference(window: Window, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:
     """Δ [B, Q, ..] of what the clean and then the corrupt prompts made, [2·B, Q, ..], or of what is put in its place.
 
-    Subtracted before any projection: the difference of two nearly equal outputs would cancel after rounding.
+    Heads are subtracted before their projection, as two nearly equal outputs would cancel after rounding; MLPs as sent.
     """
     clean, corrupt = both.tensor_split(2)
     if ablated is not None:

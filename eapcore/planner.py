@@ -310,14 +310,20 @@ def factored_bytes(
 
 
 def storage(
-    config: ModelConfig, pairs: PromptPairs, dtype: torch.dtype, device: torch.device, *, groups: int = 1
+    config: ModelConfig,
+    pairs: PromptPairs,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    groups: int = 1,
+    passes: Passes = ONE_GRADIENT,
 ) -> str:
     """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored"."""
     if kernels.choose("edge_scores_factored", device=device, dtype=dtype) == "reference":
         return "dense"
     tokens = int(pairs.lengths.max())
     wanted = max(1, min(_useful(tokens, device), len(pairs)) // 4)
-    needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups)
+    needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups, passes=passes)
     return "dense" if needed <= budget(device) else "factored"
 
 

@@ -271,6 +271,10 @@ def test_stability_equals_a_literal_bootstrap(tmp_path):
     same = torch.stack([(mean.sign() == whole.scores.sign()).double() for mean in means]).mean(0)
     torch.testing.assert_close(found.sign_consistency, same * mask)
     torch.testing.assert_close(found.std, torch.stack(means).std(0))
+    for end, share in ((found.low, 0.025), (found.high, 0.975)):
+        torch.testing.assert_close(end, torch.stack(means).quantile(share, dim=0))
+    narrow = stability(per_pair, GRAPH, top_n=7, n_resamples=9, seed=2, level=0.5)
+    torch.testing.assert_close(narrow.high, torch.stack(means).quantile(0.75, dim=0))
     torch.testing.assert_close(found.top_frequency, torch.stack(tops).double().mean(0))
     shared = [int((a & b).sum()) / 7 for i, a in enumerate(tops) for b in tops[i + 1 :]]
     assert found.overlap == pytest.approx(sum(shared) / len(shared))
@@ -278,6 +282,16 @@ def test_stability_equals_a_literal_bootstrap(tmp_path):
     assert found.overlap_with_all == pytest.approx(sum(with_all) / 9)
     found.save(tmp_path / "stability.json")
     assert json.loads((tmp_path / "stability.json").read_text())["meta"]["method"]["n_resamples"] == 9
+
+
+def test_a_confidence_interval_holds_the_true_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    edges, held = GRAPH.edge_mask(), []
+    for _ in range(20):  # 40 pairs, each edge's scores drawn around 1
+        noise = torch.randn(40, *edges.shape, generator=generator, dtype=torch.float64)
+        found = stability((1 + noise) * edges, GRAPH, top_n=5, n_resamples=400)
+        held.append(((found.low < 1) & (found.high > 1))[edges].double().mean())
+    assert 0.9 < float(torch.stack(held).mean()) < 0.97  # the percentile method is a little narrow at 40 pairs
 
 
 def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_result():
@@ -316,6 +330,7 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
         (lambda m, p, s: overlap(s, s, 0), "n must be at least 1 edge"),
         (lambda m, p, s: stability(s.scores[None], m.graph, top_n=3), r"per_pair must be \[N ≥ 2, S, R\]"),
         (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=0), "top_n must be between 1"),
+        (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=1, level=95), "level must lie between"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(model, pairs, call, message):

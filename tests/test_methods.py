@@ -155,7 +155,17 @@ def test_parts_survive_a_file(tmp_path):
     assert loaded.per_position is None
 
 
-def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("a batch that is too large"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN's
+        MemoryError("std::bad_alloc"),  # of the C++ ops
+    ],
+    ids=["torch", "torch on a CPU", "oneDNN", "C++"],
+)
+def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(monkeypatch, caplog, error):
     model = random_model()
     pairs = random_pairs(model, [6] * 7)
     expected = attribute(model, pairs).scores
@@ -166,7 +176,7 @@ def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(monkeypatch, c
         sizes.append(len(grad))
         real(model, saved, grad, sink, **options)
         if len(grad) > 2:
-            raise torch.OutOfMemoryError("a batch that is too large")
+            raise error
 
     monkeypatch.setattr(window, "backward", fails_above_two)
     with caplog.at_level(logging.WARNING, logger="eapcore"):

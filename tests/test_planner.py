@@ -200,6 +200,22 @@ def test_factored_storage_is_chosen_only_where_it_saves_memory(monkeypatch, make
     assert planner.storage(GPT2, pairs, torch.float32, CPU) == "dense"
 
 
+@pytest.mark.skipif(
+    kernels.choose("edge_scores_factored", device="cpu", dtype=torch.float32) == "reference", reason="needs the C++ ops"
+)
+def test_attribute_takes_the_storage_that_is_planned(monkeypatch):
+    model = random_model(dtype=torch.float32)
+    pairs = random_pairs(model, [5] * 9)
+    # What a quarter of the batch takes; the metric reads three logits a pair.
+    quarter = planner.dense_bytes(replace(model.config, d_vocab=3), 9 // 4, 5, model.dtype)
+    for free, expected in ((2 * quarter, "dense"), (2 * quarter - 2, "factored"), (1, "factored"), (1 << 40, "dense")):
+        monkeypatch.setattr(planner, "free_bytes", lambda device, free=free: free)
+        assert attribute(model, pairs, batch_size=9).meta["storage"] == expected
+    # A method that needs more of a batch leaves less room.
+    monkeypatch.setattr(planner, "free_bytes", lambda device: 2 * quarter)
+    assert attribute(model, pairs, batch_size=9, method="clean-corrupt").meta["storage"] == "factored"
+
+
 def test_the_plan_counts_the_sender_buffer_in_full():
     config = ModelConfig(12, 12, 768, 64, 3072, 50257, 1024, "gelu_new", 8.0)
     buffer = 157 * 16 * 20 * 768 * 4
