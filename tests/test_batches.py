@@ -473,3 +473,18 @@ def test_cuda_graphs_give_the_scores_of_plain_batches(options):
     options = {"batch_size": 3, "storage": "auto" if "level" in options else "dense", **options}
     plain, replayed = (attribute(model, pairs, graphs=graphs, **options) for graphs in (False, True))
     torch.testing.assert_close(replayed.scores, plain.scores, rtol=1e-6, atol=1e-6)
+
+
+def test_pairs_are_sorted_so_that_prefixes_and_lengths_help(monkeypatch):
+    model = random_model()
+    pairs = mixed_pairs(model, [12, 9] * 4)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    pairs, shapes, real = pairs.select(order), [], attribution.score_window
+
+    def seen(model, window, *args, **named):
+        shapes.append((window.start, window.stop, len(window.pairs)))
+        return real(model, window, *args, **named)
+
+    monkeypatch.setattr(attribution, "score_window", seen)
+    attribute(model, pairs, batch_size=4)
+    assert sorted(shapes) == [(0, 9, 4), (0, 12, 4), (4, 9, 4), (4, 12, 4)]
