@@ -21,6 +21,11 @@ _MOST = 16  # shapes that are recorded: each keeps its results
 # the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
 # to the driver, which later batches ask for it again, and makes a graph of what was launched.
 _WORTH = 16
+# What one batch more costs, in tokens of the batches: reading the weights once more, launches. On a CPU from
+# bench_pipeline.py's times over B, of which 40 ms are left at B = 0, as much as 30 tokens take; for a GPU not measured.
+_BATCH_TOKENS = {"cpu": 32, "cuda": 4096}
+# A prefix goes through one forward; what lies behind it through two, a backward pass and the contraction.
+_PREFIX_SHARE = 0.25
 _log = logging.getLogger("eapcore")
 
 Tensors = list[Tensor]
@@ -76,6 +81,9 @@ def pinned_copy(device: torch.device) -> Copy | None:
 class Feed:
     """A task's windows in a given order; with a copy, each is on its way while the one before it is scored.
 
+    A window is cut short where the pairs behind the cut, or those before it, have so much more in common among
+    themselves, a longer prefix or an earlier end, that it outweighs one batch more.
+
     Args:
         pairs: the task, on the CPU.
         order: which pairs, in the order of their windows.
@@ -88,9 +96,12 @@ class Feed:
         self, pairs: PromptPairs, order: Sequence[int], device: torch.device, *, shared: bool, copy: Copy | None
     ) -> None:
         self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
-        self.first, self.stop = pairs.first_difference()[self.order], pairs.positions[self.order] + 1
+        first = pairs.first_difference()[self.order] if shared else torch.zeros(len(self.order), dtype=torch.int64)
+        self.first, self.stop = first, pairs.positions[self.order] + 1
         self.done = 0
         self.ahead: tuple[list[int], Window] | None = None
+        self.size, self.cuts = 0, [0]
+        self.shapes: list[tuple[int, int, int]] = []
 
     @property
     def left(self) -> int:
@@ -99,21 +110,49 @@ class Feed:
 
     def window(self, size: int) -> Window:
         """The window of the next pairs, at most `size` of them; asked again before `advance`, it is of the same."""
-        chosen = self.order[self.done : self.done + size]
+        if size != self.size:
+            self._cut(size)
+        chosen, following = self._pairs(0), self._pairs(1)
         if self.copy is None:
             return Window.of(self.pairs, torch.tensor(chosen), self.device, shared=self.shared)
         here = self.ahead[1] if self.ahead is not None and self.ahead[0] == chosen else self._start(chosen)
         self.copy.finish(tensors(here))
-        following = self.order[self.done + size : self.done + 2 * size]
         self.ahead = (following, self._start(following)) if following else None
         return here
 
     def alike(self, window: Window) -> int:
         """How many windows of this one's shape are to come, itself included."""
-        size = len(window.pairs)
-        first, stop = (x[self.done :][: self.left // size * size].view(-1, size) for x in (self.first, self.stop))
-        same = stop.amax(1) == window.stop
-        return int((same & (first.amin(1) == window.start) if self.shared else same).sum())
+        at = self.cuts.index(self.done)
+        return self.shapes[at:].count((window.start, window.stop, len(window.pairs)))
+
+    def _cut(self, size: int) -> None:
+        """Where the windows of the pairs that are left begin, at most `size` pairs apart, and what shapes they have."""
+        self.size, self.cuts, self.shapes = size, [self.done], []
+        while (begin := self.cuts[-1]) < len(self.order):
+            first, stop = (x[begin : begin + size] for x in (self.first, self.stop))
+            count = self._together(first, stop)
+            self.shapes.append((int(first[:count].min()), int(stop[:count].max()), count))
+            self.cuts.append(begin + count)
+
+    def _together(self, first: Tensor, stop: Tensor) -> int:
+        """How many of some pairs make one window, where those that are left make the next."""
+        pairs = len(first)
+        count = torch.arange(1, pairs + 1)
+
+        def tokens(first: Tensor, stop: Tensor) -> Tensor:
+            """For each number of pairs from the beginning on, what they cost as one batch."""
+            longest, shortest = stop.cummax(0).values, first.cummin(0).values
+            return count * (longest - (1 - _PREFIX_SHARE) * shortest)
+
+        cost = tokens(first, stop)
+        behind = tokens(first.flip(0), stop.flip(0)).flip(0)  # [i]: of the pairs from i on
+        cost[:-1] += behind[1:] + _BATCH_TOKENS.get(self.device.type, 32)
+        return pairs - int(cost.flip(0).argmin())
+
+    def _pairs(self, further: int) -> list[int]:
+        """The pairs of the window that is next, or so many windows behind it."""
+        begin, end = (self.cuts.index(self.done) + further + i for i in (0, 1))
+        return self.order[self.cuts[begin] : self.cuts[end]] if end < len(self.cuts) else []
 
     def advance(self, window: Window) -> None:
         """A window is scored."""

@@ -488,3 +488,42 @@ def test_pairs_are_sorted_so_that_prefixes_and_lengths_help(monkeypatch):
     monkeypatch.setattr(attribution, "score_window", seen)
     attribute(model, pairs, batch_size=4)
     assert sorted(shapes) == [(0, 9, 4), (0, 12, 4), (4, 9, 4), (4, 12, 4)]
+
+
+def test_a_window_is_cut_where_that_saves_more_than_a_batch_costs(monkeypatch):
+    model = random_model(n_ctx=64)
+    few = [random_pairs(model, [40] * 3, seed=5), random_pairs(model, [40] * 9, seed=6, first_difference=36)]
+    columns = {name: [row for part in few for row in getattr(part, name).tolist()] for name in ("clean", "corrupt")}
+    answers = {name: [ids for part in few for ids in getattr(part, name).tolist()] for name in ("answers", "wrong")}
+    pairs = PromptPairs.from_lists(**columns, **answers)
+    shapes, real = [], attribution.score_window
+
+    def seen(model, window, *args, **named):
+        shapes.append((window.start, window.stop, len(window.pairs)))
+        return real(model, window, *args, **named)
+
+    monkeypatch.setattr(attribution, "score_window", seen)
+    found = attribute(model, pairs, batch_size=12)
+    assert shapes == [(0, 40, 3), (36, 40, 9)]  # 9 × 36 tokens of prefix, three times, are more than a batch costs
+    shapes.clear()
+    monkeypatch.setattr(batches, "_BATCH_TOKENS", {"cpu": 9 * 27 + 1})
+    expected = attribute(model, pairs, batch_size=12)
+    assert shapes == [(0, 40, 12)]
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_windows_are_cut_as_well_as_one_cut_can(size):
+    generator = torch.Generator().manual_seed(0)
+    feed = Feed(random_pairs(random_model(), [5] * size), range(size), CPU, shared=True, copy=None)
+    for _ in range(50):
+        first = torch.randint(0, 90, (size,), generator=generator).sort().values
+        stop = 91 + torch.randint(0, 60, (size,), generator=generator)
+
+        def cost(part, first=first, stop=stop):
+            return (
+                len(stop[part]) * (float(stop[part].max()) - 0.75 * float(first[part].min())) if len(stop[part]) else 0
+            )
+
+        costs = {k: cost(slice(k)) + cost(slice(k, None)) + 32 * (k < size) for k in range(1, size + 1)}
+        assert costs[feed._together(first, stop)] == min(costs.values())
