@@ -177,10 +177,15 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     if machine.backend == "cuda":
         for config in scores.configs(single, "tf32x3", on):
             contraction("edge_scores f32 tf32x3, XL", single, "tf32x3", config=config)
+        small = (157, 445, 16, 60, 765)
+        contraction("edge_scores f32 tf32x3, unaligned slice, rows", single, "tf32x3", rows=True, sizes=small, cut=3)
 
-    def receivers(case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any) -> None:
+    def receivers(
+        case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any = None, cut: int = 0
+    ) -> None:  # fmt: skip
         c, b, t = 36, 8, 64
-        g, weight = empty(c, b, t, d_head, dtype=dtype), empty(d_model, c, d_head, dtype=dtype).transpose(0, 1)
+        g = empty(c, b, t, d_head + cut, dtype=dtype)[..., cut:]
+        weight = empty(d_model, c, d_head + cut, dtype=dtype)[..., cut:].transpose(0, 1)
         statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=dtype)
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
@@ -189,24 +194,37 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
 
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
-    receivers("receiver_grads bf16, rmsnorm, K = 128", half, "rmsnorm", 128, 5120, None)
-    receivers("receiver_grads bf16, layernorm, K = 256", half, "layernorm", 256, 2304, None)
-    receivers("receiver_grads f32, layernorm", single, "layernorm", 64, 768, None)
+    receivers("receiver_grads bf16, rmsnorm, K = 128", half, "rmsnorm", 128, 5120)
+    receivers("receiver_grads f16, layernorm, K = 80", torch.float16, "layernorm", 80, 2560)
+    for d_head in (256, 512):
+        receivers(f"receiver_grads bf16, layernorm, K = {d_head}", half, "layernorm", d_head, 2304)
+    for d_head in (64, 80, 128, 256, 512):
+        receivers(f"receiver_grads f32, layernorm, K = {d_head}", single, "layernorm", d_head, 768)
+    # Rows that start anywhere, and a D (once a K as well) that is odd: the most addresses.
+    for dtype, name in ((half, "bf16"), (single, "f32")):
+        for d_head in (60, 80, 255):
+            receivers(f"receiver_grads {name}, unaligned, K = {d_head}", dtype, "layernorm", d_head, 765, cut=1)
 
-    layers, heads, d_head, d_model, batch, tokens = 12, 12, 64, 768, 8, 64
-    stream, mlp = empty(batch, tokens, d_model), empty(layers, batch, tokens, d_model)
-    z = empty(layers, batch, tokens, heads, d_head)
-    qkv = empty(layers, 3 * heads, batch, tokens, d_head)
-    constants = empty(layers, 3 * heads, d_head)
-    norm = Norm("layernorm", stream, empty(batch, tokens, dtype=single), empty(d_model))
-    weights = empty(d_model, 3 * heads, d_head).transpose(0, 1)
-    made = (
-        FactoredSenders(stream, z, [empty(heads, d_head, d_model)] * layers, mlp),
-        FactoredReceivers(qkv, qkv, [[weights]] * layers, [norm] * layers, constants, constants, stream, mlp),
-    )
-    edges = empty(157, 445, dtype=torch.bool)
-    case = "edge_scores_factored bf16, GPT-2 small"
-    calls.append((case, "tensor", lambda: factored.edge_scores_factored(*made, edges, "all", None)))
+    def edges_factored(case: str, dtype: torch.dtype, heads: int, d_head: int, d_model: int) -> None:
+        layers, batch, tokens = 12, 8, 64
+        stream, mlp = empty(batch, tokens, d_model, dtype=dtype), empty(layers, batch, tokens, d_model, dtype=dtype)
+        z = empty(layers, batch, tokens, heads, d_head, dtype=dtype)
+        qkv = empty(layers, 3 * heads, batch, tokens, d_head, dtype=dtype)
+        constants = empty(layers, 3 * heads, d_head, dtype=dtype)
+        norm = Norm("layernorm", stream, empty(batch, tokens, dtype=single), empty(d_model, dtype=dtype))
+        weights = empty(d_model, 3 * heads, d_head, dtype=dtype).transpose(0, 1)
+        made = (
+            FactoredSenders(stream, z, [empty(heads, d_head, d_model, dtype=dtype)] * layers, mlp),
+            FactoredReceivers(qkv, qkv, [[weights]] * layers, [norm] * layers, constants, constants, stream, mlp),
+        )
+        edges = empty(1 + layers * (heads + 1), 1 + layers * (3 * heads + 1), dtype=torch.bool)
+        expects = exact if dtype == single else "tensor"
+        calls.append((case, expects, lambda: factored.edge_scores_factored(*made, edges, "all", None)))
+
+    edges_factored("edge_scores_factored bf16, GPT-2 small", half, 12, 64, 768)
+    edges_factored("edge_scores_factored bf16, K = 256", half, 8, 256, 2048)
+    edges_factored("edge_scores_factored f32, K = 128", single, 16, 128, 2048)
+    edges_factored("edge_scores_factored bf16, K = 60, unaligned", half, 12, 60, 725)
 
     def add() -> None:
         delta, gradients = empty(1249, 4, 64, 1600), empty(3649, 4, 64, 1600)

@@ -104,6 +104,8 @@ TF32X3_SM90 = (
     Config(64, 64, 32, 4, 3, rate=0.5, per_sm=2),
 )
 TF32X3_SM80 = (Config(64, 64, 32, 4, 3, rate=1.0, per_sm=2),)
+# An address in registers for each element as well leaves room for 16 columns.
+TF32X3_UNALIGNED = (Config(64, 64, 16, 4, 3, rate=1.0, per_sm=2),)
 # float32 in full: NVIDIA has no tensor-core instruction for it, and tiles of multiply-adds above 64 × 64 spill.
 EXACT_CUDA = (Config(64, 64, 32, 4, 3, rate=1.0, per_sm=3),)
 EXACT_HIP = (Config(128, 128, 32, 4, 2, rate=1.0), Config(64, 64, 32, 4, 2, rate=0.6, per_sm=2))
@@ -343,7 +345,9 @@ def configs(dtype: torch.dtype, precision: str, on: common.Target, aligned: bool
             return TENSOR_HIP
         return TENSOR_SM90 if on.descriptors else TENSOR_SM80
     if precision == "tf32x3":
-        return TF32X3_SM90 if on.descriptors and aligned else TF32X3_SM80
+        if not aligned:
+            return TF32X3_UNALIGNED
+        return TF32X3_SM90 if on.descriptors else TF32X3_SM80
     return EXACT_HIP if on.backend == "hip" else EXACT_CUDA
 
 

@@ -8,8 +8,9 @@ B·T. Operations: 2·C·N·D·K. With K = 64 that is 64 operations a byte in bfl
 
 Why this tiling. One program instance computes BLOCK_N tokens of one channel over a run of d: it reads its rows of g and
 act once, takes both dot products of length K from them while they are in registers, and then walks along d with g
-kept. Neither reduction of the normalisation runs over D, so nothing is computed twice and the result is written once.
-weight and x̂ are read by all token tiles and by all channels: they come from L2.
+kept; where K is too long for that, it reads g again, from L2, for every step of d. Neither reduction of the
+normalisation runs over D, so nothing is computed twice and the result is written once. weight and x̂ are read by all
+token tiles and by all channels: they come from L2.
 
 Without a normalisation the same kernel is a plain projection, which is how `triton_factored` makes the senders. It can
 also take all layers in one launch: then `table` says where each channel's parts lie, relative to the base pointers.
@@ -36,22 +37,31 @@ COLUMNS = tl.constexpr(8)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One tiling of `channel_grads`; block_k bounds the part of K that one product takes."""
+    """One tiling of `channel_grads`; block_k bounds the part of K that one product takes.
+
+    unroll: so many parts of K are written out one after the other, with buffers and registers of their own; a K of more
+    parts is walked in a loop, which needs those of one part, whatever K is.
+    """
 
     block_n: int
     block_d: int
     block_k: int
     num_warps: int
     num_stages: int
+    unroll: int = 1
 
 
 # 64 columns are 128 bytes of bfloat16, a full line of every row; more would only add to the registers.
 TENSOR = (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 3))
-TENSOR_HIP = (Config(64, 64, 64, 4, 2),)
-EXACT = (Config(64, 64, 32, 4, 2),)
-# Beyond K = 128 every part of K has buffers of its own.
+TENSOR_HIP = (Config(64, 64, 64, 4, 2, unroll=2),)
+# Half precision beyond K = 128.
 WIDE = Config(64, 64, 64, 4, 2)
 WIDE_HIP = Config(64, 32, 64, 4, 2)
+# float32 up to K = 64, and beyond it, where half the columns leave registers for the loop.
+EXACT = Config(64, 64, 32, 4, 2, unroll=2)
+EXACT_WIDE = Config(64, 32, 32, 4, 2)
+# Without alignment every element has an address in registers: twice the threads for half the columns.
+UNALIGNED = Config(64, 32, 32, 8, 2)
 
 
 @triton.jit
@@ -61,7 +71,7 @@ def channel_grads(
     stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at, stride_wc, stride_wd, stride_wk,
     stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, stride_on,
     KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_TABLE: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, K_CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, K_CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     parts_d = tl.cdiv(D, BLOCK_D * steps)
@@ -103,16 +113,17 @@ def channel_grads(
     scale = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
     if KIND != "none":
         act_rows = act + (batch * stride_ab + token * stride_at)[:, None]
-        for chunk in tl.static_range(K_CHUNKS):
-            kk = chunk * BLOCK_K + k
-            inside = (kk < K)[None, :]
-            part = tl.load(g_rows + kk[None, :], mask=inside, other=0.0).to(tl.float32)
-            a = tl.load(act_rows + kk[None, :], mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(offset + kk, mask=kk < K, other=0.0).to(tl.float32)
-            c2 += tl.sum(part * (a - b[None, :]), 1)
-            if KIND == "layernorm":
-                w = tl.load(w_gamma + kk, mask=kk < K, other=0.0).to(tl.float32)
-                c1 += tl.sum(part * w[None, :], 1)
+        for first_chunk in range(0, K_CHUNKS, UNROLL):
+            for chunk in tl.static_range(UNROLL):
+                kk = (first_chunk + chunk) * BLOCK_K + k
+                inside = (kk < K)[None, :]
+                part = tl.load(g_rows + kk[None, :], mask=inside, other=0.0).to(tl.float32)
+                a = tl.load(act_rows + kk[None, :], mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(offset + kk, mask=kk < K, other=0.0).to(tl.float32)
+                c2 += tl.sum(part * (a - b[None, :]), 1)
+                if KIND == "layernorm":
+                    w = tl.load(w_gamma + kk, mask=kk < K, other=0.0).to(tl.float32)
+                    c1 += tl.sum(part * w[None, :], 1)
         c1 = c1 / D
         c2 = c2 / D
         scale = tl.load(rstd + batch * stride_rb + token * stride_rt).to(tl.float32)
@@ -126,16 +137,17 @@ def channel_grads(
         in_d = d < D
         w_rows = weight + d.to(tl.int64)[:, None] * stride_wd
         grad = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        for chunk in tl.static_range(K_CHUNKS):
-            kk = chunk * BLOCK_K + k
-            if K_CHUNKS > 1:
-                g_tile = tl.load(g_rows + kk[None, :], mask=(kk < K)[None, :], other=0.0)
-            w_at = w_rows + kk.to(tl.int64)[None, :] * stride_wk
-            w_tile = tl.load(w_at, mask=in_d[:, None] & (kk < K)[None, :], other=0.0)
-            if UPCAST:
-                g_tile = g_tile.to(tl.float32)
-                w_tile = w_tile.to(tl.float32)
-            grad = tl.dot(g_tile, w_tile.T, grad, input_precision="ieee")
+        for first_chunk in range(0, K_CHUNKS, UNROLL):
+            for chunk in tl.static_range(UNROLL):
+                kk = (first_chunk + chunk) * BLOCK_K + k
+                if K_CHUNKS > 1:
+                    g_tile = tl.load(g_rows + kk[None, :], mask=(kk < K)[None, :], other=0.0)
+                w_at = w_rows + kk.to(tl.int64)[None, :] * stride_wk
+                w_tile = tl.load(w_at, mask=in_d[:, None] & (kk < K)[None, :], other=0.0)
+                if UPCAST:
+                    g_tile = g_tile.to(tl.float32)
+                    w_tile = w_tile.to(tl.float32)
+                grad = tl.dot(g_tile, w_tile.T, grad, input_precision="ieee")
         if KIND != "none":
             if HAS_GAMMA:
                 grad *= tl.load(gamma + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
@@ -170,14 +182,32 @@ class Channels:
     align: int = 1
 
 
-def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Target) -> Config:
+def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Target, aligned: bool = True) -> Config:
     """The tiling for a number of tokens: the token tile that pads them least, the largest of equals."""
+    if not aligned:
+        return UNALIGNED
     if dtype == torch.float32:
-        return EXACT[0]
+        return EXACT if d_head <= 64 else EXACT_WIDE
     if d_head > 128:
         return WIDE_HIP if on.backend == "hip" else WIDE
     candidates = TENSOR_HIP if on.backend == "hip" else TENSOR
     return min(candidates, key=lambda c: (common.cdiv(tokens, c.block_n) * c.block_n, -c.block_n))
+
+
+def aligned(work: Channels, out: Tensor) -> bool:
+    """Whether every row that a tile reads or writes is known to start at 16 bytes and to be a multiple of 16 long.
+
+    That is what Triton takes from the arguments: addresses divisible by 16, strides and sizes by 16 elements.
+    """
+    used = [work.g, work.weight, out]
+    if work.norm.kind != "none":
+        assert work.act is not None and work.norm.x_hat is not None
+        used += [work.act, work.norm.x_hat]
+    sizes = [work.g.shape[-1], work.weight.shape[1], *(n for x in used for n in x.stride() if n != 1)]
+    starts = [x.data_ptr() for x in used]
+    if work.table is not None:
+        starts.append(work.align * work.g.element_size())
+    return not any(n % 16 for n in (*sizes, *starts))
 
 
 def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None = None) -> None:
@@ -191,8 +221,9 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
     _, batch, tokens, d_head = g.shape
     d_model = weight.shape[1]
     rows = batch * tokens
-    tile = config or choose_config(rows, d_head, g.dtype, on)
+    tile = config or choose_config(rows, d_head, g.dtype, on, aligned(work, out))
     block_k = min(tile.block_k, max(16, triton.next_power_of_2(d_head)))
+    chunks = common.cdiv(d_head, block_k)
     units = common.cdiv(rows, tile.block_n) * work.count
     # A program walks along all of d unless that leaves processors idle.
     parts = min(common.cdiv(d_model, tile.block_d), max(1, 4 * on.processors // units))
@@ -211,7 +242,8 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
         KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None, ALIGN=work.align,
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and g.dtype != torch.float32,
-        BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k, K_CHUNKS=common.cdiv(d_head, block_k),
+        BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k, K_CHUNKS=chunks,
+        UNROLL=chunks if chunks <= tile.unroll else 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages, device=g.device,
     )  # fmt: skip
 

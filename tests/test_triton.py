@@ -368,8 +368,34 @@ def test_receiver_grads_without_gamma():
 
 @pytest.mark.parametrize("d_head", [1, 80, 256])
 def test_receiver_grads_of_any_head_size(d_head, launches):
-    check_receivers(*receivers("layernorm", 2, 1, 5, 40, d_head, torch.float16))
+    check_receivers(*receivers("layernorm", 2, 1, 5, 48, d_head, torch.float16))
     assert launches[0][1]["K_CHUNKS"] == (4 if d_head == 256 else 1)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "none"])
+@pytest.mark.parametrize(("d_head", "d_model"), [(64, 48), (96, 48), (128, 48), (60, 48), (96, 41), (128, 41)])
+def test_receiver_grads_in_float32_of_large_heads(d_head, d_model, kind, launches):
+    # Rows of 48 + 2 · 8 elements start at 16 bytes; with d_model 41 they do not.
+    check_receivers(*receivers(kind, 2, 2, 35, d_model, d_head, torch.float32))
+    meta = launches[0][1]
+    chosen = grads.EXACT if (d_head, d_model) == (64, 48) else grads.EXACT_WIDE
+    if d_model == 41 or d_head == 60:
+        chosen = grads.UNALIGNED
+    assert (meta["BLOCK_N"], meta["BLOCK_D"], meta["num_warps"]) == (chosen.block_n, chosen.block_d, chosen.num_warps)
+    assert meta["K_CHUNKS"] == -(-d_head // 32) and meta["UNROLL"] == chosen.unroll
+
+
+def test_only_rows_at_16_bytes_are_aligned():
+    def aligned(channels, d_model, d_head, start=0, align=None):
+        g, out = torch.randn(channels, 1, 3, d_head), torch.empty(channels, 3, d_model)
+        weight = torch.randn(channels * d_model * d_head + start)[start:].view(channels, d_model, d_head)
+        table = None if align is None else torch.zeros(channels, 8, dtype=torch.int64)
+        work = grads.Channels(g, None, weight, Norm("none"), None, None, channels, table, align or 1)
+        return grads.aligned(work, out)
+
+    assert aligned(2, 32, 16) and aligned(2, 32, 16, start=4) and aligned(2, 32, 16, align=4)
+    assert not aligned(2, 32, 16, start=1) and not aligned(2, 32, 16, align=2)
+    assert not aligned(2, 33, 16) and not aligned(2, 32, 20)
 
 
 def test_receiver_grads_tiles_follow_the_tokens(launches):
@@ -379,7 +405,10 @@ def test_receiver_grads_tiles_follow_the_tokens(launches):
     assert launches[0][0] == "channel_grads" and launches[0][1]["BLOCK_N"] == 64
 
 
-@pytest.mark.parametrize("config", [*grads.TENSOR, *grads.TENSOR_HIP, *grads.EXACT, grads.WIDE, grads.WIDE_HIP])
+@pytest.mark.parametrize(
+    "config",
+    [*grads.TENSOR, *grads.TENSOR_HIP, grads.WIDE, grads.WIDE_HIP, grads.EXACT, grads.EXACT_WIDE, grads.UNALIGNED],
+)
 def test_receiver_grads_in_every_tiling(config):
     check_receivers(*receivers("layernorm", 2, 2, 9, 70, 96, torch.float32), config=config)
 
