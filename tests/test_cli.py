@@ -318,6 +318,15 @@ WRITTEN_BEFORE = {
 }
 
 
+@pytest.fixture
+def ctrl_c():
+    """As at a terminal: a shell starts what runs in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("where", WRITTEN_BEFORE)
 def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(checkpoint, tmp_path, monkeypatch, capsys, where):
     out = tmp_path / "out"
