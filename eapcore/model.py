@@ -171,8 +171,9 @@ class LayerSaved:
 class LayerRun:
     """What one layer made of the residual stream.
 
-    saved: what the backward pass needs. z: [B, Q, H, K] mixtures of v, so that head h sends z[:, :, h] @ w_o[h]. mlp:
-    [B, Q, D] what the MLP sends, its bias included, None without. out: [B, Q, D] the residual stream behind the layer.
+    saved: what the backward pass needs. z: [B, Q, H, K] mixtures of v, in float32 at least, so that head h sends
+    z[:, :, h] @ w_o[h]. mlp: [B, Q, D] what the MLP sends, its bias included, None without. out: [B, Q, D] the residual
+    stream behind the layer.
     """
 
     saved: LayerSaved
@@ -252,11 +253,15 @@ def with_past(kv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
 def attend(
     model: Model, index: int, q: Tensor, kv: Tensor, past: Tensor | None = None, read: Tensor | None = None
 ) -> Tensor:
-    """The heads' mixtures of v, [B, Q, H, K], from q [B, Q, H, K] and kv [B, T, 2H, K]; see `run_layers`."""
+    """The heads' mixtures of v, [B, Q, H, K] in float32 at least, from q [B, Q, H, K] and kv [B, T, 2H, K].
+
+    Not rounded to half precision, so that mixtures can be subtracted before they are. Otherwise as in `run_layers`.
+    """
+    wide = accumulate_dtype(q.dtype)
     if q.shape[1] == 0:
-        return q
-    k, v = with_past(kv, past)
-    q, scale = q.transpose(1, 2), model.config.score_scale(index)
+        return q.to(wide)
+    k, v = (x.to(wide) for x in with_past(kv, past))
+    q, scale = q.transpose(1, 2).to(wide), model.config.score_scale(index)
     if past is None and read is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     visible = ~future(kv.shape[1], k.shape[2] - kv.shape[1], read, q.device)
@@ -266,7 +271,7 @@ def attend(
 def head_outputs(z: Tensor, w_o: Tensor, out: Tensor | None = None) -> Tensor:
     """What each head sends, [H, B, T, D] = z[:, :, h] @ w_o[h], written into `out` where it is given."""
     n_heads, _, d_model = w_o.shape
-    rows = z.flatten(0, 1).transpose(0, 1)  # [H, B·T, K]
+    rows = z.to(w_o.dtype).flatten(0, 1).transpose(0, 1)  # [H, B·T, K]
     if out is None:
         return (rows @ w_o).unflatten(1, z.shape[:2])
     torch.bmm(rows, w_o, out=out.view(n_heads, -1, d_model))
@@ -275,7 +280,7 @@ def head_outputs(z: Tensor, w_o: Tensor, out: Tensor | None = None) -> Tensor:
 
 def attention_output(layer: LayerWeights, z: Tensor) -> Tensor:
     """What all heads of a layer add to the residual stream together, bias included: [B, T, D]."""
-    return product(z.flatten(2), layer.w_o.flatten(0, 1), layer.b_o)
+    return product(z.flatten(2).to(layer.w_o.dtype), layer.w_o.flatten(0, 1), layer.b_o)
 
 
 def activation(name: str, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ rows with a weight, which is faster than three of fewer rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from eapcore.model import (
     LayerRun,
     LayerSaved,
     Model,
+    accumulate_dtype,
+    activation,
     attend,
     attention_output,
     behind_attention,
     layer_qkv,
+    normalise,
 )
+from eapcore.products import product
 
 
 def run_paired(
@@ -38,12 +43,13 @@ def run_paired(
         clean, corrupt: [B, T, D], the same of the clean and the corrupt prompts from there on.
         read: int64 [B, 1], the positions of the T that the metric reads.
         moved: called with a layer's index and its mixtures of v, [2·B, Q, H, K] as in `LayerRun`. It returns the
-            difference corrupt − clean of what all heads send together, [B, Q, D], or None to have it computed here.
+            difference corrupt − clean of what all heads send together, [B, Q, D]; or None where it has no use for it.
 
     Yields:
         for each layer what it made of the clean and then the corrupt prompts, [2·B, T, ..] as `run_layers` with the
         prefix as past, and the prefix's k and v heads [B, P, 2H, K]; None for P = 0. All of it views of what the layer
-        made of all rows.
+        made of all rows. Where `moved` gave a difference, `mlp` has that of what the MLP sends in the corrupt half: of
+        the hidden units before their projection, as two nearly equal outputs would cancel after rounding.
     """
     pairs, before = prefix.shape[:2]
     runs, tokens, cut = 2 * pairs, clean.shape[1], pairs * before
@@ -63,7 +69,10 @@ def run_paired(
             shared = attend(model, index, saved.q[0, :cut].unflatten(0, (pairs, before)), past)
             rows = torch.cat([shared.flatten(0, 1)[None], rows], 1)
         x = _add_attention(model, index, x if here is None else x[:, answers[0]], rows, difference)
-        run = behind_attention(model, index, saved, rows, x)
+        if difference is None:
+            run = behind_attention(model, index, saved, rows, x)
+        else:
+            run = _behind_moved(model, index, saved, rows, x, difference.shape[0] * difference.shape[1])
         x = run.out
         yield _of_both(run, z, cut, runs, here is not None), past
         del run, saved, kv, q, z, rows, difference, past  # whoever iterates decides what is kept
@@ -84,11 +93,36 @@ def _add_attention(model: Model, index: int, x: Tensor, z: Tensor, difference: T
     if difference is None:
         return x + attention_output(layer, z)
     count = difference.shape[0] * difference.shape[1]
-    sent = attention_output(layer, z[:, :-count])
-    out = torch.empty_like(x)
+    return _with_moved(x, attention_output(layer, z[:, :-count]), difference.flatten(0, 1)[None])
+
+
+def _with_moved(x: Tensor, sent: Tensor, difference: Tensor) -> Tensor:
+    """x [1, N, D] with what was sent to all rows but the last, and to these what was sent to as many before, moved."""
+    out, count = torch.empty_like(x), difference.shape[1]
     torch.add(x[:, :-count], sent, out=out[:, :-count])
-    torch.add(sent[0, -count:], difference.flatten(0, 1), out=out[0, -count:]).add_(x[0, -count:])
+    # Rounded once to half precision, as in any other row.
+    out[:, -count:] = x[:, -count:].to(accumulate_dtype(x.dtype)) + sent[:, -count:] + difference
     return out
+
+
+def _behind_moved(model: Model, index: int, saved: LayerSaved, z: Tensor, x: Tensor, count: int) -> LayerRun:
+    """`behind_attention`, where the last `count` rows' MLP is that of the `count` rows before them and a difference.
+
+    The product that makes the difference takes the place of the one that would make the corrupt rows' output.
+    """
+    layer, act_fn = model.weights.layers[index], model.config.act_fn
+    if layer.w_in is None:
+        return LayerRun(saved, z, None, x)
+    assert layer.w_out is not None and layer.b_out is not None and act_fn is not None
+    n, mlp_in = normalise(x, layer.ln2, model.config.eps)
+    hidden = product(n, layer.w_in, layer.b_in)
+    units = activation(act_fn, hidden.to(accumulate_dtype(hidden.dtype)))
+    units[:, -count:] -= units[:, -2 * count : -count]
+    mlp = product(units.to(hidden.dtype), layer.w_out)
+    del n, units
+    mlp[:, :-count] += layer.b_out
+    out = _with_moved(x, mlp[:, :-count], mlp[:, -count:])
+    return LayerRun(replace(saved, mlp_in=mlp_in, hidden=hidden), z, mlp, out)
 
 
 def _of_both(run: LayerRun, z: Tensor, cut: int, runs: int, at_read: bool) -> LayerRun:

@@ -19,6 +19,7 @@ from eapcore.model import (
     LayerSaved,
     Model,
     NormInput,
+    accumulate_dtype,
     activation,
     embed,
     normalise,
@@ -75,13 +76,20 @@ def score_window(
     """
     read, pairs = window.read, window.pairs
     start = {1.0: window.embed(model, pairs.clean), 0.0: window.embed(model, pairs.corrupt)}
-    ablated = start[0.0] if values is None else Values.at(values.embed, window.stop, None).expand_as(start[1.0])
-    store.set_embed(ablated - start[1.0])
+    if values is None:
+        ablated, w_e = start[0.0], model.weights.w_e
+        corrupt, clean = (w_e[prompts[:, window.start : window.stop]] for prompts in (pairs.corrupt, pairs.clean))
+        store.set_embed(corrupt - clean)  # of the tokens alone: their positions are the same
+        del corrupt, clean
+    else:
+        ablated = Values.at(values.embed, window.stop, None).expand_as(start[1.0])
+        store.set_embed(ablated - start[1.0])
     origins = planned.origins
     kept: dict[float, list[LayerSaved]] = {origin: [] for origin in origins if origin is not None}
 
     def moved(index: int, z: Tensor) -> Tensor | None:
-        store.set_heads(index, _difference(window, z, None if values is None else values.z[index], index == last))
+        dz = _difference(window, z, None if values is None else values.z[index], index == last)
+        store.set_heads(index, dz.to(model.dtype))
         return store.moved(f"a{index}") if values is None else None
 
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
@@ -157,10 +165,7 @@ def _together(model: Model, window: Window, store: Store, planned: planner.Passe
 
 
 def _difference(window: Window, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:
-    """Δ [B, Q, ..] of what the clean and then the corrupt prompts made, [2·B, Q, ..], or of what is put in its place.
-
-    Heads are subtracted before their projection, as two nearly equal outputs would cancel after rounding; MLPs as sent.
-    """
+    """Δ [B, Q, ..] of what clean and then corrupt prompts made, [2·B, Q, ..], or of what is put in its place."""
     clean, corrupt = both.tensor_split(2)
     if ablated is not None:
         corrupt = Values.at(ablated, window.stop, window.read if at_read else None)
@@ -175,11 +180,15 @@ def _set_mlp(
     if run.mlp is None or hidden is None or act_fn is None:
         return
     at_read = index == model.config.n_layers - 1
-    ablated = None if values is None or values.mlp is None else values.mlp[index]
-    delta, delta_units = _difference(window, run.mlp, ablated, at_read), None
+    if values is None:
+        delta = run.mlp.tensor_split(2)[1]
+    else:
+        delta = _difference(window, run.mlp, values.mlp[index] if values.mlp is not None else None, at_read)
+    delta_units = None
     if units:
+        made = activation(act_fn, hidden.to(accumulate_dtype(hidden.dtype)))
         ablated = None if values is None or values.units is None else values.units[index]
-        delta_units = _difference(window, activation(act_fn, hidden), ablated, at_read)
+        delta_units = _difference(window, made, ablated, at_read).to(hidden.dtype)
     store.set_mlp(index, delta, delta_units)
 
 

@@ -203,13 +203,16 @@ def _sizes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -> 
     wider = norms * 4 * wide_stream if wide > width else 0  # LayerNorm reads and writes the wider dtype
     sent = 2 * (heads + mlps * stream + stream)
     at_hand = max(2 * layer + sent, layer + 2 * heads + 4 * stream + 2 * hidden) if whole else 6 * stream + 10 * heads
+    at_hand += wider
+    if whole and wide > width:  # the heads' mixtures, and the hidden units before and behind the activation function
+        at_hand = max(at_hand, 2 * (layer + stream) + 2 * wide // width * (heads + 2 * hidden))
     return _Sizes(
         stream,
         wide_stream,
         heads,
         layer,
         kept=(whole * layer if whole else last) + stream,
-        forward=at_hand + wider,
+        forward=at_hand,
         attention=rows * (4 * config.n_heads * wide + 1) * tokens + 3 * heads + wide_stream + stream,
         logits=(last if whole else 0) + batch * config.d_vocab * (5 * 8 + width),
     )
