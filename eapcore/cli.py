@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,21 +15,27 @@ from typing import TYPE_CHECKING, NoReturn
 from eapcore.cli_options import (
     Help,
     Progress,
+    add_ablation,
+    add_method,
     add_placement,
     add_task,
+    check_out,
     check_writable,
     count,
+    find_ablation,
     heading,
     load_model,
     number,
     positive,
     prepare,
+    score,
 )
 from eapcore.cli_verify import add_commands
 
 if TYPE_CHECKING:
     from eapcore.circuit import Circuit, EdgeScores
     from eapcore.model import Model
+    from eapcore.nodes import NodeScores
     from eapcore.tasks import PromptPairs
 
 
@@ -85,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     attribute = command("attribute", _attribute, "Score every edge and write the scores.")
     info = command("info", _info, "Print what runs here, and a model's dimensions and the memory that it needs.")
     for sub in (run, attribute):
-        _add_scoring(sub)
+        add_task(sub)
+        add_method(sub)
+        add_ablation(sub)
     selection = run.add_mutually_exclusive_group()
     selection.add_argument(
         "--faithfulness",
@@ -100,12 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--show", type=count, default=15, metavar="N", help="how many of the top edges to print")
     run.add_argument("--out", type=Path, default=Path("eapcore-out"), metavar="FOLDER", help="where the files go")
+    attribute.add_argument(
+        "--level", default="edge", metavar="WHAT", help="edge, node, or neuron: also MLP units and output dimensions"
+    )
+    attribute.add_argument(
+        "--reduce", default="all", metavar="HOW", help="all, or pair or position: the file has each one's scores too"
+    )
     printed = attribute.add_mutually_exclusive_group()
     printed.add_argument(
-        "--top-n", type=count, metavar="N", help="also print the N most important edges (default: none)"
+        "--top-n", type=count, metavar="N", help="also print the N most important edges or nodes (default: none)"
     )
     printed.add_argument(
-        "--threshold", type=number, metavar="X", help="also print the edges with |score| at least X (default: none)"
+        "--threshold", type=number, metavar="X", help="also print those with |score| at least X (default: none)"
     )
     attribute.add_argument(
         "--out", type=Path, default=Path("scores.safetensors"), metavar="FILE", help="the score file to write"
@@ -118,77 +133,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    add_task(parser)
-    parser.add_argument(
-        "--method",
-        default="eap",
-        metavar="METHOD",
-        help="eap, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop or atp-star",
-    )
-    parser.add_argument("--gradient-at", metavar="RUN", help="of eap: clean or corrupt (default: clean)")
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        metavar="M",
-        help="of integrated gradients: points from corrupt to clean (default: 4 for eap-ig, 5 for eap-ig-activations)",
-    )
-    parser.add_argument(
-        "--points",
-        metavar="RULE",
-        help="of the same: left, right, midpoint or gauss (default: gauss for eap-ig, right for eap-ig-activations)",
-    )
-    parser.add_argument(
-        "--storage", default="auto", metavar="HOW", help="dense, factored (less memory for large models) or auto"
-    )
-    parser.add_argument("--impl", default="auto", metavar="IMPL", help="kernels: auto, reference, cpp or triton")
-
-
-def _score(args: argparse.Namespace) -> tuple[Model, PromptPairs, EdgeScores, float]:
-    """What run and attribute share: the model, the pairs, the scores, and the seconds that scoring took."""
-    from eapcore.attribution import attribute
-
-    model, pairs, metric = prepare(args)
-    if args.top_n is not None and args.top_n > model.graph.n_edges:
-        raise ValueError(f"--top-n must be at most the {model.graph.n_edges} edges of {model.name}, got {args.top_n}")
-    start = time.perf_counter()
-    with Progress("scoring", len(pairs)) as progress:
-        scores = attribute(
-            model,
-            pairs,
-            metric,
-            method=args.method,
-            gradient_at=args.gradient_at,
-            steps=args.steps,
-            points=args.points,
-            storage=args.storage,
-            batch_size=args.batch_size,
-            impl=args.impl,
-            progress=progress,
-        )
-    return model, pairs, scores, time.perf_counter() - start
+def _check_shown(args: argparse.Namespace, n: int, what: str) -> None:
+    if args.top_n is not None and args.top_n > n:
+        raise ValueError(f"--top-n must be at most {what}, got {args.top_n}")
 
 
 def _attribute(args: argparse.Namespace) -> None:
-    if args.out.is_dir():
-        raise IsADirectoryError(f"--out must be a file to write, but {args.out} is a folder")
-    check_writable(args.out.parent)
-    model, pairs, scores, seconds = _score(args)
+    from eapcore.circuit import EdgeScores
+
+    check_out(args.out)
+    model, pairs, metric = prepare(args)
+    if args.level == "edge":
+        _check_shown(args, model.graph.n_edges, f"the {model.graph.n_edges} edges of {model.name}")
+    else:
+        _check_shown(args, model.graph.n_senders, f"the {model.graph.n_senders} nodes of {model.name}")
+    how = {**find_ablation(args, model), "level": args.level, "reduce": args.reduce}
+    start = time.perf_counter()
+    scores = score(args, model, pairs, metric, how)
+    seconds = time.perf_counter() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(args.out)
     print(_heading(model, pairs, scores, seconds))
-    shown = args.top_n if args.threshold is None else scores.threshold(args.threshold).n_edges
+    shown = args.top_n
+    if args.threshold is not None:
+        among = scores.scores[scores.mask] if isinstance(scores, EdgeScores) else scores.scores
+        shown = int((among.abs() >= args.threshold).sum())
     if shown:
-        print(_edge_table(scores, shown))
+        print(_score_table("edge" if args.level == "edge" else "node", scores.top(shown)))
+    if shown and not isinstance(scores, EdgeScores) and scores.units is not None:
+        largest = scores.units.flatten().abs().sort(descending=True, stable=True).indices[:shown].tolist()
+        places = [divmod(i, scores.units.shape[1]) for i in largest]
+        print(_score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
     print(f"wrote    {args.out}")
 
 
 def _run(args: argparse.Namespace) -> None:
+    from eapcore.circuit import EdgeScores
+    from eapcore.patch import metric_on
+
     check_writable(args.out)
-    model, pairs, scores, seconds = _score(args)
-    graph, metric = scores.graph, scores.meta["metric"]
-    span = metric["clean"] - metric["corrupt"]
-    tried = _circuits(args, model, pairs, scores, span)
+    model, pairs, name = prepare(args)
+    _check_shown(args, model.graph.n_edges, f"the {model.graph.n_edges} edges of {model.name}")
+    how = find_ablation(args, model)
+    start = time.perf_counter()
+    scores = score(args, model, pairs, name, how)
+    assert isinstance(scores, EdgeScores)
+    seconds = time.perf_counter() - start
+    metric = scores.meta["metric"]
+
+    def measure(circuit: Circuit) -> float:
+        return metric_on(model, pairs, name, [circuit], batch_size=args.batch_size, **how)[0]
+
+    if args.ablation != "corrupt":
+        metric = {**metric, args.ablation: measure(scores.top_n(0))}
+    clean, ablated = metric["clean"], metric[args.ablation]
+
+    def kept(value: float) -> float:
+        return (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
+
+    tried = _circuits(args, scores, measure, kept)
     rule, circuit, pruned, value = tried[-1]
     pruned = _with_meta(pruned, {"metric": {**metric, "circuit": value}})
     args.out.mkdir(parents=True, exist_ok=True)
@@ -198,15 +201,14 @@ def _run(args: argparse.Namespace) -> None:
 
     print(_heading(model, pairs, scores, seconds))
     if args.show:
-        print(_edge_table(scores, min(args.show, graph.n_edges)))
+        print(_score_table("edge", scores.top(args.show)))
     print(f"\ncircuit  {rule}; {pruned.n_edges} of {circuit.n_edges} connect embed to the logits")
     print(f"\n{'run':<24}{metric['name']:>12}{'faithfulness':>15}")
-    results = [("clean", metric["clean"])]
+    results = [("clean", clean)]
     results += [(f"top {part.n_edges} edges", result) for _, part, _, result in tried[:-1]]
-    results += [(f"circuit, {pruned.n_edges} edges", value), ("corrupt", metric["corrupt"])]
-    for name, result in results:
-        faithfulness = f"{(result - metric['corrupt']) / span + 0.0:>15.3f}" if span else f"{'–':>15}"
-        print(f"{name:<24}{result:>12.4f}{faithfulness}")
+    results += [(f"circuit, {pruned.n_edges} edges", value), (args.ablation, ablated)]
+    for run, result in results:
+        print(f"{run:<24}{result:>12.4f}{'–' if math.isnan(kept(result)) else format(kept(result), '.3f'):>15}")
     print(f"\nwrote    {args.out}/scores.safetensors, edges.csv, circuit.json")
 
 
@@ -214,30 +216,29 @@ _SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # of all
 
 
 def _circuits(
-    args: argparse.Namespace, model: Model, pairs: PromptPairs, scores: EdgeScores, span: float
+    args: argparse.Namespace,
+    scores: EdgeScores,
+    measure: Callable[[Circuit], float],
+    kept: Callable[[float], float],
 ) -> list[tuple[str, Circuit, Circuit, float]]:
     """The circuits that were tried, the chosen one last: how it was selected, it, what is connected, its metric."""
-    from eapcore.patch import metric_on
-
-    metric, n_edges = scores.meta["metric"], scores.graph.n_edges
 
     def run(rule: str, circuit: Circuit) -> tuple[str, Circuit, Circuit, float]:
         pruned = circuit.prune()
-        (value,) = metric_on(model, pairs, metric["name"], [pruned], batch_size=args.batch_size)
-        return rule, circuit, pruned, value
+        return rule, circuit, pruned, measure(pruned)
 
     if args.threshold is not None:
         return [run(f"edges with |score| ≥ {args.threshold:g}", scores.threshold(args.threshold))]
     if args.top_n is not None:
         return [run(f"top {args.top_n} edges by |score|", scores.top_n(args.top_n))]
     tried: list[tuple[str, Circuit, Circuit, float]] = []
-    sizes = sorted({max(1, round(share * n_edges)) for share in _SIZES})
-    with Progress("running circuits", len(sizes)) as progress:
+    sizes = sorted({max(1, round(share * scores.graph.n_edges)) for share in _SIZES})
+    with Progress("running circuits", len(sizes), "circuit") as progress:
         for n in sizes:
             rule = f"top {n} edges by |score|, the first size that keeps {args.faithfulness:g}"
             tried.append(run(rule, scores.top_n(n)))
             progress(len(tried), len(sizes))
-            if span and (tried[-1][3] - metric["corrupt"]) / span >= args.faithfulness:
+            if kept(tried[-1][3]) >= args.faithfulness:
                 break
     return tried
 
@@ -257,19 +258,24 @@ def _write_edges(scores: EdgeScores, path: Path) -> None:
         writer.writerows((name, repr(score)) for name, score in scores.top(scores.graph.n_edges))
 
 
-def _heading(model: Model, pairs: PromptPairs, scores: EdgeScores, seconds: float) -> str:
+def _heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeScores, seconds: float) -> str:
+    from eapcore.circuit import EdgeScores
+
     graph = model.graph
+    if isinstance(scores, EdgeScores):
+        what = f"{graph.n_edges} edges ({graph.n_senders} senders × {graph.n_receivers} receivers)"
+    else:
+        units = f" and {scores.units.numel()} hidden units" if scores.units is not None else ""
+        what = f"{graph.n_senders} nodes{units}"
     return (
         f"{heading(model, pairs, scores.meta['metric']['name'])}\n"
-        f"scored   {graph.n_edges} edges ({graph.n_senders} senders × {graph.n_receivers} receivers) by "
-        f"{scores.meta['method']['name']}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
+        f"scored   {what} by {scores.meta['method']['name']}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
     )
 
 
-def _edge_table(scores: EdgeScores, n: int) -> str:
-    rows = scores.top(n)
-    width = max(len("edge"), *(len(name) for name, _ in rows))
-    lines = [f"\n{'rank':>6}  {'edge':<{width}}  {'score':>12}"]
+def _score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
+    width = max(len(what), *(len(name) for name, _ in rows))
+    lines = [f"\n{'rank':>6}  {what:<{width}}  {'score':>12}"]
     lines += [f"{rank:>6}  {name:<{width}}  {score:>12.6g}" for rank, (name, score) in enumerate(rows, 1)]
     return "\n".join(lines)
 

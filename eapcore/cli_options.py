@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eapcore.circuit import EdgeScores
     from eapcore.model import Model
+    from eapcore.nodes import NodeScores
     from eapcore.tasks import PromptPairs
 
 _DEFAULT_MODEL = "toy-ioi"
@@ -62,6 +65,51 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
 
 
+_METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """The options that say how edges are scored; `score` reads them."""
+    parser.add_argument(
+        "--method",
+        metavar="METHOD",
+        help="eap, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop or atp-star (default: eap)",
+    )
+    parser.add_argument("--gradient-at", metavar="RUN", help="of eap: clean or corrupt (default: clean)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="M",
+        help="of integrated gradients: points from corrupt to clean (default: 4 for eap-ig, 5 for eap-ig-activations)",
+    )
+    parser.add_argument(
+        "--points",
+        type=points,
+        metavar="POINTS",
+        help="of the same: left, right, midpoint, gauss, or your own as POINT:WEIGHT, corrupt 0 to clean 1, e.g. "
+        "0.5:0.5,1:0.5 (default: gauss for eap-ig, right for eap-ig-activations)",
+    )
+    parser.add_argument(
+        "--rules",
+        type=rules,
+        metavar="RULES",
+        help="of relp: norm=frozen, activation=identity, attention=frozen, some of them with commas in between, the "
+        "others by their gradient (default: all three)",
+    )
+    parser.add_argument(
+        "--storage", metavar="HOW", help="dense, or factored: less memory for large models (default: auto)"
+    )
+    parser.add_argument("--impl", metavar="IMPL", help="kernels: reference, cpp or triton (default: auto)")
+
+
+def add_ablation(parser: argparse.ArgumentParser) -> None:
+    """The options that say what an ablated edge carries; `find_ablation` reads them."""
+    parser.add_argument("--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean or mean-positional")
+    parser.add_argument(
+        "--reference-task", metavar="TASK", help="whose prompts a mean is taken over (default: the task itself)"
+    )
+
+
 def at_least(text: str, least: int, form: str) -> int:
     try:
         value = int(text)
@@ -99,6 +147,33 @@ def number(text: str) -> float:
     if value != value:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
     return value
+
+
+def points(text: str) -> str | list[tuple[float, float]]:
+    """A rule's name, or (α, weight) of each point."""
+    if ":" not in text:
+        return text
+    try:
+        found = [(float(at), float(weight)) for at, weight in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(x) for pair in found for x in pair):
+        raise argparse.ArgumentTypeError(f"must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got {text!r}")
+    return found
+
+
+def rules(text: str) -> dict[str, str]:
+    """The fields of `rules.Rules`, from norm=frozen,activation=identity,…"""
+    found = dict.fromkeys(("norm", "activation", "attention"), "")
+    for part in text.split(","):
+        name, _, rule = (word.strip() for word in part.partition("="))
+        if found.get(name) != "" or rule not in ("gradient", "identity" if name == "activation" else "frozen"):
+            raise argparse.ArgumentTypeError(
+                f"must be some of norm=frozen, activation=identity and attention=frozen, with commas in between (or "
+                f"gradient in their place), got {text!r}"
+            )
+        found[name] = rule
+    return {name: rule for name, rule in found.items() if rule}
 
 
 def load_model(args: argparse.Namespace, source: str) -> Model:
@@ -164,19 +239,56 @@ def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list
     return encode
 
 
+def find_ablation(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """The keywords `ablation` and `reference` that the options name."""
+    from eapcore.tasks import TASKS, find_pairs
+
+    task = args.reference_task
+    if task is None:
+        return {"ablation": args.ablation}
+    encode = None if task in TASKS else find_encoder(args, model)
+    return {"ablation": args.ablation, "reference": find_pairs(task, n=args.n, seed=args.seed, encode=encode)}
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the method's options that were given, as keywords of `attribute`."""
+    from eapcore.rules import Rules
+
+    given = {name: value for name in _METHOD if (value := getattr(args, name)) is not None}
+    return {**given, "rules": Rules(**given["rules"])} if "rules" in given else given
+
+
+def score(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any]
+) -> EdgeScores | NodeScores:
+    """First-order scores by the method's options, and by other keywords of `attribute`."""
+    from eapcore.attribution import attribute
+
+    with Progress("scoring", len(pairs)) as progress:
+        options = {**method_options(args), **how, "batch_size": args.batch_size, "progress": progress}
+        return attribute(model, pairs, metric, **options)
+
+
 class Progress:
     """A progress bar on a terminal, nothing in a pipe."""
 
-    def __init__(self, text: str, total: int) -> None:
+    def __init__(self, text: str, total: int, unit: str = "pair") -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, desc=text, unit="pair", leave=False, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> Callable[[int, int], None]:
         return lambda done, total: self.bar.update(done - self.bar.n) and None
 
     def __exit__(self, *args: object) -> None:
         self.bar.close()
+
+
+def check_out(path: Path) -> None:
+    """Fail before the work where a file cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--out must be a file to write, but {path} is a folder")
+    check_writable(path.parent)
 
 
 def check_writable(folder: Path) -> None:

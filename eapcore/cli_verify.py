@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from eapcore.cli_options import (
     Progress,
+    add_ablation,
+    add_method,
     add_task,
-    check_writable,
+    check_out,
     count,
-    find_encoder,
+    find_ablation,
     heading,
+    method_options,
     number,
     positive,
     prepare,
+    score,
 )
 
 if TYPE_CHECKING:
@@ -50,14 +54,14 @@ def add_commands(command: _Command) -> None:
     verify = command("verify", _verify, "Patch the edges that a method ranks highest, and say how far it was right.")
     for sub in (patch, acdc, path, evaluate, verify):
         add_task(sub, metric="kl" if sub is acdc else "the task's own, logit_diff for a file")
-        sub.add_argument("--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean or mean-positional")
-        sub.add_argument(
-            "--reference-task", metavar="TASK", help="whose prompts a mean is taken over (default: the task itself)"
-        )
+        add_ablation(sub)
     for sub in (patch, acdc):
         _add_selection(sub, "the edges" if sub is patch else "where the search starts")
     for sub in (evaluate, verify):
-        sub.add_argument("--scores", type=Path, metavar="FILE", help="a score file (default: EAP, computed here)")
+        sub.add_argument(
+            "--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)"
+        )
+        add_method(sub)
 
     patch.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
     patch.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
@@ -125,17 +129,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _ablation(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """The options that say what an ablated edge carries."""
-    from eapcore.tasks import TASKS, find_pairs
-
-    task = args.reference_task
-    if task is None:
-        return {"ablation": args.ablation}
-    encode = None if task in TASKS else find_encoder(args, model)
-    return {"ablation": args.ablation, "reference": find_pairs(task, n=args.n, seed=args.seed, encode=encode)}
-
-
 def _selection(args: argparse.Namespace, model: Model) -> Circuit | None:
     """The circuit that --circuit, or --scores and --top-n name; None is all edges."""
     from eapcore.circuit import Circuit
@@ -153,20 +146,20 @@ def _load_scores(path: Path, model: Model) -> EdgeScores:
     return EdgeScores.load(path, content_hash=model.content_hash)
 
 
-def _scores(args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, reduce: str = "all") -> EdgeScores:
-    """The score file that --scores names, or EAP."""
-    from eapcore.attribution import attribute
+def _find_scores(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any], reduce: str = "all"
+) -> EdgeScores:
+    """The score file that --scores names, or scores by the method's options."""
+    from eapcore.circuit import EdgeScores
 
-    if args.scores is not None:
-        return _load_scores(args.scores, model)
-    with Progress("scoring", len(pairs)) as progress:
-        return attribute(model, pairs, metric, reduce=reduce, batch_size=args.batch_size, progress=progress)
-
-
-def _check_out(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"--out must be a file to write, but {path} is a folder")
-    check_writable(path.parent)
+    if args.scores is None:
+        found = score(args, model, pairs, metric, {**how, "reduce": reduce})
+        assert isinstance(found, EdgeScores)
+        return found
+    if given := method_options(args):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
+    return _load_scores(args.scores, model)
 
 
 def _write(result: _Saved, path: Path) -> None:
@@ -196,9 +189,9 @@ def _patch(args: argparse.Namespace) -> None:
         args.out = Path("effects.json")
     if args.per_position and not args.nodes:
         raise ValueError("--per-position goes with --nodes")
-    _check_out(args.out)
+    check_out(args.out)
     model, pairs, metric = prepare(args)
-    options = {**_ablation(args, model), "batch_size": args.batch_size}
+    options = {**find_ablation(args, model), "batch_size": args.batch_size}
     edges = _selection(args, model)
     start = time.perf_counter()
     if args.nodes:
@@ -228,11 +221,11 @@ def _patch(args: argparse.Namespace) -> None:
 def _acdc(args: argparse.Namespace) -> None:
     from eapcore.acdc import acdc
 
-    _check_out(args.out)
+    check_out(args.out)
     model, pairs, metric = prepare(args)
     start, began = _selection(args, model), time.perf_counter()
     n_edges = model.graph.n_edges if start is None else start.n_edges
-    options = {**_ablation(args, model), "batch_size": args.batch_size}
+    options = {**find_ablation(args, model), "batch_size": args.batch_size}
     with Progress("searching", n_edges) as progress:
         circuit = acdc(
             model, pairs, metric, threshold=args.threshold, start=start, order=args.order, progress=progress, **options
@@ -251,11 +244,11 @@ def _acdc(args: argparse.Namespace) -> None:
 def _path(args: argparse.Namespace) -> None:
     from eapcore.patch import path_patch, routes
 
-    _check_out(args.out)
+    check_out(args.out)
     if (args.path is None) == (args.senders is None) or (args.senders is None) != (args.receivers is None):
         raise ValueError("give --path, or --senders and --receivers")
     model, pairs, metric = prepare(args)
-    options = {**_ablation(args, model), "batch_size": args.batch_size}
+    options = {**find_ablation(args, model), "batch_size": args.batch_size}
     if args.path is not None:
         senders = list(dict.fromkeys(path.split("->")[0] for path in args.path))
         result = path_patch(model, pairs, metric, senders, args.path, **options)
@@ -273,15 +266,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     from eapcore.evaluate import Evaluation, area, completeness, mib, minimality, roc, stability
     from eapcore.patch import patch_edges
 
-    _check_out(args.out)
+    check_out(args.out)
     area([0, 1], [0, 1], args.rule)  # an unknown rule is refused before the work
     model, pairs, metric = prepare(args)
-    options = {**_ablation(args, model), "batch_size": args.batch_size}
+    how = find_ablation(args, model)
+    options = {**how, "batch_size": args.batch_size}
     references = [] if args.true_circuit is None else [(str(args.true_circuit), Circuit.load(args.true_circuit))]
     circuit = None if args.circuit is None else Circuit.load(args.circuit)
-    scores = _scores(args, model, pairs, metric, "all" if args.bootstrap is None else "pair")
+    scores = _find_scores(args, model, pairs, metric, how, "all" if args.bootstrap is None else "pair")
     if args.bootstrap is not None and scores.per_pair is None:
-        raise ValueError(f"--bootstrap needs the scores of each pair, which {args.scores} does not hold")
+        raise ValueError(
+            f"--bootstrap needs the scores of each pair, which {args.scores} does not hold: write it by eapcore "
+            "attribute --reduce pair"
+        )
     judged = mib(model, pairs, metric, scores, selection=args.selection, **options)
     print(heading(model, pairs, metric))
     print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}")
@@ -331,11 +328,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from eapcore.evaluate import verify
 
-    _check_out(args.out)
+    check_out(args.out)
     model, pairs, metric = prepare(args)
     n = min(args.top_n, model.graph.n_edges)
-    options = {**_ablation(args, model), "batch_size": args.batch_size}
-    scores = _scores(args, model, pairs, metric)
+    how = find_ablation(args, model)
+    options = {**how, "batch_size": args.batch_size}
+    scores = _find_scores(args, model, pairs, metric, how)
     with Progress("patching", n * len(pairs)) as progress:
         options |= {"n_worst": args.show, "curves": args.curve, "progress": progress, "resume": args.resume}
         found = verify(model, pairs, metric, scores, n, **options)

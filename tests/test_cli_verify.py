@@ -14,7 +14,9 @@ from eapcore.circuit import Circuit, EdgeScores
 from eapcore.cli import main
 from eapcore.evaluate import mib, roc, stability, verify
 from eapcore.model import load
-from eapcore.patch import patch_edges, patch_nodes, path_patch, routes
+from eapcore.nodes import NodeScores
+from eapcore.patch import metric_on, patch_edges, patch_nodes, path_patch, routes
+from eapcore.rules import Rules
 from eapcore.tasks import find_pairs
 
 
@@ -60,6 +62,85 @@ def eapcore(checkpoint, tmp_path, monkeypatch, capsys):
 def score_file(scores, tmp_path):
     scores.save(tmp_path / "scores.safetensors")
     return tmp_path / "scores.safetensors"
+
+
+# attribute's methods
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        (["--gradient-at", "corrupt"], {"gradient_at": "corrupt"}),
+        (["--method", "eap-ig", "--points", "0.75:1"], {"method": "eap-ig", "points": [(0.75, 1.0)]}),
+        (
+            ["--method", "eap-ig-activations", "--points", "0.5:0.25,1:0.75"],
+            {"method": "eap-ig-activations", "points": [(0.5, 0.25), (1.0, 0.75)]},
+        ),
+        (
+            ["--method", "relp", "--rules", "norm=frozen, activation=identity"],
+            {"method": "relp", "rules": Rules("frozen", "identity")},
+        ),
+        (["--method", "relp", "--rules", "attention=frozen"], {"method": "relp", "rules": Rules(attention="frozen")}),
+        (["--ablation", "zero"], {"ablation": "zero"}),
+        (
+            ["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],
+            {"method": "relp", "ablation": "mean", "reference": find_pairs("sort", n=4, seed=0)},
+        ),
+        (["--reduce", "pair"], {"reduce": "pair"}),
+        (["--reduce", "position", "--storage", "factored"], {"reduce": "position", "storage": "factored"}),
+        (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair"}),
+        (["--level", "neuron"], {"level": "neuron"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_attribute_takes_every_first_order_option(eapcore, model, pairs, tmp_path, options, how):
+    status, printed, _ = eapcore("attribute", "--metric", "logit_diff", *options, "--top-n", 3, out="s.safetensors")
+    assert status == 0, printed
+    expected = attribute(model, pairs, "logit_diff", **how)
+    found = type(expected).load(tmp_path / "s.safetensors", content_hash=model.content_hash)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert found.meta["method"] == expected.meta["method"]
+    assert f"     1  {expected.top(1)[0][0]} " in printed
+    if isinstance(expected, NodeScores):
+        assert "edges" not in printed
+        units = [] if expected.units is None else expected.units.abs().flatten().tolist()
+        assert ("hidden units" in printed) == bool(units)
+        if units:
+            layer, unit = divmod(units.index(max(units)), model.config.d_mlp)
+            assert f"     1  m{layer}[{unit}] " in printed
+        assert {name: x.shape for name, x in found.per_pair.items()} == {
+            name: x.shape for name, x in expected.per_pair.items()
+        }
+    else:
+        for part in ("per_pair", "per_position"):
+            torch.testing.assert_close(getattr(found, part), getattr(expected, part))
+
+
+def test_attribute_prints_the_nodes_above_a_threshold(eapcore, model, pairs):
+    expected = attribute(model, pairs, "logit_diff", level="node")
+    edge = sorted(expected.scores.abs().tolist())[2]
+    options = ("--metric", "logit_diff", "--level", "node", "--threshold", edge)
+    _, printed, _ = eapcore("attribute", *options, out="s.safetensors")
+    assert sum(line.split()[0].isdigit() for line in printed.splitlines() if line) == model.graph.n_senders - 2
+
+
+def test_run_ablates_what_it_scores_and_what_its_circuit_leaves_out(checkpoint, model, pairs, tmp_path, capsys):
+    common = ["--model", str(checkpoint), "--task", "sort", "--n", "4", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["run", *common, "--metric", "logit_diff", "--ablation", "mean", "--top-n", "20"]) == 0
+    expected = attribute(model, pairs, "logit_diff", ablation="mean")
+    found = EdgeScores.load(tmp_path / "scores.safetensors")
+    torch.testing.assert_close(found.scores, expected.scores)
+    chosen = expected.top_n(20).prune()
+    ends = [Circuit(model.graph.edge_mask(), model.graph), expected.top_n(0)]
+    clean, ablated, value = metric_on(model, pairs, "logit_diff", [*ends, chosen], ablation="mean")
+    metric = Circuit.load(tmp_path / "circuit.json").meta["metric"]
+    assert (metric["mean"], metric["circuit"]) == (pytest.approx(ablated), pytest.approx(value))
+    printed = capsys.readouterr().out
+    assert f"{(value - ablated) / (clean - ablated):.3f}" in printed.split("\ncircuit,")[1].splitlines()[0]
+    assert printed.split("\nmean ")[1].split()[:2] == [f"{ablated:.4f}", "0.000"]
+
+
+# The other commands
 
 
 def test_patch_writes_the_effect_of_every_edge(eapcore, model, pairs, tmp_path):
@@ -144,7 +225,11 @@ def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
     assert status == 0 and f"share {100 * expected.overlap:.1f} % of their top 10" in printed
     assert content["stability"]["overlap"] == pytest.approx(expected.overlap)
     status, printed, _ = eapcore("evaluate", "--metric", "logit_diff", "--bootstrap", 20, "--scores", score_file)
-    assert status == 2 and "--bootstrap needs the scores of each pair" in printed
+    assert status == 2 and "--bootstrap needs the scores of each pair" in printed and "--reduce pair" in printed
+    assert eapcore("attribute", "--metric", "logit_diff", "--reduce", "pair", out="pairs.safetensors")[0] == 0
+    options = ("--bootstrap", 20, "--top-n", 10, "--scores", "pairs.safetensors")
+    status, _, again = eapcore("evaluate", "--metric", "logit_diff", *options)
+    assert status == 0 and again["stability"]["overlap"] == pytest.approx(expected.overlap)
 
 
 def test_verify_scores_patches_and_follows_an_edge(eapcore, scores, model, pairs):
@@ -156,9 +241,63 @@ def test_verify_scores_patches_and_follows_an_edge(eapcore, scores, model, pairs
     assert content["curves"][0]["edge"] == edge and len(content["curves"][0]["effects"]) == 11
 
 
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_scores_made_on_the_way_are_of_the_ablation_that_is_patched(eapcore, model, pairs, ablation):
+    reference = ["--reference-task", "sort"] if ablation == "mean" else []
+    expected = attribute(model, pairs, "logit_diff", ablation=ablation)
+    options = ("--metric", "logit_diff", "--ablation", ablation, *reference)
+    status, _, content = eapcore("verify", *options, "--top-n", 6)
+    assert status == 0 and content["edges"] == [name for name, _ in expected.top(6)]
+    assert content["estimates"] == pytest.approx([score for _, score in expected.top(6)])
+    status, _, content = eapcore("evaluate", *options)
+    curve = mib(model, pairs, "logit_diff", expected, ablation=ablation).absolute
+    assert status == 0 and content["mib"]["absolute"]["values"] == pytest.approx(curve.values)
+    assert content["mib"]["absolute"]["meta"]["scores"]["method"]["ablation"]["name"] == ablation
+
+
+def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, model, pairs):
+    method = ("--method", "eap-ig", "--points", "left", "--steps", 2)
+    expected = attribute(model, pairs, "logit_diff", method="eap-ig", points="left", steps=2)
+    status, printed, content = eapcore("verify", "--metric", "logit_diff", "--top-n", 6, *method)
+    assert status == 0 and "|score| of eap-ig" in printed
+    assert content["estimates"] == pytest.approx([score for _, score in expected.top(6)])
+    status, printed, content = eapcore("evaluate", "--metric", "logit_diff", *method)
+    assert status == 0 and "scores   eap-ig" in printed
+    assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_a_method_beside_a_score_file_is_refused(eapcore, score_file, command):
+    status, printed, _ = eapcore(command, "--scores", score_file, "--method", "eap", "--steps", 3)
+    assert status == 2 and "--scores names scores that are there, and --method, --steps how to make some" in printed
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--points", "0.5:", "must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got '0.5:'"),
+        ("--points", "nan:1", "must be a rule, or points as"),
+        ("--points", "0.5:0.5,1", "must be a rule, or points as"),
+        ("--rules", "norm=identity", "must be some of norm=frozen, activation=identity and attention=frozen"),
+        ("--rules", "norm=frozen,norm=frozen", "must be some of norm=frozen"),
+        ("--rules", "cut=a0", "must be some of norm=frozen"),
+        ("--rules", "", "must be some of norm=frozen"),
+    ],
+)
+def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, text, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["attribute", option, text])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and f"argument {option}: {message}" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["attribute", "--method", "eap-ig", "--points", "0.5:0.5"], "weights that sum to 1, got [(0.5, 0.5)]"),
+        (["attribute", "--method", "eap-ig", "--ablation", "zero"], "ablation 'zero' has no prompt to take gradients"),
+        (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
+        (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 nodes of small, got 8"),
         (["patch", "--per-position"], "--per-position goes with --nodes"),
         (["patch", "--top-n", "5"], "--scores and --top-n go together"),
         (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),
