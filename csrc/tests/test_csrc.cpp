@@ -1,6 +1,9 @@
-// The C++ ops against plain loops in double, for every instruction set of this machine: sizes 0 and 1, odd sizes, strides,
-// misaligned pointers, token rows, masks, every reduce, 1 to 8 threads, the same bits twice. Every array has exactly the
-// size it needs, so that the address sanitizer sees each step beyond it. Exits with 1 after the first failure's line.
+// The C++ ops against plain loops in double, for every instruction set of this machine: sizes 0 and 1, odd sizes, rows with
+// gaps between them, misaligned pointers, token rows, masks, every reduce, 1 to 8 threads, the same bits twice. Every array
+// has exactly the size it needs, so that the address sanitizer sees each step beyond it. Exits with 1 after the first
+// failure's line.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -52,13 +55,18 @@ class Array {
   std::int64_t skew_;
 };
 
+constexpr int kMostThreads = 8;
+
 int checks = 0;
+
+void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
 
 void expect(bool good, const std::string& what) {
   ++checks;
-  if (good) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  std::exit(1);
+  if (!good) fail(what);
 }
 
 template <class T>
@@ -72,13 +80,40 @@ void expect_close(const std::vector<Out>& scores, const std::vector<double>& exp
                   double bound, const std::string& what) {
   for (std::size_t i = 0; i < expected.size(); ++i) {
     const double error = std::abs(static_cast<double>(scores[i]) - expected[i]);
-    if (size[i] == 0) {
-      expect(scores[i] == Out{0}, what + ": not exactly 0 at " + std::to_string(i));
-    } else {
-      expect(error <= bound * size[i], what + ": error " + std::to_string(error / size[i]) + " at " + std::to_string(i));
+    ++checks;
+    if (size[i] == 0 ? scores[i] != Out{0} : !(error <= bound * size[i])) {  // the text is made where it is needed
+      fail(what + (size[i] == 0 ? ": not exactly 0" : ": error " + std::to_string(error / size[i])) + " at " + std::to_string(i));
     }
   }
 }
+
+// How [N, B, T, inner] lies in memory: gaps of `padding` elements between rows and between the N; turned: T outside of B.
+struct Grid {
+  std::int64_t n, batch, tokens, inner, stride_n, stride_b, stride_t;
+
+  Grid(std::int64_t n, std::int64_t batch, std::int64_t tokens, std::int64_t inner, std::int64_t padding, bool turned)
+      : n(n), batch(batch), tokens(tokens), inner(inner), stride_n(batch * tokens * (inner + padding) + padding),
+        stride_b((turned ? 1 : tokens) * (inner + padding)), stride_t((turned ? batch : 1) * (inner + padding)) {}
+  std::int64_t at(std::int64_t i, std::int64_t row, std::int64_t k) const {
+    return i * stride_n + row / tokens * stride_b + row % tokens * stride_t + k;
+  }
+  std::int64_t extent() const {
+    if (n * batch * tokens * inner == 0) return 0;
+    return (n - 1) * stride_n + (batch - 1) * stride_b + (tokens - 1) * stride_t + inner;
+  }
+};
+
+// How [N, depth, D] lies: rows of D with gaps of `padding` elements or, turned, rows of depth.
+struct Matrices {
+  std::int64_t n, depth, d_model, stride_k, stride_d, stride_n;
+
+  Matrices(std::int64_t n, std::int64_t depth, std::int64_t d_model, std::int64_t padding, bool turned)
+      : n(n), depth(depth), d_model(d_model), stride_k(turned ? 1 : d_model + padding),
+        stride_d(turned ? depth + padding : 1),
+        stride_n((turned ? d_model : depth) * (turned ? stride_d : stride_k) + padding) {}
+  std::int64_t at(std::int64_t i, std::int64_t k, std::int64_t d) const { return i * stride_n + k * stride_k + d * stride_d; }
+  std::int64_t extent() const { return n * depth * d_model == 0 ? 0 : at(n - 1, depth - 1, d_model - 1) + 1; }
+};
 
 struct Shape {
   std::int64_t senders, receivers, batch, tokens, d_model;
@@ -87,13 +122,11 @@ struct Shape {
 template <class T>
 void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_t skew, int padding, double edge_share = 0.4) {
   using Out = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const auto [S, R, B, Tk, D] = shape;
-  // Outer strides with gaps; the order of B and T in memory is swapped for the receivers.
-  const std::int64_t row = D + padding;
-  const std::int64_t each = std::max<std::int64_t>(B * Tk * row, 0) + padding;
-  const auto extent = [&](std::int64_t n) { return n * B * Tk * D == 0 ? 0 : (n - 1) * each + (B * Tk - 1) * row + D; };
-  const Array<T> delta(extent(S), skew), grads(extent(R), skew);
-  const Tensor4<T> left{delta.data(), each, Tk * row, row}, right{grads.data(), each, row, B * row};
+  const std::int64_t S = shape.senders, R = shape.receivers, B = shape.batch, Tk = shape.tokens, D = shape.d_model;
+  const Grid grid_s(S, B, Tk, D, padding, false), grid_r(R, B, Tk, D, padding, true);
+  const Array<T> delta(grid_s.extent(), skew), grads(grid_r.extent(), skew);
+  const Tensor4<T> left{delta.data(), grid_s.stride_n, grid_s.stride_b, grid_s.stride_t};
+  const Tensor4<T> right{grads.data(), grid_r.stride_n, grid_r.stride_b, grid_r.stride_t};
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(S * R));
   for (auto& edge : mask) edge = uniform() < 2 * edge_share - 1;
   std::vector<std::int64_t> rows;
@@ -102,30 +135,32 @@ void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_
   }
   std::shuffle(rows.begin(), rows.end(), generator);
 
+  // For each token row the scores, and the sums of their products' sizes.
+  std::vector<double> row_scores(static_cast<std::size_t>(B * Tk * S * R)), row_sizes(row_scores.size());
+  for (std::int64_t i = 0; i < B * Tk * S * R; ++i) {
+    const std::int64_t token_row = i / (S * R), s = i / R % S, r = i % R;
+    for (std::int64_t d = 0; d < D; ++d) {
+      const double product = delta.at(grid_s.at(s, token_row, d)) * grads.at(grid_r.at(r, token_row, d));
+      row_scores[static_cast<std::size_t>(i)] += product;
+      row_sizes[static_cast<std::size_t>(i)] += std::abs(product);
+    }
+  }
+
   for (const Reduce reduce : {Reduce::all, Reduce::pair, Reduce::position}) {
     for (int variant = 0; variant < 4; ++variant) {
       const std::uint8_t* edges = variant % 2 == 1 ? mask.data() : nullptr;
       const bool some_rows = variant / 2 == 1;
       const auto groups = static_cast<std::size_t>(reduce == Reduce::all ? 1 : reduce == Reduce::pair ? B : Tk);
       std::vector<double> expected(groups * mask.size()), size(expected.size());
-      for (std::int64_t b = 0; b < B; ++b) {
-        for (std::int64_t t = 0; t < Tk; ++t) {
-          if (some_rows && std::find(rows.begin(), rows.end(), b * Tk + t) == rows.end()) continue;
-          const std::int64_t group = reduce == Reduce::all ? 0 : reduce == Reduce::pair ? b : t;
-          for (std::int64_t s = 0; s < S; ++s) {
-            for (std::int64_t r = 0; r < R; ++r) {
-              if (edges != nullptr && edges[s * R + r] == 0) continue;
-              const auto at = static_cast<std::size_t>((group * S + s) * R + r);
-              for (std::int64_t d = 0; d < D; ++d) {
-                const double product = delta.at(s * each + (b * Tk + t) * row + d) * grads.at(r * each + (t * B + b) * row + d);
-                expected[at] += product;
-                size[at] += std::abs(product);
-              }
-            }
-          }
-        }
+      for (std::int64_t i = 0; i < B * Tk * S * R; ++i) {
+        const std::int64_t token_row = i / (S * R), pair = i % (S * R);
+        if (some_rows && std::find(rows.begin(), rows.end(), token_row) == rows.end()) continue;
+        if (edges != nullptr && edges[pair] == 0) continue;
+        const std::int64_t group = reduce == Reduce::all ? 0 : reduce == Reduce::pair ? token_row / Tk : token_row % Tk;
+        expected[static_cast<std::size_t>(group * S * R + pair)] += row_scores[static_cast<std::size_t>(i)];
+        size[static_cast<std::size_t>(group * S * R + pair)] += row_sizes[static_cast<std::size_t>(i)];
       }
-      for (const int threads : {1, 2, 3, 8}) {
+      for (int threads = 1; threads <= kMostThreads; ++threads) {
         const std::string what = std::string("edge_scores ") + name(isa) + " " + type + " " + std::to_string(S) + "x" +
                                  std::to_string(R) + "x" + std::to_string(B) + "x" + std::to_string(Tk) + "x" +
                                  std::to_string(D) + " variant " + std::to_string(variant) + " threads " +
@@ -152,64 +187,67 @@ Source source_of(const T* data) {
 template <class T>
 struct Layer {
   std::int64_t channels, batch, tokens, d_head, d_model;
-  bool normed, centred, turned;  // turned: the weight lies as [C, K, D]
+  bool normed, centred;
+  Grid of_g, of_act, of_x_hat;  // unlike each other where B and T are
+  Matrices of_weight;
   Array<T> g, act, weight, x_hat;
   Array<float> rstd, gamma, w_gamma, offset;
 
-  Layer(std::int64_t C, std::int64_t B, std::int64_t Tk, std::int64_t K, std::int64_t D, int kind, bool turned_, std::int64_t skew)
-      : channels(C), batch(B), tokens(Tk), d_head(K), d_model(D), normed(kind > 0), centred(kind == 2), turned(turned_),
-        g(C * B * Tk * K, skew), act(C * B * Tk * K, skew), weight(C * D * K, skew), x_hat(B * Tk * D, skew),
-        rstd(B * Tk, skew), gamma(D, skew), w_gamma(C * K, skew), offset(C * K, skew) {
+  Layer(std::int64_t C, std::int64_t B, std::int64_t Tk, std::int64_t K, std::int64_t D, int kind, bool turned, std::int64_t skew,
+        std::int64_t padding)
+      : channels(C), batch(B), tokens(Tk), d_head(K), d_model(D), normed(kind > 0), centred(kind == 2),
+        of_g(C, B, Tk, K, padding, false), of_act(C, B, Tk, K, 2 * padding, true), of_x_hat(1, B, Tk, D, padding, padding > 0),
+        of_weight(C, K, D, padding, turned), g(of_g.extent(), skew), act(of_act.extent(), skew),
+        weight(of_weight.extent(), skew), x_hat(of_x_hat.extent(), skew), rstd(B * Tk, skew), gamma(D, skew),
+        w_gamma(C * K, skew), offset(C * K, skew) {
     for (std::int64_t i = 0; i < B * Tk; ++i) rstd.data()[i] = 1.0f + std::abs(rstd.data()[i]);
   }
-  double w(std::int64_t c, std::int64_t d, std::int64_t k) const {
-    return weight.at(turned ? (c * d_head + k) * d_model + d : (c * d_model + d) * d_head + k);
-  }
   Weight weight_of(std::int64_t c) const {
-    return {source_of(weight.data()), c * d_head * d_model, turned ? d_model : 1, turned ? 1 : d_head};
+    return {source_of(weight.data()), c * of_weight.stride_n, of_weight.stride_k, of_weight.stride_d};
   }
+  TokenRows first_g() const { return {source_of(g.data()), of_g.stride_b, of_g.stride_t}; }
+  TokenRows first_act() const { return {source_of(act.data()), of_act.stride_b, of_act.stride_t}; }
   NormSource norm() const {
     if (!normed) return {};
-    return {{source_of(x_hat.data()), tokens * d_model, d_model}, rstd.data(), gamma.data(), centred};
+    return {{source_of(x_hat.data()), of_x_hat.stride_b, of_x_hat.stride_t}, rstd.data(), gamma.data(), centred};
   }
   // w_gamma and offset are free here: the closed form is checked with the values it is given.
   double made(std::int64_t c, std::int64_t row, std::int64_t d) const {
     double dn = 0, c1 = 0, c2 = 0;
     for (std::int64_t k = 0; k < d_head; ++k) {
-      const std::int64_t at = (c * batch * tokens + row) * d_head + k;
-      dn += g.at(at) * w(c, d, k);
-      c1 += g.at(at) * w_gamma.at(c * d_head + k);
-      c2 += g.at(at) * (act.at(at) - offset.at(c * d_head + k));
+      const double gradient = g.at(of_g.at(c, row, k));
+      dn += gradient * weight.at(of_weight.at(c, k, d));
+      c1 += gradient * w_gamma.at(c * d_head + k);
+      c2 += gradient * (act.at(of_act.at(c, row, k)) - offset.at(c * d_head + k));
     }
     if (!normed) return dn;
     const auto width = static_cast<double>(d_model);
-    return rstd.at(row) * (gamma.at(d) * dn - (centred ? c1 / width : 0) - c2 / width * x_hat.at(row * d_model + d));
+    return rstd.at(row) * (gamma.at(d) * dn - (centred ? c1 / width : 0) - c2 / width * x_hat.at(of_x_hat.at(0, row, d)));
   }
 };
 
 template <class T>
 void test_receiver_grads(Isa isa, const char* type, std::int64_t C, std::int64_t B, std::int64_t Tk, std::int64_t K, std::int64_t D,
-                         std::int64_t skew) {
+                         std::int64_t skew, std::int64_t padding) {
   for (int kind = 0; kind < 3; ++kind) {
-    const Layer<T> layer(C, B, Tk, K, D, kind, (K + D + kind) % 2 == 0, skew);
-    ReceiverGrads op{C, B, Tk, K, D, {source_of(layer.g.data()), Tk * K, K}, {source_of(layer.act.data()), Tk * K, K},
-                     B * Tk * K, B * Tk * K, layer.weight_of(0), D * K, layer.norm(), layer.w_gamma.data(),
-                     layer.offset.data()};
-    for (const int threads : {1, 3, 8}) {
-      std::vector<T> out(static_cast<std::size_t>(C * B * Tk * D)), again(out.size());
+    const Layer<T> layer(C, B, Tk, K, D, kind, (K + D + kind) % 2 == 0, skew, padding);
+    const ReceiverGrads op{C, B, Tk, K, D, layer.first_g(), layer.first_act(), layer.of_g.stride_n, layer.of_act.stride_n,
+                           layer.weight_of(0), layer.of_weight.stride_n, layer.norm(), layer.w_gamma.data(),
+                           layer.offset.data()};
+    std::vector<double> expected;
+    for (std::int64_t i = 0; i < C * B * Tk * D; ++i) {
+      expected.push_back(layer.made(i / (B * Tk * D), i / D % (B * Tk), i % D));
+    }
+    const std::string what = std::string("receiver_grads ") + name(isa) + " " + type + " K " + std::to_string(K) + " D " +
+                             std::to_string(D) + " kind " + std::to_string(kind) + " padding " + std::to_string(padding);
+    for (int threads = 1; threads <= kMostThreads; ++threads) {
+      std::vector<T> out(expected.size()), again(out.size());
       receiver_grads(isa, op, threads, out.data());
       receiver_grads(isa, op, threads, again.data());
-      const std::string what = std::string("receiver_grads ") + name(isa) + " " + type + " K " + std::to_string(K) + " D " +
-                               std::to_string(D) + " kind " + std::to_string(kind);
-      for (std::int64_t c = 0; c < C; ++c) {
-        for (std::int64_t row = 0; row < B * Tk; ++row) {
-          for (std::int64_t d = 0; d < D; ++d) {
-            const double expected = layer.made(c, row, d);
-            const auto got = static_cast<double>(widen(out[static_cast<std::size_t>((c * B * Tk + row) * D + d)]));
-            const double rounding = std::is_same_v<T, bf16> ? 0.0040 : 0.0;  // half a unit in the last of 8 bits
-            expect(std::abs(got - expected) <= rounding * std::abs(expected) + 1e-5 * (1 + static_cast<double>(K)), what);
-          }
-        }
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        const auto got = static_cast<double>(widen(out[i]));
+        const double rounding = std::is_same_v<T, bf16> ? 0.0040 : 0.0;  // half a unit in the last of 8 bits
+        expect(std::abs(got - expected[i]) <= rounding * std::abs(expected[i]) + 1e-5 * (1 + static_cast<double>(K)), what);
       }
       expect(out.empty() || std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) == 0, what + ": other bits");
     }
@@ -217,19 +255,19 @@ void test_receiver_grads(Isa isa, const char* type, std::int64_t C, std::int64_t
 }
 
 template <class T>
-void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, std::int64_t Tk, std::int64_t H, std::int64_t K,
-                   std::int64_t D, bool mlps, std::int64_t skew) {
-  const std::int64_t C = 2 * H + 1, rows = B * Tk;
-  const Array<T> embed(rows * D, skew), logits(rows * D, skew), sender_mlp(L * rows * D, skew), receiver_mlp(L * rows * D, skew);
-  const Array<T> dz(L * rows * H * K, skew), w_o(L * H * K * D, skew), g(L * C * rows * K, skew), act(L * C * rows * K, skew);
+void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, std::int64_t Tk, std::int64_t H, std::int64_t C,
+                   std::int64_t K, std::int64_t D, bool mlps, std::int64_t skew, std::int64_t padding) {
+  const std::int64_t rows = B * Tk;
+  const Grid stream(1, B, Tk, D, padding, false), turned(1, B, Tk, D, padding, true), of_mlp(L, B, Tk, D, padding, false);
+  const std::int64_t heads = std::max<std::int64_t>(H * (K + padding) - padding, 0);  // gaps between heads too
+  const Grid of_dz(L, B, Tk, heads, padding, padding > 0);
+  const Matrices of_w_o(L * H, K, D, padding, padding > 0);
+  const Array<T> embed(stream.extent(), skew), logits(turned.extent(), skew), sender_mlp(of_mlp.extent(), skew),
+      receiver_mlp(of_mlp.extent(), skew), dz(of_dz.extent(), skew), w_o(of_w_o.extent(), skew);
   const Array<float> w_gamma(L * C * K, skew), offset(L * C * K, skew);
   std::vector<Layer<T>> layers;
   for (std::int64_t l = 0; l < L; ++l) {
-    layers.emplace_back(C, B, Tk, K, D, static_cast<int>(l % 3), l % 2 == 1, skew);
-    for (std::int64_t i = 0; i < C * rows * K; ++i) {
-      layers.back().g.data()[i] = g.data()[l * C * rows * K + i];
-      layers.back().act.data()[i] = act.data()[l * C * rows * K + i];
-    }
+    layers.emplace_back(C, B, Tk, K, D, static_cast<int>(l % 3), l % 2 == 1, skew, padding);
     for (std::int64_t i = 0; i < C * K; ++i) {
       layers.back().w_gamma.data()[i] = w_gamma.data()[l * C * K + i];
       layers.back().offset.data()[i] = offset.data()[l * C * K + i];
@@ -237,27 +275,27 @@ void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, st
   }
   const FactoredSizes sizes{L, B, Tk, H, C, K, D, mlps};
   FactoredSenders senders;
-  senders.embed = {source_of(embed.data()), Tk * D, D};
-  senders.dz = {source_of(dz.data()), Tk * H * K, H * K};
-  senders.dz_stride_l = rows * H * K;
-  senders.dz_stride_h = K;
-  for (std::int64_t i = 0; i < L * H; ++i) senders.w_o.push_back({source_of(w_o.data()), i * K * D, D, 1});
-  FactoredReceivers receivers;
-  for (std::int64_t l = 0; l < L; ++l) {
-    receivers.g.push_back({{source_of(g.data() + l * C * rows * K), Tk * K, K}, rows * K});
-    receivers.act.push_back({{source_of(act.data() + l * C * rows * K), Tk * K, K}, rows * K});
+  senders.embed = {source_of(embed.data()), stream.stride_b, stream.stride_t};
+  senders.dz = {source_of(dz.data()), of_dz.stride_b, of_dz.stride_t};
+  senders.dz_stride_l = of_dz.stride_n;
+  senders.dz_stride_h = K + padding;
+  for (std::int64_t i = 0; i < L * H; ++i) {
+    senders.w_o.push_back({source_of(w_o.data()), i * of_w_o.stride_n, of_w_o.stride_k, of_w_o.stride_d});
   }
+  FactoredReceivers receivers;
   for (const Layer<T>& layer : layers) {
+    receivers.g.push_back({layer.first_g(), layer.of_g.stride_n});
+    receivers.act.push_back({layer.first_act(), layer.of_act.stride_n});
     for (std::int64_t c = 0; c < C; ++c) receivers.weight.push_back(layer.weight_of(c));
     receivers.norms.push_back(layer.norm());
   }
   receivers.w_gamma = w_gamma.data();
   receivers.offset = offset.data();
-  receivers.logits = {source_of(logits.data()), Tk * D, D};
+  receivers.logits = {source_of(logits.data()), turned.stride_b, turned.stride_t};
   if (mlps) {
-    senders.mlp = {source_of(sender_mlp.data()), Tk * D, D};
-    receivers.mlp = {source_of(receiver_mlp.data()), Tk * D, D};
-    senders.mlp_stride_l = receivers.mlp_stride_l = rows * D;
+    senders.mlp = {source_of(sender_mlp.data()), of_mlp.stride_b, of_mlp.stride_t};
+    receivers.mlp = {source_of(receiver_mlp.data()), of_mlp.stride_b, of_mlp.stride_t};
+    senders.mlp_stride_l = receivers.mlp_stride_l = of_mlp.stride_n;
   }
   const std::int64_t S = sizes.n_senders(), R = sizes.n_receivers();
   std::vector<double> left(static_cast<std::size_t>(S * rows * D)), right(static_cast<std::size_t>(R * rows * D));
@@ -265,22 +303,22 @@ void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, st
     for (std::int64_t d = 0; d < D; ++d) {
       const auto at = [&](std::int64_t i) { return static_cast<std::size_t>((i * rows + row) * D + d); };
       std::int64_t s = 0, r = 0;
-      left[at(s++)] = embed.at(row * D + d);
+      left[at(s++)] = embed.at(stream.at(0, row, d));
       for (std::int64_t l = 0; l < L; ++l) {
         for (std::int64_t h = 0; h < H; ++h) {
           double sum = 0;
           for (std::int64_t k = 0; k < K; ++k) {
-            sum += dz.at(((l * rows + row) * H + h) * K + k) * w_o.at(((l * H + h) * K + k) * D + d);
+            sum += dz.at(of_dz.at(l, row, h * (K + padding) + k)) * w_o.at(of_w_o.at(l * H + h, k, d));
           }
           left[at(s++)] = sum;
         }
         for (std::int64_t c = 0; c < C; ++c) right[at(r++)] = layers[static_cast<std::size_t>(l)].made(c, row, d);
         if (mlps) {
-          left[at(s++)] = sender_mlp.at((l * rows + row) * D + d);
-          right[at(r++)] = receiver_mlp.at((l * rows + row) * D + d);
+          left[at(s++)] = sender_mlp.at(of_mlp.at(l, row, d));
+          right[at(r++)] = receiver_mlp.at(of_mlp.at(l, row, d));
         }
       }
-      right[at(r)] = logits.at(row * D + d);
+      right[at(r)] = logits.at(turned.at(0, row, d));
     }
   }
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(S * R));
@@ -304,13 +342,16 @@ void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, st
           }
         }
       }
-      for (const std::int64_t chunk : {1, 7, 100}) {
-        for (const int threads : {1, 4}) {
+      for (int threads = 1; threads <= kMostThreads; ++threads) {
+        for (const std::int64_t chunk : {1, 7, 100}) {
+          if (chunk == 1 && threads % 3 != 1) continue;
           std::vector<float> scores(expected.size(), -7.0f), again(expected.size(), -8.0f);
           for (auto* target : {&scores, &again}) {
             edge_scores_factored(isa, senders, receivers, sizes, edges, reduce, chunk, threads, target->data());
           }
-          const std::string what = std::string("edge_scores_factored ") + name(isa) + " " + type + " chunk " + std::to_string(chunk);
+          const std::string what = std::string("edge_scores_factored ") + name(isa) + " " + type + " chunk " +
+                                   std::to_string(chunk) + " threads " + std::to_string(threads) + " padding " +
+                                   std::to_string(padding);
           expect_close(scores, expected, size, 1e-5, what);
           expect(scores.empty() || std::memcmp(scores.data(), again.data(), scores.size() * sizeof(float)) == 0,
                  what + ": other bits the second time");
@@ -330,6 +371,22 @@ void test_all_edge_scores(Isa isa, const char* type) {
   }
   // Enough work that several threads share it, enough receivers for several groups.
   test_edge_scores<T>(isa, type, {9, 85, 2, 2, 700}, 3, 1);
+}
+
+// Each size of the made ops in turn 0 and 1, beside small odd ones.
+template <class T>
+void test_sizes_of_zero_and_one(Isa isa, const char* type) {
+  for (std::size_t which = 0; which < 7; ++which) {
+    for (const std::int64_t size : {0, 1}) {
+      std::array<std::int64_t, 7> sizes{2, 2, 3, 2, 5, 3, 9};  // L, B, T, H, C, K, D
+      sizes[which] = size;
+      const auto [L, B, Tk, H, C, K, D] = sizes;
+      test_factored<T>(isa, type, L, B, Tk, H, C, K, D, size == 0, 1, 1);
+      test_receiver_grads<T>(isa, type, C, B, Tk, K, D, 1, 1);
+    }
+  }
+  test_factored<T>(isa, type, 1, 1, 1, 1, 1, 1, 1, false, 0, 0);
+  test_receiver_grads<T>(isa, type, 1, 1, 1, 1, 1, 0, 0);
 }
 
 // Many senders and receivers: outer products, with the senders and with the receivers turned round.
@@ -375,19 +432,18 @@ int main() {
 #if EAPCORE_X86
     if (isa == Isa::avx512bf16) test_outer_edge_scores<bf16>(isa, "bfloat16");
 #endif
+    test_sizes_of_zero_and_one<float>(isa, "float32");
+    test_sizes_of_zero_and_one<bf16>(isa, "bfloat16");
     for (const std::int64_t skew : {0, 1}) {
-      test_receiver_grads<float>(isa, "float32", 2, 2, 3, 8, 64, skew);
-      test_receiver_grads<float>(isa, "float32", 3, 1, 17, 5, 33, skew);
-      test_receiver_grads<float>(isa, "float32", 1, 1, 1, 1, 1, skew);
-      test_receiver_grads<float>(isa, "float32", 1, 1, 300, 8, 8, skew);
-      test_receiver_grads<float>(isa, "float32", 0, 1, 1, 1, 1, skew);
-      test_receiver_grads<float>(isa, "float32", 1, 0, 3, 4, 4, skew);
-      test_receiver_grads<bf16>(isa, "bfloat16", 2, 2, 3, 8, 64, skew);
-      test_receiver_grads<bf16>(isa, "bfloat16", 3, 1, 17, 5, 33, skew);
-      test_factored<float>(isa, "float32", 3, 2, 5, 2, 8, 40, true, skew);
-      test_factored<float>(isa, "float32", 1, 1, 1, 1, 1, 1, false, skew);
-      test_factored<float>(isa, "float32", 1, 3, 17, 1, 5, 33, false, skew);
-      test_factored<bf16>(isa, "bfloat16", 3, 2, 5, 2, 8, 40, true, skew);
+      const std::int64_t padding = 3 * skew;
+      test_receiver_grads<float>(isa, "float32", 2, 2, 3, 8, 64, skew, padding);
+      test_receiver_grads<float>(isa, "float32", 3, 1, 17, 5, 33, skew, padding);
+      test_receiver_grads<float>(isa, "float32", 1, 1, 300, 8, 8, skew, padding);
+      test_receiver_grads<bf16>(isa, "bfloat16", 2, 2, 3, 8, 64, skew, padding);
+      test_receiver_grads<bf16>(isa, "bfloat16", 3, 1, 17, 5, 33, skew, padding);
+      test_factored<float>(isa, "float32", 3, 2, 5, 2, 5, 8, 40, true, skew, padding);
+      test_factored<float>(isa, "float32", 1, 3, 17, 1, 3, 5, 33, false, skew, padding);
+      test_factored<bf16>(isa, "bfloat16", 3, 2, 5, 2, 5, 8, 40, true, skew, padding);
     }
     std::printf("%s: good\n", name(isa));
   }
