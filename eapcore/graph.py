@@ -75,6 +75,14 @@ class Graph:
         """The receiver that is the logits' input."""
         return self.n_receivers - 1
 
+    @property
+    def read_receivers(self) -> list[int]:
+        """The receivers whose gradient is zero but where the metric reads: the last layer's q and MLP, the logits."""
+        if self.n_layers == 0:
+            return [self.logits]
+        first, mlp = self.qkv(self.n_layers - 1).start, self.mlp_receiver(self.n_layers - 1)
+        return [*range(first, first + self.n_heads), *([mlp] if self.has_mlp else []), self.logits]
+
     def senders_before(self, receiver: int) -> int:
         """How many senders, from the first on, a receiver has edges from."""
         layer, place = divmod(receiver, self.receivers_per_layer)

@@ -54,9 +54,14 @@ class Model:
         return self.weights.w_e.device
 
     @cached_property
-    def edge_mask(self) -> Annotated[Tensor, "bool S R"]:
-        """The graph's edges on the model's device, bool [S, R]: copied there once."""
-        return self.graph.edge_mask().to(self.device)
+    def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
+        """The graph's edges on the model's device, bool [S, R]: into receivers with a gradient everywhere, and the rest.
+
+        The rest are `Graph.read_receivers`. Copied to the device once.
+        """
+        at_read, edges = torch.zeros(self.graph.n_receivers, dtype=torch.bool), self.graph.edge_mask()
+        at_read[self.graph.read_receivers] = True
+        return (edges & ~at_read).to(self.device), (edges & at_read).to(self.device)
 
     @cached_property
     def content_hash(self) -> str:

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eapcore import kernels, planner
-from eapcore.gradient import Channels, Sink, backward, spread
+from eapcore.gradient import Channels, Sink, backward
 from eapcore.methods import Pass
-from eapcore.model import LayerSaved, Model, accumulate_dtype, at_positions, embed, head_outputs
+from eapcore.model import LayerSaved, Model, accumulate_dtype, at_positions, channel_groups, embed, head_outputs
 from eapcore.products import product
 from eapcore.softmax import exact_scores
 from eapcore.tasks import PromptPairs
@@ -275,7 +276,6 @@ class FactoredStore:
         self.dz = like.new_zeros(config.n_layers, rows, tokens, config.n_heads, config.d_head)
         self.mlp = None if config.attn_only else like.new_zeros(config.n_layers, rows, tokens, config.d_model)
         self.embed = like.new_zeros(0)
-        self.mask = model.edge_mask
 
     def set_embed(self, delta: Tensor) -> None:
         self.embed = delta
@@ -308,51 +308,62 @@ class FactoredStore:
         factors = _Factors(self.model, self.read, saved[-1].kv)
         backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
         w_o = [layer.w_o for layer in self.model.weights.layers]
-        senders = kernels.FactoredSenders(self.embed, self.dz, w_o, self.mlp)
-        receivers = factors.receivers()
-        block = kernels.edge_scores_factored(senders, receivers, mask=self.mask, reduce=sums.inner, impl=sums.impl)
-        sums.add("scores", block, (), 1.0)
+        for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
+            embed, mlp, dz = self.embed, self.mlp, self.dz
+            if at_read:
+                embed = at_positions(embed, self.read)
+                dz, mlp = _at(dz, self.read), None if mlp is None else _at(mlp, self.read)
+            senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
+            reduce = sums.reduction(at_read)
+            block = kernels.edge_scores_factored(senders, receivers, mask=mask, reduce=reduce, impl=sums.impl)
+            sums.add("scores", block, (), 1.0, at_read)
+            del receivers
 
 
 class _Factors(Sink):
-    """Keeps what the receivers' gradients are made of instead of making them; kv says how large they are."""
+    """Keeps what the receivers' gradients are made of instead of making them; kv says how large they are.
+
+    What has a gradient only at the positions that are read, see `Graph.read_receivers`, is kept at these alone.
+    """
 
     def __init__(self, model: Model, read: Tensor, kv: Tensor) -> None:
         config = model.config
-        self.model, self.read, self.kv = model, read, kv
-        self.mlp = None if config.attn_only else kv.new_zeros(config.n_layers, *kv.shape[:2], config.d_model)
+        self.model, self.like = model, kv
+        self.tokens = {False: kv.shape[1], True: read.shape[1]}
+        # Of all layers but the last, and of the last at the positions read: [L, B, T, D] of which the rest stays zero.
+        self.mlp = {
+            at_read: None if config.attn_only else kv.new_zeros(config.n_layers, len(kv), tokens, config.d_model)
+            for at_read, tokens in self.tokens.items()
+        }
         self.logits = kv.new_zeros(0)
-        self.layers: dict[int, tuple[Tensor, Tensor, kernels.Norm, list[Tensor]]] = {}
+        self.layers: dict[bool, dict[int, tuple[Tensor, Tensor, kernels.Norm, list[Tensor]]]] = {False: {}, True: {}}
 
     def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
-        grad = spread(grad, self.read if at_read else None, self.kv.shape[1])
+        mlp = self.mlp[at_read]
         if receiver == self.model.graph.logits:
             self.logits = grad
-        elif self.mlp is not None:
-            self.mlp[receiver // self.model.graph.receivers_per_layer] = grad
+        elif mlp is not None:
+            mlp[receiver // self.model.graph.receivers_per_layer] = grad
 
     def channels(self, part: Channels) -> Tensor:
-        scaled, norm, groups = part.factors()
-        here = self.read if part.at_read else None
-        g, act = (spread(x, here, self.kv.shape[1]) for x in (scaled, part.act))  # [B, T, C, K]
-        if part.index in self.layers:  # its q, which are read at fewer positions, came first
-            g_q, act_q, _, groups_q = self.layers[part.index]
-            g, act, groups = torch.cat([g_q, g], 2), torch.cat([act_q, act], 2), groups_q + groups
-        elif part.channels.start:  # frozen attention: no gradient at q and k
-            missing = g.new_zeros(*g.shape[:2], part.channels.start, g.shape[3])
-            g, act = torch.cat([missing, g], 2), torch.cat([missing, act], 2)
-            groups = [g.new_zeros(part.channels.start, *groups[0].shape[1:]), *groups]
-        self.layers[part.index] = (g, act, norm, groups)
+        g, norm, groups = part.factors()
+        act, count = part.act, 3 * self.model.config.n_heads
+        missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
+        if any(channels.start < channels.stop for channels in missing):
+            g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))
+            before, behind = (channel_groups(self.model.weights.layers[part.index], channels) for channels in missing)
+            groups = [*before, *groups, *behind]
+        self.layers[part.at_read][part.index] = (g, act, norm, groups)
         return part.total()
 
-    def receivers(self) -> kernels.FactoredReceivers:
-        """All of it, the layers that no gradient went through as zeros; empties this."""
-        config, weights = self.model.config, self.model.weights
-        channels = slice(0, 3 * config.n_heads)
-        nothing = self.kv.new_zeros(1).expand(*self.kv.shape[:2], channels.stop, config.d_head)
+    def receivers(self, at_read: bool) -> kernels.FactoredReceivers:
+        """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""
+        config, weights, layers = self.model.config, self.model.weights, self.layers[at_read]
+        channels, shape = slice(0, 3 * config.n_heads), (len(self.like), self.tokens[at_read])
+        nothing = self.like.new_zeros(1).expand(*shape, channels.stop, config.d_head)
         for index, layer in enumerate(weights.layers):
-            self.layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(layer.w_qkv)))
-        ordered = [self.layers.pop(index) for index in range(config.n_layers)]
+            layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(layer.w_qkv)))
+        ordered = [layers.pop(index) for index in range(config.n_layers)]
         constants = [self.model.closed_form(index, channels) for index in range(config.n_layers)]
         return kernels.FactoredReceivers(
             g=[g.permute(2, 0, 1, 3) for g, _, _, _ in ordered],
@@ -361,8 +372,8 @@ class _Factors(Sink):
             norms=[norm for _, _, norm, _ in ordered],
             w_gamma=torch.stack([w for w, _ in constants]),
             offset=torch.stack([o for _, o in constants]),
-            logits=self.logits,
-            mlp=self.mlp,
+            logits=self.logits if at_read else self.like.new_zeros(config.d_model).expand(*shape, config.d_model),
+            mlp=self.mlp[at_read],
         )
 
 
