@@ -55,9 +55,9 @@ class Model:
 
     @cached_property
     def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
-        """The graph's edges on the model's device, bool [S, R]: into receivers with a gradient everywhere, and the rest.
+        """The graph's edges on the model's device, bool [S, R], in two: to all but `Graph.read_receivers`, to these.
 
-        The rest are `Graph.read_receivers`. Copied to the device once.
+        Copied to the device once.
         """
         at_read, edges = torch.zeros(self.graph.n_receivers, dtype=torch.bool), self.graph.edge_mask()
         at_read[self.graph.read_receivers] = True

@@ -209,7 +209,7 @@ def edge_scores_factored(
 
     Args:
         senders, receivers: the factors; the dataclasses state their shapes.
-        mask: bool [S, R]; None for all pairs.
+        mask: bool [S, R]; None for all pairs. What has no edge in it is not made ("reference" makes everything).
         reduce: as in `edge_scores`.
         chunk: token rows a chunk; None for what the implementation takes as fast.
         precision: of the contraction, as in `edge_scores`.

@@ -17,6 +17,8 @@ the workspaces go through memory either way, and n is taken so large that the we
 n = 5·w/u they add a tenth. GPT-2 XL has u = 15.7 MB and w = 0.98 GB, so n = 313; a chunk in L2 would be one token, and
 would read a gigabyte of weights for it. A sixteenth of the device's memory bounds the workspaces.
 
+Of the channels that have no edge in the mask nothing is made.
+
 Making and contracting in one kernel would make every sender again for each tile of receivers, and every receiver again
 for each tile of senders: with K = 64 and tiles of 128 × 256 that adds 64/256 + 64/128, three quarters, to the
 contraction's operations. It would save writing u, which at XL takes a quarter of the contraction's time by an H200's
@@ -104,6 +106,7 @@ def _part(
                     *shared,
                     (layer * len(matrices) + c) * inputs.shape[-1],
                     (first_row + layer * heights + c) * stride_row,
+                    first_row + layer * heights + c,
                 ]
             )
     # The offsets that wide loads and stores depend on: g, act, weight, x̂ and out.
@@ -214,9 +217,12 @@ def edge_scores_factored(
         chunk = choose_chunk(n_senders, n_receivers, d_model, weight_bytes, embed.element_size(), on)
     pieces = blocks(batch, tokens, chunk, reduce)
     most = max((p.stop - p.start) * (t.stop - t.start) for p, t in pieces)
-    sender_space = embed.new_empty(n_senders * most * d_model)
-    receiver_space = embed.new_empty(n_receivers * most * d_model)
+    # Rows without an edge are never written: a GPU does not mind what lies there, but the interpreter warns of NaN.
+    new = embed.new_zeros if common.interpreted() else embed.new_empty
+    sender_space, receiver_space = new(n_senders * most * d_model), new(n_receivers * most * d_model)
 
+    # Which senders and which receivers have an edge; the device alone knows it.
+    wanted = (None, None) if mask is None else (mask.any(1).view(torch.uint8), mask.any(0).view(torch.uint8))
     tables: dict[int, tuple[list[Part], list[Part]]] = {}  # by rows of a chunk: the last ones may be shorter
     for pairs, positions in pieces:
         rows = (pairs.stop - pairs.start) * (positions.stop - positions.start)
@@ -236,14 +242,14 @@ def edge_scores_factored(
         for part in tables[rows][0] if n_layers else []:
             work = Channels(
                 g=dz[0, :, pairs, positions], act=None, weight=part.weight, norm=NO_NORM, w_gamma=None, offset=None,
-                count=len(part.layers) * heads, table=part.table, align=part.align,
+                count=len(part.layers) * heads, table=part.table, align=part.align, wanted=wanted[0],
             )  # fmt: skip
             triton_receiver_grads.project(work, made_senders, 0)
         for part in tables[rows][1] if n_layers else []:
             work = Channels(
                 g=g[0, :, pairs, positions], act=act[0, :, pairs, positions], weight=part.weight,
                 norm=_cut(part.norm, pairs, positions), w_gamma=w_gamma, offset=offset,
-                count=len(part.layers) * channels, table=part.table, align=part.align,
+                count=len(part.layers) * channels, table=part.table, align=part.align, wanted=wanted[1],
             )  # fmt: skip
             triton_receiver_grads.project(work, made_receivers, 0)
         where = {"all": slice(None), "pair": pairs, "position": positions}[reduce]

@@ -31,8 +31,8 @@ from torch import Tensor
 from . import triton_common as common
 from .checks import Norm
 
-# Columns of `table`: element offsets of a channel's g, act, weight, x̂, rstd, γ, constants and output.
-COLUMNS = tl.constexpr(8)
+# Columns of `table`: offsets of a channel's g, act, weight, x̂, rstd, γ, constants, output; its row in `wanted`.
+COLUMNS = tl.constexpr(9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,12 @@ UNALIGNED = Config(64, 32, 32, 8, 2)
 
 @triton.jit
 def channel_grads(
-    g, act, weight, x_hat, rstd, gamma, w_gamma, offset, out, table,
+    g, act, weight, x_hat, rstd, gamma, w_gamma, offset, out, table, wanted,
     N, T, D, K, steps,
     stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at, stride_wc, stride_wd, stride_wk,
     stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, stride_on,
-    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_TABLE: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_WANTED: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, K_CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -81,6 +82,9 @@ def channel_grads(
     channel = (program // tiles_n // parts_d).to(tl.int64)
     if HAS_TABLE:
         entry = table + channel * COLUMNS
+        if HAS_WANTED:  # noqa: SIM102 (`and` might load without one)
+            if tl.load(wanted + tl.load(entry + 8)) == 0:
+                return
         g += tl.multiple_of(tl.load(entry), ALIGN)
         weight += tl.multiple_of(tl.load(entry + 2), ALIGN)
         out += tl.multiple_of(tl.load(entry + 7), ALIGN)
@@ -180,6 +184,7 @@ class Channels:
     count: int
     table: Tensor | None = None
     align: int = 1
+    wanted: Tensor | None = None
 
 
 def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Target, aligned: bool = True) -> Config:
@@ -235,11 +240,12 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
     common.launch(
         channel_grads, units * common.cdiv(d_model, tile.block_d * steps),
         g, work.act if normed else None, weight, norm.x_hat, norm.rstd, norm.gamma, work.w_gamma, work.offset,
-        out, work.table,
+        out, work.table, work.wanted,
         rows, tokens, d_model, d_head, steps,
         g.stride(0), g.stride(1), g.stride(2), stride_ac, stride_ab, stride_at, *weight.stride(),
         stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, d_model,
-        KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None, ALIGN=work.align,
+        KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,
+        HAS_WANTED=work.wanted is not None, ALIGN=work.align,
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and g.dtype != torch.float32,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k, K_CHUNKS=chunks,

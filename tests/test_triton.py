@@ -389,7 +389,7 @@ def test_only_rows_at_16_bytes_are_aligned():
     def aligned(channels, d_model, d_head, start=0, align=None):
         g, out = torch.randn(channels, 1, 3, d_head), torch.empty(channels, 3, d_model)
         weight = torch.randn(channels * d_model * d_head + start)[start:].view(channels, d_model, d_head)
-        table = None if align is None else torch.zeros(channels, 8, dtype=torch.int64)
+        table = None if align is None else torch.zeros(channels, 9, dtype=torch.int64)
         work = grads.Channels(g, None, weight, Norm("none"), None, None, channels, table, align or 1)
         return grads.aligned(work, out)
 
@@ -507,6 +507,28 @@ def test_factored_makes_all_layers_in_one_launch(launches):
     check_factored(senders, gradients, torch.ones(size).bool(), "all", 5)
     made = [meta["KIND"] for kernel, meta in launches if kernel == "channel_grads"]
     assert made == ["none", "layernorm"] * 2  # the senders and the receivers of two chunks
+
+
+def test_factored_makes_nothing_of_what_has_no_edge(monkeypatch):
+    senders, gradients, size = factors(torch.float32, kinds=("layernorm",) * 2)
+    heads, channels = senders.dz.shape[3], gradients.w_gamma.shape[1]
+    without = (
+        [1, 1 + heads + 1],
+        [0, channels + 1 + 1],
+    )  # a head and a channel of each layer, which has an MLP behind them
+    mask = torch.ones(size).bool()
+    mask[without[0]], mask[:, without[1]] = False, False
+    made, project = [], grads.project
+
+    def watch(work, out, stride, config=None):
+        project(work, out, stride, config)
+        made.append(out)
+
+    monkeypatch.setattr(grads, "project", watch)
+    check_factored(senders, gradients, mask)
+    for out, rows in zip(made, without, strict=True):
+        empty = out.flatten(1).abs().amax(1) == 0
+        assert empty.nonzero().flatten().tolist() == rows
 
 
 def test_factored_and_dense_agree():
