@@ -9,7 +9,8 @@ import pytest
 import torch
 from eapcore.kernels import cpp, reference
 
-from eapcore import kernels
+from eapcore import attribute, kernels
+from eapcore.model import forward
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_kernels
@@ -298,6 +299,20 @@ def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
     assert many - few > 0.9 * large.sender_buffer()
     with pytest.raises(RuntimeError, match=r"(?s)serve_memory failed.*must be floor, dense"):
         pipeline_work.memories([(small, "fast")])
+
+
+def test_the_floor_is_two_forwards_of_the_model_and_a_backward():
+    work = pipeline_work.Work(3, 2, 16, 50, B=3, T=7)
+    model, pairs = work.model(dtype=torch.float64), work.pairs()
+    weights = model.weights
+    x = (weights.w_e[pairs.clean] + weights.w_pos[:7]).requires_grad_()
+    logits = pipeline_work.plain_forward(model, x)
+    torch.testing.assert_close(logits, forward(model, pairs.clean)[:, -1], rtol=0, atol=1e-12)
+    # The backward of the embedding is the sum of all receivers' gradients: their scores with it are one product.
+    (grad,) = torch.autograd.grad((logits[:, pipeline_work.RIGHT] - logits[:, pipeline_work.WRONG]).sum(), x)
+    delta = weights.w_e[pairs.corrupt] - weights.w_e[pairs.clean]
+    scores = attribute(model, pairs).scores[0].sum()
+    torch.testing.assert_close((grad * delta).sum() / len(pairs), scores, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", pipeline_work.PUBLISHED)
