@@ -19,6 +19,7 @@ from eapcore.cli_options import (
     add_method,
     add_placement,
     add_task,
+    check_number,
     check_out,
     check_writable,
     count,
@@ -133,20 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_shown(args: argparse.Namespace, n: int, what: str) -> None:
-    if args.top_n is not None and args.top_n > n:
-        raise ValueError(f"--top-n must be at most {what}, got {args.top_n}")
-
-
 def _attribute(args: argparse.Namespace) -> None:
     from eapcore.circuit import EdgeScores
 
     check_out(args.out)
     model, pairs, metric = prepare(args)
-    if args.level == "edge":
-        _check_shown(args, model.graph.n_edges, f"the {model.graph.n_edges} edges of {model.name}")
-    else:
-        _check_shown(args, model.graph.n_senders, f"the {model.graph.n_senders} nodes of {model.name}")
+    check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
     how = {**find_ablation(args, model), "level": args.level, "reduce": args.reduce}
     start = time.perf_counter()
     scores = score(args, model, pairs, metric, how)
@@ -173,7 +166,7 @@ def _run(args: argparse.Namespace) -> None:
 
     check_writable(args.out)
     model, pairs, name = prepare(args)
-    _check_shown(args, model.graph.n_edges, f"the {model.graph.n_edges} edges of {model.name}")
+    check_number("--top-n", args.top_n, model)
     how = find_ablation(args, model)
     start = time.perf_counter()
     scores = score(args, model, pairs, name, how)

@@ -22,7 +22,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every option with its default, except where the help text states it or it is off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        off = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if off or "(default: " in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -65,7 +66,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
 
 
-_METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +130,10 @@ def integer(text: str) -> int:
 
 def positive(text: str) -> int:
     return at_least(text, 1, "an integer of at least 1")
+
+
+def at_least_two(text: str) -> int:
+    return at_least(text, 2, "an integer of at least 2")
 
 
 def count(text: str) -> int:
@@ -254,8 +259,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the method's options that were given, as keywords of `attribute`."""
     from eapcore.rules import Rules
 
-    given = {name: value for name in _METHOD if (value := getattr(args, name)) is not None}
-    return {**given, "rules": Rules(**given["rules"])} if "rules" in given else given
+    found = {name: value for name in METHOD if (value := getattr(args, name)) is not None}
+    return {**found, "rules": Rules(**found["rules"])} if "rules" in found else found
 
 
 def score(
@@ -282,6 +287,19 @@ class Progress:
 
     def __exit__(self, *args: object) -> None:
         self.bar.close()
+
+
+def given(args: argparse.Namespace, *names: str) -> str:
+    """Those of some options without a default that were given, as they are written: "--top-n, --resume"."""
+    found = [name for name in names if getattr(args, name)]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+
+
+def check_number(option: str, number: int | None, model: Model, what: str = "edges") -> None:
+    """Refuse more edges, or senders, than the model has."""
+    most = model.graph.n_edges if what == "edges" else model.graph.n_senders
+    if number is not None and number > most:
+        raise ValueError(f"{option} must be at most the {most} {what} of {model.name}, got {number}")
 
 
 def check_out(path: Path) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eapcore.cli_options import (
+    METHOD,
     Progress,
     add_ablation,
     add_method,
     add_task,
+    at_least_two,
+    check_number,
     check_out,
     count,
     find_ablation,
+    given,
     heading,
-    method_options,
     number,
     positive,
     prepare,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from eapcore.tasks import PromptPairs
 
 _RULE = "trapezoid, lower (steps), upper (steps) or pareto"
+_TOP = "(default: 50, or all edges of a smaller graph)"
 
 
 class _Command(Protocol):
@@ -69,7 +73,12 @@ def add_commands(command: _Command) -> None:
     patch.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep what is done in this file, and go on from it (default: off)"
     )
-    _add_out(patch, "effects.safetensors", "the file to write, with --nodes a .json (effects.json)")
+    patch.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: effects.safetensors, with --nodes effects.json)",
+    )
 
     acdc.set_defaults(metric="kl")
     acdc.add_argument(
@@ -79,35 +88,49 @@ def add_commands(command: _Command) -> None:
     _add_out(acdc, "circuit.json", "the circuit file to write")
 
     path.add_argument(
-        "--path", action="append", metavar="PATH", help="e.g. 'a0.h1->a1.h0<q>->logits'; may be given again"
+        "--path",
+        action="append",
+        metavar="PATH",
+        help="e.g. 'a0.h1->a1.h0<q>->logits'; may be given again (default: by --senders and --receivers)",
     )
-    path.add_argument("--senders", type=_names, metavar="A,B", help="instead: from these senders …")
-    path.add_argument("--receivers", type=_names, metavar="A,B", help="… to these receivers, and on from there")
-    path.add_argument("--through", type=_names, default=[], metavar="A,B", help="components that may lie in between")
+    path.add_argument("--senders", type=_names, metavar="A,B", help="instead: from these senders … (default: none)")
+    path.add_argument(
+        "--receivers", type=_names, metavar="A,B", help="… to these receivers, and on from there (default: none)"
+    )
+    path.add_argument(
+        "--through", type=_names, metavar="A,B", help="components that may lie in between (default: none)"
+    )
     _add_out(path, "path.json", "the file to write")
 
-    evaluate.add_argument("--circuit", type=Path, metavar="FILE", help="also judge this circuit's completeness")
+    evaluate.add_argument(
+        "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
+    )
     evaluate.add_argument(
         "--true-circuit", type=Path, metavar="FILE", help="also the ROC against this circuit's edges (default: none)"
     )
     evaluate.add_argument(
-        "--true-top", type=positive, metavar="N", help="also the ROC against exact patching's top N edges"
+        "--true-top",
+        type=positive,
+        metavar="N",
+        help="also the ROC against exact patching's top N edges (default: off)",
     )
-    evaluate.add_argument("--rule", default="trapezoid", metavar="RULE", help=f"of the ROC's area: {_RULE}")
+    evaluate.add_argument("--rule", metavar="RULE", help=f"of the ROC's area: {_RULE} (default: trapezoid)")
     evaluate.add_argument("--selection", default="top_n", metavar="HOW", help="top_n, or greedy from the logits back")
     evaluate.add_argument(
-        "--bootstrap", type=positive, metavar="N", help="also draw the prompts again N times, for the scores' stability"
+        "--bootstrap",
+        type=at_least_two,
+        metavar="N",
+        help="also draw the prompts again N times, for the scores' stability (default: off)",
     )
-    evaluate.add_argument("--top-n", type=positive, default=50, metavar="N", help="with --bootstrap: what is the top")
+    evaluate.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {_TOP}")
     _add_out(evaluate, "evaluation.json", "the file to write")
 
-    verify.add_argument("--top-n", type=positive, default=50, metavar="N", help="how many edges to patch")
+    verify.add_argument("--top-n", type=positive, metavar="N", help=f"how many edges to patch {_TOP}")
     verify.add_argument(
         "--curve",
         action="append",
-        default=[],
         metavar="EDGE",
-        help="also the metric on the way from clean to corrupt at this edge; may be given again",
+        help="also the metric on the way from clean to corrupt at this edge; may be given again (default: none)",
     )
     verify.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
     verify.add_argument("--resume", type=Path, metavar="FILE", help="as for patch (default: off)")
@@ -121,8 +144,10 @@ def _add_out(parser: argparse.ArgumentParser, default: str, text: str) -> None:
 def _add_selection(parser: argparse.ArgumentParser, what: str) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
-    group.add_argument("--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file")
-    parser.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges")
+    group.add_argument(
+        "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
+    )
+    parser.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
 
 
 def _names(text: str) -> list[str]:
@@ -131,13 +156,36 @@ def _names(text: str) -> list[str]:
 
 def _selection(args: argparse.Namespace, model: Model) -> Circuit | None:
     """The circuit that --circuit, or --scores and --top-n name; None is all edges."""
-    from eapcore.circuit import Circuit
-
     if (args.scores is None) != (args.top_n is None):
         raise ValueError("--scores and --top-n go together: which edges of which file")
+    check_number("--top-n", args.top_n, model)
     if args.circuit is not None:
-        return Circuit.load(args.circuit)
+        return _load_circuit(args, "circuit", model)
     return None if args.scores is None else _load_scores(args.scores, model).top_n(args.top_n)
+
+
+def _load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
+    """The circuit whose file an option names, if it is one of the model's graph, and not empty."""
+    from eapcore.circuit import Circuit
+
+    path = getattr(args, option)
+    if path is None:
+        return None
+    circuit = Circuit.load(path)
+    if circuit.graph != model.graph:
+        raise ValueError(
+            f"--{option.replace('_', '-')} must be a circuit of {model.name}, {model.graph}, but {path} is one of "
+            f"{circuit.graph}"
+        )
+    if not circuit.n_edges:
+        raise ValueError(f"--{option.replace('_', '-')} must have edges, but the circuit in {path} has none")
+    return circuit
+
+
+def _top(args: argparse.Namespace, model: Model) -> int:
+    """--top-n where it has a default."""
+    check_number("--top-n", args.top_n, model)
+    return args.top_n or min(50, model.graph.n_edges)
 
 
 def _load_scores(path: Path, model: Model) -> EdgeScores:
@@ -156,8 +204,7 @@ def _find_scores(
         found = score(args, model, pairs, metric, {**how, "reduce": reduce})
         assert isinstance(found, EdgeScores)
         return found
-    if given := method_options(args):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if options := given(args, *METHOD):
         raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
     return _load_scores(args.scores, model)
 
@@ -185,10 +232,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -
 def _patch(args: argparse.Namespace) -> None:
     from eapcore.patch import patch_edges, patch_nodes
 
-    if args.nodes and args.out == Path("effects.safetensors"):
-        args.out = Path("effects.json")
     if args.per_position and not args.nodes:
         raise ValueError("--per-position goes with --nodes")
+    if args.nodes and (left := given(args, "circuit", "scores", "top_n", "resume")):
+        raise ValueError(f"--nodes patches every sender in one go: leave out {left}, for edges alone")
+    if args.out is None:
+        args.out = Path("effects.json" if args.nodes else "effects.safetensors")
     check_out(args.out)
     model, pairs, metric = prepare(args)
     options = {**find_ablation(args, model), "batch_size": args.batch_size}
@@ -247,13 +296,15 @@ def _path(args: argparse.Namespace) -> None:
     check_out(args.out)
     if (args.path is None) == (args.senders is None) or (args.senders is None) != (args.receivers is None):
         raise ValueError("give --path, or --senders and --receivers")
+    if args.path is not None and args.through is not None:
+        raise ValueError("a --path names all that it passes: --through goes with --senders and --receivers")
     model, pairs, metric = prepare(args)
     options = {**find_ablation(args, model), "batch_size": args.batch_size}
     if args.path is not None:
         senders = list(dict.fromkeys(path.split("->")[0] for path in args.path))
         result = path_patch(model, pairs, metric, senders, args.path, **options)
     else:
-        edges = routes(model.graph, args.senders, args.receivers, through=args.through)
+        edges = routes(model.graph, args.senders, args.receivers, through=args.through or ())
         result = path_patch(model, pairs, metric, args.senders, edges, **options)
     print(heading(model, pairs, metric))
     print(f"patched  {', '.join(result.senders)} along {result.edges.n_edges} edges: effect {result.effect:.6g}")
@@ -262,23 +313,35 @@ def _path(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from eapcore.circuit import Circuit
-    from eapcore.evaluate import Evaluation, area, completeness, mib, minimality, roc, stability
+    from eapcore.evaluate import RULES, SELECTIONS, Evaluation, completeness, mib, minimality, roc, stability
+    from eapcore.kernels.checks import one_of
     from eapcore.patch import patch_edges
 
     check_out(args.out)
-    area([0, 1], [0, 1], args.rule)  # an unknown rule is refused before the work
+    if args.top_n is not None and args.bootstrap is None:
+        raise ValueError("--top-n goes with --bootstrap: how many edges are the top")
+    if args.rule is not None and args.true_circuit is None and args.true_top is None:
+        raise ValueError("--rule goes with --true-circuit or --true-top: how the area under the ROC is taken")
+    rule = args.rule or "trapezoid"
+    one_of("rule", rule, RULES)
+    one_of("selection", args.selection, SELECTIONS)
     model, pairs, metric = prepare(args)
+    top, n_edges = _top(args, model), model.graph.n_edges
+    check_number("--true-top", args.true_top, model)
+    circuit, truth = (_load_circuit(args, option, model) for option in ("circuit", "true_circuit"))
+    if n_edges in (args.true_top, 0 if truth is None else truth.n_edges):
+        raise ValueError(f"a ROC needs true and false edges, but all {n_edges} edges of {model.name} would be true")
+    if args.bootstrap is not None and args.scores is None and len(pairs) < 2:
+        raise ValueError("--bootstrap needs at least 2 prompt pairs to draw from, got 1")
     how = find_ablation(args, model)
     options = {**how, "batch_size": args.batch_size}
-    references = [] if args.true_circuit is None else [(str(args.true_circuit), Circuit.load(args.true_circuit))]
-    circuit = None if args.circuit is None else Circuit.load(args.circuit)
     scores = _find_scores(args, model, pairs, metric, how, "all" if args.bootstrap is None else "pair")
-    if args.bootstrap is not None and scores.per_pair is None:
+    if args.bootstrap is not None and (scores.per_pair is None or len(scores.per_pair) < 2):
         raise ValueError(
-            f"--bootstrap needs the scores of each pair, which {args.scores} does not hold: write it by eapcore "
-            "attribute --reduce pair"
+            f"--bootstrap needs the scores of each pair, at least 2, which {args.scores} does not hold: write it by "
+            "eapcore attribute --reduce pair"
         )
+    references = [] if truth is None else [(str(args.true_circuit), truth)]
     judged = mib(model, pairs, metric, scores, selection=args.selection, **options)
     print(heading(model, pairs, metric))
     print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}")
@@ -295,10 +358,10 @@ def _evaluate(args: argparse.Namespace) -> None:
             exact = patch_edges(model, pairs, metric, progress=progress, **options)
         references.append((f"exact patching's top {args.true_top}", exact.top_n(args.true_top)))
     for name, reference in references:
-        rocs.append(roc(scores, reference, rule=args.rule))
+        rocs.append(roc(scores, reference, rule=rule))
         found = rocs[-1].edge_set
         print(
-            f"AUC {rocs[-1].auc:.4f} ({args.rule}) against {name}: {found['n_true']} true of {found['n_edges']} edges "
+            f"AUC {rocs[-1].auc:.4f} ({rule}) against {name}: {found['n_true']} true of {found['n_edges']} edges "
             f"({found['name']})"
         )
     if circuit is not None:
@@ -313,14 +376,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     stable: Stability | None = None
     if scores.per_pair is not None and args.bootstrap is not None:
-        n = min(args.top_n, model.graph.n_edges)
-        stable = stability(scores.per_pair, model.graph, top_n=n, n_resamples=args.bootstrap, seed=args.seed)
-        chosen = scores.top_n(n).mask
+        stable = stability(scores.per_pair, model.graph, top_n=top, n_resamples=args.bootstrap, seed=args.seed)
+        chosen = scores.top_n(top).mask
         sure = (stable.low[chosen] > 0) | (stable.high[chosen] < 0)
         print(
-            f"stable   two resamples share {100 * stable.overlap:.1f} % of their top {n} edges; the top {n} keep their "
-            f"sign in {100 * float(stable.sign_consistency[chosen].mean()):.1f} % of {args.bootstrap} resamples, and "
-            f"{int(sure.sum())} of them have a 95 % confidence interval without 0"
+            f"stable   two resamples share {100 * stable.overlap:.1f} % of their top {top} edges; the top {top} keep "
+            f"their sign in {100 * float(stable.sign_consistency[chosen].mean()):.1f} % of {args.bootstrap} resamples, "
+            f"and {int(sure.sum())} of them have a 95 % confidence interval without 0"
         )
     _write(Evaluation(judged, rocs, complete, minimal, stable), args.out)
 
@@ -330,12 +392,14 @@ def _verify(args: argparse.Namespace) -> None:
 
     check_out(args.out)
     model, pairs, metric = prepare(args)
-    n = min(args.top_n, model.graph.n_edges)
+    n, curves = _top(args, model), args.curve or []
+    for edge in curves:
+        model.graph.edge(edge)  # an unknown name is refused before the work
     how = find_ablation(args, model)
     options = {**how, "batch_size": args.batch_size}
     scores = _find_scores(args, model, pairs, metric, how)
     with Progress("patching", n * len(pairs)) as progress:
-        options |= {"n_worst": args.show, "curves": args.curve, "progress": progress, "resume": args.resume}
+        options |= {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
         found = verify(model, pairs, metric, scores, n, **options)
     agreement = found.agreement
     print(heading(model, pairs, metric))

@@ -240,7 +240,14 @@ def subparsers(parser):
     return action.choices
 
 
-@pytest.mark.parametrize("command", ["run", "attribute", "info"])
+COMMANDS = ["run", "attribute", "info", "patch", "acdc", "path", "evaluate", "verify"]
+
+
+def test_every_command_s_help_is_looked_at():
+    assert set(subparsers(_parser())) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit) as status:
         main([command, "--help"])
@@ -252,11 +259,12 @@ def test_help_explains_every_option_with_its_default(command, capsys):
         for name in action.option_strings:
             assert name in text
         assert action.help and len(action.help.split()) >= 2, f"{action.dest} has no help text"
-        if action.default not in (None, False, argparse.SUPPRESS):
-            shown = " ".join(parser._get_formatter()._expand_help(action).split())
-            assert f"(default: {action.default})" in shown and shown in text
-        elif action.default is None:
-            assert "(default: " in action.help, f"{action.dest} does not say what is done without it"
+        shown = " ".join(parser._get_formatter()._expand_help(action).split())
+        stated = 0 if action.required or action.default is False or action.default == argparse.SUPPRESS else 1
+        assert shown.count("(default: ") == stated, f"{action.dest} must state once what is done without it"
+        assert shown in text and "(default: [])" not in shown
+        if stated and action.default is not None:
+            assert f"(default: {action.default})" in shown
 
 
 def test_help_lists_the_commands(capsys):
@@ -264,7 +272,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert status.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {command}" in text for command in ("run", "attribute", "info"))
+    assert all(f"    {command}" in text for command in COMMANDS)
 
 
 def test_the_options_of_the_main_job_are_all_there():

@@ -13,6 +13,7 @@ from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.cli import main
 from eapcore.evaluate import mib, roc, stability, verify
+from eapcore.graph import Graph
 from eapcore.model import load
 from eapcore.nodes import NodeScores
 from eapcore.patch import metric_on, patch_edges, patch_nodes, path_patch, routes
@@ -266,6 +267,53 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--true-top", "100000"], "--true-top must be at most the 46 edges of small, got 100000"),
+        (["evaluate", "--true-top", "46"], "a ROC needs true and false edges, but all 46 edges of small would be true"),
+        (["evaluate", "--true-circuit", "full.json"], "a ROC needs true and false edges, but all 46 edges"),
+        (["evaluate", "--true-circuit", "other.json"], "--true-circuit must be a circuit of small, Graph(n_layers=2"),
+        (["evaluate", "--true-circuit", "empty.json"], "--true-circuit must have edges, but the circuit in empty.json"),
+        (["evaluate", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
+        (["evaluate", "--circuit", "empty.json"], "--circuit must have edges, but the circuit in empty.json has none"),
+        (["evaluate", "--selection", "best"], "selection must be one of top_n, greedy, got 'best'"),
+        (["evaluate", "--rule", "simpson", "--true-top", "5"], "rule must be one of trapezoid"),
+        (["evaluate", "--bootstrap", "5", "--n", "1"], "--bootstrap needs at least 2 prompt pairs to draw from, got 1"),
+        (["evaluate", "--bootstrap", "5", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
+        (["verify", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
+        (["verify", "--curve", "m1->m0"], "'m1->m0' is no edge"),
+        (["patch", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
+        (["patch", "--scores", "scores.safetensors", "--top-n", "47"], "--top-n must be at most the 46 edges of small"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkeypatch, arguments, message):
+    other = Graph(3, 2, True)
+    empty = torch.zeros_like(model.graph.edge_mask())
+    for name, circuit in {
+        "full": Circuit(model.graph.edge_mask(), model.graph),
+        "empty": Circuit(empty, model.graph),
+        "other": Circuit(other.edge_mask(), other),
+    }.items():
+        circuit.save(f"{name}.json")
+    for work in ("eapcore.attribution.attribute", "eapcore.evaluate.mib", "eapcore.patch.patch_edges"):
+        monkeypatch.setattr(work, lambda *args, **options: pytest.fail("the work began"))
+    status, printed, _ = eapcore(*arguments)
+    assert status == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_a_bootstrap_of_one_resample_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--bootstrap", "1"])
+    assert "argument --bootstrap: must be an integer of at least 2, got '1'" in capsys.readouterr().err
+
+
+def test_nodes_are_written_where_they_are_told(eapcore, tmp_path):
+    assert eapcore("patch", "--nodes", out="effects.safetensors")[0] == 0
+    assert json.loads((tmp_path / "effects.safetensors").read_text())["nodes"]
+
+
 @pytest.mark.parametrize("command", ["verify", "evaluate"])
 def test_a_method_beside_a_score_file_is_refused(eapcore, score_file, command):
     status, printed, _ = eapcore(command, "--scores", score_file, "--method", "eap", "--steps", 3)
@@ -297,16 +345,20 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
         (["attribute", "--method", "eap-ig", "--points", "0.5:0.5"], "weights that sum to 1, got [(0.5, 0.5)]"),
         (["attribute", "--method", "eap-ig", "--ablation", "zero"], "ablation 'zero' has no prompt to take gradients"),
         (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
-        (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 nodes of small, got 8"),
+        (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 senders of small, got 8"),
         (["patch", "--per-position"], "--per-position goes with --nodes"),
         (["patch", "--top-n", "5"], "--scores and --top-n go together"),
+        (["patch", "--nodes", "--resume", "f"], "--nodes patches every sender in one go: leave out --resume"),
+        (["patch", "--nodes", "--scores", "f", "--top-n", "5"], "leave out --scores, --top-n, for edges alone"),
+        (["patch", "--nodes", "--circuit", "c.json"], "leave out --circuit"),
         (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),
         (["patch", "--circuit", "nowhere.json"], "nowhere.json"),
         (["acdc", "--threshold", "-1"], "threshold must be positive, got -1"),
         (["path"], "give --path, or --senders and --receivers"),
+        (["path", "--path", "a0.h1->logits", "--through", "m0"], "--through goes with --senders and --receivers"),
+        (["evaluate", "--top-n", "5"], "--top-n goes with --bootstrap"),
+        (["evaluate", "--rule", "lower"], "--rule goes with --true-circuit or --true-top"),
         (["path", "--path", "a0.h1"], "a path is written sender->receiver"),
-        (["evaluate", "--rule", "simpson", "--true-top", "5"], "rule must be one of trapezoid"),
-        (["verify", "--curve", "m1->m0"], "'m1->m0' is no edge"),
         (["verify", "--scores", "nowhere.safetensors"], "a score file was expected at nowhere.safetensors"),
     ],
 )
