@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -19,6 +18,7 @@ from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model, check_tokens
+from eapcore.partial import Partial
 from eapcore.runs import (
     Batch,
     Changes,
@@ -161,56 +161,54 @@ def patch_edges(
         batch_size: pairs at a time; the effects do not depend on it.
         progress: called with (effects measured, effects in all), one for each edge and pair.
         resume: a file for what is done so far, written every 10 seconds and on an interruption; where it exists, the
-            work goes on from there.
+            work goes on from there, on this device or another. A callable metric is known by its name and by its
+            values on the clean and corrupt runs, which are measured again.
 
     Returns:
         EdgeScores with the sign of `attribute`: negative means that the behaviour needs the edge. Edges that were not
         asked for are 0; `meta["method"]["edges"]` names those that were, or is "all".
 
     Raises:
-        ValueError: prompts, metric or edges that do not fit; a resume file of another model, task, metric or set of
-            edges; NaN or infinite activations.
+        ValueError: prompts, metric or edges that do not fit; a resume file of another model, task, metric, ablation or
+            set of edges; NaN or infinite activations.
 
     Source: Syed, Rager, Conmy 2023, eq. 1.
     """
     question = Question.of(model, task, metric, ablation, reference)
     graph, pairs = model.graph, question.pairs
     mask = _edge_set(graph, edges)
-    partial = _Partial.open(resume, _identity(question, mask), graph, len(pairs))
-    size = partial.batch_size or question.batch_size(batch_size)
-    partial.batch_size = size
-    total, seen, position, saved = int(mask.sum()) * len(pairs), 0, 0, time.monotonic()
+    size, n_edges = question.batch_size(batch_size), int(mask.sum())
+    partial = Partial(resume, question, mask, size)
+    done = partial.done
+    left = done.pairs.logical_not()
+    left[list(done.batch)] = False
+    groups = question.groups(size, 1 + n_edges // model.config.n_layers, left)
+    seen, total = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum()), n_edges * len(pairs)
+    saved = time.monotonic()
     try:
-        for batch in question.batches(size, copies=1 + int(mask.sum()) // model.config.n_layers):
-            rows = len(batch.pairs)
-            chunks = list(_chunks(model, batch, mask))
-            if position + len(chunks) <= partial.done:
-                position += len(chunks)
-                seen += rows * int(mask.sum())
-                continue
+        for group in [done.batch, *groups] if done.batch else groups:
+            batch = question.batch(group)
             ends = question.ends(batch)
-            partial.values[:, batch.index] = ends.cpu()
+            partial.done = partial.done.begin(group, ends)
             delta = batch.other.senders - batch.clean.senders
-            for chunk in chunks:
-                position, seen = position + 1, seen + rows * len(chunk)
-                if position <= partial.done:
-                    continue
+            for chunk in _chunks(model, batch, mask & ~partial.done.edges):
                 change = question.values(_patched(model, batch, chunk, delta), batch) - ends[0]
                 senders, receivers = (list(side) for side in zip(*chunk, strict=True))
-                partial.sums[senders, receivers] += change.sum(1).cpu()
-                partial.done = position
+                partial.done.found.append((senders, receivers, change.sum(1).cpu()))
+                seen += len(group) * len(chunk)
                 if progress is not None:
                     progress(seen, total)
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     partial.save()
                     saved = time.monotonic()
+            partial.done = partial.done.end()
     finally:
         partial.save()
-    effects = partial.sums / len(pairs)
+    effects = partial.done.sums / len(pairs)
     if not bool(effects.isfinite().all()):
         raise ValueError(f"a patched run has NaN or infinite values in {model.dtype}: use a wider dtype")
     names = "all" if edges is None else Circuit(mask, graph).edges
-    clean, corrupt = partial.values.mean(1).tolist()
+    clean, corrupt = partial.done.values.mean(1).tolist()
     meta = {
         **question.describe(),
         "metric": {"name": question.metric_name, "clean": clean, "corrupt": corrupt},
@@ -271,77 +269,6 @@ def _read_more(model: Model, batch: Batch, changes: list[tuple[int, Tensor]]) ->
     if index > last:
         return finish(model, batch, index, reads[0])
     return finish(model, batch, index + 1, through_mlp(model, index, torch.cat(reads), torch.cat(passes)))
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]
-
-
-def _identity(question: Question, mask: Tensor) -> dict[str, Any]:
-    """What a partial result must agree in before it is gone on with."""
-    pairs = question.pairs
-    return {
-        "model": question.model.content_hash,
-        "dtype": str(question.model.dtype),
-        "task": _digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
-        "metric": question.metric_name,
-        "edges": _digest(mask),
-        "layout of chunks": 2,
-        "ablation": [question.ablation, "" if question.other is None else _digest(question.other)],
-    }
-
-
-@dataclass
-class _Partial:
-    """A patching run's sums so far; done counts chunks, whose order is fixed by the batch size."""
-
-    path: Path | None
-    identity: dict[str, Any]
-    sums: Tensor
-    values: Tensor
-    done: int = 0
-    batch_size: int | None = None
-
-    @staticmethod
-    def open(path: str | Path | None, identity: dict[str, Any], graph: Graph, n_pairs: int) -> _Partial:
-        sums = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-        partial = _Partial(None, identity, sums, torch.zeros(2, n_pairs, dtype=torch.float64))
-        if path is None:
-            return partial
-        from safetensors import SafetensorError, safe_open
-
-        partial.path = Path(path)
-        if not partial.path.exists():
-            partial.save()  # a folder that cannot be written to is refused before the work
-            return partial
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["eapcore-partial"])
-                found = dict(header["identity"])
-                partial.sums, partial.values = file.get_tensor("sums"), file.get_tensor("values")
-                partial.done, partial.batch_size = header["done"], header["batch_size"]
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} must be a partial result of patching, but it cannot be read: {error}") from error
-        changed = [name for name, value in identity.items() if found.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{path} belongs to another {' and another '.join(changed)}: delete it, or choose another resume file"
-            )
-        return partial
-
-    def save(self) -> None:
-        if self.path is None:
-            return
-        from safetensors.torch import save_file
-
-        header = {"identity": self.identity, "done": self.done, "batch_size": self.batch_size}
-        with replacing(self.path) as temporary:
-            tensors = {"sums": self.sums, "values": self.values}
-            save_file(tensors, temporary, metadata={"eapcore-partial": json.dumps(header)})
 
 
 def write_json(path: str | Path, kind: str, result: Any) -> None:

@@ -49,7 +49,7 @@ class Question:
     """A model, prompt pairs, a metric and an ablation that have been checked to fit each other.
 
     other: what senders send when they are ablated, [S, 1, D] or for each position [S, T, D]; None is what they send on
-    the corrupt prompts. ablation: what a file says of it.
+    the corrupt prompts. ablation: what a file says of it. reference: the prompts of a mean, None for any other.
     """
 
     model: Model
@@ -58,6 +58,7 @@ class Question:
     metric: Metric
     other: Tensor | None
     ablation: dict[str, Any]
+    reference: PromptPairs | None = None
 
     @staticmethod
     def of(
@@ -73,7 +74,9 @@ class Question:
         check_tokens(model, pairs.corrupt, "corrupt prompts")
         pairs.check_vocabulary(model.config.d_vocab, model.name)
         other, described = ablated_senders(model, pairs, ablation, reference)
-        return Question(model, pairs, *find_metric(metric, pairs.answers, pairs.wrong), other, described)
+        if ablation.startswith("mean") and reference is None:
+            reference = pairs
+        return Question(model, pairs, *find_metric(metric, pairs.answers, pairs.wrong), other, described, reference)
 
     def batch_size(self, size: int | str) -> int:
         """Pairs a batch, for "auto" as many as are useful and fit; ValueError for what is neither."""
@@ -87,18 +90,28 @@ class Question:
             raise ValueError(f"batch_size must be 'auto' or a positive integer, got {size!r}")
         return size
 
-    def batches(self, size: int, copies: int = 1) -> Iterator[Batch]:
-        """All pairs, those that share a long prefix together.
+    def batches(self, size: int, copies: int = 1, pairs: Tensor | None = None) -> Iterator[Batch]:
+        """Those pairs, bool [N], or all of them, `groups` at a time."""
+        yield from map(self.batch, self.groups(size, copies, pairs))
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """These pairs as one batch."""
+        return make_batch(self.model, self.pairs, torch.tensor(index), self.other, self.metric)
+
+    def groups(self, size: int, copies: int = 1, pairs: Tensor | None = None) -> list[list[int]]:
+        """Which pairs go together, of those, bool [N], or of all: pairs that share a long prefix.
 
         copies: about how many of a batch go through a layer. Where they alone make large matrix products, a batch ends
         before a pair whose tokens would make it run many positions for nothing.
         """
-        first, stop = self.pairs.first_difference().tolist(), (self.pairs.positions + 1).tolist()
+        first, stop = self.pairs.first_difference(), self.pairs.positions + 1
         if self.other is not None:  # which differs from the clean run everywhere
-            first = [0] * len(first)
+            first = torch.zeros_like(first)
+        index = torch.arange(len(self.pairs)) if pairs is None else pairs.nonzero().squeeze(1)
         enough = _WORK.get(self.model.device.type, 1 << 31) // (copies * self.model.config.d_model**2)
-        for index in _groups(first, stop, size, enough):
-            yield make_batch(self.model, self.pairs, torch.tensor(index), self.other, self.metric)
+        numbers = index.tolist()
+        groups = _groups(first[index].tolist(), stop[index].tolist(), size, enough)
+        return [[numbers[i] for i in group] for group in groups]
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         """The metric on each copy of a batch, float64 [C, B], from its logits [C, B, V] or [C, B, n]."""

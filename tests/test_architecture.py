@@ -41,7 +41,7 @@ FLOORS = [
         "eapcore.passes",
         "eapcore.attribution",
     ),
-    ("eapcore.runs", "eapcore.patch"),
+    ("eapcore.runs", "eapcore.partial", "eapcore.patch"),
     ("eapcore.acdc", "eapcore.evaluate", "eapcore.truth", "eapcore.toy"),
     ("eapcore.report", "eapcore.interop"),
     ("eapcore", "eapcore.cli", "eapcore.cli_options", "eapcore.cli_verify", "eapcore.__main__"),

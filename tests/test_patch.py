@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import oracle
 import pytest
@@ -231,13 +232,17 @@ class Stop(Exception):
     pass
 
 
-def interrupted(model, pairs, path, after, **options):
+def stop_after(count):
     def stop(done, total):
-        if done >= after:
+        if done >= count:
             raise Stop
 
+    return stop
+
+
+def interrupted(model, pairs, path, after, **options):
     with pytest.raises(Stop):
-        patch_edges(model, pairs, batch_size=2, resume=path, progress=stop, **options)
+        patch_edges(model, pairs, batch_size=2, resume=path, progress=stop_after(after), **options)
 
 
 @pytest.mark.parametrize("after", [1, 100, 300])
@@ -249,10 +254,90 @@ def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, monkeypatc
     path = tmp_path / "partial"
     interrupted(model, pairs, path, after)
     calls = []
-    resumed = patch_edges(model, pairs, resume=path, progress=lambda done, total: calls.append((done, total)))
+    resumed = patch_edges(
+        model, pairs, batch_size=2, resume=path, progress=lambda done, total: calls.append((done, total))
+    )
     assert calls[0][0] > after and calls[-1] == (model.graph.n_edges * 5,) * 2
     assert torch.equal(resumed.scores, expected.scores) and resumed.meta == expected.meta
     assert [p.name for p in tmp_path.iterdir()] == ["partial"]
+
+
+@pytest.mark.parametrize("after", [1, 100, 300])
+@pytest.mark.parametrize("ablation", ["corrupt", "mean"])
+def test_a_run_goes_on_where_other_sizes_go_through_the_model_together(after, ablation, tmp_path, monkeypatch):
+    model = random_model()
+    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+    expected = patch_edges(model, pairs, ablation=ablation)
+    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 64})
+    monkeypatch.setattr(runs, "_WORK", {"cpu": 0})
+    interrupted(model, pairs, tmp_path / "partial", after, ablation=ablation)
+    monkeypatch.undo()  # what another kind of device would choose, with pairs that go together otherwise
+    counts = []
+    resumed = patch_edges(
+        model, pairs, ablation=ablation, resume=tmp_path / "partial", progress=lambda done, _: counts.append(done)
+    )
+    close(resumed.scores, expected.scores, 1e-13)
+    assert resumed.meta["metric"] == pytest.approx(expected.meta["metric"], abs=1e-13)
+    assert counts[0] > after and counts[-1] == model.graph.n_edges * 5
+    assert counts == sorted(set(counts))
+
+
+def test_an_interruption_between_any_two_steps_counts_no_edge_twice(tmp_path):
+    model = random_model(n_layers=1, n_heads=1, d_model=6, d_head=3, d_mlp=5)
+    pairs = random_pairs(model, [3, 2])
+    expected = patch_edges(model, pairs, batch_size=1)
+
+    def run(path, at):
+        """Patch with an interruption before the step `at` of patch_edges and what keeps its result; how many ran."""
+        steps = 0
+
+        def step(frame, event, _):
+            nonlocal steps
+            if event == "opcode":
+                steps += 1
+                if steps == at:
+                    raise KeyboardInterrupt
+            return step
+
+        def watch(frame, event, _):
+            if frame.f_code.co_name not in ("patch_edges", "begin", "end") or "eapcore" not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_opcodes = True
+            return step
+
+        before = sys.gettrace()
+        sys.settrace(watch)
+        try:
+            patch_edges(model, pairs, batch_size=1, resume=path)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return steps
+
+    stops = range(1, run(tmp_path / "whole", -1), 5)
+    assert len(stops) > 100
+    for at in stops:
+        path = tmp_path / str(at)
+        assert run(path, at) >= at
+        close(patch_edges(model, pairs, batch_size=1, resume=path).scores, expected.scores, 1e-14)
+
+
+def test_another_callable_of_the_same_name_is_refused(tmp_path):
+    model = random_model()
+    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+
+    def metrics(scale):
+        return lambda logits: scale * logits[:, 3]
+
+    one, same, other = metrics(1.0), metrics(1.0), metrics(1.001)
+    assert one.__qualname__ == other.__qualname__
+    with pytest.raises(Stop):
+        patch_edges(model, pairs, one, batch_size=2, resume=tmp_path / "partial", progress=stop_after(100))
+    with pytest.raises(ValueError, match=r"belongs to another metric .*<lambda>: on the clean and corrupt runs it"):
+        patch_edges(model, pairs, other, resume=tmp_path / "partial")
+    resumed = patch_edges(model, pairs, same, resume=tmp_path / "partial")
+    close(resumed.scores, patch_edges(model, pairs, one).scores, 1e-13)
 
 
 def test_a_partial_result_of_something_else_is_refused(tmp_path):
@@ -274,6 +359,8 @@ def test_a_partial_result_of_something_else_is_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="must be a partial result of patching"):
         patch_edges(model, pairs, resume=path)
+    with pytest.raises(IsADirectoryError, match=r"resume must be a file for what is done so far, but .* is a folder"):
+        patch_edges(model, pairs, resume=tmp_path)
 
 
 # Circuits
