@@ -84,8 +84,11 @@ def edge_scores(
 
         scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
 
-    No tensor larger than the result is made for edges. Accumulates in float32, in float64 for float64 inputs, in a
-    fixed order: the same inputs give the same bits twice.
+    No tensor larger than the result is made for edges, but for partial sums where the inner dimension is split: at most
+    512 MiB on a GPU; on a CPU at most 256 MiB or, unsplit, as many float64 as the result has elements (all counted in
+    whole tiles). Accumulates in float32, in float64 for float64 inputs, in a fixed order: the same inputs give the same
+    bits twice. A CPU with bf16 dot products (instruction set avx512bf16) takes subnormals of bfloat16, below 2^-126 in
+    size, for 0, and products and sums of that size become 0; every other way on a CPU keeps them.
 
     Args:
         delta: [S, B, T, D] e_corrupt − e_clean of the senders; float64, float32, bfloat16 or float16, any strides.

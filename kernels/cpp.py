@@ -125,7 +125,10 @@ def _scores(shape: tuple[int, int, int, int], reduce: str, dtype: torch.dtype) -
 
 
 def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> Tensor:
-    """`eapcore.kernels.edge_scores`; float32 sums inside blocks of the inner dimension, float64 sums over blocks."""
+    """`eapcore.kernels.edge_scores`; float32 sums inside blocks of the inner dimension, float64 sums over blocks.
+
+    With avx512bf16, bfloat16 below 2^-126 in size is read as 0, and products and sums of that size become 0.
+    """
     _check("edge_scores", {"delta": delta, "grads": grads, "mask": mask, "rows": rows})
     extension, isa_name, dtype = _extension(), isa(), delta.dtype
     delta, grads, mask = _real(delta), _real(grads), _mask_bytes(mask)

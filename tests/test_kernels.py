@@ -419,6 +419,17 @@ def test_bfloat16_scores_are_within_1e_5_of_float64(impl):
 
 
 @cpp_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("powers", [(-130, 100), (-70, -60)], ids=["read", "made"])
+def test_only_bfloat16_dot_products_take_subnormals_for_zero(impl, dtype, powers):
+    delta, grads = (torch.full((3, 1, 2, 40), 2.0**power).to(dtype) for power in powers)
+    assert (delta != 0).all()
+    got = kernels.edge_scores(delta, grads, impl=impl)
+    flushed = dtype == torch.bfloat16 and cpp.isa() == "avx512bf16"
+    assert (got == (0 if flushed else 80 * 2.0 ** sum(powers))).all()
+
+
+@cpp_impl
 def test_the_error_does_not_grow_with_the_inner_dimension(impl):
     delta, grads = (x.abs() for x in pair(2, 8, 20, 50, 768))  # all of one sign: rounding errors cannot hide
     error = (kernels.edge_scores(delta, grads, impl=impl).double() / exact_scores(delta, grads) - 1).abs().max()

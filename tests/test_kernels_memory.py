@@ -1,0 +1,113 @@
+"""No implementation of edge_scores makes anything for edges that is larger than the result, but for bounded sums."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from eapcore.kernels import checks, cpp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eapcore import kernels
+
+# Many pairs of few numbers: every axis beside S and R would show. A tensor of all pairs and tokens has 30,000 elements.
+S, R, B, T, D = 40, 50, 3, 5, 2
+LEAD = {"all": 1, "pair": B, "position": T}
+reduces = pytest.mark.parametrize("reduce", checks.REDUCE)
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every storage that torch's ops make while it is active, in their order; views make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.seen, self.kept = [], set(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known | self.seen:
+                self.seen.add(x.untyped_storage().data_ptr())
+                self.kept.append(x)  # so that no address is given twice
+                self.made.append(x.untyped_storage().nbytes())
+        return result
+
+
+def allocations(impl, reduce, masked, rows, d_model=D):
+    """What was allocated beside the arguments, and the sizes of the result and of the arguments, in bytes."""
+    torch.manual_seed(0)
+    delta, grads = torch.randn(S, B, T, d_model), torch.randn(R, B, T, d_model)
+    mask = torch.rand(S, R) < 0.5 if masked else None
+    index = torch.tensor([3, 0, 11, 7]) if rows else None
+    with Allocations() as allocated:
+        scores = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, rows=index, impl=impl)
+    assert scores.numel() == LEAD[reduce] * S * R
+    arguments = [x.untyped_storage().nbytes() for x in (delta, grads, mask) if x is not None]
+    return allocated.made, scores.untyped_storage().nbytes(), arguments
+
+
+@reduces
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_reference_makes_nothing_larger_than_the_result_or_an_operand(reduce, masked, rows):
+    made, result, arguments = allocations("reference", reduce, masked, rows)
+    assert result in made and max(made) <= max(result, *arguments)
+
+
+@pytest.mark.skipif(bool(kernels.available()["triton"]), reason=kernels.available()["triton"])
+@reduces
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("tiles", [0, 1, 30])
+def test_triton_makes_the_result_and_partial_sums_within_their_bound(reduce, masked, rows, tiles, monkeypatch):
+    from eapcore.kernels import triton_common
+    from eapcore.kernels import triton_edge_scores as scores
+
+    if not triton_common.interpreted():
+        pytest.skip("where Triton does not interpret, its tensors are on a GPU")
+    tile = 4 * 64 * 64  # one holds all pairs; each group has its own
+    monkeypatch.setattr(scores, "WORKSPACE_BYTES", tiles * tile)
+    made, result, arguments = allocations("triton", reduce, masked, rows, d_model=70)
+    assert result in made
+    # The interpreter copies what a kernel is given.
+    partial = max((size for size in made if size not in (result, *arguments)), default=0)
+    assert partial <= max(tiles * tile, 8 * B * T)  # a table of rows
+    if reduce == "all":
+        assert (partial >= 2 * tile) == (tiles == 30), "split where there is room for two parts, else written directly"
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from eapcore import kernels
+
+reduce, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+delta, grads = torch.randn(1500, 4, 8, 4), torch.randn(1500, 4, 8, 4)
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+kernels.edge_scores(delta[:40], grads[:50], reduce=reduce, impl="cpp")
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+scores = kernels.edge_scores(delta, grads, reduce=reduce, impl="cpp")
+print(resident("VmHWM") - before, scores.numel() * 4)
+"""
+
+
+@pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no high-water mark of memory that can be set back")
+@reduces
+@pytest.mark.parametrize("threads", [1, 2])
+def test_cpp_takes_the_result_and_partial_sums_within_their_bound(reduce, threads):
+    done = subprocess.run([sys.executable, "-c", MEASURE, reduce, str(threads)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    taken, result = map(int, done.stdout.split())
+    # 9 MB of pairs a result; [S, R, B, T] would be 288 MB. 16 MiB: packed operands, and whole tiles.
+    sums = {"all": threads, "pair": 4, "position": 8}[reduce] * 1500 * 1500 * 8
+    assert result <= taken <= result + min(sums, 256 << 20) + (16 << 20)
