@@ -57,11 +57,10 @@ TENSOR_HIP = (Config(64, 64, 64, 4, 2, unroll=2),)
 # Half precision beyond K = 128.
 WIDE = Config(64, 64, 64, 4, 2)
 WIDE_HIP = Config(64, 32, 64, 4, 2)
-# float32 up to K = 64, and beyond it, where half the columns leave registers for the loop.
+# float32 up to K = 64.
 EXACT = Config(64, 64, 32, 4, 2, unroll=2)
-EXACT_WIDE = Config(64, 32, 32, 4, 2)
-# Without alignment every element has an address in registers: twice the threads for half the columns.
-UNALIGNED = Config(64, 32, 32, 8, 2)
+# Beyond it a loop takes registers, without alignment every element's address: twice the threads, half the columns.
+NARROW = Config(64, 32, 32, 8, 2)
 
 
 @triton.jit
@@ -190,9 +189,9 @@ class Channels:
 def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Target, aligned: bool = True) -> Config:
     """The tiling for a number of tokens: the token tile that pads them least, the largest of equals."""
     if not aligned:
-        return UNALIGNED
+        return NARROW
     if dtype == torch.float32:
-        return EXACT if d_head <= 64 else EXACT_WIDE
+        return EXACT if d_head <= 64 else NARROW
     if d_head > 128:
         return WIDE_HIP if on.backend == "hip" else WIDE
     candidates = TENSOR_HIP if on.backend == "hip" else TENSOR
