@@ -5,8 +5,8 @@
     python bench/bench_ig.py --together      five steps run together in one batch, against one after another
 
 For every line: R² = 1 − Σ(exact − score)² / Σ(exact − mean)² over all edges, Spearman's rank correlation of the scores,
-and CPU seconds of the process (one thread, warm, median of three) over those of "eap". Exact effects are measured
-first, with the same pairs and metric, in float32; methods whose scores have no sign are compared with their size.
+as in bench_methods.py, and CPU seconds of the process (one thread, warm, median of three) over those of "eap". Exact
+effects are measured first, with the same pairs and metric, in float32.
 
 --together: CPU seconds of eap-ig with five steps for each number of pairs, in turns, one thread, the median of five:
 one after another, and all five as one batch whatever its size, from which planner._STEP_TOKENS follows. Scores are
@@ -32,6 +32,8 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_methods import TOYS, closeness, random_gpt2, random_pairs
+
 from eapcore import planner
 from eapcore.attribution import attribute
 from eapcore.circuit import EdgeScores
@@ -40,7 +42,6 @@ from eapcore.patch import patch_edges
 from eapcore.rules import Rules
 from eapcore.tasks import TASKS
 
-TOYS = ("toy-ioi", "toy-induction")
 REPEATS = 3
 
 
@@ -60,15 +61,6 @@ def lines() -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def r_squared(scores: Tensor, exact: Tensor) -> float:
-    return float(1 - (exact - scores).pow(2).sum() / (exact - exact.mean()).pow(2).sum())
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
 def timed(*arguments: Any, **how: Any) -> tuple[EdgeScores, float]:
     scores = attribute(*arguments, **how)
     seconds = []
@@ -81,8 +73,6 @@ def timed(*arguments: Any, **how: Any) -> tuple[EdgeScores, float]:
 
 def together() -> None:
     """Five steps as one batch against one after another, and against one gradient, for each number of pairs."""
-    from bench_methods import random_gpt2, random_pairs
-
     rule = planner.steps_together
     ways: dict[str, Any] = {
         "apart": lambda *_: 1,
@@ -119,13 +109,13 @@ def together() -> None:
                   f"{joint / apart:>8.2f}{chosen:>6}{ruled / apart:>8.2f}{ruled / eap:>8.2f}")  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=32, help="prompt pairs of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the prompt pairs")
     parser.add_argument("--only", default="", help="only the lines that begin so, and eap")
     parser.add_argument("--together", action="store_true", help="steps as one batch against one after another")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, 1 thread, float32")
     if options.together:
@@ -133,7 +123,7 @@ def main() -> None:
     for name in TOYS:
         model = load(name, dtype=torch.float32)
         pairs, metric = TASKS[name].generate(options.pairs, options.seed), TASKS[name].metric
-        exact = patch_edges(model, pairs, metric).scores[model.graph.edge_mask()].double()
+        exact = patch_edges(model, pairs, metric)
         print(f"\n{name}: {model.graph.n_edges} edges, {len(pairs)} pairs, {metric}")
         print(f"{'':<34}{'R²':>8}{'Spearman':>10}{'× eap':>8}")
         floor = 0.0
@@ -142,9 +132,8 @@ def main() -> None:
                 continue
             scores, seconds = timed(model, pairs, metric, **how)
             floor = floor or seconds
-            found = scores.scores[model.graph.edge_mask()].double()
-            target = exact.abs() if "sign" in scores.meta["method"] else exact
-            print(f"{title:<34}{r_squared(found, target):>8.3f}{spearman(found, target):>10.3f}{seconds / floor:>8.2f}")
+            r2, spearman = closeness(scores, exact)
+            print(f"{title:<34}{r2:>8.3f}{spearman:>10.3f}{seconds / floor:>8.2f}")
 
 
 if __name__ == "__main__":

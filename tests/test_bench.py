@@ -9,11 +9,15 @@ import pytest
 import torch
 from eapcore.kernels import cpp, reference
 
-from eapcore import attribute, kernels
-from eapcore.model import forward
+from eapcore import EdgeScores, attribute, kernels
+from eapcore.model import forward, load
+from eapcore.patch import patch_edges
+from eapcore.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import bench_ig
 import bench_kernels
+import bench_methods
 import bench_pipeline
 import hooked
 import pipeline_gpu
@@ -440,3 +444,94 @@ def test_hooks_that_do_not_fit_end_the_search_for_the_largest_batch():
 def test_without_a_gpu_it_says_so(capsys):
     assert bench_pipeline.main(["--device", "cuda"]) == 1
     assert "no GPU is visible to torch" in capsys.readouterr().out
+
+
+# The methods
+
+
+@pytest.fixture(scope="module")
+def induction():
+    """The smaller toy model in float32 and float64, and a few of its pairs."""
+    models = load("toy-induction"), load("toy-induction", dtype="float64")
+    return models, TASKS["toy-induction"].generate(4, 0)
+
+
+def test_closeness_sees_scale_and_offset_and_compares_unsigned_scores_with_the_size_of_effects(induction):
+    (model, _), pairs = induction
+    exact = patch_edges(model, pairs)
+    y = exact.scores[exact.mask].double()
+    r2, spearman = bench_methods.closeness(replace(exact, scores=2 * exact.scores), exact)
+    assert r2 == pytest.approx(1 - float(y.pow(2).sum() / (y - y.mean()).pow(2).sum())) and r2 < 0.2
+    assert spearman == pytest.approx(1)  # which a squared correlation would be too
+    assert bench_methods.closeness(exact, exact)[0] == 1
+    unsigned = EdgeScores(exact.scores.abs(), exact.graph, attribute(model, pairs, method="grad-drop").meta)
+    assert bench_methods.closeness(unsigned, exact) == (1, pytest.approx(1))
+    assert bench_methods.closeness(replace(unsigned, meta=exact.meta), exact)[0] < 0.9
+
+
+def test_the_table_of_methods_has_every_method_and_judges(capsys):
+    assert bench_methods.judge("toy-induction", 4)
+    out = capsys.readouterr().out
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ")}
+    assert set(bench_methods.METHODS) <= set(table)
+    assert table["grad-drop"][5] == table["atp-star"][5] == "–" and float(table["grad-drop"][1]) > 0
+    assert all(len(table[method]) == 7 for method in bench_methods.METHODS)
+    assert out.count("PASS: ") == 3 and out.count(" → ") == 8
+
+
+def test_a_circuit_must_be_better_by_kl_and_by_the_metric(induction, monkeypatch, capsys):
+    (model, _), pairs = induction
+    scores = attribute(model, pairs)
+    monkeypatch.setattr(bench_methods, "acdc", lambda *args, start, threshold: start)
+    for kl, value, better in (((-2, -1), (0.5, 0.75), True), ((-2, -1), (0.75, 0.5), False), ((-1, -2), (0, 1), False)):
+        made_up = {"kl": kl, "logit_diff": (1, 0, *value)}
+        monkeypatch.setattr(bench_methods, "metric_on", lambda m, p, metric, c, made_up=made_up: made_up[metric])
+        assert bench_methods.acdc_after_eap(model, pairs, "logit_diff", scores) is better
+    assert "faithfulness 0.500 → 0.750" in capsys.readouterr().out
+
+
+def test_patching_is_timed_against_one_edge_at_a_time(induction, capsys):
+    models, pairs = induction
+    edges = [name for name, _ in attribute(models[0], pairs).top(12)]
+    bench_methods.speed_of_patching("tiny", models, pairs, edges, (12, 4), few=2)
+    out = capsys.readouterr().out
+    assert "12 edges agree in float64, 4 in float32: hooks" in out
+    assert "one at a time, hooks" in out and "one at a time, plain" in out and "(4 edges timed)" in out
+    assert "× fewer CPU seconds than hooks, target 10" in out
+
+
+@pytest.mark.parametrize(("off", "message"), [(1e-9, "in float64 on 12 edges"), (1e-4, "from float64, hooks")])
+def test_effects_that_disagree_are_never_timed(induction, monkeypatch, off, message):
+    models, pairs = induction
+    right = bench_methods.patch_edges
+    dtype = torch.float64 if "in float64" in message else torch.float32
+
+    def wrong(model, *args, **options):
+        found = right(model, *args, **options)
+        return replace(found, scores=found.scores + off) if model.dtype == dtype else found
+
+    monkeypatch.setattr(bench_methods, "patch_edges", wrong)
+    monkeypatch.setattr(bench_methods, "seconds", lambda run: pytest.fail("something was timed"))
+    edges = [name for name, _ in attribute(models[0], pairs).top(12)]
+    with pytest.raises(SystemExit, match=message):
+        bench_methods.speed_of_patching("tiny", models, pairs, edges, (12, 4), few=2)
+
+
+@pytest.mark.parametrize(
+    ("times", "holds"), [([9, 9, 2, 11, 1, 4, 2, 10], "PASS"), ([9, 9, 2, 12, 2, 12, 2, 10], "FAIL")]
+)
+def test_integrated_gradients_are_held_to_their_share_of_eap(induction, monkeypatch, capsys, times, holds):
+    (model, _), pairs = induction
+    left = iter(times)  # of eap and eap-ig in turn, the warm-up first
+    monkeypatch.setattr(bench_methods, "seconds", lambda run: run() and next(left))
+    assert bench_methods.speed_of_gradients(model, pairs, 3) is (holds == "PASS")
+    ratio = "5.00" if holds == "PASS" else "6.00"
+    assert capsys.readouterr().out.startswith(f"  {holds}: EAP-IG with 5 steps {ratio} × EAP (")
+
+
+def test_the_rules_of_integrated_gradients_are_compared_on_both_toys(capsys):
+    bench_ig.main(["--pairs", "2", "--only", "one gradient"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("eap ", "one gradient at 0.75"))]
+    assert len(lines) == 4 and all(float(line.split()[-3]) <= 1 for line in lines)
+    titles = [title for title, _ in bench_ig.lines()]
+    assert {"eap", "relp", "qk-fix", "eap-ig gauss 4", "eap-ig-activations right 5"} <= set(titles)
