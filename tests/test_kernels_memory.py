@@ -71,7 +71,7 @@ def test_triton_makes_the_result_and_partial_sums_within_their_bound(reduce, mas
     monkeypatch.setattr(scores, "WORKSPACE_BYTES", tiles * tile)
     made, result, arguments = allocations("triton", reduce, masked, rows, d_model=70)
     assert result in made
-    # The interpreter copies what a kernel is given.
+    # The interpreter wraps what a kernel is given anew.
     partial = max((size for size in made if size not in (result, *arguments)), default=0)
     assert partial <= max(tiles * tile, 8 * B * T)  # a table of rows
     if reduce == "all":

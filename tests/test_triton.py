@@ -3,6 +3,7 @@
 Tiles are large and loops short, because the interpreter takes a millisecond an operation whatever its size.
 """
 
+import mmap
 import os
 import subprocess
 import sys
@@ -235,12 +236,44 @@ def test_rows_outside_the_batch_raise():
 
 @pytest.fixture
 def address_space(monkeypatch):
-    """A function making a float16 buffer of that many elements of which only touched pages take memory."""
+    """A function making a buffer of that many elements of which only touched pages take memory."""
     from triton.runtime import interpreter
 
     # It would copy every buffer onto itself, all pages included.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    return lambda elements: torch.empty(elements, dtype=torch.float16)
+    reserve_nothing = 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+
+    def space(elements, dtype=torch.float16):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+
+    return space
+
+
+@pytest.fixture
+def only_the_last(monkeypatch, address_space):
+    """A function that leaves every launch its last programs alone; large results come from `address_space`."""
+    from triton.runtime import interpreter
+
+    launch, new_empty, skipped, most = common.launch, torch.Tensor.new_empty, [0], [sys.maxsize]
+
+    def last_programs(kernel, programs, *args, device, **meta):
+        skipped[0] = max(0, programs - most[0])
+        launch(kernel, programs - skipped[0], *args, device=device, **meta)
+
+    def place(builder, x, y, z):
+        builder.grid_idx = (x + skipped[0], y, z)
+
+    def lazy(self, *size, dtype=None, **options):
+        shape = torch.Size(size[0] if isinstance(size[0], tuple | list) else size)
+        if shape.numel() < 2**29:
+            return new_empty(self, *size, dtype=dtype, **options)
+        return address_space(shape.numel(), dtype or self.dtype).view(shape)
+
+    monkeypatch.setattr(common, "launch", last_programs)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", place)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lazy)
+    return lambda programs: most.__setitem__(0, programs)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -266,6 +299,63 @@ def test_receiver_grads_past_two_to_the_31_elements(address_space):
     weight = torch.randn(2, 20, 8).half()
     first, second = (grads.receiver_grads(g, g, weight, Norm("none"), None, None) for g in (near, far))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reduce", ["pair", "position"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_past_two_to_the_31_elements(reduce, masked, only_the_last):
+    # 33,000 results of 256 × 256 pairs; all groups are alike.
+    shape = (256, 33_000, 1, 16) if reduce == "pair" else (256, 1, 33_000, 16)
+    delta, gradients = torch.randn(256, 1, 1, 16), torch.randn(256, 1, 1, 16)
+    mask = torch.rand(256, 256) < 0.5 if masked else None
+    expected = scores.edge_scores(delta, gradients, mask, "all", None, config=SMALL)  # before launches are cut short
+    only_the_last(64 if masked else 16)  # 16 tiles; 64 × 1,024 pairs that may be no edges
+    got = scores.edge_scores(delta.expand(shape), gradients.expand(shape), mask, reduce, None, config=SMALL)
+    assert got.numel() > 2**31 and expected.abs().max() > 1
+    torch.testing.assert_close(got[-1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_are_added_past_two_to_the_31_elements(only_the_last, launches):
+    shape = (256, 1, 33_000, 16)
+    delta, gradients = torch.randn(256, 1, 1, 16), torch.randn(256, 1, 1, 16)
+    expected = scores.edge_scores(delta, gradients, None, "all", None, config=SMALL)
+    only_the_last(16)
+    work = scores.layout(delta.expand(shape), gradients.expand(shape), "position", None)
+    out = delta.new_empty(33_000, 256, 256)  # as are the partial sums
+    out[-1] = 7.0
+    launches.clear()
+    scores.contract(work, None, out, accumulate=True, config=SMALL)
+    assert [kernel for kernel, _ in launches] == ["partial_scores", "sum_splits"]
+    torch.testing.assert_close(out[-1], expected + 7.0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "tokens"), [(1, 2**22 + 64), (3, 2**21)])
+def test_receiver_grads_written_past_two_to_the_31_elements(channels, tokens, only_the_last, address_space):
+    g, weight = torch.randn(channels, 1, 1, 8).half(), torch.randn(channels, 512, 8).half()
+    expected = grads.receiver_grads(g, g, weight, Norm("none"), None, None)
+    only_the_last(2)
+    g = g.expand(-1, -1, tokens, -1)
+    out = address_space(channels * tokens * 512).view(channels, 1, tokens, 512)
+    assert out.numel() > 2**31
+    got = grads.receiver_grads(g, g, weight, Norm("none"), None, None, out)
+    assert torch.equal(got[-1, 0, -64:], expected[-1, 0].expand(64, -1)) and expected[-1].abs().max() > 1
+
+
+def test_factored_senders_written_past_two_to_the_31_elements(address_space):
+    # Rows of the senders' workspace 2^30 elements apart, as where a chunk has a million token rows.
+    layers, heads = 2, 2
+    dz, w_o = torch.randn(layers, heads, 1, 3, 16).half(), torch.randn(layers, heads, 16, 40).half()
+    groups = [[w.transpose(1, 2)] for w in w_o]
+    (part,) = factored._parts(groups, [factored.NO_NORM] * layers, dz, None, heads, 1, 2**30)
+    out = address_space(4 * 2**30 + 3 * 40)
+    work = grads.Channels(
+        g=dz[0], act=None, weight=part.weight, norm=factored.NO_NORM, w_gamma=None, offset=None, count=layers * heads,
+        table=part.table, align=part.align,
+    )  # fmt: skip
+    made = out.as_strided((layers * heads, 3, 40), (2**30, 40, 1), 2**30)
+    grads.project(work, out.as_strided((1 + layers * heads, 1, 3, 40), (2**30, 120, 40, 1)), 0)
+    expected = (dz.float()[:, :, 0] @ w_o.float()).flatten(0, 1)  # [L·H, T, D]
+    torch.testing.assert_close(made.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_plans_follow_from_shape_and_device():
