@@ -125,12 +125,13 @@ def attribute(
         steps: m, of "eap-ig" (4 by default) and "eap-ig-activations" (5, as published).
         points: of the same: "left" k/m for k = 0…m−1, "right" for k = 1…m (the default of "eap-ig-activations", as
             published), "midpoint" (k + ½)/m, "gauss" the Gauss–Legendre nodes and weights (the default of "eap-ig"), or
-            [(α, weight), …] with weights that sum to 1. R² against exact patching of every edge, the lowest of two toy
-            models and three draws of prompts (bench/bench_ig.py): "gauss" 4 .92, "left" 3 .92, "midpoint" 4 .91,
-            "right" 3 and 5 .90, "left" 5 .90, one gradient at 0.75 .88, "midpoint" 2 .84, "gauss" 5 .81, "gauss" 3 .45;
-            "eap" .20.
+            [(α, weight), …] with weights that sum to 1. R² = 1 − Σ(exact − score)²/Σ(exact − mean)² against exact
+            patching of every edge, the lowest of two toy models and three draws of prompts (bench/bench_ig.py, seeds
+            0, 1, 2): "gauss" 4 and "left" 3 .915, "right" 3 and "midpoint" 4 .913, "right" 5 .903, "left" 5 .900, one
+            gradient at 0.75 .870, "midpoint" 2 .829, "gauss" 5 .816, "gauss" 3 .445; "eap" .206, which ranks the many
+            small effects of one of the models better than they do (bench/RESULTS.md).
         rules: of "relp", other rules, e.g. `Rules("frozen", "identity")` without the frozen attention pattern, the
-            default of its authors' code: R² as above .87, with it .61.
+            default of its authors' code: R² as above .867, with it .606.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
             "mean" over reference prompts and their positions; "mean-positional" over them for each position.
         reference: whose clean prompts a mean is taken over; None for those of the task.
