@@ -168,12 +168,10 @@ def attribute(
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
-    pairs = task if isinstance(task, PromptPairs) else as_pairs(task)
+    pairs = as_pairs(task)
     options = Options(gradient_at, steps, points, rules)
     how = recipe(method, model.graph, options, ablation=ablation, level=level, reduce=reduce)
-    check_tokens(model, pairs.clean, "clean prompts")
-    check_tokens(model, pairs.corrupt, "corrupt prompts")
-    pairs.check_vocabulary(model.config.d_vocab, model.name)
+    check_pairs(model, pairs, ablation)
     metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
     values = find_values(model, pairs, ablation, reference)
     sized = _as_read(model, pairs, metric)
@@ -396,8 +394,10 @@ def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:
     }
 
 
-def as_pairs(task: tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int64 N T"]]) -> PromptPairs:
+def as_pairs(task: Task) -> PromptPairs:
     """(clean, corrupt) tokens [N, T] as pairs that are read at their last position and have no answers."""
+    if isinstance(task, PromptPairs):
+        return task
     if not isinstance(task, tuple | list) or len(task) != 2 or not all(isinstance(t, Tensor) for t in task):
         raise ValueError(f"task must be PromptPairs or (clean, corrupt) tokens, got {type(task).__name__}")
     clean, corrupt = task
@@ -405,12 +405,19 @@ def as_pairs(task: tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int6
         raise ValueError(
             f"clean and corrupt must both be tokens [N, T], got {list(clean.shape)} and {list(corrupt.shape)}"
         )
-    same = (clean == corrupt).all(1).nonzero()
-    if len(same) and clean.shape[1]:
-        raise ValueError(f"clean and corrupt of pair {int(same[0])} are identical: every score would be zero")
     lengths = torch.full((len(clean),), clean.shape[1])
     answers, wrong = torch.full((len(clean), 1), -1), torch.zeros(len(clean), 0, dtype=torch.int64)
     return PromptPairs(clean.cpu(), corrupt.cpu(), lengths, lengths - 1, answers, wrong)
+
+
+def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
+    """Raise ValueError where prompts, positions or answers do not fit the model, or there is nothing to ablate with."""
+    check_tokens(model, pairs.clean, "clean prompts")
+    check_tokens(model, pairs.corrupt, "corrupt prompts")
+    pairs.check_positions()
+    pairs.check_vocabulary(model.config.d_vocab, model.name)
+    if ablation == "corrupt":
+        pairs.check_corrupt()
 
 
 def check_finite(model: Model, pairs: PromptPairs, values: Tensor) -> None:

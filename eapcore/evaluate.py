@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Task
+from eapcore.attribution import Task, attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -76,7 +76,8 @@ def faithfulness(
         sizes: fractions of all edges (floats, rounded down to whole edges) or numbers of edges (integers), ascending.
         ranking: "absolute" by |score|, "signed" by usefulness −score.
         selection: "top_n", or "greedy" from the logits back.
-        ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `patch.run_circuit`.
+        ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `patch.run_circuit`. It
+            may be another than that of the scores, which only rank; the result's `meta["method"]` names both.
         batch_size: pairs at a time.
 
     Returns:
@@ -138,8 +139,7 @@ def _curves(
     batch_size: int | str,
 ) -> list[Curve]:
     graph = model.graph
-    if scores.graph != graph:
-        raise ValueError(f"the scores must be of {graph}, got some of {scores.graph}")
+    _check_scores(scores, model)
     for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
         if value not in known:
             raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")
@@ -161,12 +161,31 @@ def _curves(
         mine = slice(i * len(counts), (i + 1) * len(counts))
         f = [(value - ablated) / (clean - ablated) for value in values[mine]]
         gap = [abs(1 - x) for x in f]
-        method = {"name": "faithfulness", "ranking": ranking, "selection": selection, "area": "trapezoid, linear axis"}
-        meta = {**described, "method": {**method, "ablation": question.ablation}, "scores": dict(scores.meta)}
+        method: dict[str, Any] = {
+            "name": "faithfulness",
+            "ranking": ranking,
+            "selection": selection,
+            "area": "trapezoid, linear axis",
+        }
+        method |= {"ablation": question.ablation, "ablation_of_scores": _ablation_of(scores)}
+        meta = {**described, "method": method, "scores": dict(scores.meta)}
         sizes_found = [c.n_edges for c in circuits[mine]]
         areas = (area(fractions, f, "trapezoid"), area(fractions, gap, "trapezoid"))
         curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, *areas, meta))
     return curves
+
+
+def _check_scores(scores: EdgeScores, model: Model) -> None:
+    if not isinstance(scores, EdgeScores):
+        raise ValueError(f"the scores must be EdgeScores of {model.graph}, got {type(scores).__name__}")
+    if scores.graph != model.graph:
+        raise ValueError(f"the scores must be of {model.graph}, got some of {scores.graph}")
+
+
+def _ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
+    """What an edge carried when scores were made; None where they do not say."""
+    found = (scores.meta.get("method") or {}).get("ablation")
+    return None if found is None else dict(found)
 
 
 # Completeness and minimality
@@ -516,9 +535,9 @@ class Verification:
 def verify(
     model: Model,
     task: Task,
-    metric: str | Metric,
-    scores: EdgeScores,
-    n: int,
+    metric: str | Metric = "logit_diff",
+    scores: EdgeScores | None = None,
+    n: int | None = None,
     *,
     ranking: str = "absolute",
     n_worst: int = 10,
@@ -528,33 +547,47 @@ def verify(
     batch_size: int | str = "auto",
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    **screening: Any,
 ) -> Verification:
     """Screen, then measure: patch the n edges that the scores rank highest exactly, and say how far they were right.
 
     Args:
         model, task, metric, ablation, reference, batch_size, progress, resume: as `patch_edges`.
-        scores: of all edges, from any method.
-        n: how many edges to patch.
+        scores: of all edges, from any method; None makes them by `attribute`, before the progress begins.
+        n: how many edges to patch; None is 50, or all of a smaller graph.
         ranking: "absolute" by |score|, "signed" by −score.
         n_worst: how many of the largest disagreements to name.
         curves: edges to follow from clean to corrupt, beside the line of their score, see `interpolate`.
+        screening: where no scores are given, `method` and all other options of `attribute`.
 
     Raises:
-        ValueError: scores of another model, metric or graph; n outside 1..n_edges; as `patch_edges`.
+        ValueError: scores of another model, metric, ablation or graph; n outside 1..n_edges; as `patch_edges`.
     """
     if ranking not in RANKINGS:
         raise ValueError(f"ranking must be {' or '.join(RANKINGS)}, got {ranking!r}")
-    if scores.graph != model.graph:
-        raise ValueError(f"the scores must be of {model.graph}, got some of {scores.graph}")
-    if not 1 <= n <= model.graph.n_edges:
-        raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n}")
+    n = min(50, model.graph.n_edges) if n is None else n
+    if not isinstance(n, int) or not 1 <= n <= model.graph.n_edges:
+        raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n!r}")
+    if scores is None:
+        screening |= {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+        scores = attribute(model, task, metric, **screening)
+    elif screening:
+        raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
+    _check_scores(scores, model)
     made = scores.meta.get("model") or {}
     if made.get("content_hash", model.content_hash) != model.content_hash:
         raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")
-    name = Question.of(model, task, metric).metric_name
-    scored = (scores.meta.get("metric") or {}).get("name", name)
-    if scored != name:
-        raise ValueError(f"the scores estimate the metric {scored}, but {name} was to be measured: use the same")
+    question = Question.of(model, task, metric, ablation, reference)
+    scored = (scores.meta.get("metric") or {}).get("name", question.metric_name)
+    if scored != question.metric_name:
+        raise ValueError(
+            f"the scores estimate the metric {scored}, but {question.metric_name} was to be measured: use the same"
+        )
+    if _ablation_of(scores) not in (None, question.ablation):
+        raise ValueError(
+            f"the scores estimate the ablation {_ablation_of(scores)}, but {question.ablation} was to be measured: use "
+            "the same"
+        )
     chosen = scores.top_n(n, signed=ranking == "signed")
     options: dict[str, Any] = {
         "ablation": ablation,

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Task
+from eapcore.attribution import Task, check_pairs
 from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
-from eapcore.model import Model, check_tokens
+from eapcore.model import Model
 from eapcore.partial import Partial
 from eapcore.runs import (
     Batch,
@@ -77,8 +77,7 @@ def run_circuit(
         ValueError: a circuit belongs to another graph; the prompts do not fit the model; an unknown ablation.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    check_tokens(model, batch.clean, "clean prompts")
-    check_tokens(model, batch.corrupt, "corrupt prompts")
+    check_pairs(model, batch, ablation)
     other, _ = ablated_senders(model, batch, ablation, reference)
     logits = circuit_logits(model, make_batch(model, batch, torch.arange(len(batch)), other), circuits)
     return logits[0] if isinstance(circuit, Circuit) else logits

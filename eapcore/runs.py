@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eapcore import planner
 from eapcore.ablation import find_values
-from eapcore.attribution import Task, as_pairs, check_finite, describe
+from eapcore.attribution import Task, as_pairs, check_finite, check_pairs, describe
 from eapcore.graph import Graph
 from eapcore.metrics import Metric, MetricBatch, evaluate, find_metric, tokens_read
 from eapcore.model import (
@@ -25,7 +25,6 @@ from eapcore.model import (
     at_positions,
     attend,
     channel_groups,
-    check_tokens,
     embed,
     head_outputs,
     normalise,
@@ -69,10 +68,8 @@ class Question:
         reference: PromptPairs | None = None,
     ) -> Question:
         """ValueError where prompts, answers, metric or ablation do not fit."""
-        pairs = task if isinstance(task, PromptPairs) else as_pairs(task)
-        check_tokens(model, pairs.clean, "clean prompts")
-        check_tokens(model, pairs.corrupt, "corrupt prompts")
-        pairs.check_vocabulary(model.config.d_vocab, model.name)
+        pairs = as_pairs(task)
+        check_pairs(model, pairs, ablation)
         other, described = ablated_senders(model, pairs, ablation, reference)
         if ablation.startswith("mean") and reference is None:
             reference = pairs

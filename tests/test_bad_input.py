@@ -363,7 +363,7 @@ def test_malformed_and_foreign_task_files_are_refused(refused, tmp_path):
     (tmp_path / "task.jsonl").write_text('{"clean": [1, 2')
     assert "line 1 of task.jsonl is not JSON" in refused("--task", tmp_path / "task.jsonl", task=False)
     (tmp_path / "task.csv").write_text("a,b\n1,2\n")
-    assert "line 2 of task.csv has no clean and no corrupt" in refused("--task", tmp_path / "task.csv", task=False)
+    assert "line 2 of task.csv has no clean and no answer" in refused("--task", tmp_path / "task.csv", task=False)
     (tmp_path / "task.txt").write_text("Mary")
     assert "must end in .jsonl or .csv, got 'task.txt'" in refused("--task", tmp_path / "task.txt", task=False)
 

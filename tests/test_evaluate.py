@@ -245,6 +245,41 @@ def test_verify_measures_the_top_edges_and_names_the_largest_disagreements(model
     assert content["exact"]["meta"]["method"]["name"] == "patch"
 
 
+def test_verify_screens_by_itself_where_no_scores_are_given(model, pairs):
+    scores = attribute(model, pairs, "nll", method="eap-ig-activations", steps=2, ablation="mean")
+    expected = verify(model, pairs, "nll", scores, 12, ablation="mean")
+    found = verify(model, pairs, "nll", n=12, method="eap-ig-activations", steps=2, ablation="mean")
+    assert found.edges == expected.edges and found.effects == pytest.approx(expected.effects, abs=1e-14)
+    assert found.meta["scores"] == scores.meta and found.agreement == expected.agreement
+    assert verify(model, pairs, n=3).edges == [name for name, _ in attribute(model, pairs).top(3)]
+    with pytest.raises(ValueError, match="the scores are given, so there is no use for method, steps: leave one"):
+        verify(model, pairs, "nll", scores, 12, ablation="mean", method="eap-ig", steps=2)
+
+
+def test_verify_refuses_scores_of_another_ablation(model, pairs):
+    scores = attribute(model, pairs)
+    with pytest.raises(ValueError, match=r"estimate the ablation {'name': 'corrupt'}, but {'name': 'zero'} was to be"):
+        verify(model, pairs, "logit_diff", scores, 5, ablation="zero")
+    by_mean = attribute(model, pairs, ablation="mean", reference=random_pairs(model, [4]))
+    with pytest.raises(ValueError, match=r"estimate the ablation {'name': 'mean', .*'n_prompts': 1.*'n_prompts': 2"):
+        verify(model, pairs, "logit_diff", by_mean, 5, ablation="mean")
+    unnamed = EdgeScores(scores.scores, scores.graph)  # another tool's, say
+    assert verify(model, pairs, "logit_diff", unnamed, 5, ablation="zero").exact.meta["method"]["ablation"] == {
+        "name": "zero"
+    }
+
+
+def test_scores_of_another_ablation_may_rank_and_the_curve_says_so(model, pairs):
+    scores = attribute(model, pairs)
+    curve = faithfulness(model, pairs, "logit_diff", scores, sizes=[9, 40], ablation="zero")
+    (expected,) = metric_on(model, pairs, "logit_diff", [scores.top_n(9)], ablation="zero")
+    assert curve.values[0] == pytest.approx(expected)
+    method = curve.meta["method"]
+    assert (method["ablation"], method["ablation_of_scores"]) == ({"name": "zero"}, {"name": "corrupt"})
+    other = faithfulness(model, pairs, "logit_diff", random_scores(model.graph), sizes=[9, 40])
+    assert other.meta["method"]["ablation_of_scores"] is None
+
+
 def test_verify_refuses_scores_of_something_else(model, pairs):
     scores = attribute(model, pairs)
     with pytest.raises(ValueError, match="estimate the metric logit_diff, but nll was to be measured"):
@@ -253,6 +288,11 @@ def test_verify_refuses_scores_of_something_else(model, pairs):
         verify(random_model(n_heads=2, seed=1), pairs, "logit_diff", scores, 5)
     with pytest.raises(ValueError, match="n must be between 1 and the"):
         verify(model, pairs, "logit_diff", scores, 0)
+    with pytest.raises(ValueError, match=r"n must be between 1 and the \d+ edges of this graph, got 2.5"):
+        verify(model, pairs, "logit_diff", scores, 2.5)
+    for judge in (verify, faithfulness, mib):
+        with pytest.raises(ValueError, match=r"the scores must be EdgeScores of Graph.*, got NodeScores"):
+            judge(model, pairs, "logit_diff", attribute(model, pairs, level="node"))
 
 
 # Stability

@@ -53,6 +53,12 @@ def test_wrong_answers_may_be_left_out():
     assert PromptPairs.from_lists([[1]], [[2]], [3], [[]]).wrong.shape == (1, 0)
 
 
+def test_corrupt_prompts_may_be_left_out():
+    pairs = PromptPairs.from_lists(clean=[[1, 2], [3]], answers=[3, 4])
+    assert torch.equal(pairs.corrupt, pairs.clean) and pairs.positions.tolist() == [1, 0]
+    assert lists(PromptPairs.from_lists([[1, 2], [3]], None, [3, 4])) == lists(pairs)
+
+
 GOOD = {"clean": [[1, 2], [3, 4, 5]], "corrupt": [[1, 3], [3, 4, 6]], "answers": [[7], [8]], "wrong": [[9], [10]]}
 FAULTS = {
     "empty": (
@@ -68,14 +74,9 @@ FAULTS = {
         "clean and corrupt must have the same number of tokens, but pair 1 has 3 and 2",
     ),
     "no tokens": ({"clean": [[], [3, 4, 5]], "corrupt": [[], [3, 4, 6]]}, "at least one token, but pair 0 has none"),
-    "identical": ({"corrupt": [[1, 3], [3, 4, 5]]}, "clean and corrupt of pair 1 are identical"),
     "no answer": ({"answers": [[7], []]}, "pair 1 has no answer: at least one token id is needed"),
     "a negative answer": ({"answers": [[7], [-1]]}, "a token id of at least 0, but pair 1 has -1"),
     "a negative wrong answer": ({"wrong": [[2, -3], [1]]}, "a token id of at least 0, but pair 0 has -3"),
-    "identical before the position": (
-        {"positions": [1, 1]},
-        "clean and corrupt of pair 1 are identical up to position 1, where the metric reads",
-    ),
     "position behind": ({"positions": [1, 3]}, "the position 3 of pair 1 is outside its prompt of 3 tokens"),
     "position before": ({"positions": [-1, 2]}, "the position -1 of pair 0 is outside its prompt of 2 tokens"),
 }
@@ -163,6 +164,15 @@ def test_a_file_of_text_and_ids_is_read(write):
     assert lists(find_pairs(path, n=None, seed=0, encode=encode)) == READ
 
 
+def test_a_file_may_leave_out_corrupt_prompts(write):
+    entries = [{key: value for key, value in entry.items() if key != "corrupt"} for entry in ENTRIES]
+    pairs = read_pairs(write(entries), encode)
+    assert lists(pairs) == READ | {"corrupt": READ["clean"]}
+    assert lists(read_pairs(write([ENTRIES[0], *entries[1:]]), encode))["corrupt"] == [
+        READ["corrupt"][0], *READ["clean"][1:]
+    ]  # fmt: skip
+
+
 def test_n_takes_the_first_pairs_of_a_file(write):
     assert lists(read_pairs(write(ENTRIES), encode, n=2)) == {k: v[:2] for k, v in READ.items()}
 
@@ -180,7 +190,7 @@ def line(path, number):
 
 ENTRY_FAULTS = {
     "no clean": ({"clean": ""}, "{} has no clean: an entry is"),
-    "no corrupt, no answer": ({"corrupt": "", "answer": ""}, "{} has no corrupt and no answer: an entry is"),
+    "no clean, no answer": ({"clean": "", "answer": ""}, "{} has no clean and no answer: an entry is"),
     "answer of two tokens": (
         {"answer": "cat ran"},
         "the answer of {} must be one token, but 'cat ran' is 2 tokens [2, 5]",
@@ -238,7 +248,7 @@ def test_a_malformed_jsonl_file_is_refused_by_its_line(tmp_path, text_of_file, m
     [
         ("", r"the task 't\.csv' is empty"),
         ("clean,corrupt,answer\n", r"the task 't\.csv' is empty"),
-        ("prompt,other\n[1],[2]\n", r"line 2 of t\.csv has no clean and no corrupt and no answer"),
+        ("prompt,other\n[1],[2]\n", r"line 2 of t\.csv has no clean and no answer"),
         ("clean,corrupt,answer\n[1],[2],[3]\n[1],[2]\n", r"line 3 of t\.csv has no answer"),
         ('clean,corrupt,answer\n"the cat"x,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
         ('clean,corrupt,answer\n"the cat,the dog,ran\n', r"line 2 of t\.csv is not CSV"),

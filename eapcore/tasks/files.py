@@ -12,16 +12,17 @@ from typing import Any
 from eapcore.tasks.pairs import PromptPairs
 
 Encode = Callable[[str], list[int]]
-_FIELDS = ("clean", "corrupt", "answer")
+_FIELDS = ("clean", "answer")
 _FORM = 'an entry is {"clean": …, "corrupt": …, "answer": …, "wrong": …}, prompts as text or lists of token ids'
 
 
 def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None = None) -> PromptPairs:
     """Read prompt pairs from a file, one a line.
 
-    JSONL: objects with `clean`, `corrupt`, `answer` and optionally `wrong` and `position` (where the metric reads; the
-    last token by default). Prompts are text or a list of token ids; `answer` and `wrong` are one text or id, or a list
-    of them for a token set. CSV: the same names as columns; a cell is text unless it is a JSON list such as [4, 8, 15].
+    JSONL: objects with `clean`, `answer` and optionally `corrupt` (the clean prompt by default: for ablations with zero
+    or a mean), `wrong` and `position` (where the metric reads; the last token by default). Prompts are text or a list
+    of token ids; `answer` and `wrong` are one text or id, or a list of them for a token set. CSV: the same names as
+    columns; a cell is text unless it is a JSON list such as [4, 8, 15].
 
     Args:
         path: the file; its ending says which format, .jsonl or .csv.
@@ -47,7 +48,8 @@ def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None 
         if missing:
             raise ValueError(f"{where} has no {' and no '.join(missing)}: {_FORM}")
         clean.append(_prompt(entry["clean"], encode, f"clean of {where}"))
-        corrupt.append(_prompt(entry["corrupt"], encode, f"corrupt of {where}"))
+        given = entry.get("corrupt") not in (None, "")
+        corrupt.append(_prompt(entry["corrupt"], encode, f"corrupt of {where}") if given else clean[-1])
         answers.append(_tokens(entry["answer"], encode, f"the answer of {where}"))
         wrong.append(_tokens(entry.get("wrong"), encode, f"the wrong answer of {where}"))
         position = entry.get("position")

@@ -14,7 +14,8 @@ from torch import Tensor
 class PromptPairs:
     """N clean prompts, each with a corrupt one of the same length, and what counts as right and wrong behind them.
 
-    clean, corrupt: int64 [N, T], padded on the right with 0. lengths: int64 [N]. positions: int64 [N], where the metric
+    clean, corrupt: int64 [N, T], padded on the right with 0; the same where nothing but an ablation with zero or a mean
+    is to be run. lengths: int64 [N]. positions: int64 [N], where the metric
     reads the logits (the last token by default). answers, wrong: int64 [N, A], [N, W] token ids, padded with −1; W may
     be 0. name says which task this is, seed how it was drawn (None where nothing was), vocab names the ids.
     """
@@ -32,8 +33,8 @@ class PromptPairs:
     @staticmethod
     def from_lists(
         clean: Sequence[Sequence[int]],
-        corrupt: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int] | int],
+        corrupt: Sequence[Sequence[int]] | None = None,
+        answers: Sequence[Sequence[int] | int] = (),
         wrong: Sequence[Sequence[int] | int] | None = None,
         *,
         positions: Sequence[int] | None = None,
@@ -41,12 +42,13 @@ class PromptPairs:
         seed: int | None = None,
         vocab: Sequence[str] | None = None,
     ) -> PromptPairs:
-        """Build the pairs from lists of token ids, one entry a pair.
+        """Build the pairs from lists of token ids, one entry a pair; corrupt=None where there are no corrupt prompts.
 
         Raises:
-            ValueError: nothing given; lists of different numbers of entries; a pair whose prompts differ in length, are
-                identical or empty; a pair without an answer; a position outside its prompt. The pair is named.
+            ValueError: nothing given; lists of different numbers of entries; a pair whose prompts differ in length or
+                are empty; a pair without an answer; a position outside its prompt. The pair is named.
         """
+        corrupt = clean if corrupt is None else corrupt
         if not clean:
             raise ValueError(f"the task {name!r} is empty: at least one prompt pair is needed")
         wrong = [[] for _ in clean] if wrong is None else wrong
@@ -65,8 +67,6 @@ class PromptPairs:
                 )
             if not a:
                 raise ValueError(f"a prompt needs at least one token, but pair {i} has none")
-            if list(a) == list(b):
-                raise ValueError(f"clean and corrupt of pair {i} are identical: every score would be zero")
             if not right[i]:
                 raise ValueError(f"pair {i} has no answer: at least one token id is needed")
             if min(*right[i], *others[i], 0) < 0:
@@ -75,11 +75,6 @@ class PromptPairs:
                 )
             if positions is not None and not 0 <= positions[i] < len(a):
                 raise ValueError(f"the position {positions[i]} of pair {i} is outside its prompt of {len(a)} tokens")
-            if positions is not None and list(a[: positions[i] + 1]) == list(b[: positions[i] + 1]):
-                raise ValueError(
-                    f"clean and corrupt of pair {i} are identical up to position {positions[i]}, where the metric "
-                    "reads: every score would be zero"
-                )
         lengths = torch.tensor([len(a) for a in clean])
         return PromptPairs(
             clean=_padded(clean, 0),
@@ -122,6 +117,32 @@ class PromptPairs:
         """The same pairs on another device."""
         names = ("clean", "corrupt", "lengths", "positions", "answers", "wrong")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def check_positions(self) -> None:
+        """Raise ValueError if the metric reads a position outside a prompt."""
+        if self.positions.shape != self.lengths.shape:
+            expected, got = list(self.lengths.shape), list(self.positions.shape)
+            raise ValueError(f"positions must be int64 [N] = {expected}, one for each pair, got {got}")
+        outside = ((self.positions < 0) | (self.positions >= self.lengths)).nonzero()
+        if len(outside):
+            pair = int(outside[0])
+            raise ValueError(
+                f"the position {int(self.positions[pair])} of pair {pair} is outside its prompt of "
+                f"{int(self.lengths[pair])} tokens"
+            )
+
+    def check_corrupt(self) -> None:
+        """Raise ValueError if a corrupt prompt is the clean one as far as the metric reads."""
+        read = torch.arange(self.clean.shape[1]) <= self.positions[:, None]
+        same = ((self.clean != self.corrupt) & read).any(1).logical_not().nonzero()
+        if len(same):
+            pair = int(same[0])
+            whole = bool((self.clean[pair] == self.corrupt[pair]).all())
+            where = "" if whole else f" up to position {int(self.positions[pair])}, where the metric reads"
+            raise ValueError(
+                f"clean and corrupt of pair {pair} are identical{where}: every score would be zero; without corrupt "
+                "prompts choose the ablation zero, mean or mean-positional"
+            )
 
     def check_vocabulary(self, d_vocab: int, model: str) -> None:
         """Raise ValueError if an answer or a wrong token id is not in the vocabulary of a model."""

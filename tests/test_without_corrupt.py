@@ -1,0 +1,105 @@
+"""Tasks without corrupt prompts: every method that ablates with zero or a mean runs on them, the others say why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from models import random_model, random_pairs
+
+from eapcore.acdc import acdc
+from eapcore.attribution import attribute
+from eapcore.circuit import Circuit
+from eapcore.evaluate import completeness, faithfulness, mib, minimality, verify
+from eapcore.methods import METHODS
+from eapcore.patch import interpolate, patch_edges, patch_nodes, path_patch, run_circuit
+from eapcore.tasks import PromptPairs
+
+LENGTHS = [6, 3, 5]
+
+
+@pytest.fixture
+def model():
+    return random_model(n_heads=2, d_model=12)
+
+
+@pytest.fixture
+def pairs(model):
+    return random_pairs(model, LENGTHS)
+
+
+def without_corrupt(pairs):
+    lists = [
+        [row[:n] for row, n in zip(pairs.clean.tolist(), pairs.lengths.tolist(), strict=True)],
+        None,
+        pairs.answers.tolist(),
+        pairs.wrong.tolist(),
+    ]
+    return PromptPairs.from_lists(*lists, name=pairs.name, seed=pairs.seed)
+
+
+def some_circuit(model):
+    generator = torch.Generator().manual_seed(3)
+    mask = model.graph.edge_mask()
+    return Circuit(mask & (torch.rand(mask.shape, generator=generator) < 0.6), model.graph)
+
+
+LADDER = [method for method, made in METHODS.items() if made.ablations]
+RUNS = {
+    **{method: lambda m, p, method=method, **o: attribute(m, p, method=method, **o).scores for method in LADDER},
+    "nodes, first order": lambda m, p, **o: attribute(m, p, level="neuron", **o).dimensions,
+    "factored": lambda m, p, **o: attribute(m, p, storage="factored", reduce="pair", **o).per_pair,
+    "edges": lambda m, p, **o: patch_edges(m, p, **o).scores,
+    "nodes": lambda m, p, **o: patch_nodes(m, p, per_position=True, **o).effects,
+    "a path": lambda m, p, **o: path_patch(m, p, "nll", ["m0"], ["m0->a1.h0<q>->logits"], **o).effect,
+    "a curve": lambda m, p, **o: interpolate(m, p, "logit_diff", "m0->m1", points=3, **o).effects,
+    "a circuit": lambda m, p, **o: run_circuit(m, p, some_circuit(m), **o),
+    "acdc": lambda m, p, **o: acdc(m, p, threshold=0.02, **o).mask.double(),
+    "faithfulness": lambda m, p, **o: faithfulness(m, p, "nll", attribute(m, p, **o), **o).faithfulness,
+    "mib": lambda m, p, **o: mib(m, p, "nll", attribute(m, p, **o), **o).cpr,
+    "completeness": lambda m, p, **o: completeness(m, p, "nll", some_circuit(m), **o).gap,
+    "minimality": lambda m, p, **o: minimality(m, p, "nll", some_circuit(m), **o).scores,
+    "verify": lambda m, p, **o: verify(m, p, "nll", n=9, **o).effects,
+}
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
+@pytest.mark.parametrize("name", RUNS)
+def test_an_ablation_needs_no_corrupt_prompt(model, pairs, name, ablation):
+    given = torch.as_tensor(RUNS[name](model, pairs, ablation=ablation), dtype=torch.float64)
+    alone = torch.as_tensor(RUNS[name](model, without_corrupt(pairs), ablation=ablation), dtype=torch.float64)
+    assert float(given.abs().max()) > 1e-3
+    torch.testing.assert_close(alone, given, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_corrupt_prompt_is_asked_for_where_it_is_the_ablation(model, pairs, name):
+    message = r"clean and corrupt of pair 0 are identical: every score would be zero; without corrupt prompts choose"
+    with pytest.raises(ValueError, match=message):
+        RUNS[name](model, without_corrupt(pairs))
+
+
+def test_prompts_that_differ_behind_the_answer_alone_are_no_corrupt_prompts(model):
+    late = random_pairs(model, LENGTHS, first_difference=2)
+    late = dataclasses.replace(late, positions=torch.tensor([3, 2, 1]))
+    with pytest.raises(ValueError, match="of pair 2 are identical up to position 1, where the metric reads"):
+        attribute(model, late)
+    assert bool(attribute(model, late, ablation="zero").scores.isfinite().all())
+
+
+def test_tokens_alone_need_no_corrupt_ones(model, pairs):
+    tokens = pairs.clean[:, :3]
+    same = attribute(model, (tokens, tokens), lambda logits: logits[:, 3], ablation="mean")
+    assert float(same.scores.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([1, 3, 2]), torch.tensor([1, -1, 2])])
+def test_a_position_outside_its_prompt_is_named(model, pairs, positions):
+    outside = dataclasses.replace(pairs, positions=positions)
+    message = rf"the position {int(positions[1])} of pair 1 is outside its prompt of 3 tokens"
+    for call in (attribute, patch_edges, lambda m, p: run_circuit(m, p, some_circuit(m))):
+        with pytest.raises(ValueError, match=message):
+            call(model, outside)
+    with pytest.raises(ValueError, match=r"positions must be int64 \[N\] = \[3\], one for each pair, got \[2\]"):
+        attribute(model, dataclasses.replace(pairs, positions=positions[:2]))
