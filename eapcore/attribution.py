@@ -129,7 +129,7 @@ def attribute(
             patching of every edge, the lowest of two toy models and three draws of prompts (bench/bench_ig.py, seeds
             0, 1, 2): "gauss" 4 and "left" 3 .915, "right" 3 and "midpoint" 4 .913, "right" 5 .903, "left" 5 .900, one
             gradient at 0.75 .870, "midpoint" 2 .829, "gauss" 5 .816, "gauss" 3 .445; "eap" .206, which ranks the many
-            small effects of one of the models better than they do (bench/RESULTS.md).
+            small effects of one of the models better than most (bench/RESULTS.md).
         rules: of "relp", other rules, e.g. `Rules("frozen", "identity")` without the frozen attention pattern, the
             default of its authors' code: R² as above .867, with it .606.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";

@@ -181,6 +181,11 @@ def rules(text: str) -> dict[str, str]:
     return {name: rule for name, rule in found.items() if rule}
 
 
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an option that takes one or more, with commas in between."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def load_model(args: argparse.Namespace, source: str) -> Model:
     import torch
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +27,7 @@ from eapcore.cli_options import (
     positive,
     prepare,
     score,
+    several,
 )
 
 if TYPE_CHECKING:
@@ -59,14 +62,19 @@ def add_commands(command: _Command) -> None:
     for sub in (patch, acdc, path, evaluate, verify):
         add_task(sub, metric="kl" if sub is acdc else "the task's own, logit_diff for a file")
         add_ablation(sub)
-    for sub in (patch, acdc):
-        _add_selection(sub, "the edges" if sub is patch else "where the search starts")
+    for sub, what in ((patch, "the edges"), (acdc, "where the search starts")):
+        group = sub.add_mutually_exclusive_group()
+        group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
+        group.add_argument(
+            "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
+        )
     for sub in (evaluate, verify):
         sub.add_argument(
             "--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)"
         )
         add_method(sub)
 
+    patch.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
     patch.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
     patch.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
     patch.add_argument("--show", type=count, default=15, metavar="N", help="how many of the largest effects to print")
@@ -81,11 +89,31 @@ def add_commands(command: _Command) -> None:
     )
 
     acdc.set_defaults(metric="kl")
+    sizes = acdc.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--top-n", type=several(positive), metavar="N,…", help="with --scores: how many edges (default: none)"
+    )
+    sizes.add_argument(
+        "--score-threshold",
+        type=several(number),
+        metavar="X,…",
+        help="with --scores, instead: all edges with |score| at least X (default: none)",
+    )
     acdc.add_argument(
-        "--threshold", type=number, required=True, metavar="X", help="an edge goes where its loss is less than X"
+        "--threshold",
+        type=several(number),
+        required=True,
+        metavar="X,…",
+        help="an edge goes where its loss is less than X; of several starts or thresholds each with each is searched",
     )
     acdc.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
-    _add_out(acdc, "circuit.json", "the circuit file to write")
+    acdc.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the circuit file to write, of several searches a .json of them all (default: circuit.json, of several "
+        "sweep.json)",
+    )
 
     path.add_argument(
         "--path",
@@ -139,15 +167,6 @@ def add_commands(command: _Command) -> None:
 
 def _add_out(parser: argparse.ArgumentParser, default: str, text: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help=text)
-
-
-def _add_selection(parser: argparse.ArgumentParser, what: str) -> None:
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
-    group.add_argument(
-        "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
-    )
-    parser.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
 
 
 def _names(text: str) -> list[str]:
@@ -267,24 +286,66 @@ def _patch(args: argparse.Namespace) -> None:
     _write(effects, args.out)
 
 
-def _acdc(args: argparse.Namespace) -> None:
-    from eapcore.acdc import acdc
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """What several searches found, the starts outermost."""
 
+    circuits: list[Circuit]
+
+    def save(self, path: Path) -> None:
+        from eapcore.patch import write_json
+
+        write_json(path, "sweep", self)
+
+
+def _acdc(args: argparse.Namespace) -> None:
+    from eapcore.acdc import acdc, prune_sweep
+
+    chosen, thresholds = args.top_n or args.score_threshold, args.threshold
+    if (args.scores is None) != (chosen is None):
+        raise ValueError("--scores goes together with --top-n or --score-threshold: which edges of which file")
+    for threshold in thresholds:
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold:g}")
+    single = len(thresholds) == 1 and len(chosen or [1]) == 1
+    args.out = args.out or Path("circuit.json" if single else "sweep.json")
     check_out(args.out)
     model, pairs, metric = prepare(args)
-    start, began = _selection(args, model), time.perf_counter()
-    n_edges = model.graph.n_edges if start is None else start.n_edges
-    options = {**find_ablation(args, model), "batch_size": args.batch_size}
-    with Progress("searching", n_edges) as progress:
-        circuit = acdc(
-            model, pairs, metric, threshold=args.threshold, start=start, order=args.order, progress=progress, **options
-        )
-    seconds, forwards, values = time.perf_counter() - began, circuit.meta["forwards"], circuit.meta["metric"]
+    start, scores = _load_circuit(args, "circuit", model), None
+    sizes = [model.graph.n_edges if start is None else start.n_edges]
+    if args.scores is not None:
+        scores = _load_scores(args.scores, model)
+        sizes = args.top_n or [scores.threshold(x).n_edges for x in chosen]
+    for asked, size in zip(chosen or [], sizes, strict=False):
+        check_number("--top-n", size, model)
+        if not size:
+            raise ValueError(f"--score-threshold {asked:g} leaves no edge to start from")
+    options = {"order": args.order, **find_ablation(args, model), "batch_size": args.batch_size}
+    began = time.perf_counter()
+    total = sum(sizes) * len(thresholds)
+    with Progress("searching", total, "edge") as progress:
+        options["progress"] = progress
+        if scores is not None:
+            found = prune_sweep(model, pairs, scores, sizes, thresholds, metric, **options)
+        else:
+            found = [acdc(model, pairs, metric, threshold=t, start=start, **options) for t in thresholds]
+    seconds = time.perf_counter() - began
     print(heading(model, pairs, metric))
+    counts = {key: sum(c.meta["forwards"][key] for c in found) for key in ("decided", "evaluated", "launches")}
     print(
-        f"searched {n_edges} edges at threshold {args.threshold:g} in {seconds:.2f} s: {forwards['decided']} decided "
-        f"by a forward, {forwards['evaluated']} run in {forwards['launches']} launches"
+        f"searched {total} edges in {seconds:.2f} s: {counts['decided']} decided by a forward, {counts['evaluated']} "
+        f"run in {counts['launches']} launches"
     )
+    if not single:
+        rows = [
+            (start, threshold, c.n_edges, c.prune().n_edges, c.meta["metric"]["circuit"])
+            for c, (start, threshold) in zip(found, product(sizes, thresholds), strict=True)
+        ]
+        print(_table(("start", "threshold", "edges", "connected", metric), rows))
+        _write(_Sweep(found), args.out)
+        return
+    (circuit,) = found
+    values = circuit.meta["metric"]
     print(f"circuit  {circuit.n_edges} edges; {circuit.prune().n_edges} connect embed to the logits")
     print(_table(("run", metric), [(name, values[name]) for name in ("clean", "circuit", "corrupt")]))
     _write(circuit, args.out)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
 from models import random_model, save_checkpoint
 
-from eapcore.acdc import acdc
+from eapcore.acdc import acdc, prune_sweep
 from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.cli import main
@@ -186,6 +187,41 @@ def test_acdc_prunes_the_top_edges_of_a_score_file(eapcore, score_file, model, p
     assert status == 0 and torch.equal(Circuit.load(tmp_path / "result.json").mask, expected.mask)
 
 
+def test_acdc_prunes_the_edges_above_a_score(eapcore, score_file, model, pairs, scores, tmp_path):
+    least = sorted(scores.scores[scores.mask].abs().tolist())[-15]
+    options = ("--threshold", 0.05, "--scores", score_file, "--score-threshold", least, "--metric", "nll")
+    status, printed, _ = eapcore("acdc", *options)
+    expected = acdc(model, pairs, "nll", threshold=0.05, start=scores.top_n(15))
+    assert status == 0 and torch.equal(Circuit.load(tmp_path / "result.json").mask, expected.mask)
+    assert "searched 15 edges" in printed
+
+
+@pytest.mark.parametrize("by", ["--top-n", "--score-threshold"])
+def test_acdc_sweeps_starts_and_thresholds_into_one_file(eapcore, score_file, model, pairs, scores, by):
+    sizes, thresholds = [12, 30], [0.01, 0.1]
+    ranked = sorted(scores.scores[scores.mask].abs().tolist(), reverse=True)
+    starts = sizes if by == "--top-n" else [ranked[n - 1] for n in sizes]
+    options = ("--scores", score_file, by, ",".join(map(str, starts)), "--threshold", "0.01,0.1", "--metric", "nll")
+    status, printed, content = eapcore("acdc", *options)
+    expected = prune_sweep(model, pairs, scores, sizes, thresholds, "nll")
+    assert status == 0 and content["format"] == "eapcore-sweep"
+    assert [c["edges"] for c in content["circuits"]] == [c.edges for c in expected]
+    assert [
+        (c["meta"]["method"]["start"]["n_edges"], c["meta"]["method"]["threshold"]) for c in content["circuits"]
+    ] == [(12, 0.01), (12, 0.1), (30, 0.01), (30, 0.1)]
+    table = [line.split() for line in printed.split("connected")[1].splitlines()[1:5]]
+    assert [line[:3] for line in table] == [
+        [str(n), str(threshold), str(circuit.n_edges)]
+        for (n, threshold), circuit in zip(product(sizes, thresholds), expected, strict=True)
+    ]
+
+
+def test_acdc_sweeps_thresholds_over_all_edges(eapcore, model, pairs, tmp_path):
+    status, _, content = eapcore("acdc", "--threshold", "0.01,0.1")
+    expected = [acdc(model, pairs, "kl", threshold=threshold).edges for threshold in (0.01, 0.1)]
+    assert status == 0 and [c["edges"] for c in content["circuits"]] == expected
+
+
 def test_path_patches_a_written_path_or_the_routes_between_components(eapcore, model, pairs):
     written = "a0.h1->m0->a1.h0<v>->logits"
     status, printed, content = eapcore("path", "--metric", "logit_diff", "--path", written)
@@ -267,6 +303,9 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
 
 
+SCORED = ("--scores", "scores.safetensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,8 +322,12 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
         (["evaluate", "--bootstrap", "5", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
         (["verify", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
         (["verify", "--curve", "m1->m0"], "'m1->m0' is no edge"),
+        (["acdc", "--threshold", "0.1,-2"], "threshold must be positive, got -2"),
+        (["acdc", "--threshold", "1", *SCORED, "--top-n", "5,47"], "--top-n must be at most the 46 edges of small"),
+        (["acdc", "--threshold", "1", *SCORED, "--score-threshold", "0,99"], "--score-threshold 99 leaves no edge to"),
+        (["acdc", "--threshold", "1", "--circuit", "empty.json"], "--circuit must have edges"),
         (["patch", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
-        (["patch", "--scores", "scores.safetensors", "--top-n", "47"], "--top-n must be at most the 46 edges of small"),
+        (["patch", *SCORED, "--top-n", "47"], "--top-n must be at most the 46 edges of small"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -297,7 +340,12 @@ def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkey
         "other": Circuit(other.edge_mask(), other),
     }.items():
         circuit.save(f"{name}.json")
-    for work in ("eapcore.attribution.attribute", "eapcore.evaluate.mib", "eapcore.patch.patch_edges"):
+    for work in (
+        "eapcore.attribution.attribute",
+        "eapcore.evaluate.mib",
+        "eapcore.patch.patch_edges",
+        "eapcore.acdc.acdc",
+    ):
         monkeypatch.setattr(work, lambda *args, **options: pytest.fail("the work began"))
     status, printed, _ = eapcore(*arguments)
     assert status == 2 and message in printed and printed.count("\n") == 1
@@ -354,6 +402,8 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
         (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),
         (["patch", "--circuit", "nowhere.json"], "nowhere.json"),
         (["acdc", "--threshold", "-1"], "threshold must be positive, got -1"),
+        (["acdc", "--threshold", "0.1", "--scores", "f"], "--scores goes together with --top-n or --score-threshold"),
+        (["acdc", "--threshold", "0.1", "--top-n", "5"], "--scores goes together with --top-n or --score-threshold"),
         (["path"], "give --path, or --senders and --receivers"),
         (["path", "--path", "a0.h1->logits", "--through", "m0"], "--through goes with --senders and --receivers"),
         (["evaluate", "--top-n", "5"], "--top-n goes with --bootstrap"),
