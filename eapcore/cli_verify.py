@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from eapcore.model import Model
     from eapcore.tasks import PromptPairs
 
+_EACH = "edge × pair"  # what patching counts
 _RULE = "trapezoid, lower (steps), upper (steps) or pareto"
 _TOP = "(default: 50, or all edges of a smaller graph)"
 
@@ -248,6 +249,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -
     return "\n".join(["", *(line(row) for row in [header, *cells])])
 
 
+def _runs(args: argparse.Namespace, metric: str, values: dict[str, float]) -> str:
+    """The metric on each run; the corrupt one is no end of the scale where another ablation is."""
+    shown = [(name, value) for name, value in values.items() if name != "corrupt" or args.ablation == "corrupt"]
+    return _table(("run", metric), shown)
+
+
 def _patch(args: argparse.Namespace) -> None:
     from eapcore.patch import patch_edges, patch_nodes
 
@@ -263,7 +270,7 @@ def _patch(args: argparse.Namespace) -> None:
     edges = _selection(args, model)
     start = time.perf_counter()
     if args.nodes:
-        with Progress("patching", model.graph.n_senders * len(pairs)) as progress:
+        with Progress("patching", model.graph.n_senders * len(pairs), "node × pair") as progress:
             nodes = patch_nodes(model, pairs, metric, per_position=args.per_position, progress=progress, **options)
         print(heading(model, pairs, metric))
         print(f"patched  {len(nodes.nodes)} nodes in {time.perf_counter() - start:.2f} s")
@@ -277,7 +284,7 @@ def _patch(args: argparse.Namespace) -> None:
         _write(nodes, args.out)
         return
     n_edges = model.graph.n_edges if edges is None else edges.n_edges
-    with Progress("patching", n_edges * len(pairs)) as progress:
+    with Progress("patching", n_edges * len(pairs), _EACH) as progress:
         effects = patch_edges(model, pairs, metric, edges, progress=progress, resume=args.resume, **options)
     print(heading(model, pairs, metric))
     print(f"patched  {n_edges} edges in {time.perf_counter() - start:.2f} s")
@@ -347,7 +354,7 @@ def _acdc(args: argparse.Namespace) -> None:
     (circuit,) = found
     values = circuit.meta["metric"]
     print(f"circuit  {circuit.n_edges} edges; {circuit.prune().n_edges} connect embed to the logits")
-    print(_table(("run", metric), [(name, values[name]) for name in ("clean", "circuit", "corrupt")]))
+    print(_runs(args, metric, {name: values[name] for name in ("clean", "circuit", "corrupt")}))
     _write(circuit, args.out)
 
 
@@ -369,7 +376,7 @@ def _path(args: argparse.Namespace) -> None:
         result = path_patch(model, pairs, metric, args.senders, edges, **options)
     print(heading(model, pairs, metric))
     print(f"patched  {', '.join(result.senders)} along {result.edges.n_edges} edges: effect {result.effect:.6g}")
-    print(_table(("run", metric), [("clean", result.clean), ("patched", result.patched), ("corrupt", result.corrupt)]))
+    print(_runs(args, metric, {"clean": result.clean, "patched": result.patched, "corrupt": result.corrupt}))
     _write(result, args.out)
 
 
@@ -415,7 +422,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     complete: Completeness | None = None
     minimal: dict[str, float] | None = None
     if args.true_top is not None:
-        with Progress("patching", model.graph.n_edges * len(pairs)) as progress:
+        with Progress("patching", model.graph.n_edges * len(pairs), _EACH) as progress:
             exact = patch_edges(model, pairs, metric, progress=progress, **options)
         references.append((f"exact patching's top {args.true_top}", exact.top_n(args.true_top)))
     for name, reference in references:
@@ -459,7 +466,7 @@ def _verify(args: argparse.Namespace) -> None:
     how = find_ablation(args, model)
     options = {**how, "batch_size": args.batch_size}
     scores = _find_scores(args, model, pairs, metric, how)
-    with Progress("patching", n * len(pairs)) as progress:
+    with Progress("patching", n * len(pairs), _EACH) as progress:
         options |= {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
         found = verify(model, pairs, metric, scores, n, **options)
     agreement = found.agreement

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import product
 
 import pytest
 import torch
+import tqdm
 from models import random_model, save_checkpoint
 
 from eapcore.acdc import acdc, prune_sweep
@@ -276,6 +278,42 @@ def test_verify_scores_patches_and_follows_an_edge(eapcore, scores, model, pairs
     assert status == 0 and f"R² {expected.agreement.r2:.4f}" in printed and f"{edge}: from clean" in printed
     assert content["effects"] == pytest.approx(expected.effects)
     assert content["curves"][0]["edge"] == edge and len(content["curves"][0]["effects"]) == 11
+
+
+def test_another_ablation_is_not_shown_beside_the_corrupt_run(eapcore):
+    for command in (["acdc", "--threshold", 0.05], ["path", "--path", "a0.h1->logits", "--metric", "logit_diff"]):
+        assert "\ncorrupt " in eapcore(*command)[1]
+        assert "\ncorrupt " not in eapcore(*command, "--ablation", "zero")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "bars"),
+    [
+        (["attribute"], {"scoring": ("pair", 4)}),
+        (["patch"], {"patching": ("edge × pair", 46 * 4)}),
+        (["patch", "--nodes"], {"patching": ("node × pair", 7 * 4)}),
+        (["acdc", "--threshold", 0.05], {"searching": ("edge", 46)}),
+        (["verify", "--top-n", 6], {"scoring": ("pair", 4), "patching": ("edge × pair", 6 * 4)}),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_progress_counts_to_its_end_in_its_own_unit(eapcore, monkeypatch, command, bars):
+    shown, bar = {}, tqdm.tqdm
+
+    class Listening(bar):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+
+        def close(self):
+            assert self.n == self.total
+            shown[self.desc.rstrip(": ")] = (self.unit, self.total)
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Listening)
+    metric = [] if command[0] == "acdc" else ["--metric", "logit_diff"]
+    status, printed, _ = eapcore(*command, *metric, out="file")
+    assert status == 0, printed
+    assert shown == bars
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
