@@ -412,8 +412,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     references = [] if truth is None else [(str(args.true_circuit), truth)]
     judged = mib(model, pairs, metric, scores, selection=args.selection, **options)
     print(heading(model, pairs, metric))
-    print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}")
     signed, absolute = judged.signed, judged.absolute
+    made, judging = (signed.meta["method"][name] for name in ("ablation_of_scores", "ablation"))
+    by = f", of the ablation {made['name']}" if made not in (None, judging) else ""
+    print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}{by}")
     points = zip(signed.fractions, signed.sizes, signed.faithfulness, absolute.faithfulness, strict=True)
     rows = [(f"{100 * x:g} %", n, f, g) for x, n, f, g in points]
     print(_table(("size", "edges", "f, by −score", "f, by |score|"), rows))

@@ -257,6 +257,12 @@ def test_evaluate_takes_a_reference_circuit_and_a_mean_over_a_task(eapcore, scor
     assert content["mib"]["signed"]["meta"]["method"]["ablation"]["reference"] == "sort"
 
 
+def test_evaluate_says_where_scores_are_of_another_ablation(eapcore, score_file):
+    assert "\nscores   eap\n" in eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file)[1]
+    other = eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file, "--ablation", "zero")
+    assert other[0] == 0 and "\nscores   eap, of the ablation corrupt\n" in other[1]
+
+
 def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
     status, printed, content = eapcore("evaluate", "--metric", "logit_diff", "--bootstrap", 20, "--top-n", 10)
     per_pair = attribute(model, pairs, "logit_diff", reduce="pair").per_pair
