@@ -119,8 +119,8 @@ def attribute(
             "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
             (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
             "atp-star": "grad-drop" with the exact patterns of "qk-fix".
-        level: "edge"; "node" scores senders; "neuron" also scores the MLPs' hidden units and each sender's D output
-            dimensions.
+        level: "edge"; "node" scores senders; "neuron" also scores each sender's D output dimensions and the MLPs'
+            hidden units, where there are MLPs.
         gradient_at: of "eap": "clean" (the default) or "corrupt" (denoising).
         steps: m, of "eap-ig" (4 by default) and "eap-ig-activations" (5, as published).
         points: of the same: "left" k/m for k = 0…m−1, "right" for k = 1…m (the default of "eap-ig-activations", as
@@ -258,6 +258,7 @@ def attribute(
     clean, corrupt = measured.mean(1).tolist()
     meta = {
         **describe(model, pairs),
+        "sign": how.sign,
         "method": how.described | ({} if values is None else {"ablation": dict(values.meta)}),
         "metric": {"name": metric_name, "clean": clean, "corrupt": corrupt},
         "impl": kernels.choose("edge_scores", device=model.device, dtype=model.dtype) if impl == "auto" else impl,
@@ -322,11 +323,8 @@ def _shapes(model: Model, level: str) -> dict[str, tuple[int, ...]]:
         return {"scores": (graph.n_senders, graph.n_receivers)}
     if level == "node":
         return {"scores": (graph.n_senders,)}
-    return {
-        "scores": (graph.n_senders,),
-        "units": (config.n_layers, config.d_mlp or 0),
-        "dimensions": (graph.n_senders, config.d_model),
-    }
+    units = {} if config.d_mlp is None else {"units": (config.n_layers, config.d_mlp)}
+    return {"scores": (graph.n_senders,), **units, "dimensions": (graph.n_senders, config.d_model)}
 
 
 def _reached(model: Model, how: Recipe, name: str) -> Tensor:

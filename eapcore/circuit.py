@@ -20,7 +20,15 @@ from eapcore.graph import Graph
 Scores = TypeVar("Scores")
 FORMAT_VERSION = 1
 _PARTS = ("per_pair", "per_position")
-SIGN = "score = predicted change of the metric (higher = better) when the edge is corrupted; negative = needed"
+
+
+def sign_text(name: str, kind: str, when: str) -> str:
+    """How a result's convention is written into its file."""
+    return f"{name} = {kind} change of the metric (higher = better) when {when}; negative = needed"
+
+
+WHEN = "the edge is ablated"
+SIGN = sign_text("score", "predicted", WHEN)  # where the scores do not say otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +120,9 @@ class EdgeScores:
     """One score for every edge, [S, R] on the CPU, exactly 0 where there is none; `meta` says how they were made.
 
     score[s, r] is the predicted change of the metric, higher = better, when the edge is corrupted: a negative score is
-    an edge that the behaviour needs. float64 for a float64 model, float32 for all others. per_pair [N, S, R] is there
-    where it was asked for, with scores its mean; per_position [T, S, R] likewise, with scores its sum.
+    an edge that the behaviour needs; where it is another number, `meta["sign"]` says which. float64 for a float64
+    model, float32 for all others. per_pair [N, S, R] is there where it was asked for, with scores its mean;
+    per_position [T, S, R] likewise, with scores its sum.
     """
 
     scores: Annotated[Tensor, "S R"]
@@ -263,7 +272,8 @@ def read_scores(
             header = json.loads((file.metadata() or {})["eapcore"])
             _check_version(path, header.pop("format_version"))
             graph = _graph(header.pop("graph"))
-            header.pop("sign")
+            if not isinstance(header["sign"], str):
+                raise ValueError(f"its sign is {header['sign']!r}")
             scores = build({name: file.get_tensor(name) for name in file.keys()}, graph, header)  # noqa: SIM118
         model = {} if header.get("model") is None else dict(header["model"])
     except _NewerFormat:

@@ -422,7 +422,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"\nCPR {judged.cpr:.4f} (by −score)   CMD {judged.cmd:.4f} (by |score|)")
     rocs: list[Roc] = []
     complete: Completeness | None = None
-    minimal: dict[str, float] | None = None
+    minimal: EdgeScores | None = None
     if args.true_top is not None:
         with Progress("patching", model.graph.n_edges * len(pairs), _EACH) as progress:
             exact = patch_edges(model, pairs, metric, progress=progress, **options)
@@ -436,17 +436,17 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     if circuit is not None:
         complete = completeness(model, pairs, metric, circuit, **options)
-        by_edge = minimality(model, pairs, metric, circuit, **options)
-        minimal = {edge: by_edge[edge] for edge in circuit.edges}
+        minimal = minimality(model, pairs, metric, circuit, **options)
         widest = complete.gap.index(max(complete.gap))
-        least = max(minimal, key=lambda edge: minimal[edge])
+        least = max(circuit.edges, key=minimal.__getitem__)
         print(
             f"circuit  {circuit.n_edges} edges: largest completeness gap {complete.gap[widest]:.6g} (without "
             f"{complete.removed[widest]}); least needed edge {least} ({minimal[least]:+.6g})"
         )
     stable: Stability | None = None
     if scores.per_pair is not None and args.bootstrap is not None:
-        stable = stability(scores.per_pair, model.graph, top_n=top, n_resamples=args.bootstrap, seed=args.seed)
+        drawn = {"n_resamples": args.bootstrap, "seed": args.seed, "meta": scores.meta}
+        stable = stability(scores.per_pair, model.graph, top_n=top, **drawn)
         chosen = scores.top_n(top).mask
         sure = (stable.low[chosen] > 0) | (stable.high[chosen] < 0)
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution import Task, attribute
-from eapcore.circuit import Circuit, EdgeScores
+from eapcore.circuit import Circuit, EdgeScores, sign_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
@@ -24,6 +25,10 @@ MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANKINGS = ("absolute", "signed")
 SELECTIONS = ("top_n", "greedy")
 RULES = ("trapezoid", "lower", "upper", "pareto")
+_FAITHFUL = (
+    "faithfulness = (value − ablated) / (clean − ablated), 1 = as the model, 0 = as the model with every edge ablated; "
+    "cpr: higher = better; cmd: lower = better"
+)
 
 
 # Faithfulness
@@ -35,7 +40,8 @@ class Curve:
 
     fractions: [P] of all edges, as asked for. sizes: [P] edges chosen. values: [P] the metric's mean. faithfulness: [P]
     (value − ablated) / (clean − ablated). cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
-    trapezoid, from the first fraction to the last.
+    trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
+    which there is no area.
     """
 
     fractions: list[float]
@@ -161,17 +167,12 @@ def _curves(
         mine = slice(i * len(counts), (i + 1) * len(counts))
         f = [(value - ablated) / (clean - ablated) for value in values[mine]]
         gap = [abs(1 - x) for x in f]
-        method: dict[str, Any] = {
-            "name": "faithfulness",
-            "ranking": ranking,
-            "selection": selection,
-            "area": "trapezoid, linear axis",
-        }
-        method |= {"ablation": question.ablation, "ablation_of_scores": _ablation_of(scores)}
-        meta = {**described, "method": method, "scores": dict(scores.meta)}
+        method = {"name": "faithfulness", "ranking": ranking, "selection": selection, "area": "trapezoid, linear axis"}
+        carried = {"ablation": question.ablation, "ablation_of_scores": _ablation_of(scores)}
+        meta = {**described, "sign": _FAITHFUL, "method": {**method, **carried}, "scores": dict(scores.meta)}
         sizes_found = [c.n_edges for c in circuits[mine]]
-        areas = (area(fractions, f, "trapezoid"), area(fractions, gap, "trapezoid"))
-        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, *areas, meta))
+        cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
+        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta))
     return curves
 
 
@@ -257,7 +258,8 @@ def completeness(
     inside, whole = values[::2], values[1::2]
     question = Question.of(model, task, metric, ablation, reference)
     method = {"name": "completeness", "n_random": n_random, "seed": seed, "ablation": question.ablation}
-    meta = {**question.describe(), "method": method, "circuit": dict(circuit.meta)}
+    sign = "gap = |circuit − model|, both without the same edges; 0 = the circuit lacks nothing that they do"
+    meta = {**question.describe(), "sign": sign, "method": method, "circuit": dict(circuit.meta)}
     return Completeness(list(removed), inside, whole, [abs(a - b) for a, b in zip(inside, whole, strict=True)], meta)
 
 
@@ -300,8 +302,9 @@ def minimality(
     question = Question.of(model, task, metric, ablation, reference)
     meta = {
         **question.describe(),
+        "sign": sign_text("score", "measured", "the edge alone is taken out of the circuit"),
         "metric": {"name": question.metric_name, "circuit": whole},
-        "method": {"name": "minimality", "exact": True, "ablation": question.ablation},
+        "method": {"name": "minimality", "exact": True, "ablation": question.ablation, "edges": circuit.edges},
         "circuit": dict(circuit.meta),
     }
     return EdgeScores(scores, graph, meta)
@@ -606,7 +609,7 @@ def verify(
     names = [edge for edge, _ in scores.top(n, signed=ranking == "signed")]
     rows = [(edge, scores[edge], exact[edge]) for edge in names]
     worst = sorted(rows, key=lambda row: -abs(row[1] - row[2]))[:n_worst]
-    meta = {"scores": dict(scores.meta), "n": n, "ranking": ranking}
+    meta = {"sign": exact.meta["sign"], "scores": dict(scores.meta), "n": n, "ranking": ranking}
     compared = agreement(scores, exact, chosen.mask)
     return Verification(
         names, [row[1] for row in rows], [row[2] for row in rows], compared, worst, exact, meta, followed
@@ -661,7 +664,7 @@ def stability(
         seed: of the draws.
         ranking: "absolute" or "signed".
         level: of the confidence intervals; a thousand resamples give their ends to some hundredths of their width.
-        meta: what the result shall say of the scores.
+        meta: what the scores' file says of them, `meta["scores"]` of the result.
 
     Raises:
         ValueError: a wrong shape, fewer than 2 pairs or resamples, top_n outside the graph, a level outside 0..1.
@@ -718,18 +721,18 @@ def stability(
         top_frequency=placed(tops.mean(0)),
         overlap=float((common.sum() - common.trace()) / pairs),
         overlap_with_all=float((tops @ top(whole)).mean() / top_n),
-        meta={**dict(meta or {}), "method": {**method, "ranking": ranking}},
+        meta={"scores": dict(meta or {}), "method": {**method, "ranking": ranking}},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything that was judged of one set of scores; minimality by edge."""
+    """Everything that was judged of one set of scores."""
 
     mib: Mib
     rocs: Sequence[Roc] = ()
     completeness: Completeness | None = None
-    minimality: Mapping[str, float] | None = None
+    minimality: EdgeScores | None = None
     stability: Stability | None = None
 
     def save(self, path: str | Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eapcore import circuit, nodes
 from eapcore.graph import Graph
 from eapcore.kernels.checks import one_of
 from eapcore.planner import Passes
@@ -48,12 +49,14 @@ class Recipe:
     """A method with all its parameters.
 
     passes: the backward passes. absolute: add |score of a pair|, not the score; a score is then divided by the number
-    of passes that reach its receiver instead of being weighted. described: what a score file says of it.
+    of passes that reach its receiver instead of being weighted. described: what a score file says of it. sign: the
+    scores' convention in words.
     """
 
     passes: tuple[Pass, ...]
     described: dict[str, Any]
     absolute: bool = False
+    sign: str = ""
 
     @property
     def exact_softmax(self) -> bool:
@@ -191,6 +194,7 @@ METHODS: dict[str, Method] = {
     "atp-star": Method(_dropped_exact_softmax),
 }
 LEVELS = ("edge", "node", "neuron")
+_UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; it has no sign"
 
 
 def recipe(
@@ -208,8 +212,6 @@ def recipe(
         if name not in chosen.options and getattr(options, name) is not None:
             takes = ", ".join(sorted(chosen.options)) or "none of its own"
             raise ValueError(f"the method {method} has no option {name}: it takes {takes}")
-    if level == "neuron" and not graph.has_mlp:
-        raise ValueError("level 'neuron' scores MLP hidden units, but this model has no MLP: use level 'node'")
     made = chosen.make(options, graph)
     if ablation != "corrupt" and (not chosen.ablations or options.gradient_at == "corrupt"):
         raise ValueError(
@@ -228,7 +230,9 @@ def recipe(
     everything = sum(total.values())  # 1, but where passes are not weighted
     points = [[alpha, weight / everything] for alpha, weight in total.items()]
     described = {"name": method, "level": level, "ablation": {"name": ablation}, "points": points} | made.described
-    return replace(made, described=described)
+    when = circuit.WHEN if level == "edge" else nodes.WHEN
+    sign = _UNSIGNED.format(when) if made.absolute else circuit.sign_text("score", "predicted", when)
+    return replace(made, described=described, sign=sign)
 
 
 def _described(rules: Rules) -> dict[str, Any]:

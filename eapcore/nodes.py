@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from eapcore.circuit import FORMAT_VERSION, SIGN, read_scores, replacing
+from eapcore.circuit import FORMAT_VERSION, read_scores, replacing, sign_text
 from eapcore.graph import Graph
 
 KINDS = ("scores", "units", "dimensions")
+WHEN = "all that the node (its output dimension, the hidden unit) sends is ablated"
+SIGN = sign_text("score", "predicted", WHEN)
 _PARTS = ("per_pair", "per_position")
 
 

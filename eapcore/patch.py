@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution import Task, check_pairs
-from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing
+from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing, sign_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
@@ -210,6 +210,7 @@ def patch_edges(
     clean, corrupt = partial.done.values.mean(1).tolist()
     meta = {
         **question.describe(),
+        "sign": sign_text("score", "measured", "the edge alone is ablated"),
         "metric": {"name": question.metric_name, "clean": clean, "corrupt": corrupt},
         "method": {"name": "patch", "exact": True, "ablation": question.ablation, "edges": names},
     }
@@ -273,14 +274,17 @@ def _read_more(model: Model, batch: Batch, changes: list[tuple[int, Tensor]]) ->
 def write_json(path: str | Path, kind: str, result: Any) -> None:
     """Write a result, a dataclass, as JSON beside its kind.
 
-    Tensors become lists, circuits the names of their edges, scores what is known of them; NaN and infinities null.
+    Tensors become lists, circuits the names of their edges, scores what is known of them and those of the edges that
+    `meta["method"]["edges"]` names; NaN and infinities null.
     """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             return plain(value.tolist())
         if isinstance(value, EdgeScores):
-            return {"meta": plain(value.meta)}
+            edges = (value.meta.get("method") or {}).get("edges")
+            named = {"scores": plain({edge: value[edge] for edge in edges})} if isinstance(edges, list) else {}
+            return {"meta": plain(value.meta), **named}
         if isinstance(value, Circuit):
             return {"edges": value.edges, "meta": plain(value.meta)}
         if is_dataclass(value):
@@ -362,7 +366,9 @@ def interpolate(
             sums[part] += (question.values(logits, batch) - clean).sum(1).cpu()
     effects = (sums / len(question.pairs)).tolist()
     estimate = None if score is None else [score * p for p in places]
-    meta = {**question.describe(), "method": {"name": "interpolate", "ablation": question.ablation}}
+    sign = sign_text("effect", "measured", "the edge alone goes so far from clean, point 0, to ablated, point 1")
+    method = {"name": "interpolate", "ablation": question.ablation}
+    meta = {**question.describe(), "sign": sign, "method": method}
     return Interpolation(edge, places, effects, estimate, meta)
 
 
@@ -430,7 +436,10 @@ def patch_nodes(
                 progress(done, len(senders) * len(pairs))
     effects = sums / len(pairs)
     method = {"name": "patch-nodes", "per_position": per_position, "ablation": question.ablation}
-    return NodeEffects(names, effects if per_position else effects[:, 0], {**question.describe(), "method": method})
+    where = " at the position alone" if per_position else ""
+    sign = sign_text("effect", "measured", f"all that the node sends{where} is ablated")
+    meta = {**question.describe(), "sign": sign, "method": method}
+    return NodeEffects(names, effects if per_position else effects[:, 0], meta)
 
 
 def _send_more(model: Model, batch: Batch, sender: int, added: Tensor) -> Tensor:
@@ -567,5 +576,6 @@ def path_patch(
         sums += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
     clean, corrupt, patched = (sums / len(question.pairs)).tolist()
     method = {"name": "path-patch", "ablation": question.ablation, **edges.meta}
-    meta = {**question.describe(), "method": method}
+    sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
+    meta = {**question.describe(), "sign": sign, "method": method}
     return PathEffect(list(senders), edges, patched - clean, clean, corrupt, patched, meta)

@@ -246,7 +246,7 @@ def test_evaluate_prints_faithfulness_roc_and_a_circuits_worth(eapcore, score_fi
     assert status == 0 and f"CPR {expected.cpr:.4f}" in printed and f"CMD {expected.cmd:.4f}" in printed
     assert f"AUC {auc:.4f} (lower) against exact patching's top 10" in printed
     assert content["mib"]["cpr"] == pytest.approx(expected.cpr) and content["rocs"][0]["auc"] == pytest.approx(auc)
-    assert sorted(content["minimality"]) == sorted(scores.top_n(15).edges) and content["completeness"]["gap"]
+    assert sorted(content["minimality"]["scores"]) == sorted(scores.top_n(15).edges) and content["completeness"]["gap"]
 
 
 def test_evaluate_takes_a_reference_circuit_and_a_mean_over_a_task(eapcore, scores, tmp_path):

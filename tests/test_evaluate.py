@@ -15,6 +15,7 @@ from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.evaluate import (
     MIB_FRACTIONS,
+    Evaluation,
     agreement,
     area,
     completeness,
@@ -86,6 +87,36 @@ def test_cpr_is_read_from_the_signed_and_cmd_from_the_absolute_ranking(model, pa
     both.save(tmp_path / "mib.json")
     content = json.loads((tmp_path / "mib.json").read_text())
     assert content["cpr"] == both.cpr and content["absolute"]["sizes"] == absolute.sizes
+
+
+@pytest.mark.parametrize("sizes", [[0.1], [7], [0.1, 0.1], [20, 20]])
+def test_one_size_has_no_area(model, pairs, sizes, tmp_path):
+    scores = attribute(model, pairs)
+    curve, both = (judge(model, pairs, "logit_diff", scores, sizes=sizes) for judge in (faithfulness, mib))
+    assert len(curve.faithfulness) == len(sizes) and math.isfinite(curve.faithfulness[0])
+    assert all(math.isnan(x) for x in (curve.cpr, curve.cmd, both.cpr, both.cmd))
+    curve.save(tmp_path / "curve.json")
+    content = json.loads((tmp_path / "curve.json").read_text())
+    assert content["cpr"] is None and content["cmd"] is None and content["values"] == curve.values
+
+
+def test_every_result_states_its_convention(model, pairs, tmp_path):
+    scores, circuit = attribute(model, pairs, reduce="pair"), some_edges(model.graph)
+    minimal = minimality(model, pairs, "logit_diff", circuit)
+    stable = stability(scores.per_pair, model.graph, top_n=5, n_resamples=4, meta=scores.meta)
+    complete = completeness(model, pairs, "logit_diff", circuit, n_random=1)
+    found = Evaluation(mib(model, pairs, "logit_diff", scores), (), complete, minimal, stable)
+    found.save(tmp_path / "evaluation.json")
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["mib"]["signed"]["meta"]["sign"].endswith("cpr: higher = better; cmd: lower = better")
+    assert content["completeness"]["meta"]["sign"].startswith("gap = |circuit − model|")
+    assert "measured change" in content["minimality"]["meta"]["sign"]
+    assert content["minimality"]["meta"]["method"]["name"] == "minimality"
+    assert content["minimality"]["scores"] == {edge: minimal[edge] for edge in circuit.edges}
+    assert content["stability"]["meta"]["scores"]["sign"] == scores.meta["sign"]
+    assert content["stability"]["meta"]["scores"]["method"]["name"] == "eap"
+    checked = verify(model, pairs, scores=scores, n=5)
+    assert "measured change" in checked.meta["sign"] and "predicted change" in checked.meta["scores"]["sign"]
 
 
 def test_circuits_can_be_grown_from_the_logits_and_ablated_with_zero(model, pairs):

@@ -9,10 +9,12 @@ import oracle_methods as oracle
 import pytest
 import torch
 from models import random_model, random_pairs
+from safetensors import safe_open
 from test_planner import peak_bytes
 
 from eapcore import passes, planner
 from eapcore.attribution import attribute
+from eapcore.circuit import EdgeScores
 from eapcore.methods import METHODS as NAMES
 from eapcore.metrics import METRICS
 from eapcore.model import load
@@ -210,14 +212,21 @@ def test_node_scores_meet_the_gradient_behind_each_sender(options, method):
     torch.testing.assert_close(scores.scores, edges, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"act_fn": "relu"}, {"n_layers": 1}], ids=["gpt2", "relu", "one layer"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"act_fn": "relu"}, {"n_layers": 1}, {"d_mlp": None}],
+    ids=["gpt2", "relu", "one layer", "attention-only"],
+)
 @pytest.mark.parametrize("method", ["eap", "relp"])
 def test_neuron_scores_are_those_of_hidden_units_and_output_dimensions(options, method):
     model, pairs = case(options)
     how = RELP if method == "relp" else {}
     scores = attribute(model, pairs, method=method, level="neuron", batch_size=2)
     assert_equal(scores.dimensions, mean_of(model, pairs, node_definition(model, how)))
-    assert_equal(scores.units, mean_of(model, pairs, unit_definition(model, how)))
+    if model.config.attn_only:
+        assert scores.units is None
+    else:
+        assert_equal(scores.units, mean_of(model, pairs, unit_definition(model, how)))
     torch.testing.assert_close(scores.dimensions.sum(1), scores.scores, rtol=0, atol=1e-12)
 
 
@@ -256,6 +265,26 @@ def test_nodes_by_pair_and_position_add_up(method):
         assert bool((by_position.per_position[kind][:2] == 0).all())
     alone = attribute(model, pairs.select(torch.tensor([1])), method=method, level="node").scores
     torch.testing.assert_close(by_pair.per_pair["scores"][1], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"d_mlp": None}], ids=["gpt2", "attention-only"])
+@pytest.mark.parametrize("level", ["edge", "node", "neuron"])
+@pytest.mark.parametrize("method", ["eap", "grad-drop", "atp-star"])
+def test_a_file_states_the_convention_of_its_scores(method, level, options, tmp_path):
+    if method == "atp-star" and level != "edge":
+        return
+    model, pairs = case(options)
+    scores = attribute(model, pairs, method=method, level=level, ablation="zero")
+    scores.save(tmp_path / "scores.safetensors")
+    kind = EdgeScores if level == "edge" else NodeScores
+    for _ in range(2):  # a file that is read and written again says the same
+        with safe_open(tmp_path / "scores.safetensors", "pt") as file:
+            sign = json.loads(file.metadata()["eapcore"])["sign"]
+        assert sign == scores.meta["sign"] and "predicted change" in sign and "corrupt" not in sign
+        assert ("|predicted change of the metric|" in sign) == (method != "eap")
+        assert ("it has no sign" in sign) == (method != "eap") != ("negative = needed" in sign)
+        assert ("the edge is ablated" in sign) == (level == "edge") != ("the node" in sign)
+        kind.load(tmp_path / "scores.safetensors").save(tmp_path / "scores.safetensors")
 
 
 def test_node_scores_survive_a_file_and_a_score_file_of_edges_is_refused(tmp_path):
@@ -383,8 +412,6 @@ def test_the_file_says_everything_of_the_method(method):
 @pytest.mark.parametrize("points", ["left", "gauss", [(0.3, 2.0), (0.9, -1.5), (0.5, 0.5)]])
 def test_steps_that_run_together_give_the_scores_of_one_after_another(options, how, points, monkeypatch):
     model, pairs = case(options)
-    if model.config.attn_only and how.get("level") == "neuron":
-        return
     how = how | {"method": "eap-ig", "points": points} | ({"steps": 5} if isinstance(points, str) else {})
     sizes, found, run_layers = [], [], passes.run_layers
 
@@ -407,7 +434,8 @@ def test_steps_that_run_together_give_the_scores_of_one_after_another(options, h
         if isinstance(a, torch.Tensor):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
     if how.get("level") == "neuron":
-        torch.testing.assert_close(together.units, apart.units, rtol=0, atol=1e-12)
+        if not model.config.attn_only:
+            torch.testing.assert_close(together.units, apart.units, rtol=0, atol=1e-12)
         torch.testing.assert_close(together.dimensions, apart.dimensions, rtol=0, atol=1e-12)
 
 
@@ -459,8 +487,6 @@ def test_what_does_not_go_together_is_refused_in_one_sentence(bad, message):
 
 def test_what_a_model_does_not_have_is_refused():
     model, pairs = case({"d_mlp": None})
-    with pytest.raises(ValueError, match="scores MLP hidden units, but this model has no MLP: use level 'node'"):
-        attribute(model, pairs, level="neuron")
     one, its = case({"n_layers": 1})
     with pytest.raises(ValueError, match="needs at least two layers, this model has one"):
         attribute(one, its, method="grad-drop")

@@ -580,6 +580,13 @@ def test_results_are_saved_as_json_with_what_made_them(tmp_path):
     path_patch(model, pairs, "logit_diff", ["m0"], ["m0->logits"]).save(tmp_path / "path.json")
     content = json.loads((tmp_path / "path.json").read_text())
     assert content["edges"]["edges"] == ["m0->logits"] and content["meta"]["method"]["paths"] == ["m0->logits"]
+    interpolate(model, pairs, "nll", "m0->m1").save(tmp_path / "curve.json")
+    for name in ("nodes", "path", "curve"):
+        sign = json.loads((tmp_path / f"{name}.json").read_text())["meta"]["sign"]
+        assert sign.startswith("effect = measured change of the metric (higher = better) when ")
+        assert sign.endswith("negative = needed")
     patch_edges(model, pairs).save(tmp_path / "effects.safetensors")
-    assert EdgeScores.load(tmp_path / "effects.safetensors").meta["method"]["name"] == "patch"
+    meta = EdgeScores.load(tmp_path / "effects.safetensors").meta
+    assert meta["method"]["name"] == "patch"
+    assert meta["sign"].startswith("score = measured change of the metric (higher = better) when the edge alone")
     assert patch.__all__ == sorted(patch.__all__)
