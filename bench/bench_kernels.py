@@ -1,19 +1,19 @@
 """Check every op, then time it: each implementation and plain PyTorch on the shapes of real models.
 
-    python bench/bench_kernels.py                     CPU table
+    python bench/bench_kernels.py                     CPU table: 8 minutes on two cores
     python bench/bench_kernels.py --device cuda       GPU table (what is asked for comes first; ends after --minutes)
     python bench/bench_kernels.py --quick             tiny shapes, seconds; what the tests run
     compute-sanitizer python bench/bench_kernels.py --device cuda --check-only
-                                                      every kernel on small odd shapes, nothing timed: a minute or two
+                                                      every kernel on small odd shapes, nothing timed: a few minutes
     python bench/bench_kernels.py --compile           the table of compiled Triton kernels (bench/triton_compile.py)
     python bench/bench_kernels.py --json out.jsonl    one JSON object a line beside the table, as they come
 
-Runs from the source tree, installed or not. Nothing is timed before its result is right: eapcore's implementations
-must be within 1e-5 of float64 (2^-8 where the result itself is stored in bfloat16; on a GPU more where tensor cores add
-up long chains, see `allowed_error`), in the norm, on a sample of senders and receivers, and exactly 0 where there is no
-edge. The error of PyTorch's ways is printed, not judged: with bfloat16
-they round the result. A case that fails is printed with its reason and costs only itself; the exit status is then 1, as
-it is when the minutes are over before the list is.
+Runs from the source tree, installed or not; kernels_work.py has the shapes, kernels_checks.py what comes first: every
+variant of every kernel. Nothing is timed before its result is right: eapcore's implementations must be within 1e-5 of
+float64 (2^-8 where the result itself is stored in bfloat16; on a GPU more where tensor cores add up long chains, see
+`allowed_error`), in the norm, on a sample of senders and receivers, and exactly 0 where there is no edge. The error of
+PyTorch's ways is printed, not judged: with bfloat16 they round the result. A case that fails is printed with its reason
+and costs only itself; the exit status is then 1, as it is when the minutes are over before the list is.
 
 All ways to compute one thing take turns, round after round. CPU: `ms` is processor time of all threads divided by
 their number, which other processes disturb less than the clock. GPU: CUDA events, the L2 cache overwritten each time,
@@ -39,354 +39,20 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 if importlib.util.find_spec("eapcore") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, cpp, reference
+import kernels_checks
+import kernels_work
+from eapcore.kernels import cpp
+from kernels_work import WORK, Case, Run, cases, size_of
 
-from eapcore import kernels
-
-Run = Callable[[], Tensor]
 Attempt = Callable[[str, Callable[[], None]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """Sizes of a model, by DESIGN's letters."""
-
-    name: str
-    L: int
-    H: int
-    D: int
-
-    @property
-    def K(self) -> int:
-        return self.D // self.H
-
-    @property
-    def S(self) -> int:
-        return 1 + self.L * (self.H + 1)
-
-    @property
-    def R(self) -> int:
-        return self.L * (3 * self.H + 1) + 1
-
-    def mask(self) -> Tensor:
-        """bool [S, R]: a sender in front of a receiver."""
-        mask = torch.zeros(self.S, self.R, dtype=torch.bool)
-        for layer in range(self.L):
-            before, first = 1 + layer * (self.H + 1), layer * (3 * self.H + 1)
-            mask[:before, first : first + 3 * self.H] = True
-            mask[: before + self.H, first + 3 * self.H] = True
-        mask[:, -1] = True
-        return mask
-
-
-TINY = Model("tiny", 2, 2, 32)
-SMALL = Model("GPT-2 small", 12, 12, 768)
-MEDIUM = Model("GPT-2 medium", 24, 16, 1024)
-XL = Model("GPT-2 XL", 48, 25, 1600)
-B13 = Model("13B", 40, 40, 5120)
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One op on one shape.
-
-    receivers: how many of the model's are in one call; 0 stands for all of them at once. asked: a figure that this
-    case is there for, ("of_matmul" or "of_copy", the least share).
-    """
-
-    op: str
-    model: Model
-    receivers: int
-    batch: int
-    tokens: int
-    dtype: torch.dtype
-    asked: tuple[str, float] | None = None
-
-    @property
-    def name(self) -> str:
-        m = self.model
-        if self.op == "receiver_grads":
-            return f"{m.name} C={3 * m.H} K={m.K} D={m.D} B·T={self.batch * self.tokens}"
-        return f"{m.name} S={m.S} R={self.receivers or m.R} D={m.D} B·T={self.batch * self.tokens}"
-
-
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    """The list; one layer's receivers are 3H + 1, and R = 1 is the logits alone."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    if quick:
-        for dtype in (f32, bf16):
-            yield Case("edge_scores", TINY, 7, 2, 5, dtype, ("of_copy", 0.8))
-            yield Case("edge_scores", TINY, 0, 2, 5, dtype, ("of_matmul", 0.75))
-            yield Case("receiver_grads", TINY, 7, 2, 5, dtype)
-            yield Case("edge_scores_factored", TINY, 0, 2, 5, dtype)
-        return
-    if device == "cpu":
-        for dtype in (f32, bf16):
-            for batch in (8, 32):
-                for receivers in (1, 37):
-                    yield Case("edge_scores", SMALL, receivers, batch, 20, dtype)
-            yield Case("edge_scores", SMALL, 0, 8, 20, dtype)
-            for batch in (8, 32):
-                yield Case("edge_scores", SMALL, SMALL.R, batch, 20, dtype)  # every pair, as if all were edges
-            yield Case("edge_scores", MEDIUM, 49, 8, 20, dtype)
-            yield Case("edge_scores", XL, 76, 1, 16, dtype)
-            yield Case("edge_scores", XL, 0, 1, 8, dtype)
-            yield Case("edge_scores", B13, 121, 1, 8, dtype)
-            for model, batch, tokens in ((SMALL, 8, 20), (MEDIUM, 8, 20), (XL, 1, 20), (B13, 1, 8)):
-                yield Case("receiver_grads", model, 0, batch, tokens, dtype)
-            yield Case("edge_scores_factored", SMALL, 0, 8, 20, dtype)
-        return
-    yield Case("edge_scores", SMALL, 37, 32, 64, bf16, ("of_copy", 0.8))
-    yield Case("edge_scores", XL, 0, 16, 64, bf16, ("of_matmul", 0.75))
-    yield Case("edge_scores", B13, 0, 8, 64, bf16, ("of_matmul", 0.75))
-    yield Case("edge_scores", SMALL, 37, 32, 64, f32, ("of_copy", 0.8))
-    for dtype in (bf16, f32):
-        for model, tokens in ((SMALL, 2048), (MEDIUM, 2048), (XL, 1024), (B13, 512)):
-            if model is not SMALL:
-                yield Case("edge_scores", model, 3 * model.H + 1, tokens // 64, 64, dtype)
-            if model in (SMALL, MEDIUM):
-                yield Case("edge_scores", model, 0, tokens // 64, 64, dtype)
-            yield Case("receiver_grads", model, 0, tokens // 64, 64, dtype)
-        yield Case("edge_scores_factored", SMALL, 0, 32, 64, dtype)
-        yield Case("edge_scores_factored", XL, 0, 2, 64, dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A case made real: the ways to compute it, what is right, and what it costs.
-
-    providers: name -> call; names without "torch" are eapcore's and must be right. check(result) gives the relative
-    error in the norm against float64. limit: the error allowed. operations, bytes: counted, see the module's docstring.
-    tile_operations: those of all real pairs in tiles with an edge, where that is known.
-    """
-
-    providers: dict[str, Run]
-    check: Callable[[Tensor], float]
-    limit: float
-    operations: int
-    bytes: int
-    tile_operations: int | None = None
-
-
-def size_of(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def fast_implementation(kind: str) -> str:
-    reasons = kernels.available()
-    fast = "cpp" if kind == "cpu" else "triton"
-    if reasons[fast]:
-        raise RuntimeError(f"{fast} cannot run here: {reasons[fast]}")
-    return fast
-
-
-def edge_tile_pairs(mask: Tensor, block_s: int, block_r: int) -> int:
-    """How many pairs lie in tiles of block_s × block_r that hold an edge; what pads the last tiles is no pair."""
-    tiles = torch.nn.functional.max_pool2d(mask[None].float(), (block_s, block_r), ceil_mode=True)[0]
-    padded = tiles.repeat_interleave(block_s, 0).repeat_interleave(block_r, 1)
-    return int(padded[: mask.shape[0], : mask.shape[1]].sum(dtype=torch.float64))
-
-
-def allowed_error(dtype: torch.dtype, chain: int, arch: int) -> float:
-    """1e-5, or twice what tensor cores lose that add up a chain of so many elements of half precision.
-
-    They cut every sum off, 16 products at a time from sm_90 on and 8 before: see kernels/triton_edge_scores.py.
-    """
-    return 1e-5 if dtype == torch.float32 else max(1e-5, 5e-8 * chain / (16 if arch >= 90 else 8))
-
-
-def edge_scores_work(case: Case, device: str, fast: str, compiled: bool) -> Work:
-    model, dtype = case.model, case.dtype
-    receivers = case.receivers or model.R
-    shape = (case.batch, case.tokens, model.D)
-    delta = torch.randn(model.S, *shape, dtype=dtype, device=device)
-    grads = torch.randn(receivers, *shape, dtype=dtype, device=device)
-    mask = model.mask().to(device) if case.receivers == 0 else None
-    # Hook-based tools keep [batch, position, component, d_model].
-    delta_hooks = delta.permute(1, 2, 0, 3).contiguous()
-    grads_hooks = grads.permute(1, 2, 0, 3).contiguous()
-
-    def hooks(d: Tensor, g: Tensor) -> Tensor:
-        return torch.einsum("bpsd,bprd->sr", d, g)
-
-    def run(precision: str) -> Run:
-        return lambda: kernels.edge_scores(delta, grads, mask=mask, precision=precision, impl=fast)
-
-    providers = {fast: run("ieee")}
-    if fast == "triton" and dtype == torch.float32:
-        providers["triton, tf32x3"] = run("tf32x3")
-    keep = 1 if mask is None else mask  # hook-based tools compute every pair, then drop those that are no edges
-    providers["torch.matmul"] = lambda: (delta.flatten(1) @ grads.flatten(1).T) * keep
-    providers["torch.einsum, hooks"] = lambda: hooks(delta_hooks, grads_hooks) * keep
-    if compiled:
-        fused = torch.compile(hooks, dynamic=False)
-        providers["torch.compile, hooks"] = lambda: fused(delta_hooks, grads_hooks) * keep
-
-    some_s = torch.randperm(model.S)[:32].to(device)
-    some_r = torch.randperm(receivers)[:32].to(device)
-    sample = torch.einsum("sbtd,rbtd->sr", delta[some_s].double(), grads[some_r].double())
-    edges = torch.ones_like(sample, dtype=torch.bool) if mask is None else mask[some_s][:, some_r]
-
-    def check(got: Tensor) -> float:
-        if mask is not None and bool((got[~mask] != 0).any()):
-            return float("inf")
-        return relative(got[some_s][:, some_r] * edges, sample * edges)
-
-    n_edges = model.S * receivers if mask is None else int(mask.sum())
-    inner = case.batch * case.tokens * model.D
-    moved = size_of(delta, grads) + model.S * receivers * 4
-    limit, tile_operations = 1e-5, None
-    if fast == "triton":
-        from eapcore.kernels import triton_common, triton_edge_scores
-
-        plan = triton_edge_scores.plan_of(triton_edge_scores.layout(delta, grads, "all", None), mask is not None)
-        limit = allowed_error(dtype, plan.chain, triton_common.target(delta.device).arch)
-        if mask is not None:
-            tile_operations = 2 * edge_tile_pairs(mask, plan.config.block_s, plan.config.block_r) * inner
-    return Work(providers, check, limit, 2 * n_edges * inner, moved, tile_operations)
-
-
-def layer_tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Norm, Tensor, Tensor]:
-    """Arguments of receiver_grads that belong together, made in float32 and rounded once."""
-    model, channels = case.model, 3 * case.model.H
-    x_hat = torch.randn(case.batch, case.tokens, model.D, device=device)
-    x_hat = (x_hat - x_hat.mean(-1, keepdim=True)) / x_hat.std(-1, keepdim=True, correction=0)
-    weight = torch.randn(channels, model.D, model.K, device=device) / model.D**0.5
-    gamma, beta = torch.rand(model.D, device=device) + 0.5, torch.randn(model.D, device=device)
-    bias = torch.randn(channels, model.K, device=device)
-    g = torch.randn(channels, case.batch, case.tokens, model.K, device=device)
-    act = torch.einsum("btd,cdk->cbtk", x_hat * gamma + beta, weight) + bias[:, None, None]
-    w_gamma, offset = kernels.receiver_constants(weight, bias, gamma, beta)
-    rstd = torch.rand(case.batch, case.tokens, device=device) + 0.5
-    dtype = case.dtype
-    norm = Norm("layernorm", x_hat.to(dtype), rstd, gamma.to(dtype))
-    return g.to(dtype), act.to(dtype), weight.to(dtype), norm, w_gamma.to(dtype), offset.to(dtype)
-
-
-def receiver_grads_work(case: Case, device: str, fast: str, compiled: bool) -> Work:
-    g, act, weight, norm, w_gamma, offset = layer_tensors(case, device)
-    assert norm.x_hat is not None and norm.rstd is not None and norm.gamma is not None
-    model, channels = case.model, g.shape[0]
-
-    def closed(
-        g: Tensor,
-        act: Tensor,
-        weight: Tensor,
-        x_hat: Tensor,
-        rstd: Tensor,
-        gamma: Tensor,
-        w_gamma: Tensor,
-        offset: Tensor,
-    ) -> Tensor:
-        c1 = (g * w_gamma[:, None, None]).sum(-1, keepdim=True) / model.D
-        c2 = (g * (act - offset[:, None, None])).sum(-1, keepdim=True) / model.D
-        product = (g.flatten(1, 2) @ weight.transpose(1, 2)).view(channels, *x_hat.shape)
-        return (rstd[..., None] * (gamma * product - c1 - c2 * x_hat)).to(g.dtype)
-
-    args = (g, act, weight, norm.x_hat, norm.rstd, norm.gamma, w_gamma, offset)
-
-    def run(impl: str) -> Run:
-        return lambda: kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=impl)
-
-    providers = {fast: run(fast)}
-    providers["torch, definition"] = run("reference")
-    providers["torch, closed form"] = lambda: closed(*args)
-    if compiled:
-        fused = torch.compile(closed, dynamic=False)
-        providers["torch.compile, closed form"] = lambda: fused(*args)
-
-    some = torch.randperm(channels)[:4].to(device)
-    wide = Norm(norm.kind, norm.x_hat.double(), norm.rstd.double(), norm.gamma.double())
-    exact = reference.receiver_grads(g[some].double(), weight[some].double(), wide)
-    limit = 1e-5 if case.dtype == torch.float32 else 2.0**-8
-    rows = case.batch * case.tokens
-    moved = size_of(g, act, weight, norm.x_hat) + channels * rows * model.D * g.element_size()
-    return Work(
-        providers, lambda got: relative(got[some], exact), limit, 2 * channels * rows * model.K * model.D, moved
-    )
-
-
-def factored_work(case: Case, device: str, fast: str, compiled: bool) -> Work:
-    model, dtype = case.model, case.dtype
-    layers = [layer_tensors(case, device) for _ in range(model.L)]
-    stream = (case.batch, case.tokens, model.D)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
-
-    senders = FactoredSenders(
-        embed=random(*stream),
-        dz=random(model.L, case.batch, case.tokens, model.H, model.K),
-        w_o=[(torch.randn(model.H, model.K, model.D, device=device) / model.K**0.5).to(dtype) for _ in layers],
-        mlp=random(model.L, *stream),
-    )
-    receivers = FactoredReceivers(
-        g=torch.stack([layer[0] for layer in layers]),
-        act=torch.stack([layer[1] for layer in layers]),
-        weight=[[layer[2]] for layer in layers],
-        norms=[layer[3] for layer in layers],
-        w_gamma=torch.stack([layer[4] for layer in layers]),
-        offset=torch.stack([layer[5] for layer in layers]),
-        logits=random(*stream),
-        mlp=random(model.L, *stream),
-    )
-    mask = model.mask().to(device)
-
-    def two_steps(impl: str) -> Tensor:
-        parts = []
-        for i, (g, act, weight, norm, w_gamma, offset) in enumerate(layers):
-            parts.append(kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=impl))
-            parts.append(receivers.mlp[i : i + 1])  # type: ignore[index]
-        grads = torch.cat([*parts, receivers.logits[None]])
-        return kernels.edge_scores(reference.sender_deltas(senders), grads, mask=mask, impl=impl)
-
-    def run(impl: str) -> Run:
-        return lambda: kernels.edge_scores_factored(senders, receivers, mask=mask, impl=impl)
-
-    providers: dict[str, Run] = {fast: run(fast), f"{fast}, made in memory": lambda: two_steps(fast)}
-    providers["torch, definition"] = run("reference")
-
-    some_s = torch.randperm(model.S)[:32].to(device)
-    some_r = torch.randperm(model.R)[:32].to(device)
-    delta = reference.sender_deltas(senders)[some_s].double()
-    grads = reference.all_receiver_grads(receivers)[some_r].double()
-    exact = torch.einsum("sbtd,rbtd->sr", delta, grads) * mask[some_s][:, some_r]
-    # What is made in bfloat16 carries one rounding of each factor; the sample above is made so itself.
-    limit = 1e-4 if dtype == torch.float32 else 2.0**-7
-    inner = case.batch * case.tokens * model.D
-    make = 2 * model.L * 4 * model.H * model.K * inner
-    moved = size_of(senders.embed, senders.dz, *senders.w_o, receivers.g, receivers.act, receivers.logits)
-    moved += sum(size_of(w) for groups in receivers.weight for w in groups)
-    moved += 3 * model.L * inner * senders.dz.element_size() + mask.numel() * 4  # both MLP sides and x̂
-    return Work(
-        providers,
-        lambda got: relative(got[some_s][:, some_r], exact),
-        limit,
-        2 * int(mask.sum()) * inner + make,
-        moved,
-    )
-
-
-WORK = {
-    "edge_scores": edge_scores_work,
-    "receiver_grads": receiver_grads_work,
-    "edge_scores_factored": factored_work,
-}
 
 
 class Clock:
@@ -444,7 +110,7 @@ def measure(
     case: Case, clock: Clock, rates: dict[str, float], rounds: int, seconds: float, compiled: bool
 ) -> list[dict]:
     """Check, then time: the rows of one case. One of PyTorch's ways that cannot run is left out, and said so."""
-    work = WORK[case.op](case, clock.device, fast_implementation(clock.kind), compiled)
+    work = WORK[case.op](case, clock.device, kernels_work.fast_implementation(clock.kind), compiled)
     errors: dict[str, float] = {}
     for name, run in work.providers.items():
         try:
@@ -493,65 +159,6 @@ def measure(
             }
         )
     return rows
-
-
-KERNELS = {"partial_scores", "sum_splits", "zero_non_edges", "channel_grads"}
-
-
-def check_every_kernel(clock: Clock) -> None:
-    """Every op on small odd shapes: each dtype, reduce and precision, masks, token rows, rows that do not start at
-    multiples of 16 bytes. With Triton each of the package's kernels must have run. Raises for a wrong result."""
-    fast, device = fast_implementation(clock.kind), clock.device
-    seen: set[str] = set()
-    if fast == "triton":
-        from eapcore.kernels import triton_common
-
-        launch = triton_common.launch
-
-        def recorded(kernel: Any, *args: Any, **meta: Any) -> None:
-            seen.add(kernel.fn.__name__)
-            launch(kernel, *args, **meta)
-
-        triton_common.launch = recorded
-    try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for width in (40, 37):
-                check_edge_scores(fast, device, dtype, width)
-        for dtype in (torch.float32, torch.bfloat16):
-            for op in ("receiver_grads", "edge_scores_factored"):
-                work = WORK[op](Case(op, TINY, 0, 2, 5, dtype), device, fast, False)
-                for name, run in work.providers.items():
-                    if "torch" not in name and not work.check(run()) <= work.limit:
-                        raise RuntimeError(f"{op} {name} {dtype}: wrong")
-    finally:
-        if fast == "triton":
-            triton_common.launch = launch
-    missing = KERNELS - seen if fast == "triton" else set()
-    if missing:
-        raise RuntimeError(f"not every kernel ran: {', '.join(sorted(missing))} did not")
-
-
-def check_edge_scores(fast: str, device: str, dtype: torch.dtype, width: int) -> None:
-    delta = torch.randn(67, 2, 5, width, device=device).to(dtype)
-    grads = torch.randn(70, 2, 5, width, device=device).to(dtype)
-    mask = torch.rand(67, 70, device=device) < 0.3
-    some = torch.tensor([9, 2, 3], device=device)
-    whole, short = slice(None), slice(1)  # short: one program adds up all of it, on any device, and writes the result
-    calls = [
-        (whole, reduce, edges, rows)
-        for reduce in ("all", "pair", "position")
-        for edges, rows in ((None, None), (mask, None), (mask, some))
-    ]
-    for part, reduce, edges, rows in [*calls, (short, "all", mask, None)]:
-        d, g = (x[:, part, part, : 32 if part is short else width] for x in (delta, grads))
-        exact = reference.edge_scores(d.double(), g.double(), edges, reduce, rows)
-        for precision in ("ieee", "tf32x3") if fast == "triton" and dtype == torch.float32 else ("ieee",):
-            got = kernels.edge_scores(d, g, mask=edges, reduce=reduce, rows=rows, precision=precision, impl=fast)
-            error = relative(got, exact)
-            if not error <= 1e-5 or (edges is not None and bool((got[..., ~edges] != 0).any())):
-                raise RuntimeError(
-                    f"edge_scores {fast} {dtype} D={d.shape[3]} reduce={reduce} {precision}: error {error:.2e}"
-                )
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -642,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.flush()
 
         print(clock.describe(), flush=True)
-        attempt("checks", lambda: check_every_kernel(clock))
+        attempt("checks", lambda: kernels_checks.check_every_kernel(clock.kind, clock.device))
         if not failures:
             print("every op is right on small odd shapes", flush=True)
         if not options.check_only:
@@ -671,8 +278,7 @@ def time_cases(
     rounds, seconds = (3 if options.quick else options.rounds), 6.0
 
     def one(case: Case) -> None:
-        # Compiling takes up to a minute a shape: on a GPU, where minutes are counted, for the smallest model alone.
-        compiled = not (options.quick or options.no_torch_compile or (clock.kind == "cuda" and case.model != SMALL))
+        compiled = not (options.quick or options.no_torch_compile)
         new = measure(case, clock, rates, rounds, seconds, compiled)
         rows.extend(new)
         if case.asked:

@@ -1,0 +1,141 @@
+"""Every op on small odd shapes, in every variant of its kernels, against float64: what bench_kernels.py does first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import kernels_work
+import torch
+from eapcore.kernels import checks, cpp, reference
+from kernels_work import Case, Model, doubled, relative
+from torch import Tensor
+
+from eapcore import kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where a result is stored in half precision, its own rounding.
+STORED = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Norm, K, and whether all rows start at multiples of 16 bytes: every tiling and every epilogue of the kernel.
+CHANNELS = (
+    ("layernorm", 64, True), ("rmsnorm", 64, True), ("none", 64, True), ("layernorm", 128, True),
+    ("rmsnorm", 256, True), ("layernorm", 60, False), ("none", 128, False),
+)  # fmt: skip
+# Layers of unlike norms, whose receivers no single launch makes.
+FACTORED = Model("K = 128", 3, 1, 128)
+
+
+def variant(kernel: str, meta: dict[str, Any], args: tuple[Any, ...]) -> str:
+    """What tells apart the code that one kernel is compiled to, as far as the checks must have run it."""
+    if kernel != "channel_grads":
+        return kernel
+    dtype = str(args[0].dtype).removeprefix("torch.")
+    return f"{kernel} {dtype} {meta['KIND']}{' by table' if meta['HAS_TABLE'] else ''}"
+
+
+VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges"} | {
+    f"channel_grads {str(dtype).removeprefix('torch.')} {kind}{table}"
+    for dtype in DTYPES
+    for kind in checks.NORMS
+    for table in ("", " by table")
+}
+
+
+def check_every_kernel(kind: str, device: str) -> None:
+    """Each dtype, reduce and precision, masks, token rows, norms, long heads, rows that do not start at multiples of 16
+    bytes. With Triton each variant of the package's kernels must have run. Raises for a wrong result."""
+    fast = kernels_work.fast_implementation(kind)
+    seen: set[str] = set()
+    if fast == "triton":
+        from eapcore.kernels import triton_common
+
+        launch = triton_common.launch
+
+        def recorded(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+            seen.add(variant(kernel.fn.__name__, meta, args))
+            launch(kernel, programs, *args, **meta)
+
+        triton_common.launch = recorded
+    try:
+        for dtype in DTYPES:
+            for width in (40, 37):
+                check_edge_scores(fast, device, dtype, width)
+            if fast == "cpp" and not cpp.supports("receiver_grads", dtype):
+                continue
+            for norm, d_head, aligned in CHANNELS:
+                check_receiver_grads(fast, device, dtype, norm, d_head, aligned)
+            for reduce in checks.REDUCE:
+                check_factored(fast, device, dtype, reduce)
+    finally:
+        if fast == "triton":
+            triton_common.launch = launch
+    if missing := VARIANTS - seen if fast == "triton" else set():
+        raise RuntimeError(f"not every kernel ran: {', '.join(sorted(missing))} did not")
+
+
+def judge(what: str, got: Tensor, exact: Tensor, limit: float, mask: Tensor | None = None) -> None:
+    error = relative(got, exact)
+    if not error <= limit or (mask is not None and bool((got[..., ~mask] != 0).any())):
+        raise RuntimeError(f"{what}: error {error:.2e}")
+
+
+def precisions(fast: str, dtype: torch.dtype) -> tuple[str, ...]:
+    return checks.PRECISIONS if fast == "triton" and dtype == torch.float32 else ("ieee",)
+
+
+def check_edge_scores(fast: str, device: str, dtype: torch.dtype, width: int) -> None:
+    delta = torch.randn(67, 2, 5, width, device=device).to(dtype)
+    grads = torch.randn(70, 2, 5, width, device=device).to(dtype)
+    mask = torch.rand(67, 70, device=device) < 0.3
+    some = torch.tensor([9, 2, 3], device=device)
+    whole, short = slice(None), slice(1)  # short: one program adds up all of it, on any device, and writes the result
+    calls = [
+        (whole, reduce, edges, rows)
+        for reduce in checks.REDUCE
+        for edges, rows in ((None, None), (mask, None), (mask, some))
+    ]
+    for part, reduce, edges, rows in [*calls, (short, "all", mask, None)]:
+        d, g = (x[:, part, part, : 32 if part is short else width] for x in (delta, grads))
+        exact = reference.edge_scores(d.double(), g.double(), edges, reduce, rows)
+        for precision in precisions(fast, dtype):
+            got = kernels.edge_scores(d, g, mask=edges, reduce=reduce, rows=rows, precision=precision, impl=fast)
+            judge(f"edge_scores {fast} {dtype} D={d.shape[3]} reduce={reduce} {precision}", got, exact, 1e-5, edges)
+
+
+def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, d_head: int, aligned: bool) -> None:
+    d_model = 96 if aligned else 75
+    layer = kernels_work.layer_tensors(2, 2, 37, d_head, d_model, dtype, device, kind)
+    g, act, weight, norm, w_gamma, offset = layer
+    exact = reference.receiver_grads(g.double(), weight.double(), doubled(norm))
+    got = kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=fast)
+    judge(f"receiver_grads {fast} {dtype} {kind} K={d_head} D={d_model}", got, exact, STORED[dtype])
+
+
+def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> None:
+    case = Case("edge_scores_factored", FACTORED, 0, 2, 5, dtype)
+    layers = [
+        kernels_work.layer_tensors(3 * FACTORED.H, 2, 5, FACTORED.K, FACTORED.D, dtype, device, kind)
+        for kind in checks.NORMS
+    ]
+    senders, receivers = kernels_work.factored_tensors(case, layers, device)
+    mask = FACTORED.mask().to(device)
+    wide = (
+        replace(
+            senders, embed=senders.embed.double(), dz=senders.dz.double(), w_o=[w.double() for w in senders.w_o],
+            mlp=senders.mlp.double(),
+        ),
+        replace(
+            receivers, g=receivers.g.double(), act=receivers.act.double(), w_gamma=receivers.w_gamma.double(),
+            offset=receivers.offset.double(), logits=receivers.logits.double(), mlp=receivers.mlp.double(),
+            weight=[[w.double() for w in groups] for groups in receivers.weight],
+            norms=[doubled(norm) for norm in receivers.norms],
+        ),
+    )  # fmt: skip
+    exact = reference.edge_scores_factored(*wide, mask, reduce)
+    for precision in precisions(fast, dtype):
+        for chunk in (None, 4):
+            got = kernels.edge_scores_factored(
+                senders, receivers, mask=mask, reduce=reduce, chunk=chunk, precision=precision, impl=fast
+            )
+            what = f"edge_scores_factored {fast} {dtype} reduce={reduce} chunk={chunk} {precision}"
+            judge(what, got, exact, 2 * STORED[dtype], mask)  # a rounding of both factors
