@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Task
+from eapcore.attribution import Progress, Task
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -18,7 +18,6 @@ from eapcore.runs import Batch, Changes, Question, needed, reached, run_masked
 from eapcore.tasks import PromptPairs
 
 ORDERS = ("latest", "earliest")
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -70,8 +69,8 @@ def acdc(
     """
     question = Question.of(model, task, metric, ablation, reference)
     graph = model.graph
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold}")
+    if not isinstance(threshold, float | int) or not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold!r}")
     if start is not None and start.graph != graph:
         raise ValueError(f"start must be a circuit of {graph}, got one of {start.graph}")
     keys = _keys(graph, order)
@@ -108,21 +107,47 @@ def prune_sweep(
     model: Model,
     task: Task,
     scores: EdgeScores,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     thresholds: Sequence[float],
     metric: str | Metric = "kl",
+    *,
+    score_thresholds: Sequence[float] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> list[Circuit]:
-    """EAP followed by ACDC: prune the circuit of each size with each threshold, the sizes outermost.
+    """EAP followed by ACDC: prune each start with each threshold, the starts outermost.
 
     Args:
         model, task, metric: as `acdc`; so are options.
         scores: their most important edges by |score| are the starts.
-        sizes: numbers of edges to start from.
+        sizes: numbers of edges to start from; None with score_thresholds.
         thresholds: of ACDC.
+        score_thresholds: instead of sizes, the edges with |score| of at least each of these.
+        progress: called with (edges decided, edges in all), over all searches.
+
+    Returns:
+        The circuits. `meta["method"]["start"]` says how each start was selected: "selection" is "top_n" with its "n",
+        or "threshold" with its "threshold".
+
+    Raises:
+        ValueError: both sizes and score_thresholds, or neither; as `acdc`.
+
+    Source: Syed, Rager, Conmy 2023, section 5.2.
     """
-    starts = [scores.top_n(n) for n in sizes]
-    return [acdc(model, task, metric, threshold=t, start=s, **options) for s in starts for t in thresholds]
+    if (sizes is None) == (score_thresholds is None):
+        raise ValueError("the starts are given by sizes or by score_thresholds: one of the two, got both or neither")
+    starts = [scores.top_n(n) for n in sizes or ()] + [scores.threshold(t) for t in score_thresholds or ()]
+    total, before, found = len(thresholds) * sum(start.n_edges for start in starts), 0, []
+
+    def of_all(seen: int, _: int) -> None:
+        if progress is not None:
+            progress(before + seen, total)
+
+    for start in starts:
+        for threshold in thresholds:
+            found.append(acdc(model, task, metric, threshold=threshold, start=start, progress=of_all, **options))
+            before += start.n_edges
+    return found
 
 
 def _keys(graph: Graph, order: str | EdgeScores) -> list[list[float]]:

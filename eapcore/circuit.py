@@ -159,6 +159,8 @@ class EdgeScores:
         """
         edges = self.mask.flatten().nonzero().squeeze(1)
         values = self.scores.flatten()[edges]
+        if n_nan := int(values.isnan().sum()):
+            raise ValueError(f"edges are ranked by their scores, but {n_nan} of {len(values)} scores are NaN")
         usefulness, order = (-values if signed else values.abs()).sort(descending=True, stable=True)
         return edges[order], usefulness
 

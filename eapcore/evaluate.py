@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Task, attribute
+from eapcore.attribution import Progress, Task, attribute
 from eapcore.circuit import Circuit, EdgeScores, sign_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
-from eapcore.patch import Interpolation, Progress, interpolate, metric_on, patch_edges, write_json
+from eapcore.patch import Interpolation, interpolate, metric_on, patch_edges, write_json
 from eapcore.runs import Question
 from eapcore.tasks import PromptPairs
 
@@ -70,6 +70,7 @@ def faithfulness(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> Curve:
     """How much of the metric the circuits of several sizes keep, all sizes in one forward.
 
@@ -85,6 +86,7 @@ def faithfulness(
         ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `patch.run_circuit`. It
             may be another than that of the scores, which only rank; the result's `meta["method"]` names both.
         batch_size: pairs at a time.
+        progress: called with (runs done, runs in all), one for each circuit and pair.
 
     Returns:
         Curve. By the MIB benchmark's convention CPR is read from the signed and CMD from the absolute ranking, see
@@ -96,7 +98,8 @@ def faithfulness(
 
     Source: Mueller et al. 2025 (MIB), section 4.
     """
-    return _curves(model, task, metric, scores, sizes, [ranking], selection, ablation, reference, batch_size)[0]
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    return _curves(model, task, metric, scores, sizes, [ranking], selection, progress=progress, **options)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +127,12 @@ def mib(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> Mib:
     """CPR (higher is better) and CMD (lower is better) at MIB's ten sizes; arguments as `faithfulness`."""
-    curves = _curves(
-        model, task, metric, scores, sizes, ["signed", "absolute"], selection, ablation, reference, batch_size
-    )
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    rankings = ["signed", "absolute"]
+    curves = _curves(model, task, metric, scores, sizes, rankings, selection, progress=progress, **options)
     return Mib(curves[0].cpr, curves[1].cmd, *curves)
 
 
@@ -140,23 +144,23 @@ def _curves(
     sizes: Sequence[float | int],
     rankings: list[str],
     selection: str,
+    *,
     ablation: str,
     reference: PromptPairs | None,
     batch_size: int | str,
+    progress: Progress | None,
 ) -> list[Curve]:
     graph = model.graph
-    _check_scores(scores, model)
+    _check_scores(scores, model.graph)
     for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
         if value not in known:
             raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")
-    counts = [int(size * graph.n_edges) if isinstance(size, float) else size for size in sizes]
-    if not counts or counts[0] < 0 or counts[-1] > graph.n_edges or sorted(counts) != counts:
-        raise ValueError(f"sizes must ascend from 0 to at most the {graph.n_edges} edges, got {list(sizes)}")
+    counts = _sizes(sizes, graph.n_edges)
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
     options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    clean, ablated, *values = metric_on(model, task, metric, [*ends, *circuits], **options)
+    clean, ablated, *values = metric_on(model, task, metric, [*ends, *circuits], progress=progress, **options)
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
     fractions = [s if isinstance(s, float) else s / graph.n_edges for s in sizes]
@@ -176,11 +180,24 @@ def _curves(
     return curves
 
 
-def _check_scores(scores: EdgeScores, model: Model) -> None:
+def _sizes(sizes: Sequence[float | int], n_edges: int) -> list[int]:
+    """Numbers of edges from fractions and numbers, checked."""
+    given = sizes if isinstance(sizes, Sequence) else ()
+    known = all(isinstance(x, float | int) and not isinstance(x, bool) and math.isfinite(x) for x in given)
+    counts = [int(x * n_edges) if isinstance(x, float) else x for x in given] if known else []
+    if not counts or counts[0] < 0 or counts[-1] > n_edges or sorted(counts) != counts:
+        raise ValueError(
+            f"sizes must ascend from 0 to at most the {n_edges} edges, as fractions (floats) or numbers of edges "
+            f"(integers), got {sizes!r}"
+        )
+    return counts
+
+
+def _check_scores(scores: EdgeScores, graph: Graph) -> None:
     if not isinstance(scores, EdgeScores):
-        raise ValueError(f"the scores must be EdgeScores of {model.graph}, got {type(scores).__name__}")
-    if scores.graph != model.graph:
-        raise ValueError(f"the scores must be of {model.graph}, got some of {scores.graph}")
+        raise ValueError(f"the scores must be EdgeScores of {graph}, got {type(scores).__name__}")
+    if scores.graph != graph:
+        raise ValueError(f"the scores must be of {graph}, got some of {scores.graph}")
 
 
 def _ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
@@ -218,6 +235,7 @@ def completeness(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> Completeness:
     """Take the same edges K out of the circuit and out of the whole model, and compare what is left.
 
@@ -227,7 +245,7 @@ def completeness(
     edges.
 
     Args:
-        model, task, metric, ablation, reference, batch_size: as `faithfulness`.
+        model, task, metric, ablation, reference, batch_size, progress: as `faithfulness`.
         circuit: of the model's graph, with at least one edge.
         n_random: how many random halves.
         seed: of their draw.
@@ -254,7 +272,8 @@ def completeness(
         chosen[edges[torch.randperm(len(edges), generator=generator)[: len(edges) // 2]]] = True
         removed[f"random half {i}"] = chosen.view_as(mask)
     circuits = [Circuit(base & ~k, graph) for k in removed.values() for base in (mask, full)]
-    values = metric_on(model, task, metric, circuits, ablation=ablation, reference=reference, batch_size=batch_size)
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    values = metric_on(model, task, metric, circuits, progress=progress, **options)
     inside, whole = values[::2], values[1::2]
     question = Question.of(model, task, metric, ablation, reference)
     method = {"name": "completeness", "n_random": n_random, "seed": seed, "ablation": question.ablation}
@@ -272,12 +291,13 @@ def minimality(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> EdgeScores:
     """What each edge of a circuit does for it: the change of the metric when it alone is taken out.
 
         score[s, r] = m(circuit ∖ (s, r)) − m(circuit)
 
-    A circuit is minimal where every one is clearly negative; edges near 0 could go.
+    A circuit is minimal where every one is clearly negative; edges near 0 could go. Arguments as `completeness`.
 
     Returns:
         EdgeScores, 0 outside the circuit.
@@ -294,9 +314,8 @@ def minimality(
         mask = circuit.mask.clone()
         mask[s, r] = False
         without.append(Circuit(mask, graph))
-    whole, *values = metric_on(
-        model, task, metric, [circuit, *without], ablation=ablation, reference=reference, batch_size=batch_size
-    )
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    whole, *values = metric_on(model, task, metric, [circuit, *without], progress=progress, **options)
     scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     scores[edges[:, 0], edges[:, 1]] = torch.tensor(values, dtype=torch.float64) - whole
     question = Question.of(model, task, metric, ablation, reference)
@@ -389,12 +408,14 @@ def roc(
         edge_set: what they are called in the result.
 
     Raises:
-        ValueError: another graph; an unknown rule or ranking; no true or no false edge among those that count.
+        ValueError: another graph; an unknown rule or ranking; scores that are NaN; no true or no false edge among those
+            that count.
 
     Source: Syed, Rager, Conmy 2023, figure 2.
     """
     if ranking not in RANKINGS:
         raise ValueError(f"ranking must be {' or '.join(RANKINGS)}, got {ranking!r}")
+    _check_scores(scores, scores.graph)
     counted, described = _counted(scores.graph, reference, edges, edge_set)
     flat, usefulness = scores.ranking(signed=ranking == "signed")
     inside = counted.flatten()[flat]
@@ -576,7 +597,7 @@ def verify(
         scores = attribute(model, task, metric, **screening)
     elif screening:
         raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
-    _check_scores(scores, model)
+    _check_scores(scores, model.graph)
     made = scores.meta.get("model") or {}
     if made.get("content_hash", model.content_hash) != model.content_hash:
         raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -92,9 +94,15 @@ class Options:
 def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float]]:
     """(α, weight) of a rule, from corrupt α = 0 to clean α = 1, or the given ones, checked; see `attribute`."""
     if not isinstance(points, str):
-        given = [(float(alpha), float(weight)) for alpha, weight in points]
-        if not given or abs(sum(weight for _, weight in given) - 1) > 1e-6:
-            raise ValueError(f"points must be (α, weight) with weights that sum to 1, got {given}")
+        try:
+            given = [(float(alpha), float(weight)) for alpha, weight in points]
+        except (TypeError, ValueError):
+            given = []
+        if not all(map(math.isfinite, chain(*given))) or not abs(sum(weight for _, weight in given) - 1) <= 1e-6:
+            raise ValueError(
+                f"points must be {', '.join(POINTS)} or a list of (α, weight), finite and with weights that sum to 1, "
+                f"got {points!r}"
+            )
         return given
     one_of("points", points, POINTS)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -113,7 +121,7 @@ def components(graph: Graph) -> list[str]:
 
 
 def _one_gradient(options: Options, graph: Graph) -> Recipe:
-    where = options.gradient_at or "clean"
+    where = "clean" if options.gradient_at is None else options.gradient_at
     one_of("gradient_at", where, tuple(ENDS))
     return Recipe((Pass(ENDS[where], 1.0),), {"gradient_at": where})
 
@@ -124,10 +132,10 @@ def _both_ends(options: Options, graph: Graph) -> Recipe:
 
 def _path(options: Options, rule: str, steps: int) -> tuple[list[tuple[float, float]], dict[str, Any]]:
     """The points of an integral, with a method's own rule and steps where none were chosen, and their description."""
-    points = options.points or rule
-    if options.steps is not None and not isinstance(points, str):
-        raise ValueError(f"steps belong to a rule, but points give their own {len(points)}: leave one of the two out")
+    points = rule if options.points is None else options.points
     at = gradient_points(steps if options.steps is None else options.steps, points)
+    if options.steps is not None and not isinstance(points, str):
+        raise ValueError(f"steps belong to a rule, but points give their own {len(at)}: leave one of the two out")
     return at, {"rule": points if isinstance(points, str) else "given", "steps": len(at)}
 
 
@@ -148,7 +156,9 @@ def _activations(options: Options, graph: Graph) -> Recipe:
 
 
 def _relevance(options: Options, graph: Graph) -> Recipe:
-    rules = options.rules or RELP
+    rules = RELP if options.rules is None else options.rules
+    if not isinstance(rules, Rules):
+        raise ValueError(f"rules must be a Rules, e.g. Rules(norm='frozen'), got {rules!r}")
     return Recipe((Pass(1.0, 1.0, rules=rules),), {"rules": _described(rules)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Task, check_pairs
+from eapcore.attribution import Progress, Task, check_pairs
 from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing, sign_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
@@ -22,6 +22,7 @@ from eapcore.partial import Partial
 from eapcore.runs import (
     Batch,
     Changes,
+    Count,
     Question,
     ablated_senders,
     at_read,
@@ -40,7 +41,6 @@ __all__ = [
     "patch_edges", "patch_nodes", "path_patch", "routes", "run_circuit", "write_json",
 ]  # fmt: skip
 
-Progress = Callable[[int, int], None]
 Edges = Circuit | Sequence[str] | None
 
 _SAVE_SECONDS = 10.0  # between two writes of a partial result
@@ -76,7 +76,7 @@ def run_circuit(
     Raises:
         ValueError: a circuit belongs to another graph; the prompts do not fit the model; an unknown ablation.
     """
-    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    circuits = list(circuit) if isinstance(circuit, Sequence) else [circuit]
     check_pairs(model, batch, ablation)
     other, _ = ablated_senders(model, batch, ablation, reference)
     logits = circuit_logits(model, make_batch(model, batch, torch.arange(len(batch)), other), circuits)
@@ -85,13 +85,18 @@ def run_circuit(
 
 @torch.no_grad()
 def circuit_logits(
-    model: Model, batch: Batch, circuits: Sequence[Circuit]
+    model: Model, batch: Batch, circuits: Sequence[Circuit], count: Count | None = None
 ) -> Annotated[Tensor, "float64 C B V | C B V'"]:
-    """The batch's logits, float64 [C, B, V] or [C, B, n], for several circuits; see `run_circuit`."""
+    """The batch's logits, float64 [C, B, V] or [C, B, n], for several circuits; see `run_circuit`.
+
+    count: of circuits × pairs.
+    """
     graph = model.graph
     if not circuits:
         raise ValueError("at least one circuit is needed")
     for circuit in circuits:
+        if not isinstance(circuit, Circuit):
+            raise ValueError(f"a circuit must be a Circuit, e.g. scores.top_n(100), got {type(circuit).__name__}")
         if circuit.graph != graph:
             raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
     masks = torch.stack([circuit.mask for circuit in circuits])
@@ -103,8 +108,12 @@ def circuit_logits(
         again &= reached(graph, union, embedding)
     masks = masks & (embedding | again)[:, None]
     fixed = Changes.between(model, batch, batch.clean.senders, batch.other.senders)
-    parts = masks.split(batch.copies(model, senders=1 + int(again.sum())))
-    return torch.cat([run_masked(model, batch, batch.other, part, fixed, again)[0] for part in parts])
+    logits = []
+    for part in masks.split(batch.copies(model, senders=1 + int(again.sum()))):
+        logits.append(run_masked(model, batch, batch.other, part, fixed, again)[0])
+        if count is not None:
+            count.add(len(part) * len(batch.pairs))
+    return torch.cat(logits)
 
 
 def metric_on(
@@ -116,16 +125,20 @@ def metric_on(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> list[float]:
     """Mean of a metric over the pairs for each circuit: the full one is the clean run, the empty one the ablated run.
+
+    progress: called with (runs done, runs in all), one for each circuit and pair.
 
     Raises:
         ValueError: as `run_circuit`, and a metric that does not fit the task.
     """
     question = Question.of(model, task, metric, ablation, reference)
     sums = torch.zeros(len(circuits), dtype=torch.float64)
+    count = Count(progress, len(circuits) * len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
-        sums += question.values(circuit_logits(model, batch, circuits), batch).sum(1).cpu()
+        sums += question.values(circuit_logits(model, batch, circuits, count), batch).sum(1).cpu()
     return (sums / len(question.pairs)).tolist()
 
 
@@ -182,7 +195,8 @@ def patch_edges(
     left = done.pairs.logical_not()
     left[list(done.batch)] = False
     groups = question.groups(size, 1 + n_edges // model.config.n_layers, left)
-    seen, total = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum()), n_edges * len(pairs)
+    seen = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum())
+    count = Count(progress, n_edges * len(pairs), seen)
     saved = time.monotonic()
     try:
         for group in [done.batch, *groups] if done.batch else groups:
@@ -194,9 +208,7 @@ def patch_edges(
                 change = question.values(_patched(model, batch, chunk, delta), batch) - ends[0]
                 senders, receivers = (list(side) for side in zip(*chunk, strict=True))
                 partial.done.found.append((senders, receivers, change.sum(1).cpu()))
-                seen += len(group) * len(chunk)
-                if progress is not None:
-                    progress(seen, total)
+                count.add(len(group) * len(chunk))
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     partial.save()
                     saved = time.monotonic()
@@ -228,6 +240,8 @@ def _edge_set(graph: Graph, edges: Edges) -> Tensor:
         raise ValueError(f"the edges must belong to {graph}, got some of {circuit.graph}")
     if not circuit.n_edges:
         raise ValueError("at least one edge is needed")
+    if n_others := int((circuit.mask & ~graph.edge_mask()).sum()):
+        raise ValueError(f"edges must be edges of {graph}, but {n_others} places of the circuit's mask are none")
     return circuit.mask
 
 
@@ -330,6 +344,7 @@ def interpolate(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> Interpolation:
     """Move one edge from clean to corrupt and measure the metric on the way.
 
@@ -342,21 +357,17 @@ def interpolate(
         edge: its name.
         points: how many from 0 to 1, at least 2, or the λ themselves.
         score: an estimate of the edge's effect, drawn as a line beside it.
+        progress: called with (runs done, runs in all), one for each point and pair.
 
     Raises:
-        ValueError: as `patch_edges`; fewer than 2 points.
+        ValueError: as `patch_edges`; no points, fewer than 2 as a number, or some that are not finite.
 
     Source: Syed, Rager, Conmy 2023, figure 4b.
     """
     question = Question.of(model, task, metric, ablation, reference)
     sender, receiver = model.graph.edge(edge)
-    if isinstance(points, int):
-        if points < 2:
-            raise ValueError(f"points must be at least 2, got {points}")
-        places = [i / (points - 1) for i in range(points)]
-    else:
-        places = [float(p) for p in points]
-    sums = torch.zeros(len(places), dtype=torch.float64)
+    places = _places(points)
+    sums, count = torch.zeros(len(places), dtype=torch.float64), Count(progress, len(places) * len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
         clean = question.ends(batch)[0]
         delta = batch.other.senders[sender] - batch.clean.senders[sender]
@@ -364,12 +375,30 @@ def interpolate(
             weights = torch.tensor(places, dtype=model.dtype, device=model.device)[part]
             logits = _read_more(model, batch, [(receiver, weights[:, None, None, None] * delta)])
             sums[part] += (question.values(logits, batch) - clean).sum(1).cpu()
+            count.add(len(part) * len(batch.pairs))
     effects = (sums / len(question.pairs)).tolist()
     estimate = None if score is None else [score * p for p in places]
     sign = sign_text("effect", "measured", "the edge alone goes so far from clean, point 0, to ablated, point 1")
     method = {"name": "interpolate", "ablation": question.ablation}
     meta = {**question.describe(), "sign": sign, "method": method}
     return Interpolation(edge, places, effects, estimate, meta)
+
+
+def _places(points: int | Sequence[float]) -> list[float]:
+    """The λ of an interpolation, checked."""
+    if isinstance(points, int):
+        if points < 2 or isinstance(points, bool):
+            raise ValueError(f"points must be at least 2, got {points}")
+        return [i / (points - 1) for i in range(points)]
+    try:
+        places = [float(p) for p in points]
+    except (TypeError, ValueError):
+        places = []
+    if not places or not all(map(math.isfinite, places)):
+        raise ValueError(
+            f"points must be how many, at least 2, or a list of finite λ, 0 clean and 1 corrupt, got {points!r}"
+        )
+    return places
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +438,7 @@ def patch_nodes(
         model, task, metric, ablation, reference, batch_size: as `patch_edges`.
         nodes: names of senders; None is all.
         per_position: patch each position on its own.
-        progress: called with (effects measured, effects in all).
+        progress: called with (effects measured, effects in all), one for each node and pair.
 
     Raises:
         ValueError: an unknown node, or as `patch_edges`.
@@ -420,9 +449,9 @@ def patch_nodes(
     senders = [graph.sender(name) for name in names]
     longest = int(pairs.positions.max()) + 1
     sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64)
-    done = 0
+    count = Count(progress, len(senders) * len(pairs))
     for batch in question.batches(question.batch_size(batch_size)):
-        clean, rows = question.ends(batch)[0], len(batch.pairs)
+        clean = question.ends(batch)[0]
         tokens = batch.shape[1]
         for row, sender in enumerate(senders):
             delta = (batch.other.senders[sender] - batch.clean.senders[sender])[None]
@@ -431,9 +460,7 @@ def patch_nodes(
             for part in torch.arange(len(delta)).split(batch.copies(model)):
                 change = (question.values(_send_more(model, batch, sender, delta[part]), batch) - clean).sum(1).cpu()
                 sums[row, part + (batch.start if per_position else 0)] += change
-            done += rows
-            if progress is not None:
-                progress(done, len(senders) * len(pairs))
+            count.add(len(batch.pairs))
     effects = sums / len(pairs)
     method = {"name": "patch-nodes", "per_position": per_position, "ablation": question.ablation}
     where = " at the position alone" if per_position else ""
@@ -536,6 +563,7 @@ def path_patch(
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
+    progress: Progress | None = None,
 ) -> PathEffect:
     """Replace what some senders send along chosen paths, and nowhere else, and measure the metric.
 
@@ -547,6 +575,7 @@ def path_patch(
         senders: where the change starts; they send e_corrupt whatever reaches them.
         paths: written as `a0.h1->a1.h0<q>->logits`, or a circuit of edges, e.g. from `routes`. Several paths are the
             union of their edges, so what arrives at a component by any of them leaves it by all of them.
+        progress: called with (pairs done, pairs in all) after every batch.
 
     Returns:
         PathEffect. A direct effect on the logits is that of the path `a0.h1->logits`.
@@ -569,11 +598,12 @@ def path_patch(
         raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
     again = reached(graph, edges.mask, origins) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, count = torch.zeros(3, dtype=torch.float64), Count(progress, len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
         fixed = Changes.between(model, batch, batch.other.senders, batch.clean.senders)
         logits, _ = run_masked(model, batch, batch.clean, weights[None], fixed, again)
         sums += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
+        count.add(len(batch.pairs))
     clean, corrupt, patched = (sums / len(question.pairs)).tolist()
     method = {"name": "path-patch", "ablation": question.ablation, **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")

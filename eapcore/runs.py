@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eapcore import planner
 from eapcore.ablation import find_values
-from eapcore.attribution import Task, as_pairs, check_finite, check_pairs, describe
+from eapcore.attribution import Progress, Task, as_pairs, check_finite, check_pairs, describe
 from eapcore.graph import Graph
 from eapcore.metrics import Metric, MetricBatch, evaluate, find_metric, tokens_read
 from eapcore.model import (
@@ -41,6 +41,18 @@ _TOKENS = {"cpu": 4096, "cuda": 131072}
 _WORK = {"cpu": 1 << 31, "cuda": 1 << 36}
 _LOGITS = 1 << 24  # logits, in float64, that are held at once
 _SHARE = 0.25  # of the free memory that the copies' senders may take
+
+
+class Count:
+    """Calls progress, where there is one, with how much of all is done."""
+
+    def __init__(self, progress: Progress | None, total: int, done: int = 0) -> None:
+        self.progress, self.total, self.done = progress, total, done
+
+    def add(self, more: int) -> None:
+        self.done += more
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
 @dataclass(frozen=True, slots=True)

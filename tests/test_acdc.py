@@ -135,6 +135,27 @@ def test_a_sweep_prunes_every_size_with_every_threshold():
     assert [c.meta["method"]["threshold"] for c in found] == [0.01, 1.0, 0.01, 1.0]
 
 
+def test_a_sweep_prunes_the_edges_above_each_score_threshold():
+    model = random_model(**MODELS["one layer"])
+    pairs = random_pairs(model, LENGTHS)
+    scores, calls = attribute(model, pairs), []
+    cuts = [abs(scores.top(n)[-1][1]) for n in (4, 9)]
+    found = prune_sweep(
+        model, pairs, scores, None, [0.01, 1.0], score_thresholds=cuts, progress=lambda *call: calls.append(call)
+    )
+    each = [acdc(model, pairs, threshold=t, start=scores.threshold(cut)) for cut in cuts for t in (0.01, 1.0)]
+    assert [c.edges for c in found] == [c.edges for c in each]
+    starts = [c.meta["method"]["start"] for c in found]
+    assert [(s["selection"], s["threshold"], s["n_edges"]) for s in starts[::2]] == [
+        ("threshold", cuts[0], 4), ("threshold", cuts[1], 9)
+    ]  # fmt: skip
+    done, total = zip(*calls, strict=True)
+    assert set(total) == {2 * (4 + 9)} and list(done) == sorted(set(done)) and done[-1] == total[0]
+    for sizes, thresholds in ((None, None), ([5], [0.1])):
+        with pytest.raises(ValueError, match="given by sizes or by score_thresholds: one of the two"):
+            prune_sweep(model, pairs, scores, sizes, [0.01], score_thresholds=thresholds)
+
+
 @pytest.mark.parametrize("ablation", ["zero"])
 def test_removed_edges_carry_the_ablation_that_was_asked_for(ablation):
     model = random_model(**MODELS["gpt2"])
@@ -165,6 +186,7 @@ def test_a_circuit_remembers_how_it_was_found(tmp_path):
     ("options", "message"),
     [
         ({"threshold": 0}, "threshold must be positive, got 0"),
+        ({"threshold": "0.1"}, "threshold must be positive, got '0.1'"),
         ({"threshold": float("nan")}, "threshold must be positive, got nan"),
         ({"threshold": 0.1, "order": "random"}, "order must be latest, earliest or edge scores, got 'random'"),
         ({"threshold": 0.1, "metric": "accuracy"}, "metric must be one of"),

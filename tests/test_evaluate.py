@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
+from eapcore import runs
 from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.evaluate import (
@@ -326,6 +327,25 @@ def test_verify_refuses_scores_of_something_else(model, pairs):
             judge(model, pairs, "logit_diff", attribute(model, pairs, level="node"))
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_judging_counts_every_circuit_of_every_pair(model, batch_size, monkeypatch):
+    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 64})
+    pairs = random_pairs(model, [5, 3, 6])
+    scores, circuit = attribute(model, pairs), some_edges(model.graph)
+    complete = len(completeness(model, pairs, "nll", circuit).removed)
+    for judge, of, n_circuits in (
+        (faithfulness, scores, 2 + 10),
+        (mib, scores, 2 + 2 * 10),
+        (completeness, circuit, 2 * complete),
+        (minimality, circuit, 1 + circuit.n_edges),
+    ):
+        calls = []
+        judge(model, pairs, "nll", of, batch_size=batch_size, progress=lambda *call, calls=calls: calls.append(call))
+        done, total = zip(*calls, strict=True)
+        assert set(total) == {n_circuits * 3} and list(done) == sorted(set(done)) and done[-1] == total[0]
+        assert len(done) > 1
+
+
 # Stability
 
 
@@ -385,6 +405,10 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[0.5, 0.1]), "sizes must ascend from 0 to at most the"),
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[]), "sizes must ascend"),
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[10**6]), "sizes must ascend"),
+        *(
+            (lambda m, p, s, x=x: faithfulness(m, p, "nll", s, sizes=x), r"sizes must ascend .* \(integers\), got .")
+            for x in (0.1, "0.1", ["0.1"], [float("nan")], [True], None)
+        ),
         (lambda m, p, s: faithfulness(m, p, "nll", s, ranking="abs"), "ranking must be absolute or signed, got 'abs'"),
         (lambda m, p, s: faithfulness(m, p, "nll", s, selection="best"), "selection must be top_n or greedy"),
         (lambda m, p, s: faithfulness(m, p, "nll", random_scores(Graph(1, 1, True))), "the scores must be of"),
@@ -396,6 +420,11 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
         (lambda m, p, s: completeness(m, p, "nll", some_edges(Graph(1, 1, True))), "the circuit must belong to"),
         (lambda m, p, s: roc(s, s.top_n(0)), "needs true and false edges, but 0 of"),
         (lambda m, p, s: roc(s, some_edges(Graph(1, 1, True))), "the reference must be a circuit of"),
+        (lambda m, p, s: roc(attribute(m, p, level="node"), s.top_n(3)), "must be EdgeScores of .*, got NodeScores"),
+        (
+            lambda m, p, s: roc(EdgeScores(s.scores * math.nan, s.graph), s.top_n(3)),
+            "edges are ranked by their scores, but 46 of 46 scores are NaN",
+        ),
         (lambda m, p, s: roc(s, s.top_n(3), edges=torch.ones(2, 2)), r"edges must be bool \[S, R\]"),
         (lambda m, p, s: roc_of_circuits([], s.top_n(3)), "at least one circuit is needed"),
         (lambda m, p, s: overlap(s, s, 0), "n must be at least 1 edge"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 import oracle
@@ -97,6 +98,15 @@ def test_the_points_of_each_rule_are_as_stated():
         ({"method": "eap-ig", "steps": 0}, "positive integer, got 0"),
         ({"method": "eap-ig", "points": "simpson"}, "left, right, midpoint, gauss, got 'simpson'"),
         ({"method": "eap-ig", "points": [(0.5, 0.7)]}, "weights that sum to 1"),
+        *(
+            ({"method": "eap-ig", "points": points}, "left, right, midpoint, gauss or a list of .* that sum to 1, got")
+            for points in ([], (), [0.5], 5, [("a", 1)], [(math.nan, 1.0)], [(0.5, math.nan)], [(math.inf, 1.0)])
+        ),
+        ({"method": "eap-ig", "points": ""}, "left, right, midpoint, gauss, got ''"),
+        ({"method": "eap-ig", "points": 5, "steps": 3}, "a list of .* that sum to 1, got 5"),
+        ({"gradient_at": ""}, "clean, corrupt, got ''"),
+        ({"method": "relp", "rules": "relp"}, "rules must be a Rules, .* got 'relp'"),
+        ({"method": "relp", "rules": {"norm": "frozen"}}, "rules must be a Rules, .* got {'norm': 'frozen'}"),
         ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
         ({"reduce": "head"}, "all, pair, position, got 'head'"),
     ],

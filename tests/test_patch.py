@@ -217,6 +217,24 @@ def test_points_between_clean_and_corrupt_equal_the_oracle(tmp_path):
     assert (content["format"], content["points"]) == ("eapcore-interpolation", [0.0, 0.5, 1.0])
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_progress_counts_what_is_run(batch_size, monkeypatch):
+    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 40})
+    model = random_model(**SMALL)
+    pairs = random_pairs(model, [6, 3, 5])
+    for call, total in (
+        (lambda **o: interpolate(model, pairs, "nll", "m0->m1", points=7, **o), 7 * 3),
+        (lambda **o: path_patch(model, pairs, "nll", ["m0"], ["m0->logits"], **o), 3),
+        (lambda **o: patch_nodes(model, pairs, nodes=["m0", "m1"], **o), 2 * 3),
+        (lambda **o: patch_edges(model, pairs, edges=["m0->m1", "m0->logits"], **o), 2 * 3),
+        (lambda **o: metric_on(model, pairs, "nll", random_circuits(model.graph, 9), **o), 9 * 3),
+    ):
+        calls = []
+        call(batch_size=batch_size, progress=lambda *counts, calls=calls: calls.append(counts))
+        done, totals = zip(*calls, strict=True)
+        assert set(totals) == {total} and list(done) == sorted(set(done)) and done[-1] == total
+
+
 def test_float32_effects_agree_with_float64():
     pairs = random_pairs(random_model(seed=2), LENGTHS)
     expected = patch_edges(random_model(seed=2), pairs).scores
@@ -541,6 +559,17 @@ def test_routes_lead_through_the_named_components_and_onward_from_the_receivers(
     [
         (lambda m, p: patch_edges(m, p, edges=["m1->m0"]), "'m1->m0' is no edge"),
         (lambda m, p: patch_edges(m, p, edges=[]), "at least one edge is needed"),
+        (
+            lambda m, p: patch_edges(m, p, edges=Circuit(torch.ones_like(m.graph.edge_mask()), m.graph)),
+            "edges must be edges of .*, but 114 places of the circuit's mask are none",
+        ),
+        (lambda m, p: run_circuit(m, p, attribute(m, p)), "must be a Circuit, .*, got EdgeScores"),
+        (lambda m, p: run_circuit(m, p, ["m0->m1"]), "must be a Circuit, .*, got str"),
+        (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=True), "points must be at least 2, got True"),
+        *(
+            (lambda m, p, points=points: interpolate(m, p, "nll", "m0->m1", points=points), "a list of finite λ")
+            for points in ([], [float("nan")], ["half"], 0.5, None)
+        ),
         (lambda m, p: patch_edges(m, p, edges="m0->m1"), "a circuit or a list of names, got the text"),
         (lambda m, p: patch_edges(m, p, ablation="noise"), "ablation must be one of corrupt, zero"),
         (lambda m, p: patch_edges(m, p, batch_size=0), "batch_size must be 'auto' or a positive integer"),
