@@ -280,15 +280,19 @@ def score(
 
 
 class Progress:
-    """A progress bar on a terminal, nothing in a pipe."""
+    """A progress bar on a terminal, nothing in a pipe. total: None until the first report of what is done says it."""
 
-    def __init__(self, text: str, total: int, unit: str = "pair") -> None:
+    def __init__(self, text: str, total: int | None, unit: str = "pair") -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> Callable[[int, int], None]:
-        return lambda done, total: self.bar.update(done - self.bar.n) and None
+        return self.show
+
+    def show(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
 
     def __exit__(self, *args: object) -> None:
         self.bar.close()

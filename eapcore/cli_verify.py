@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from eapcore.model import Model
     from eapcore.tasks import PromptPairs
 
-_EACH = "edge × pair"  # what patching counts
+_EACH, _RUN = "edge × pair", "circuit × pair"  # what patching, and running circuits, counts
 _RULE = "trapezoid, lower (steps), upper (steps) or pareto"
 _TOP = "(default: 50, or all edges of a smaller graph)"
 
@@ -328,14 +328,15 @@ def _acdc(args: argparse.Namespace) -> None:
         if not size:
             raise ValueError(f"--score-threshold {asked:g} leaves no edge to start from")
     options = {"order": args.order, **find_ablation(args, model), "batch_size": args.batch_size}
-    began = time.perf_counter()
-    total = sum(sizes) * len(thresholds)
-    with Progress("searching", total, "edge") as progress:
-        options["progress"] = progress
-        if scores is not None:
-            found = prune_sweep(model, pairs, scores, sizes, thresholds, metric, **options)
-        else:
-            found = [acdc(model, pairs, metric, threshold=t, start=start, **options) for t in thresholds]
+    began, total = time.perf_counter(), sum(sizes) * len(thresholds)
+    found: list[Circuit] = []
+    if scores is not None:
+        options |= {"score_thresholds": args.score_threshold}
+        with Progress("searching", total, "edge") as progress:
+            found = prune_sweep(model, pairs, scores, args.top_n, thresholds, metric, progress=progress, **options)
+    for threshold in thresholds if scores is None else ():
+        with Progress(f"searching at {threshold:g}", sizes[0], "edge") as progress:
+            found.append(acdc(model, pairs, metric, threshold=threshold, start=start, progress=progress, **options))
     seconds = time.perf_counter() - began
     print(heading(model, pairs, metric))
     counts = {key: sum(c.meta["forwards"][key] for c in found) for key in ("decided", "evaluated", "launches")}
@@ -367,13 +368,13 @@ def _path(args: argparse.Namespace) -> None:
     if args.path is not None and args.through is not None:
         raise ValueError("a --path names all that it passes: --through goes with --senders and --receivers")
     model, pairs, metric = prepare(args)
-    options = {**find_ablation(args, model), "batch_size": args.batch_size}
     if args.path is not None:
-        senders = list(dict.fromkeys(path.split("->")[0] for path in args.path))
-        result = path_patch(model, pairs, metric, senders, args.path, **options)
+        senders, edges = list(dict.fromkeys(path.split("->")[0] for path in args.path)), args.path
     else:
-        edges = routes(model.graph, args.senders, args.receivers, through=args.through or ())
-        result = path_patch(model, pairs, metric, args.senders, edges, **options)
+        senders, edges = args.senders, routes(model.graph, args.senders, args.receivers, through=args.through or ())
+    options = {**find_ablation(args, model), "batch_size": args.batch_size}
+    with Progress("patching", len(pairs)) as progress:
+        result = path_patch(model, pairs, metric, senders, edges, progress=progress, **options)
     print(heading(model, pairs, metric))
     print(f"patched  {', '.join(result.senders)} along {result.edges.n_edges} edges: effect {result.effect:.6g}")
     print(_runs(args, metric, {"clean": result.clean, "patched": result.patched, "corrupt": result.corrupt}))
@@ -410,7 +411,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             "eapcore attribute --reduce pair"
         )
     references = [] if truth is None else [(str(args.true_circuit), truth)]
-    judged = mib(model, pairs, metric, scores, selection=args.selection, **options)
+    with Progress("running circuits", None, _RUN) as progress:
+        judged = mib(model, pairs, metric, scores, selection=args.selection, progress=progress, **options)
     print(heading(model, pairs, metric))
     signed, absolute = judged.signed, judged.absolute
     made, judging = (signed.meta["method"][name] for name in ("ablation_of_scores", "ablation"))
@@ -435,8 +437,10 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"({found['name']})"
         )
     if circuit is not None:
-        complete = completeness(model, pairs, metric, circuit, **options)
-        minimal = minimality(model, pairs, metric, circuit, **options)
+        with Progress("completeness", None, _RUN) as progress:
+            complete = completeness(model, pairs, metric, circuit, progress=progress, **options)
+        with Progress("minimality", None, _RUN) as progress:
+            minimal = minimality(model, pairs, metric, circuit, progress=progress, **options)
         widest = complete.gap.index(max(complete.gap))
         least = max(circuit.edges, key=minimal.__getitem__)
         print(

@@ -23,6 +23,8 @@ from eapcore.patch import metric_on, patch_edges, patch_nodes, path_patch, route
 from eapcore.rules import Rules
 from eapcore.tasks import find_pairs
 
+SCORED = ("--scores", "scores.safetensors")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -298,12 +300,25 @@ def test_another_ablation_is_not_shown_beside_the_corrupt_run(eapcore):
         (["attribute"], {"scoring": ("pair", 4)}),
         (["patch"], {"patching": ("edge × pair", 46 * 4)}),
         (["patch", "--nodes"], {"patching": ("node × pair", 7 * 4)}),
-        (["acdc", "--threshold", 0.05], {"searching": ("edge", 46)}),
+        (["acdc", "--threshold", "0.05,0.1"], {"searching at 0.05": ("edge", 46), "searching at 0.1": ("edge", 46)}),
+        (["acdc", "--threshold", "0.05,0.1", *SCORED, "--top-n", "9,20"], {"searching": ("edge", 2 * 29)}),
+        (["acdc", "--threshold", "0.1", *SCORED, "--score-threshold", 0], {"searching": ("edge", 46)}),
+        (["path", "--path", "a0.h1->logits"], {"patching": ("pair", 4)}),
+        (
+            ["evaluate", *SCORED, "--circuit", "scores.json", "--true-top", 5],
+            {
+                "running circuits": ("circuit × pair", 4 * (2 + 2 * 10)),
+                "completeness": ("circuit × pair", 4 * 2 * (1 + 6 + 10)),
+                "minimality": ("circuit × pair", 4 * (1 + 15)),
+                "patching": ("edge × pair", 46 * 4),
+            },
+        ),
         (["verify", "--top-n", 6], {"scoring": ("pair", 4), "patching": ("edge × pair", 6 * 4)}),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_progress_counts_to_its_end_in_its_own_unit(eapcore, monkeypatch, command, bars):
+def test_progress_counts_to_its_end_in_its_own_unit(eapcore, score_file, scores, monkeypatch, command, bars):
+    scores.top_n(15).save("scores.json")
     shown, bar = {}, tqdm.tqdm
 
     class Listening(bar):
@@ -345,9 +360,6 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     status, printed, content = eapcore("evaluate", "--metric", "logit_diff", *method)
     assert status == 0 and "scores   eap-ig" in printed
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
-
-
-SCORED = ("--scores", "scores.safetensors")
 
 
 @pytest.mark.parametrize(
