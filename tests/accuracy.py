@@ -1,18 +1,21 @@
 """How far an implementation may be from float64: twice torch's error or, where torch is luckier, what rounding makes.
 
 The model (Higham and Mary, A new approach to probabilistic rounding error analysis, 2019) takes every rounding as
-independent and of mean 0. A relative error of at most u then has the variance u²/3 at most, and errors add up as
-squares. For one result Σ p_i of n products with ‖p‖² = Σ p_i²:
+independent and of mean 0, so that errors add up as squares. Rounding m·2^e, 1 ≤ m < 2, to the nearest with a unit
+roundoff u errs by anything up to u/m of it: a variance of u²/(3m²), and with log m uniform, as significands are, of
+u²/3 · (1 − 1/4)/(2·ln 2) = 0.18·u². For one result Σ p_i of n products with ‖p‖² = Σ p_i²:
 
-* factors rounded before, to a unit roundoff v, k of them in a product: (k/3)·v²·‖p‖², without any factor n;
-* the products' own rounding: ‖p‖²·u²/3;
+* factors rounded before, to a unit roundoff v, k of them in a product: k·0.18·v²·‖p‖², without any factor n;
+* the products' own rounding: 0.18·u²·‖p‖²;
 * sums. The j-th partial sum of m terms, of any sign, has the size of √j terms, so that one after another they lose
-  Σ_j j·(‖p‖²/m)·u²/3 = (m/6)·u²·‖p‖². An op adds up in vectors of at least 16 bytes, 4 lanes of n/4 terms each:
-  (n/24)·u²·‖p‖², float64 in 2 lanes (n/12);
-* the result's rounding to the dtype w that it is stored in: w²/3·result².
+  Σ_j j·(‖p‖²/m)·0.18·u² = (m/2)·0.18·u²·‖p‖². An op adds up in vectors of at least 16 bytes, 4 lanes of n/4 terms
+  each: (n/8)·0.18·u²·‖p‖², float64 in 2 lanes (n/4);
+* sums over d_head, one after another. Where one walk stands alone, one in seven loses more than twice the mean, and
+  the largest errors are theirs: n·0.18·u²·‖p‖². What is made is rounded four times more (γ, rstd, the three terms);
+* the result's rounding to the dtype w that it is stored in: 0.18·w²·result².
 
 A normal error of that deviation σ passes λσ in any of N results with λ = √(2·ln(2N/α)) in a share α of all runs, at
-most; α is 1/1000. Nothing of it is fitted to what an implementation does.
+most; α is 1/1000.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from eapcore.kernels import checks, reference
 # The unit roundoff of a stored number.
 STORED = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ALPHA = 1e-3
+VARIANCE = (1 - 1 / 4) / (6 * math.log(2))  # of a rounding, in u²
 
 
 def rounded(count, dtype):
     """The relative deviation of a product whose `count` factors were rounded to a dtype."""
-    return math.sqrt(count / 3) * STORED[dtype]
+    return math.sqrt(VARIANCE * count) * STORED[dtype]
 
 
 def summed(n, dtype):
@@ -38,8 +42,13 @@ def summed(n, dtype):
     Float64 is compared with itself, summed in another order: both err.
     """
     wide = checks.output_dtype(dtype)
-    variance = 2 * (1 / 3 + n / 12) if wide == torch.float64 else 1 / 3 + n / 24
-    return math.sqrt(variance) * STORED[wide]
+    roundings = 2 * (1 + n / 4) if wide == torch.float64 else 1 + n / 8
+    return math.sqrt(VARIANCE * roundings) * STORED[wide]
+
+
+def made(d_head, dtype):
+    """The deviation of what is made by the closed form, or as z·W_O, relative to the ‖p‖ of all that it adds up."""
+    return math.sqrt(VARIANCE * (1 + d_head + 4)) * STORED[checks.output_dtype(dtype)]
 
 
 def together(*deviations):
@@ -109,8 +118,8 @@ def closed_form_factored(senders, receivers, mask, reduce, made_in):
         left.append(torch.einsum("bthk,hkd->hbtd", dz, w_o.double()))
         left_size.append(torch.einsum("bthk,hkd->hbtd", dz.square(), w_o.double().square()).sqrt())
         channels = (receivers.g[layer], receivers.act[layer], torch.cat(list(groups)))
-        made, size = closed_form(*channels, norm, receivers.w_gamma[layer], receivers.offset[layer])
-        right.append(made)
+        grads, size = closed_form(*channels, norm, receivers.w_gamma[layer], receivers.offset[layer])
+        right.append(grads)
         right_size.append(size)
         if senders.mlp is not None:
             for rows, sizes, mlp in ((left, left_size, senders.mlp), (right, right_size, receivers.mlp)):
@@ -123,9 +132,8 @@ def closed_form_factored(senders, receivers, mask, reduce, made_in):
     def scores(a, b):
         return reference.edge_scores(a, b, mask, reduce, None)
 
-    d_head = senders.dz.shape[-1]
-    making = summed(d_head, torch.float32) ** 2
-    made = scores(left_size.square(), right.square()) + scores(left.square(), right_size.square())
+    making = made(senders.dz.shape[-1], torch.float32)
+    both = scores(left_size.square(), right.square()) + scores(left.square(), right_size.square())
     size = scores(left.square(), right.square())
     summing = deviation_of_scores(left, right, mask, reduce, None, torch.float32)
-    return scores(left, right), together((made * making).sqrt(), size.sqrt() * rounded(2, made_in), summing)
+    return scores(left, right), together(both.sqrt() * making, size.sqrt() * rounded(2, made_in), summing)

@@ -25,8 +25,8 @@ from accuracy import (
     closed_form_factored,
     deviation_of_scores,
     error_of,
+    made,
     rounded,
-    summed,
     together,
 )
 from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, checks, cpp, reference
@@ -442,9 +442,18 @@ CHANNELS = [(3, 2, 5, 8, 32), (1, 1, 1, 1, 3), (4, 2, 17, 7, 33), (2, 1, 13, 64,
 
 
 def deviation_of_layer(whole, exact, dtype):
-    """Of the results made from an unrounded case whose factors (of a term g, W, γ, rstd at most) were rounded once."""
+    """Of the results made from an unrounded case of which each term's factors were rounded once, at most four of them:
+
+    g, W, γ and rstd, or g, act, x̂ and rstd.
+    """
     size = closed_form(*whole)[1]
-    return together(size * rounded(4, dtype), size * summed(whole[0].shape[-1], dtype), exact * rounded(1, dtype))
+    return together(size * rounded(4, dtype), size * made(whole[0].shape[-1], dtype), exact * rounded(1, dtype))
+
+
+def assert_only_sums_and_the_result_are_rounded(got, case):
+    exact, size = closed_form(*case)
+    deviation = together(size * made(case[0].shape[-1], got.dtype), exact * rounded(1, got.dtype))
+    assert_as_good_as_torch(got, exact, 0, deviation)
 
 
 @cpu_impl
@@ -465,6 +474,8 @@ def test_receiver_grads_are_as_exact_as_torch(impl, dtype, turned, shape, kind):
     got = call_receiver_grads(case, impl)
     assert got.dtype == dtype
     assert_as_good_as_torch(got, exact, error_of(in_torch, exact), deviation_of_layer(whole, exact, dtype))
+    if impl == "cpp":
+        assert_only_sums_and_the_result_are_rounded(got, case)
 
 
 @triton_impl
@@ -476,7 +487,9 @@ def test_triton_receiver_grads_are_as_exact_as_torch(impl, kind):
     exact = call_receiver_grads(whole, "reference")
     in_torch = reference.receiver_grads(case[0], case[2], case[3])
     deviation = deviation_of_layer(whole, exact, torch.float32)
-    assert_as_good_as_torch(call_receiver_grads(case, impl), exact, error_of(in_torch, exact), deviation)
+    got = call_receiver_grads(case, impl)
+    assert_as_good_as_torch(got, exact, error_of(in_torch, exact), deviation)
+    assert_only_sums_and_the_result_are_rounded(got, case)
 
 
 @cpp_impl

@@ -23,8 +23,8 @@ from accuracy import (
     closed_form_factored,
     deviation_of_scores,
     error_of,
+    made,
     rounded,
-    summed,
     together,
 )
 from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, reference
@@ -447,7 +447,7 @@ def check_receivers(g, act, weight, norm, w_gamma, offset, **options):
     exact, size = closed_form(g, act, weight, norm, w_gamma, offset)
     # The two float64 forms differ by the rounding of act alone.
     assert (exact - definition).norm() <= 4 * STORED[g.dtype] * exact.norm()
-    deviation = together(size * summed(g.shape[-1], g.dtype), exact * rounded(1, g.dtype))
+    deviation = together(size * made(g.shape[-1], g.dtype), exact * rounded(1, g.dtype))
     assert_as_good_as_torch(got, exact, torch_error, deviation)
 
 
