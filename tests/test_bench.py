@@ -157,15 +157,14 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
         kernels_checks.check_every_kernel("cuda", "cpu")
 
 
-@pytest.mark.parametrize("processors", [4, 132])
-def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch, processors):
+def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
     pytest.importorskip("triton")
     from eapcore.kernels import triton_common
 
     device = "cuda"
     if triton_common.interpreted():
         device = "cpu"
-        on = replace(triton_common.target(torch.device("cpu")), processors=processors)
+        on = replace(triton_common.target(torch.device("cpu")), processors=132)  # an H200's: few tiles are split
         monkeypatch.setattr(triton_common, "target", lambda device: on)
     monkeypatch.setattr(kernels_work, "fast_implementation", lambda kind: "triton")
     scores, factored = kernels_checks.check_edge_scores, kernels_checks.check_factored
