@@ -208,7 +208,7 @@ template <class P, class Senders, class Receivers>
 struct Worker {
   Senders senders;      // opened at the block that is multiplied
   Receivers receivers;  // opened at the block that is packed
-  Buffer<P> panel, groups[2];
+  P *panel, *groups[2];
   std::vector<std::uint8_t> packed;  // which tiles of the panel are
 };
 
@@ -280,7 +280,7 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
     const bool exists = index < passes.size();
     const Range receivers = exists ? passes[index].receivers : Range{0, 0};
     if (exists) worker.receivers.open(task.group, passes[index].block);
-    P* group = worker.groups[index % 2].data();
+    P* group = worker.groups[index % 2];
     return Packing(edges.receiver_tiles, edges.receivers, worker.receivers, receivers, [&, receivers, group](std::int64_t j) {
       const Range tile = edges.receiver_tiles[static_cast<std::size_t>(j)];
       worker.receivers.pack(edges.receivers.data() + tile.begin, tile.size(), group + (j - receivers.begin) * tile_elements);
@@ -291,7 +291,7 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
   for (std::size_t index = 0; index < passes.size(); ++index) {
     const Pass& pass = passes[index];
     auto packing = packing_of(index + 1);
-    const P* group = worker.groups[index % 2].data();
+    const P* group = worker.groups[index % 2];
 
     worker.senders.open(task.group, pass.block);
     const std::int64_t steps = (layout.length(task.group, pass.block) + tiles.width - 1) / tiles.width;
@@ -324,7 +324,7 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
       } else {
         // A packed tile that is used once needs one slot, always in the first-level cache.
         const std::int64_t at = one_slot ? 0 : i - pass.senders.begin;
-        P* panel = worker.panel.data() + at * slot;
+        P* panel = worker.panel + at * slot;
         if (one_slot || worker.packed[static_cast<std::size_t>(at)] == 0) {
           worker.senders.pack(edges.senders.data() + senders.begin, count, panel);
           worker.packed[static_cast<std::size_t>(at)] = 1;
@@ -355,25 +355,38 @@ void run_task(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
   }
 }
 
+// Sums of products: of all tasks where some share a part of the result, else of the task that a thread is at.
+struct Sums {
+  double* partials = nullptr;
+  std::vector<double*> own;  // [threads]
+};
+
+inline std::int64_t tile_row_sums(const Edges& edges) {
+  return static_cast<std::int64_t>(edges.receiver_tiles.size()) * edges.tile_sums;
+}
+
+inline Sums take_sums(const Plan& plan, const Edges& edges, std::int64_t groups, Workspace& workspace) {
+  const std::int64_t tile_row = tile_row_sums(edges);
+  Sums sums;
+  if (plan.splits > 1) {
+    sums.partials = workspace.take<double>(groups * plan.splits * static_cast<std::int64_t>(edges.sender_tiles.size()) * tile_row);
+  } else {
+    for (int i = 0; i < plan.threads; ++i) sums.own.push_back(workspace.take<double>(plan.most_sender_tiles() * tile_row));
+  }
+  return sums;
+}
+
 // Runs the plan's tasks, each on the worker of its thread, and adds up what they made, in a fixed order.
 // run_task(worker, task, sums) adds one task's products to sums [sender tile][receiver tile][tile_sums].
 template <class Out, class Worker, class RunTask>
-void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::vector<Worker>& workers,
+void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::vector<Worker>& workers, const Sums& all,
               const RunTask& run_task, Out* scores) {
   const std::int64_t result = edges.n_senders() * edges.n_receivers();
   const auto sender_tiles = static_cast<std::int64_t>(edges.sender_tiles.size());
-  const auto receiver_tiles = static_cast<std::int64_t>(edges.receiver_tiles.size());
-  const std::int64_t tile_row = receiver_tiles * edges.tile_sums, part_stride = sender_tiles * tile_row;
-  Buffer<double> partials;
-  std::vector<Buffer<double>> own;  // of threads that share no result
-  if (plan.splits > 1) {
-    partials.reserve(groups * plan.splits * part_stride);
-  } else {
-    for (int i = 0; i < plan.threads; ++i) own.emplace_back(plan.most_sender_tiles() * tile_row);
-  }
+  const std::int64_t tile_row = tile_row_sums(edges), part_stride = sender_tiles * tile_row;
   const auto run = [&](std::size_t thread, const Task& task) {
-    double* sums = task.partial < 0 ? own[thread].data()
-                                    : partials.data() + task.partial * part_stride + task.sender_tiles.begin * tile_row;
+    double* sums = task.partial < 0 ? all.own[thread]
+                                    : all.partials + task.partial * part_stride + task.sender_tiles.begin * tile_row;
     std::fill(sums, sums + task.sender_tiles.size() * tile_row, 0.0);
     run_task(workers[thread], task, sums);
     if (task.partial < 0) write_scores(edges, task.sender_tiles, sums, 0, 1, scores + task.group * result);
@@ -384,7 +397,7 @@ void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::ve
     std::fill(scores + row * edges.n_receivers(), scores + (row + 1) * edges.n_receivers(), Out{0});
   };
   const auto combine = [&](std::int64_t group, std::int64_t tile) {
-    write_scores(edges, {tile, tile + 1}, partials.data() + group * plan.splits * part_stride + tile * tile_row, part_stride,
+    write_scores(edges, {tile, tile + 1}, all.partials + group * plan.splits * part_stride + tile * tile_row, part_stride,
                  plan.splits, scores + group * result);
   };
   // Threads wait for each other only where that is worth it: a wait costs more than clearing or adding a small result.
@@ -423,6 +436,7 @@ void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::ve
 // scores[group, s, r] = Σ over the group's blocks of ⟨sender s, receiver r⟩, 0 where there is no edge.
 //
 // Senders and Receivers are one side each; every thread works on a copy of its own:
+//   take(workspace)                     has its scratch memory from there
 //   open(group, block)                  the block that the calls below mean
 //   pack(rows, count, target)           rows as [step][row][lane] at target
 //   in_place()                          whether row(i) can be read without packing
@@ -432,7 +446,7 @@ void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::ve
 // a time; inner(), elements of all groups.
 template <class P, class Out, class Layout, class Senders, class Receivers>
 void contract(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, const Senders& senders_side,
-              const Receivers& receivers_side, int threads, Out* scores) {
+              const Receivers& receivers_side, int threads, Out* scores, const Allocate& allocate) {
   const auto receiver_tiles = static_cast<std::int64_t>(edges.receiver_tiles.size());
   const Plan plan = plan_tasks(edges, layout.blocks(), edges.active_tiles * kMaxM * tiles.max_n * layout.inner(), threads);
   const std::int64_t block_size = layout.block_size();
@@ -441,18 +455,28 @@ void contract(const Tiles<P>& tiles, const Edges& edges, const Layout& layout, c
   const std::int64_t panel_tiles =
       std::max<std::int64_t>(1, kPanelBytes / static_cast<std::int64_t>(sizeof(P)) / (block_size * kMaxM));
 
-  std::vector<Worker<P, Senders, Receivers>> workers;
+  const auto groups = static_cast<std::int64_t>(layout.blocks().size());
   const std::int64_t panel = std::min(panel_tiles, plan.most_sender_tiles());
   const std::int64_t group = std::min(group_tiles, receiver_tiles) * tiles.max_n * block_size;
-  workers.reserve(static_cast<std::size_t>(plan.threads));
-  for (int i = 0; i < plan.threads; ++i) {
-    workers.push_back({senders_side,
-                       receivers_side,
-                       Buffer<P>(panel * block_size * kMaxM),
-                       {Buffer<P>(group), Buffer<P>(group)},
-                       std::vector<std::uint8_t>(static_cast<std::size_t>(panel))});
-  }
-  run_plan(plan, edges, static_cast<std::int64_t>(layout.blocks().size()), workers,
+  struct Team {
+    std::vector<Worker<P, Senders, Receivers>> workers;
+    Sums sums;
+  };
+  auto team = in_workspace(allocate, [&](Workspace& workspace) {
+    Team made{{}, take_sums(plan, edges, groups, workspace)};
+    for (int i = 0; i < plan.threads; ++i) {
+      made.workers.push_back({senders_side,
+                              receivers_side,
+                              workspace.take<P>(panel * block_size * kMaxM),
+                              {workspace.take<P>(group), workspace.take<P>(group)},
+                              std::vector<std::uint8_t>(static_cast<std::size_t>(panel))});
+      made.workers.back().senders.take(workspace);
+      made.workers.back().receivers.take(workspace);
+    }
+    return made;
+  });
+  if (!team) return;
+  run_plan(plan, edges, groups, team->workers, team->sums,
            [&](Worker<P, Senders, Receivers>& worker, const Task& task, double* sums) {
              run_task(tiles, edges, layout, task, panel_tiles, group_tiles, worker, sums);
            },

@@ -91,6 +91,15 @@ class DenseSide {
             PackFn<P, Source> pack_row, int width)
       : tensor_(tensor), groups_(&groups), layout_(&layout), pack_row_(pack_row), width_(width) {}
 
+  void take(Workspace& workspace) {
+    const bool pieces = std::any_of(groups_->begin(), groups_->end(), [](const auto& group) { return group.size() > 1; });
+    if (pieces) gathered_ = workspace.take<Source>(layout_->block_size());
+  }
+  void take_columns(const OuterTiles<P>& tiles, Workspace& workspace) {
+    take(workspace);
+    runs_ = workspace.take<P>(tiles.lanes * layout_->block_size());
+  }
+
   void open(std::int64_t group, std::int64_t block) {
     const std::vector<Segment>& segments = (*groups_)[static_cast<std::size_t>(group)];
     const Range range = layout_->range(group, block);
@@ -103,7 +112,6 @@ class DenseSide {
       begin = end;
     }
     length_ = range.size();
-    if (pieces_.size() > 1) gathered_.resize(static_cast<std::size_t>(length_));
   }
 
   bool in_place() const { return std::is_same_v<P, Source> && pieces_.size() == 1 && length_ % width_ == 0; }
@@ -124,10 +132,9 @@ class DenseSide {
   // Up to `lanes` rows turned round: [word][lane], zeros in lanes that have no row.
   void pack_columns(const OuterTiles<P>& tiles, const std::int64_t* rows, std::int64_t count, P* target) {
     const std::int64_t steps = (length_ + width_ - 1) / width_, whole = steps * width_;
-    runs_.resize(static_cast<std::size_t>(tiles.lanes * whole));
     std::array<const P*, kMaxLanes> lanes;
     for (std::int64_t i = 0; i < tiles.lanes; ++i) {
-      P* run = runs_.data() + i * whole;
+      P* run = runs_ + i * whole;
       if (i >= count) {
         std::fill(run, run + whole, P{});
       } else if (!in_place()) {
@@ -144,9 +151,9 @@ class DenseSide {
       if (pieces_.size() == 1) {
         source += pieces_[0].offset;
       } else {
-        Source* to = gathered_.data();
+        Source* to = gathered_;
         for (const Piece& piece : pieces_) to = std::copy(source + piece.offset, source + piece.offset + piece.length, to);
-        source = gathered_.data();
+        source = gathered_;
       }
       pack_row_(source, length_, target + i * width_, count * width_);
     }
@@ -163,8 +170,8 @@ class DenseSide {
   int width_;
   std::int64_t length_ = 0;
   std::vector<Piece> pieces_;
-  std::vector<Source> gathered_;
-  std::vector<P> runs_;
+  Source* gathered_ = nullptr;  // one row of a block in pieces
+  P* runs_ = nullptr;           // the rows of a tile of columns before they are turned round
 };
 
 // mask: [S, R] of 0 and 1, or null. rows: distinct b·T + t; n_rows < 0 for all. scores: [S, R], [B, S, R] or [T, S, R].
@@ -172,7 +179,7 @@ template <class P, class Source, class Out>
 void edge_scores_with(Isa isa, const Tensor4<Source>& delta, const Tensor4<Source>& grads, std::int64_t n_senders,
                       std::int64_t n_receivers, std::int64_t batch, std::int64_t tokens, std::int64_t d_model,
                       const std::uint8_t* mask, Reduce reduce, const std::int64_t* rows, std::int64_t n_rows, int threads,
-                      Out* scores) {
+                      Out* scores, const Allocate& allocate) {
   const Tiles<P> table = tiles<P>(isa);
   const PackFn<P, Source> pack_row = packer<P, Source>(table.isa);
   const auto groups = group_rows(reduce, batch, tokens, rows, n_rows);
@@ -190,7 +197,7 @@ void edge_scores_with(Isa isa, const Tensor4<Source>& delta, const Tensor4<Sourc
       if (outer_pays(edges)) {
         const DenseLayout layout(groups, d_model, kOuterSteps * outer.width, outer.width, threads);
         contract_outer(outer, edges, layout, side(turned ? grads : delta, layout), side(turned ? delta : grads, layout), threads,
-                       scores);
+                       scores, allocate);
         return;
       }
     }
@@ -198,7 +205,7 @@ void edge_scores_with(Isa isa, const Tensor4<Source>& delta, const Tensor4<Sourc
   const Edges edges(mask, n_senders, n_receivers, table.max_n);
   const std::int64_t block_bytes = edges.receiver_tiles.size() > 1 ? kBlockBytes : kStreamBytes;
   const DenseLayout layout(groups, d_model, block_bytes / static_cast<std::int64_t>(sizeof(P)), table.width, threads);
-  contract(table, edges, layout, side(delta, layout), side(grads, layout), threads, scores);
+  contract(table, edges, layout, side(delta, layout), side(grads, layout), threads, scores, allocate);
 }
 
 // Chooses the type of the packed panels: the source's own where the instruction set multiplies it, else float32.
@@ -206,22 +213,22 @@ template <class Source, class Out>
 void edge_scores(Isa isa, const Tensor4<Source>& delta, const Tensor4<Source>& grads, std::int64_t n_senders,
                  std::int64_t n_receivers, std::int64_t batch, std::int64_t tokens, std::int64_t d_model,
                  const std::uint8_t* mask, Reduce reduce, const std::int64_t* rows, std::int64_t n_rows, int threads,
-                 Out* scores) {
+                 Out* scores, const Allocate& allocate) {
   if constexpr (std::is_same_v<Source, double> || std::is_same_v<Source, float>) {
     edge_scores_with<Source>(isa, delta, grads, n_senders, n_receivers, batch, tokens, d_model, mask, reduce, rows, n_rows,
-                             threads, scores);
+                             threads, scores, allocate);
   } else {
 #if EAPCORE_X86
     if constexpr (std::is_same_v<Source, bf16>) {
       if (isa == Isa::avx512bf16) {
         edge_scores_with<bf16>(isa, delta, grads, n_senders, n_receivers, batch, tokens, d_model, mask, reduce, rows, n_rows,
-                               threads, scores);
+                               threads, scores, allocate);
         return;
       }
     }
 #endif
     edge_scores_with<float>(isa, delta, grads, n_senders, n_receivers, batch, tokens, d_model, mask, reduce, rows, n_rows,
-                            threads, scores);
+                            threads, scores, allocate);
   }
 }
 

@@ -93,11 +93,14 @@ class MadeSide {
  public:
   MadeSide(const FactoredSizes& sizes, const ChunkLayout& layout, const Maker& maker, const Reader& reader)
       : sizes_(&sizes), layout_(&layout), maker_(&maker), reader_(&reader), slicer_(maker, reader, sizes.d_head),
-        channel_rows_(maker, reader, sizes.d_head, sizes.d_model, sizes.tokens), weight_(sizes.d_head * maker.slice()),
-        z_(layout.longest() * channel_rows_.stride()) {}
-  // A thread's copy has scratch memory of its own.
-  MadeSide(const MadeSide& other) : MadeSide(*other.sizes_, *other.layout_, *other.maker_, *other.reader_) {}
-  MadeSide(MadeSide&&) = default;
+        channel_rows_(maker, reader, sizes.d_head, sizes.d_model, sizes.tokens) {}
+
+  void take(Workspace& workspace) {
+    slicer_.take(workspace);
+    channel_rows_.take(workspace);
+    weight_ = workspace.take<float>(sizes_->d_head * maker_->slice());
+    z_ = workspace.take<float>(layout_->longest() * channel_rows_.stride());
+  }
 
   bool in_place() const { return false; }
   const float* row(std::int64_t) const { return nullptr; }
@@ -125,7 +128,7 @@ class MadeSide {
   const Reader* reader_;
   WeightSlicer slicer_;
   ChannelRows channel_rows_;
-  Buffer<float> weight_, z_;
+  float *weight_ = nullptr, *z_ = nullptr;
   const std::int64_t* rows_ = nullptr;
   std::int64_t count_ = 0, first_ = 0, columns_ = 0;
 };
@@ -150,10 +153,10 @@ class SenderSide : public MadeSide {
     const std::int64_t layer = (sender - 1) / per_layer, head = (sender - 1) % per_layer;
     if (head == sizes_->heads) return read_explicit(moved(senders_->mlp, layer * senders_->mlp_stride_l), target, stride);
     slicer_.slice(senders_->w_o[static_cast<std::size_t>(layer * sizes_->heads + head)], first_, columns_, nullptr,
-                  weight_.data());
+                  weight_);
     channel_rows_.read(moved(senders_->dz, layer * senders_->dz_stride_l + head * senders_->dz_stride_h), rows_, count_,
-                       z_.data());
-    make_all(*maker_, {z_.data(), channel_rows_.stride(), weight_.data(), sizes_->d_head, nullptr, 0, nullptr, nullptr, nullptr,
+                       z_);
+    make_all(*maker_, {z_, channel_rows_.stride(), weight_, sizes_->d_head, nullptr, 0, nullptr, nullptr, nullptr,
                        target, kMakeVectors * stride, stride},
              count_);
   }
@@ -165,12 +168,14 @@ class ReceiverSide : public MadeSide {
  public:
   ReceiverSide(const FactoredReceivers& receivers, const FactoredSizes& sizes, const ChunkLayout& layout, const Maker& maker,
                const Reader& reader)
-      : MadeSide(sizes, layout, maker, reader), receivers_(&receivers), x_hat_(layout.longest() * maker.slice()),
-        factors_(sizes.layers * sizes.channels * 3 * layout.longest()),
+      : MadeSide(sizes, layout, maker, reader), receivers_(&receivers),
         known_(static_cast<std::size_t>(sizes.layers * sizes.channels)) {}
-  ReceiverSide(const ReceiverSide& other)
-      : ReceiverSide(*other.receivers_, *other.sizes_, *other.layout_, *other.maker_, *other.reader_) {}
-  ReceiverSide(ReceiverSide&&) = default;
+
+  void take(Workspace& workspace) {
+    MadeSide::take(workspace);
+    x_hat_ = workspace.take<float>(layout_->longest() * maker_->slice());
+    factors_ = workspace.take<float>(sizes_->layers * sizes_->channels * 3 * layout_->longest());
+  }
 
   void open(std::int64_t group, std::int64_t block) {
     const std::int64_t* before = rows_;
@@ -195,32 +200,32 @@ class ReceiverSide : public MadeSide {
     const NormSource& norm = receivers_->norms[static_cast<std::size_t>(layer)];
     const bool normed = norm.x_hat.source.data != nullptr;
     const std::int64_t index = layer * sizes_->channels + channel;
-    slicer_.slice(receivers_->weight[static_cast<std::size_t>(index)], first_, columns_, norm.gamma, weight_.data());
+    slicer_.slice(receivers_->weight[static_cast<std::size_t>(index)], first_, columns_, norm.gamma, weight_);
     const auto tokens_of = [&](const std::vector<ChannelTokens>& layers) {
       const ChannelTokens& values = layers[static_cast<std::size_t>(layer)];
       return moved(values.first, channel * values.stride_c);
     };
-    channel_rows_.read(tokens_of(receivers_->g), rows_, count_, z_.data());
+    channel_rows_.read(tokens_of(receivers_->g), rows_, count_, z_);
     const std::int64_t longest = layout_->longest(), slice = maker_->slice();
-    float *scale = factors_.data() + index * 3 * longest, *shift = scale + longest, *slope = shift + longest;
+    float *scale = factors_ + index * 3 * longest, *shift = scale + longest, *slope = shift + longest;
     if (normed && known_[static_cast<std::size_t>(index)] == 0) {  // once for each chunk, not for each slice of it
       channel_rows_.coefficients(
-          z_.data(), tokens_of(receivers_->act), norm,
+          z_, tokens_of(receivers_->act), norm,
           receivers_->w_gamma + index * sizes_->d_head, receivers_->offset + index * sizes_->d_head, rows_, count_, scale,
           shift, slope);
       known_[static_cast<std::size_t>(index)] = 1;
     }
     if (normed && layer != layer_of_x_hat_) {
-      read_explicit(norm.x_hat, x_hat_.data(), maker_->width);
+      read_explicit(norm.x_hat, x_hat_, maker_->width);
       layer_of_x_hat_ = layer;
     }
-    make_all(*maker_, {z_.data(), channel_rows_.stride(), weight_.data(), sizes_->d_head, normed ? x_hat_.data() : nullptr,
+    make_all(*maker_, {z_, channel_rows_.stride(), weight_, sizes_->d_head, normed ? x_hat_ : nullptr,
                        slice, scale, shift, slope, target, kMakeVectors * stride, stride},
              count_);
   }
 
   const FactoredReceivers* receivers_;
-  Buffer<float> x_hat_, factors_;
+  float *x_hat_ = nullptr, *factors_ = nullptr;
   std::vector<std::uint8_t> known_;
   std::int64_t layer_of_x_hat_ = -1;
 };
@@ -232,14 +237,14 @@ constexpr std::int64_t kDefaultChunk = 96;
 // mask: [S, R] of 0 and 1, or null. scores: [S, R], [B, S, R] or [T, S, R].
 inline void edge_scores_factored(Isa isa, const FactoredSenders& senders, const FactoredReceivers& receivers,
                                  const FactoredSizes& sizes, const std::uint8_t* mask, Reduce reduce, std::int64_t chunk,
-                                 int threads, float* scores) {
+                                 int threads, float* scores, const Allocate& allocate) {
   const Tiles<float> table = tiles<float>(isa);
   const Maker maker = eapcore::maker(isa);
   const Reader reader(isa);
   const Edges edges(mask, sizes.n_senders(), sizes.n_receivers(), table.max_n);
   const ChunkLayout layout(group_rows(reduce, sizes.batch, sizes.tokens, nullptr, -1), sizes.d_model, chunk, maker.slice());
   contract(table, edges, layout, SenderSide(senders, sizes, layout, maker, reader),
-           ReceiverSide(receivers, sizes, layout, maker, reader), threads, scores);
+           ReceiverSide(receivers, sizes, layout, maker, reader), threads, scores, allocate);
 }
 
 }  // namespace eapcore

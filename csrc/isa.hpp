@@ -1,11 +1,16 @@
-// Element types, aligned scratch memory, and the instruction sets between which the ops choose at run time.
+// Element types, working memory, and the instruction sets between which the ops choose at run time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <new>
+#include <functional>
+#include <optional>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EAPCORE_X86 1
@@ -71,42 +76,56 @@ EAPCORE_INLINE void narrow(float x, bf16& to) {  // round to nearest, ties to ev
   to.bits = static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// Scratch memory on cache-line boundaries, not initialised.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(std::int64_t count) { reserve(count); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept : data_(other.data_), count_(other.count_) {
-    other.data_ = nullptr;
-    other.count_ = 0;
-  }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(count_, other.count_);
-    return *this;
-  }
-  ~Buffer() { release(); }
+// Where an op's working memory comes from: asked once in a call for so many bytes, it returns a block that begins on a cache
+// line and lasts until the op returns, or null, at which the op returns at once: so its bytes are asked for.
+using Allocate = std::function<void*(std::int64_t bytes)>;
 
-  void reserve(std::int64_t count) {  // what it held is lost when it grows
-    if (count <= count_) return;
-    release();
-    data_ = static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64}));
-    count_ = count;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::int64_t kGuardBytes = 64;  // behind each part, where the sanitizer lets nobody read or write
+#else
+constexpr std::int64_t kGuardBytes = 0;
+#endif
+
+// One such block, handed out in parts on cache-line boundaries that are not initialised; without a block it counts them.
+class Workspace {
+ public:
+  explicit Workspace(void* block = nullptr) : block_(static_cast<char*>(block)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::int64_t wanted = count * static_cast<std::int64_t>(sizeof(T)), taken = (wanted + 63) / 64 * 64 + kGuardBytes;
+    char* part = block_ == nullptr ? nullptr : block_ + bytes_;
+    bytes_ += taken;
+#if defined(__SANITIZE_ADDRESS__)
+    if (part != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(part, static_cast<std::size_t>(wanted));
+      ASAN_POISON_MEMORY_REGION(part + wanted, static_cast<std::size_t>(taken - wanted));
+    }
+#endif
+    return reinterpret_cast<T*>(part);
   }
-  T* data() { return data_; }
+  std::int64_t bytes() const { return bytes_; }
 
  private:
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
-    data_ = nullptr;
-    count_ = 0;
-  }
-  T* data_ = nullptr;
-  std::int64_t count_ = 0;
+  char* block_;
+  std::int64_t bytes_ = 0;
 };
+
+// What set_up(workspace) returns, which takes its parts from there: run once to count them, and once to have them. Nothing
+// where there is no block.
+template <class SetUp>
+auto in_workspace(const Allocate& allocate, const SetUp& set_up) {
+  Workspace counted;
+  std::optional<decltype(set_up(counted))> made = set_up(counted);
+  void* block = allocate(counted.bytes());
+  if (block == nullptr) {
+    made.reset();
+  } else {
+    Workspace workspace(block);
+    made.emplace(set_up(workspace));
+  }
+  return made;
+}
 
 // In rising order: a machine that has one has all before it.
 enum class Isa { portable, avx2, avx512, avx512bf16 };

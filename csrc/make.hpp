@@ -68,6 +68,8 @@ class WeightSlicer {
   WeightSlicer(const Maker& maker, const Reader& reader, std::int64_t depth)
       : maker_(&maker), reader_(&reader), depth_(depth), row_(round_up(depth, maker.width)) {}
 
+  void take(Workspace& workspace) { widened_ = workspace.take<float>(maker_->slice() * row_); }
+
   void slice(const Weight& weight, std::int64_t first, std::int64_t columns, const float* gamma, float* target) {
     const std::int64_t slice = maker_->slice();
     if (gamma != nullptr) gamma += first;
@@ -82,12 +84,11 @@ class WeightSlicer {
       const auto* source = static_cast<const float*>(weight.source.data) + weight.offset + first * weight.stride_d;
       maker_->transpose(source, weight.stride_d, depth_, columns, gamma, target);
     } else {
-      widened_.reserve(slice * row_);
       for (std::int64_t d = 0; d < columns; ++d) {
-        reader_->read(weight.source, weight.offset + (first + d) * weight.stride_d, depth_, widened_.data() + d * row_,
+        reader_->read(weight.source, weight.offset + (first + d) * weight.stride_d, depth_, widened_ + d * row_,
                       maker_->width);
       }
-      maker_->transpose(widened_.data(), row_, depth_, columns, gamma, target);
+      maker_->transpose(widened_, row_, depth_, columns, gamma, target);
     }
   }
 
@@ -95,7 +96,7 @@ class WeightSlicer {
   const Maker* maker_;
   const Reader* reader_;
   std::int64_t depth_, row_;
-  Buffer<float> widened_;
+  float* widened_ = nullptr;  // [slice][row_], columns of a half-precision weight
 };
 
 // scale, shift and slope of MakeArgs for rows of one receiver channel, and its g as float32 rows.
@@ -104,6 +105,8 @@ class ChannelRows {
   ChannelRows(const Maker& maker, const Reader& reader, std::int64_t depth, std::int64_t d_model, std::int64_t tokens)
       : maker_(&maker), reader_(&reader), depth_(depth), row_(round_up(depth, maker.width)), d_model_(d_model),
         tokens_(tokens) {}
+
+  void take(Workspace& workspace) { scratch_ = workspace.take<float>(3 * row_); }
 
   std::int64_t stride() const { return row_; }
 
@@ -116,8 +119,7 @@ class ChannelRows {
 
   void coefficients(const float* g, const TokenRows& act, const NormSource& norm, const float* w_gamma, const float* offset,
                     const std::int64_t* rows, std::int64_t count, float* scale, float* shift, float* slope) {
-    scratch_.reserve(3 * row_);
-    float* padded_gamma = scratch_.data();
+    float* padded_gamma = scratch_;
     float* padded_offset = padded_gamma + row_;
     float* padded_act = padded_offset + row_;
     std::fill(padded_gamma, padded_act, 0.0f);
@@ -138,7 +140,7 @@ class ChannelRows {
   const Maker* maker_;
   const Reader* reader_;
   std::int64_t depth_, row_, d_model_, tokens_;
-  Buffer<float> scratch_;
+  float* scratch_ = nullptr;
 };
 
 // Calls the maker for all rows, as even groups of at most max_rows.

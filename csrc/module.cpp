@@ -38,6 +38,27 @@ T* pointer(std::int64_t address) {
   return reinterpret_cast<T*>(static_cast<std::intptr_t>(address));
 }
 
+// The memory that kernels/cpp.py makes when it is called with so many bytes, which keeps it as long as the op runs. Only
+// before the op starts its threads.
+Allocate allocate_by(const nb::callable& allocate) {
+  return [&allocate](std::int64_t bytes) {
+    const nb::gil_scoped_acquire acquire;
+    return pointer<void>(nb::cast<std::int64_t>(allocate(bytes)));
+  };
+}
+
+// What run(allocate) would allocate; it returns before it reads or writes anything.
+template <class Run>
+std::int64_t bytes_of(const Run& run) {
+  std::int64_t asked = 0;
+  const nb::gil_scoped_release release;
+  run([&asked](std::int64_t bytes) -> void* {
+    asked = bytes;
+    return nullptr;
+  });
+  return asked;
+}
+
 template <class T>
 Tensor4<T> tensor4(const Address4& at) {
   return {pointer<const T>(at[0]), at[1], at[2], at[3]};
@@ -66,35 +87,55 @@ NormSource norm_source(const Typed& at, bool centred) {
 template <class Source, class Out>
 void run_edge_scores(Isa isa, const Address4& delta, const Address4& grads, const std::array<std::int64_t, 5>& sizes,
                      std::int64_t mask, Reduce reduce, std::int64_t rows, std::int64_t n_rows, int threads,
-                     std::int64_t scores) {
+                     std::int64_t scores, const Allocate& allocate) {
   edge_scores<Source, Out>(isa, tensor4<Source>(delta), tensor4<Source>(grads), sizes[0], sizes[1], sizes[2], sizes[3],
                            sizes[4], pointer<const std::uint8_t>(mask), reduce, pointer<const std::int64_t>(rows), n_rows,
-                           threads, pointer<Out>(scores));
+                           threads, pointer<Out>(scores), allocate);
+}
+
+auto edge_scores_of(const std::string& dtype) {
+  return dtype == "float64"    ? run_edge_scores<double, double>
+         : dtype == "float32"  ? run_edge_scores<float, float>
+         : dtype == "bfloat16" ? run_edge_scores<bf16, float>
+                               : run_edge_scores<half, float>;
 }
 
 void py_edge_scores(const std::string& isa_name, const std::string& dtype, const Address4& delta, const Address4& grads,
                     const std::array<std::int64_t, 5>& sizes, std::int64_t mask, const std::string& reduce,
-                    std::int64_t rows, std::int64_t n_rows, int threads, std::int64_t scores) {
+                    std::int64_t rows, std::int64_t n_rows, int threads, std::int64_t scores, const nb::callable& memory) {
   const Isa isa = isa_named(isa_name);
   const Reduce how = reduce_named(reduce);
-  const auto run = dtype == "float64"    ? run_edge_scores<double, double>
-                   : dtype == "float32"  ? run_edge_scores<float, float>
-                   : dtype == "bfloat16" ? run_edge_scores<bf16, float>
-                                         : run_edge_scores<half, float>;
+  const auto run = edge_scores_of(dtype);
+  const Allocate allocate = allocate_by(memory);
   const nb::gil_scoped_release release;
-  run(isa, delta, grads, sizes, mask, how, rows, n_rows, threads, scores);
+  run(isa, delta, grads, sizes, mask, how, rows, n_rows, threads, scores, allocate);
 }
 
-void py_receiver_grads(const std::string& isa_name, const Typed& g, const Typed& act, const Typed& weight, const Typed& norm,
-                       bool centred, std::int64_t w_gamma, std::int64_t offset, const std::array<std::int64_t, 5>& sizes,
-                       int threads, std::int64_t out, bool out_bfloat16) {
+std::int64_t py_edge_scores_bytes(const std::string& isa_name, const std::string& dtype,
+                                  const std::array<std::int64_t, 5>& sizes, std::int64_t mask, const std::string& reduce,
+                                  int threads) {
   const Isa isa = isa_named(isa_name);
+  const Address4 packed{0, sizes[2] * sizes[3] * sizes[4], sizes[3] * sizes[4], sizes[4]};
+  return bytes_of([&](const Allocate& allocate) {
+    edge_scores_of(dtype)(isa, packed, packed, sizes, mask, reduce_named(reduce), 0, -1, threads, 0, allocate);
+  });
+}
+
+ReceiverGrads sized_receiver_grads(const std::array<std::int64_t, 5>& sizes) {
   ReceiverGrads op{};
   op.channels = sizes[0];
   op.batch = sizes[1];
   op.tokens = sizes[2];
   op.d_head = sizes[3];
   op.d_model = sizes[4];
+  return op;
+}
+
+void py_receiver_grads(const std::string& isa_name, const Typed& g, const Typed& act, const Typed& weight, const Typed& norm,
+                       bool centred, std::int64_t w_gamma, std::int64_t offset, const std::array<std::int64_t, 5>& sizes,
+                       int threads, std::int64_t out, bool out_bfloat16, const nb::callable& memory) {
+  const Isa isa = isa_named(isa_name);
+  ReceiverGrads op = sized_receiver_grads(sizes);
   op.g = token_rows(g, 3);
   op.act = token_rows(act, 3);
   op.g_stride_c = g[2];
@@ -104,12 +145,20 @@ void py_receiver_grads(const std::string& isa_name, const Typed& g, const Typed&
   op.norm = norm_source(norm, centred);
   op.w_gamma = pointer<const float>(w_gamma);
   op.offset = pointer<const float>(offset);
+  const Allocate allocate = allocate_by(memory);
   const nb::gil_scoped_release release;
   if (out_bfloat16) {
-    receiver_grads(isa, op, threads, pointer<bf16>(out));
+    receiver_grads(isa, op, threads, pointer<bf16>(out), allocate);
   } else {
-    receiver_grads(isa, op, threads, pointer<float>(out));
+    receiver_grads(isa, op, threads, pointer<float>(out), allocate);
   }
+}
+
+std::int64_t py_receiver_grads_bytes(const std::string& isa_name, const std::array<std::int64_t, 5>& sizes, int threads) {
+  const Isa isa = isa_named(isa_name);
+  return bytes_of([&](const Allocate& allocate) {
+    receiver_grads<float>(isa, sized_receiver_grads(sizes), threads, nullptr, allocate);
+  });
 }
 
 void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, const Typed& dz, const std::vector<Typed>& w_o,
@@ -119,7 +168,7 @@ void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, co
                              const std::vector<bool>& centred, std::int64_t w_gamma, std::int64_t offset,
                              const Typed& receiver_mlp, const Typed& logits, const std::array<std::int64_t, 7>& sizes,
                              bool mlps, std::int64_t mask, const std::string& reduce, std::int64_t chunk, int threads,
-                             std::int64_t scores) {
+                             std::int64_t scores, const nb::callable& memory) {
   const Isa isa = isa_named(isa_name);
   const FactoredSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], mlps};
   FactoredSenders senders;
@@ -147,19 +196,31 @@ void py_edge_scores_factored(const std::string& isa_name, const Typed& embed, co
     receivers.mlp_stride_l = receiver_mlp[2];
   }
   const Reduce how = reduce_named(reduce);
+  const Allocate allocate = allocate_by(memory);
   const nb::gil_scoped_release release;
-  edge_scores_factored(isa, senders, receivers, all, pointer<const std::uint8_t>(mask), how,
-                       chunk > 0 ? chunk : kDefaultChunk, threads, pointer<float>(scores));
+  edge_scores_factored(isa, senders, receivers, all, pointer<const std::uint8_t>(mask), how, chunk, threads,
+                       pointer<float>(scores), allocate);
+}
+
+std::int64_t py_edge_scores_factored_bytes(const std::string& isa_name, const std::array<std::int64_t, 7>& sizes, bool mlps,
+                                           std::int64_t mask, const std::string& reduce, std::int64_t chunk, int threads) {
+  const Isa isa = isa_named(isa_name);
+  const FactoredSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], mlps};
+  return bytes_of([&](const Allocate& allocate) {
+    edge_scores_factored(isa, {}, {}, all, pointer<const std::uint8_t>(mask), reduce_named(reduce), chunk, threads, nullptr,
+                         allocate);
+  });
 }
 
 }  // namespace
 
 // kernels/cpp.py refuses a module of another number: what it passes is addresses and sizes, which no type would check.
 // Raise both with every change of a function's arguments or of their meaning.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 NB_MODULE(_csrc, m) {
   m.attr("interface") = kInterface;
+  m.attr("default_chunk") = kDefaultChunk;
   m.doc() = "eapcore's C++ ops for the CPU; eapcore.kernels is their public face";
   m.def("isas", [] {
     std::vector<std::string> names;
@@ -168,13 +229,18 @@ NB_MODULE(_csrc, m) {
   });
   m.def("edge_scores", &py_edge_scores, nb::arg("isa"), nb::arg("dtype"), nb::arg("delta"), nb::arg("grads"),
         nb::arg("sizes"), nb::arg("mask"), nb::arg("reduce"), nb::arg("rows"), nb::arg("n_rows"), nb::arg("threads"),
-        nb::arg("scores"));
+        nb::arg("scores"), nb::arg("allocate"));
+  m.def("edge_scores_bytes", &py_edge_scores_bytes, nb::arg("isa"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("mask"),
+        nb::arg("reduce"), nb::arg("threads"));
   m.def("receiver_grads", &py_receiver_grads, nb::arg("isa"), nb::arg("g"), nb::arg("act"), nb::arg("weight"),
         nb::arg("norm"), nb::arg("centred"), nb::arg("w_gamma"), nb::arg("offset"), nb::arg("sizes"), nb::arg("threads"),
-        nb::arg("out"), nb::arg("out_bfloat16"));
+        nb::arg("out"), nb::arg("out_bfloat16"), nb::arg("allocate"));
+  m.def("receiver_grads_bytes", &py_receiver_grads_bytes, nb::arg("isa"), nb::arg("sizes"), nb::arg("threads"));
   m.def("edge_scores_factored", &py_edge_scores_factored, nb::arg("isa"), nb::arg("embed"), nb::arg("dz"), nb::arg("w_o"),
         nb::arg("sender_mlp"), nb::arg("g"), nb::arg("act"), nb::arg("weight"), nb::arg("group_sizes"), nb::arg("norms"),
         nb::arg("centred"), nb::arg("w_gamma"), nb::arg("offset"), nb::arg("receiver_mlp"), nb::arg("logits"),
         nb::arg("sizes"), nb::arg("mlps"), nb::arg("mask"), nb::arg("reduce"), nb::arg("chunk"), nb::arg("threads"),
-        nb::arg("scores"));
+        nb::arg("scores"), nb::arg("allocate"));
+  m.def("edge_scores_factored_bytes", &py_edge_scores_factored_bytes, nb::arg("isa"), nb::arg("sizes"), nb::arg("mlps"),
+        nb::arg("mask"), nb::arg("reduce"), nb::arg("chunk"), nb::arg("threads"));
 }

@@ -51,7 +51,7 @@ template <class P, class Columns, class Rows>
 struct OuterWorker {
   Columns columns;  // opened at the block that is packed
   Rows rows;        // opened at the block that is multiplied
-  Buffer<P> packed[2], tile;
+  P *packed[2], *tile;
 };
 
 // Adds one task's products to sums [column tile][row tile][row][column].
@@ -76,7 +76,7 @@ void run_outer_task(const OuterTiles<P>& tiles, const Edges& edges, const Layout
     const bool exists = index < passes.size();
     const Range columns = exists ? passes[index].columns : Range{0, 0};
     if (exists) worker.columns.open(task.group, passes[index].block);
-    P* packed = worker.packed[index % 2].data();
+    P* packed = worker.packed[index % 2];
     return Packing(edges.sender_tiles, edges.senders, worker.columns, columns, [&, columns, packed](std::int64_t i) {
       const Range tile = edges.sender_tiles[static_cast<std::size_t>(i)];
       worker.columns.pack_columns(tiles, edges.senders.data() + tile.begin, tile.size(),
@@ -96,7 +96,7 @@ void run_outer_task(const OuterTiles<P>& tiles, const Edges& edges, const Layout
       while (i < pass.columns.end && !edges.has(i, j)) ++i;
       if (i == pass.columns.end) continue;
       const Range rows = edges.receiver_tiles[static_cast<std::size_t>(j)];
-      worker.rows.pack(edges.receivers.data() + rows.begin, rows.size(), worker.tile.data());
+      worker.rows.pack(edges.receivers.data() + rows.begin, rows.size(), worker.tile);
       // Each call fetches rows that are needed soon: those of the next tile, then columns of the next pass.
       std::int64_t next = rows.end;
       const std::int64_t next_end = j + 1 < row_tiles ? edges.receiver_tiles[static_cast<std::size_t>(j + 1)].end : next;
@@ -106,10 +106,10 @@ void run_outer_task(const OuterTiles<P>& tiles, const Edges& edges, const Layout
         for (const char*& address : ahead) {
           address = next < next_end ? worker.rows.address(edges.receivers[static_cast<std::size_t>(next++)])
                                     : packing.fetch();
-          if (address == nullptr) address = reinterpret_cast<const char*>(worker.tile.data());
+          if (address == nullptr) address = reinterpret_cast<const char*>(worker.tile);
         }
-        tiles.tile[rows.size() - 1](worker.tile.data(),
-                                    worker.packed[index % 2].data() + (i - pass.columns.begin) * tile_elements, steps,
+        tiles.tile[rows.size() - 1](worker.tile,
+                                    worker.packed[index % 2] + (i - pass.columns.begin) * tile_elements, steps,
                                     sums + ((i - task.sender_tiles.begin) * row_tiles + j) * edges.tile_sums, ahead);
       }
     }
@@ -117,22 +117,35 @@ void run_outer_task(const OuterTiles<P>& tiles, const Edges& edges, const Layout
   }
 }
 
-// As contract(), with columns for senders and rows for receivers; a side has pack_columns(tiles, rows, count, target) too.
+// As contract(), with columns for senders and rows for receivers; a side has pack_columns(tiles, rows, count, target) and
+// take_columns(tiles, workspace) too.
 template <class P, class Out, class Layout, class Columns, class Rows>
 void contract_outer(const OuterTiles<P>& tiles, const Edges& edges, const Layout& layout, const Columns& columns,
-                    const Rows& rows, int threads, Out* scores) {
+                    const Rows& rows, int threads, Out* scores, const Allocate& allocate) {
   const Plan plan = plan_tasks(edges, layout.blocks(), edges.active_tiles * edges.tile_sums * layout.inner(), threads);
   const std::int64_t tile_elements = layout.block_size() * tiles.lanes;
   const std::int64_t group_tiles =
       std::max<std::int64_t>(1, kColumnBytes / static_cast<std::int64_t>(sizeof(P)) / tile_elements);
   const std::int64_t packed = std::min(group_tiles, plan.most_sender_tiles()) * tile_elements;
-  std::vector<OuterWorker<P, Columns, Rows>> workers;
-  workers.reserve(static_cast<std::size_t>(plan.threads));
-  for (int i = 0; i < plan.threads; ++i) {
-    workers.push_back(
-        {columns, rows, {Buffer<P>(packed), Buffer<P>(packed)}, Buffer<P>(kMaxOuterRows * layout.block_size())});
-  }
-  run_plan(plan, edges, static_cast<std::int64_t>(layout.blocks().size()), workers,
+  const auto groups = static_cast<std::int64_t>(layout.blocks().size());
+  struct Team {
+    std::vector<OuterWorker<P, Columns, Rows>> workers;
+    Sums sums;
+  };
+  auto team = in_workspace(allocate, [&](Workspace& workspace) {
+    Team made{{}, take_sums(plan, edges, groups, workspace)};
+    for (int i = 0; i < plan.threads; ++i) {
+      made.workers.push_back({columns,
+                              rows,
+                              {workspace.take<P>(packed), workspace.take<P>(packed)},
+                              workspace.take<P>(kMaxOuterRows * layout.block_size())});
+      made.workers.back().columns.take_columns(tiles, workspace);
+      made.workers.back().rows.take(workspace);
+    }
+    return made;
+  });
+  if (!team) return;
+  run_plan(plan, edges, groups, team->workers, team->sums,
            [&](OuterWorker<P, Columns, Rows>& worker, const Task& task, double* sums) {
              run_outer_task(tiles, edges, layout, task, group_tiles, worker, sums);
            },

@@ -22,9 +22,17 @@ struct ReceiverGrads {
   const float *w_gamma, *offset;  // [C, K], contiguous
 };
 
+// What one thread works with.
+struct GradsWorker {
+  float *weight, *g, *x_hat, *made, *factors;
+  WeightSlicer slicer;
+  ChannelRows channel_rows;
+  std::vector<std::int64_t> rows;
+};
+
 // out: [C, B, T, D], contiguous.
 template <class Out>
-void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
+void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out, const Allocate& allocate) {
   const Maker maker = eapcore::maker(isa);
   const Reader reader(isa);
   const std::int64_t rows = op.batch * op.tokens, slice = maker.slice();
@@ -41,31 +49,30 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
   const std::int64_t tasks = op.channels * parts;
   const int team = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), tasks));
 
-  struct Worker {
-    Buffer<float> weight, g, x_hat, made, factors;
-    WeightSlicer slicer;
-    ChannelRows channel_rows;
-    std::vector<std::int64_t> rows;
-  };
-  std::vector<Worker> workers;
-  workers.reserve(static_cast<std::size_t>(team));
   const std::int64_t depth_row = round_up(op.d_head, maker.width);
-  for (int i = 0; i < team; ++i) {
-    workers.push_back({Buffer<float>(slices * op.d_head * slice), Buffer<float>(kMaxMakeRows * depth_row),
-                       Buffer<float>(kMaxMakeRows * slice), Buffer<float>(kMaxMakeRows * slice),
-                       Buffer<float>(3 * kMaxMakeRows), WeightSlicer(maker, reader, op.d_head),
-                       ChannelRows(maker, reader, op.d_head, op.d_model, op.tokens),
-                       std::vector<std::int64_t>(kMaxMakeRows)});
-  }
+  auto workers = in_workspace(allocate, [&](Workspace& workspace) {
+    std::vector<GradsWorker> made;
+    for (int i = 0; i < team; ++i) {
+      made.push_back({workspace.take<float>(slices * op.d_head * slice), workspace.take<float>(kMaxMakeRows * depth_row),
+                      workspace.take<float>(kMaxMakeRows * slice), workspace.take<float>(kMaxMakeRows * slice),
+                      workspace.take<float>(3 * kMaxMakeRows), WeightSlicer(maker, reader, op.d_head),
+                      ChannelRows(maker, reader, op.d_head, op.d_model, op.tokens),
+                      std::vector<std::int64_t>(kMaxMakeRows)});
+      made.back().slicer.take(workspace);
+      made.back().channel_rows.take(workspace);
+    }
+    return made;
+  });
+  if (!workers) return;
 
-  const auto run = [&](Worker& worker, std::int64_t task) {
+  const auto run = [&](GradsWorker& worker, std::int64_t task) {
     const std::int64_t channel = task / parts, part = task % parts;
     const std::int64_t part_begin = rows * part / parts, part_end = rows * (part + 1) / parts;
     Weight weight = op.weight;
     weight.offset += channel * op.weight_stride_c;
     for (std::int64_t i = 0; i < slices; ++i) {
       worker.slicer.slice(weight, i * slice, std::min(slice, op.d_model - i * slice), op.norm.gamma,
-                          worker.weight.data() + i * op.d_head * slice);
+                          worker.weight + i * op.d_head * slice);
     }
     const auto channel_of = [&](TokenRows values, std::int64_t stride_c) {
       values.source.data = values.source.kind == Kind::float32
@@ -79,24 +86,24 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
       const std::int64_t begin = part_begin + (part_end - part_begin) * group / groups;
       const std::int64_t count = part_begin + (part_end - part_begin) * (group + 1) / groups - begin;
       for (std::int64_t i = 0; i < count; ++i) worker.rows[static_cast<std::size_t>(i)] = begin + i;
-      worker.channel_rows.read(g, worker.rows.data(), count, worker.g.data());
-      float *scale = worker.factors.data(), *shift = scale + kMaxMakeRows, *slope = shift + kMaxMakeRows;
+      worker.channel_rows.read(g, worker.rows.data(), count, worker.g);
+      float *scale = worker.factors, *shift = scale + kMaxMakeRows, *slope = shift + kMaxMakeRows;
       if (normed) {
-        worker.channel_rows.coefficients(worker.g.data(), act, op.norm, op.w_gamma + channel * op.d_head,
+        worker.channel_rows.coefficients(worker.g, act, op.norm, op.w_gamma + channel * op.d_head,
                                          op.offset + channel * op.d_head, worker.rows.data(), count, scale, shift, slope);
       }
       for (std::int64_t i = 0; i < slices; ++i) {
         const std::int64_t first = i * slice, columns = std::min(slice, op.d_model - first);
         if (normed && !(in_place && columns == slice)) {
-          if (columns < slice) std::fill(worker.x_hat.data(), worker.x_hat.data() + count * slice, 0.0f);
+          if (columns < slice) std::fill(worker.x_hat, worker.x_hat + count * slice, 0.0f);
           for (std::int64_t row = 0; row < count; ++row) {
             reader.read(x_hat.source, x_hat.offset(begin + row, op.tokens) + first, columns,
-                        worker.x_hat.data() + row * slice, maker.width);
+                        worker.x_hat + row * slice, maker.width);
           }
         }
         Out* target = out + (channel * rows + begin) * op.d_model + first;
-        MakeArgs args{worker.g.data(), depth_row, worker.weight.data() + i * op.d_head * slice, op.d_head,
-                      normed ? worker.x_hat.data() : nullptr, slice, scale, shift, slope, worker.made.data(), slice,
+        MakeArgs args{worker.g, depth_row, worker.weight + i * op.d_head * slice, op.d_head,
+                      normed ? worker.x_hat : nullptr, slice, scale, shift, slope, worker.made, slice,
                       maker.width};
         if (in_place && columns == slice) {
           args.x_hat = static_cast<const float*>(x_hat.source.data) + x_hat.offset(begin, op.tokens) + first;
@@ -112,7 +119,7 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
         }
         maker.make[count - 1](args);
         for (std::int64_t row = 0; row < count; ++row) {
-          const float* made = worker.made.data() + row * slice;
+          const float* made = worker.made + row * slice;
           for (std::int64_t d = 0; d < columns; ++d) narrow(made[d], target[row * op.d_model + d]);
         }
       }
@@ -123,9 +130,9 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out) {
 #endif
   for (std::int64_t task = 0; task < tasks; ++task) {
 #if defined(_OPENMP)
-    run(workers[static_cast<std::size_t>(omp_get_thread_num())], task);
+    run((*workers)[static_cast<std::size_t>(omp_get_thread_num())], task);
 #else
-    run(workers[0], task);
+    run((*workers)[0], task);
 #endif
   }
 }

@@ -199,6 +199,11 @@ def attribute(
     replays = _replays(model, metric, graphs, recordable=storage == "dense" or level != "edge")
     memory = torch.empty(0, dtype=model.dtype, device=model.device)
 
+    def rows(window: Window) -> int:
+        """Token rows a chunk of the contraction of factors."""
+        where = (*window.shape, model.dtype, model.device)
+        return planner.chunk(sized, *where, budget, impl=impl, passes=planned)
+
     def score(window: Window) -> Tensors:
         """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
         sums = Sums(shapes, window, reduce, impl, absolute=how.absolute)
@@ -206,7 +211,9 @@ def attribute(
         if level != "edge":
             store = NodeStore(model, window, units=level == "neuron")
         else:
-            store = DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window)
+            store = (
+                DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window, rows(window))
+            )
         step = score_window(
             model, window, metric, store, sums, how.passes, planned, budget, values=values, units=level == "neuron"
         )

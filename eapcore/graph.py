@@ -102,6 +102,12 @@ class Graph:
         before = torch.tensor([self.senders_before(r) for r in range(self.n_receivers)])
         return torch.arange(self.n_senders)[:, None] < before
 
+    def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
+        """The edges in two: to all receivers but `read_receivers`, and to these."""
+        at_read, edges = torch.zeros(self.n_receivers, dtype=torch.bool), self.edge_mask()
+        at_read[self.read_receivers] = True
+        return edges & ~at_read, edges & at_read
+
     @property
     def sender_names(self) -> list[str]:
         names = ["embed"]

@@ -55,13 +55,9 @@ class Model:
 
     @cached_property
     def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
-        """The graph's edges on the model's device, bool [S, R], in two: to all but `Graph.read_receivers`, to these.
-
-        Copied to the device once.
-        """
-        at_read, edges = torch.zeros(self.graph.n_receivers, dtype=torch.bool), self.graph.edge_mask()
-        at_read[self.graph.read_receivers] = True
-        return (edges & ~at_read).to(self.device), (edges & at_read).to(self.device)
+        """`Graph.edge_masks` on the model's device, copied there once."""
+        everywhere, at_read = self.graph.edge_masks()
+        return everywhere.to(self.device), at_read.to(self.device)
 
     @cached_property
     def content_hash(self) -> str:

@@ -1,10 +1,10 @@
-"""The memory that a batch will need, before anything is allocated, and the batch size that follows from it."""
+"""The memory that a batch will need, before anything is allocated, and the sizes of batch and chunk that follow."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ _STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 # One layer's receivers at a time: on a CPU they should stay in a cache until they are contracted, but each call turns
 # the weights round once (8 MiB cost 3 % more time than 20 at GPT-2 small's size); a GPU wants long calls.
 _WORKSPACE = {"cpu": 20 << 20, "cuda": 1 << 30}
+# A chunk of fewer token rows is not halved: for 16 rows a head's weights are read that are four times what is made.
+_LEAST_CHUNK = 16
 # Numbers of one chunk's attention patterns, or of its residual streams, that `softmax` holds at once.
 EXACT_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -99,8 +101,9 @@ def dense_bytes(
         B'·T·(3H + 1)·D              one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
             4·B·H·T²                 its attention pattern and its gradients, in float32 at least
             2·B·T·M                  its hidden units' gradients
-            5·B'·T·3H·D              what the reference makes receivers with, in float32 at least; a third of that where
-                                     a checkpoint stores q, k and v apart, which is `groups` = 3
+            its workspace            what `kernels.workspace_bytes` says of making and contracting it, in turn; C++ for
+                                     each of torch's threads. Of a third of it where a checkpoint stores q, k and v
+                                     apart, which is `groups` = 3
 
     passes: of another method than one gradient at the clean run; `together` of them run as one batch. The first forward
     keeps what passes start from. Every pass that makes its own activations holds them beside what later ones need, and
@@ -120,7 +123,7 @@ def dense_bytes(
     for kept, made, more in passes.phases(together):
         rows = max(1, made) * batch
         here = _sizes(config, rows, tokens, dtype)
-        back = _back_bytes(config, rows, tokens, dtype, device, impl, groups)
+        back = _back_bytes(config, rows, tokens, dtype, device, impl, groups, _summed_over(passes))
         if passes.exact_softmax:
             back += _exact_bytes(config, rows, tokens, dtype, torch.device(device))
         ends, plain = (2 * batch * config.d_vocab * size for size in (8, width))  # the clean and the corrupt logits
@@ -141,13 +144,14 @@ def _back_bytes(
     device: torch.device | str,
     impl: str,
     groups: int,
+    reduce: str,
 ) -> int:
     """Bytes that come and go while gradients go back and are contracted with the sender buffer."""
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
     sizes, width, several = _sizes(config, batch, tokens, dtype), dtype.itemsize, config.n_layers > 1
     senders = graph.heads(max(config.n_layers - 2, 0)).start
     at_once = workspace_pairs(config, batch, tokens, dtype, device)
-    made = _receiver_bytes(config, at_once * tokens, dtype, senders, device, impl, groups)
+    made = _receiver_bytes(config, at_once, tokens, dtype, senders, device, impl, groups, reduce)
     if not several:  # the queries of the last layer, here the only one, have a gradient at one position alone
         made = made * 2 // 3
     receivers = made + 3 * sizes.heads + (3 if config.normalization is not None else 1) * sizes.wide_stream
@@ -156,12 +160,21 @@ def _back_bytes(
     return workspace + max(sizes.attention if several else 0, units, receivers)
 
 
+def _summed_over(passes: Passes) -> str:
+    """What a batch's scores are summed over: `reduce` of the kernels."""
+    return "pair" if passes.absolute else passes.reduce
+
+
+def _scores(graph: Graph, batch: int, tokens: int, passes: Passes) -> int:
+    """How many scores a batch has."""
+    each = {"all": 1, "pair": batch, "position": tokens}[_summed_over(passes)]
+    return each * graph.n_senders * graph.n_receivers
+
+
 def _sum_bytes(graph: Graph, batch: int, tokens: int, passes: Passes) -> int:
-    """Bytes of a batch's scores, [S, R] in float64, for each pair or position where they are kept so."""
-    kind = "pair" if passes.absolute else passes.reduce
-    each = {"all": 1, "pair": batch, "position": tokens}[kind]
+    """Bytes of a batch's scores in float64."""
     # Absolute ones keep a pass apart from the sum, and take its absolute value; a block is summed before it is added.
-    return (3 if passes.absolute else 1) * each * graph.n_senders * graph.n_receivers * 8
+    return (3 if passes.absolute else 1) * _scores(graph, batch, tokens, passes) * 8
 
 
 def _exact_bytes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -220,32 +233,25 @@ def _sizes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -> 
 
 def _receiver_bytes(
     config: ModelConfig,
-    rows: int,
+    batch: int,
+    tokens: int,
     dtype: torch.dtype,
     senders: int,
     device: torch.device | str,
     impl: str,
     groups: int,
+    reduce: str,
 ) -> int:
     """Peak bytes besides one layer's receivers, 3H·B·T·D, while they are made, contracted and added up."""
-    width, wide = dtype.itemsize, max(dtype.itemsize, 4)
-    channels, stream = 3 * config.n_heads, rows * config.d_model
-    made, contracted = (
-        kernels.choose(op, device=device, dtype=dtype) if impl == "auto" else impl
-        for op in ("receiver_grads", "edge_scores")
-    )
-    grads = channels * stream
-    used = grads * wide if wide > width else 0  # a sum over half precision converts all of it first
-    if contracted == "reference":  # einsum orders both its operands anew, after the conversion to the wider dtype
-        used = max(used, (grads + senders * stream) * wide * (2 if wide > width else 1))
-    if made != "reference":
-        return used
-    heads = channels * config.d_head
-    copies = heads * rows * wide if config.normalization is None or wide > width else 0
-    if wide > width:
-        copies += heads * config.d_model * wide
-    at_once = ((5 if config.normalization is not None else 1) * grads * wide + copies) // groups
-    return max(at_once, used)
+    wide, channels = max(dtype.itemsize, 4), 3 * config.n_heads
+    of_layer = partial(kernels.Sizes, batch, tokens, config.d_model)
+    workspace = partial(kernels.workspace_bytes, dtype=dtype, device=device, impl=impl)
+    normed = config.normalization is not None
+    made = of_layer(channels=channels // groups, d_head=config.d_head, normed=normed)
+    contracted = of_layer(senders=senders, receivers=channels + (not config.attn_only))
+    # A sum over half precision converts all of it first.
+    added = channels * batch * tokens * config.d_model * wide if wide > dtype.itemsize else 0
+    return max(workspace("receiver_grads", made), workspace("edge_scores", contracted, reduce=reduce), added)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -273,7 +279,9 @@ def factored_bytes(
     dtype: torch.dtype,
     *,
     device: torch.device | str = "cpu",
+    impl: str = "auto",
     passes: Passes = ONE_GRADIENT,
+    chunk: int | None = None,
 ) -> int:
     """About the most bytes that `attribute` allocates for one batch in factored mode, the model's weights not counted.
 
@@ -282,14 +290,22 @@ def factored_bytes(
     and the largest of what the forwards need, as in dense mode, and of
 
         L·B·T·(6HK + 2D)             q, k, v and their gradients, x̂, the MLPs' gradients, with
-            4·B·H·T²                 an attention pattern and its gradients in float32 at least, at the first or last
-                                     layer of the way back, when what the others kept may still be there, or with
-            L·B·T·6HK                q, k, v and their gradients stacked, on a GPU, or with
-            2·(S + R)·B·T·D          all senders and receivers, float32 at least, which the reference makes at once, or
-            (S + R + 15H)·B·T·D      a layer's receivers in the making
+            4·B·H·T²                 an attention pattern and its gradients in float32 at least, or
+            B·T·(3HK + 5D)           the sum of a layer's receivers in the making, at the first or last layer of the
+                                     way back, when what the others kept may still be there, or with
+            its workspace            what `kernels.workspace_bytes` says of contracting it in chunks of `chunk` token
+                                     rows, None for as many as are fast; and the scores, S·R in float32 at least
 
     and for other passes than one gradient at the clean run, as in dense mode, the activations that they keep and make.
     """
+    rest, before = _factored_bytes(config, batch, tokens, dtype, passes)
+    return max(rest, before + _chunk_bytes(config, batch, tokens, dtype, device, impl, passes, chunk))
+
+
+def _factored_bytes(
+    config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, passes: Passes
+) -> tuple[int, int]:
+    """Peak bytes of factored mode up to the contraction, and those that are still there when it begins."""
     graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
     sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
     differences = config.n_layers * (sizes.heads + mlps * sizes.stream) + sizes.stream
@@ -299,17 +315,93 @@ def factored_bytes(
         differences += (kept - 1) * (sizes.kept - sizes.stream)
         differences += 2 * batch * config.d_vocab * (8 + dtype.itemsize)  # the clean and the corrupt logits
     forwards = sizes.kept + max(sizes.forward, sizes.logits + passes.metric * batch * config.d_vocab * 8)
-    chosen = kernels.choose("edge_scores_factored", device=device, dtype=dtype)
-    layer = 6 * sizes.heads + (norms + mlps) * sizes.stream
-    going_back = max(sizes.kept + layer, config.n_layers * layer) + 3 * sizes.stream
-    going_back += sizes.attention if config.n_layers > 1 else 0  # the only layer's queries are read at one position
-    contracted = config.n_layers * layer
-    if chosen == "triton":
-        contracted += config.n_layers * 6 * sizes.heads
-    if chosen == "reference":
-        every = graph.n_senders + graph.n_receivers
-        contracted += (every + max(every, 5 * 3 * config.n_heads)) * sizes.wide_stream
-    return differences + max(forwards, going_back, contracted)
+    layer, made = 6 * sizes.heads + norms * sizes.stream, 3 * sizes.heads + norms * sizes.stream
+    # The MLPs' gradients have their memory from the beginning on; the last layer's k and v are held twice.
+    held = 2 * sizes.heads + mlps * config.n_layers * (sizes.stream + batch * config.d_model * dtype.itemsize)
+    making = made + norms * (3 + mlps) * sizes.stream
+    # The only layer's queries are read at one position, and its k and v are in `kept`.
+    making = max(making, sizes.attention) if config.n_layers > 1 else sizes.heads + norms * sizes.stream
+    going_back = held + max(sizes.kept + layer, config.n_layers * layer - made) + making
+    going_back += 2 * sizes.wide_stream + sizes.stream
+    return differences + max(forwards, going_back), differences + held + config.n_layers * layer + 2 * sizes.stream
+
+
+def _factored_sizes(config: ModelConfig, batch: int, tokens: int) -> kernels.Sizes:
+    return kernels.Sizes(
+        batch,
+        tokens,
+        config.d_model,
+        channels=3 * config.n_heads,
+        d_head=config.d_head,
+        layers=config.n_layers,
+        heads=config.n_heads,
+        mlps=not config.attn_only,
+    )
+
+
+def _chunk_bytes(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    impl: str,
+    passes: Passes,
+    chunk: int | None,
+) -> int:
+    """What contracting in chunks takes besides the factors: its workspace and the scores."""
+    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    # Nearly all edges are contracted at all positions, the rest at one.
+    workspace = max(
+        kernels.workspace_bytes(
+            "edge_scores_factored",
+            _factored_sizes(config, batch, positions),
+            dtype=dtype,
+            device=device,
+            mask=mask,
+            reduce=_summed_over(passes),
+            chunk=chunk,
+            impl=impl,
+        )
+        for positions, mask in zip((tokens, 1), _edge_masks(graph), strict=True)
+    )
+    return workspace + _scores(graph, batch, tokens, passes) * max(dtype.itemsize, 4)
+
+
+@lru_cache(maxsize=1)
+def _edge_masks(graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
+    return graph.edge_masks()
+
+
+def chunk(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int,
+    *,
+    impl: str = "auto",
+    passes: Passes = ONE_GRADIENT,
+) -> int:
+    """Token rows a chunk of factored mode's contraction: as many as are fast, or fewer to keep a batch within budget.
+
+    A chunk reads all weights once, so it is halved only as long as the plan is over the budget and the workspace is the
+    larger part of it, a chunk of half the size saves a quarter of the workspace, and 16 rows are left. Beyond that a
+    smaller batch saves more for the time that it costs: see `batch_size`.
+    """
+    sizes = _factored_sizes(config, batch, tokens)
+    fast = kernels.fast_chunk(sizes, dtype=dtype, device=device, impl=impl)
+    _, before = _factored_bytes(config, batch, tokens, dtype, passes)
+    needed = partial(_chunk_bytes, config, batch, tokens, dtype, device, impl, passes)
+    rows = min(fast, max(1, batch * tokens))
+    workspace = needed(rows)
+    while before + workspace > budget and workspace > before and rows >= 2 * _LEAST_CHUNK:
+        half = needed(rows // 2)
+        if 4 * half > 3 * workspace:
+            break
+        rows, workspace = rows // 2, half
+    return rows
 
 
 def storage(
@@ -340,15 +432,21 @@ def batch_size(
     groups: int = 1,
     passes: Passes = ONE_GRADIENT,
 ) -> int:
-    """Pairs a batch: enough tokens to be fast, within half of the free memory, at least one."""
-    tokens = int(pairs.lengths.max())
-    needed = partial(dense_bytes, groups=groups) if storage == "dense" else factored_bytes
+    """Pairs a batch: enough tokens to be fast, within half of the free memory, at least one.
+
+    In factored mode a batch that is over that with a workspace larger than all else takes a smaller `chunk` before it
+    is made smaller itself.
+    """
+    tokens, within = int(pairs.lengths.max()), budget(device)
     sizes = range(1, min(_useful(tokens, device), len(pairs)) + 1)
 
     def key(n: int) -> int:
-        return needed(config, n, tokens, dtype, device=device, passes=passes)
+        if storage == "dense":
+            return dense_bytes(config, n, tokens, dtype, device=device, groups=groups, passes=passes)
+        rows = chunk(config, n, tokens, dtype, device, within, passes=passes)
+        return factored_bytes(config, n, tokens, dtype, device=device, passes=passes, chunk=rows)
 
-    return max(1, bisect_right(sizes, budget(device), key=key))
+    return max(1, bisect_right(sizes, within, key=key))
 
 
 def _useful(tokens: int, device: torch.device) -> int:

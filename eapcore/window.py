@@ -264,12 +264,12 @@ class _Edges(Sink):
 
 
 class FactoredStore:
-    """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly."""
+    """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly, so many token rows at a time."""
 
     steps = False
 
-    def __init__(self, model: Model, window: Window) -> None:
-        self.model, self.read = model, window.read
+    def __init__(self, model: Model, window: Window, chunk: int | None = None) -> None:
+        self.model, self.read, self.chunk = model, window.read, chunk
         config, (rows, tokens) = model.config, window.shape
         like = model.weights.w_e
         # Zero in the last layer but at the answer, where alone it is needed.
@@ -315,7 +315,9 @@ class FactoredStore:
                 dz, mlp = _at(dz, self.read), None if mlp is None else _at(mlp, self.read)
             senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
             reduce = sums.reduction(at_read)
-            block = kernels.edge_scores_factored(senders, receivers, mask=mask, reduce=reduce, impl=sums.impl)
+            block = kernels.edge_scores_factored(
+                senders, receivers, mask=mask, reduce=reduce, chunk=self.chunk, impl=sums.impl
+            )
             sums.add("scores", block, (), 1.0, at_read)
             del receivers
 

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .checks import FactoredReceivers, FactoredSenders, Norm
+from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
 __all__ = [
     "FactoredReceivers",
     "FactoredSenders",
     "Norm",
+    "Sizes",
     "available",
     "choose",
     "edge_scores",
     "edge_scores_factored",
+    "fast_chunk",
     "receiver_constants",
     "receiver_grads",
+    "workspace_bytes",
 ]
 
 OPS = ("edge_scores", "receiver_grads", "edge_scores_factored")
@@ -221,6 +224,7 @@ def edge_scores_factored(
     Returns, raises: as `edge_scores`.
     """
     checks.edge_scores_factored(senders, receivers, mask, reduce)
+    checks.chunk(chunk)
     checks.one_of("precision", precision, checks.PRECISIONS)
     chosen = _resolve("edge_scores_factored", impl, senders.dz.device, senders.dz.dtype)
     if chosen == "cpp":
@@ -232,3 +236,72 @@ def edge_scores_factored(
 
         return triton_factored.edge_scores_factored(senders, receivers, mask, reduce, chunk, precision)
     return reference.edge_scores_factored(senders, receivers, mask, reduce)
+
+
+def workspace_bytes(
+    op: str,
+    sizes: Sizes,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    mask: Annotated[Tensor, "bool S R"] | None = None,
+    reduce: str = "all",
+    chunk: int | None = None,
+    precision: str = "ieee",
+    impl: str = "auto",
+) -> int:
+    """The bytes that an op allocates beside its arguments and its result while it runs, before any is allocated.
+
+    It is counted by the code that allocates: "cpp" runs the op up to where it asks for its memory, "triton" up to the
+    launch. For arguments whose innermost axes lie packed; others an implementation may copy.
+
+    Args:
+        op: "edge_scores", "receiver_grads" or "edge_scores_factored".
+        sizes: the shapes of its arguments.
+        dtype, device: of its arguments. The C++ ops take memory for `torch.get_num_threads()` threads.
+        mask, reduce, chunk, precision, impl: as in the op; mask on the CPU.
+
+    Raises:
+        ValueError: an option is unknown, or a mask is not bool [S, R].
+        RuntimeError: the named implementation cannot run here.
+    """
+    checks.one_of("op", op, OPS)
+    factored = op == "edge_scores_factored"
+    checks.edge_mask(
+        mask, *((sizes.all_senders, sizes.all_receivers) if factored else (sizes.senders, sizes.receivers))
+    )
+    checks.chunk(chunk)
+    checks.one_of("reduce", reduce, checks.REDUCE)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    chosen = _resolve(op, impl, torch.device(device), dtype)
+    if chosen == "cpp":
+        from . import cpp
+
+        return cpp.workspace_bytes(op, sizes, dtype, mask, reduce, chunk)
+    if chosen == "triton":
+        from . import triton_edge_scores, triton_factored
+
+        if op == "receiver_grads":  # everything stays in registers
+            return 0
+        where = (sizes, dtype, torch.device(device), mask is not None, reduce)
+        if op == "edge_scores":
+            return triton_edge_scores.workspace_bytes(*where, precision)
+        return triton_factored.workspace_bytes(*where, chunk, precision)
+    return reference.workspace_bytes(op, sizes, dtype)
+
+
+def fast_chunk(sizes: Sizes, *, dtype: torch.dtype, device: torch.device | str = "cpu", impl: str = "auto") -> int:
+    """The token rows a chunk that `edge_scores_factored` takes as fast, which is chunk=None.
+
+    Arguments and what is raised: as in `workspace_bytes`. "reference" has no chunks and takes all B·T at once.
+    """
+    chosen = _resolve("edge_scores_factored", impl, torch.device(device), dtype)
+    if chosen == "cpp":
+        from . import cpp
+
+        return cpp.default_chunk()
+    if chosen == "triton":
+        from . import triton_factored
+
+        return triton_factored.fast_chunk(sizes, dtype, torch.device(device))
+    return max(1, sizes.batch * sizes.tokens)

@@ -29,6 +29,38 @@ class Norm:
     gamma: Annotated[Tensor, "D"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The shapes of an op's arguments, before there are any.
+
+    batch, tokens, d_model: B, T, D. senders, receivers: S, R of `edge_scores`. channels, d_head: C, K of the others; of
+    `edge_scores_factored` C for each layer. layers, heads, mlps: L, H, and whether MLPs send and receive, of
+    `edge_scores_factored`. normed: whether receivers read through a normalisation.
+    """
+
+    batch: int
+    tokens: int
+    d_model: int
+    senders: int = 0
+    receivers: int = 0
+    channels: int = 0
+    d_head: int = 0
+    layers: int = 0
+    heads: int = 0
+    mlps: bool = True
+    normed: bool = True
+
+    @property
+    def all_senders(self) -> int:
+        """S of `edge_scores_factored`."""
+        return 1 + self.layers * (self.heads + self.mlps)
+
+    @property
+    def all_receivers(self) -> int:
+        """R of `edge_scores_factored`."""
+        return self.layers * (self.channels + self.mlps) + 1
+
+
 def shape_text(tensor: Tensor) -> str:
     """A tensor's shape as the messages print it."""
     return str(list(tensor.shape))
@@ -56,6 +88,12 @@ def edge_mask(mask: Tensor | None, senders: int, receivers: int) -> None:
     """Raise ValueError if a mask is not bool [S, R]."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (senders, receivers)):
         raise ValueError(f"mask must be bool [S, R] = [{senders}, {receivers}], got {mask.dtype} {shape_text(mask)}")
+
+
+def chunk(rows: int | None) -> None:
+    """Raise ValueError if a chunk is not None and has no token row."""
+    if rows is not None and rows < 1:
+        raise ValueError(f"chunk must be at least 1 token row, got {rows}")
 
 
 def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> None:

@@ -8,7 +8,7 @@ contiguous, indices in range.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -17,9 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .checks import FactoredReceivers, FactoredSenders, Norm
+from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
-_INTERFACE = 2  # what csrc/module.cpp calls kInterface
+_INTERFACE = 3  # what csrc/module.cpp calls kInterface
 
 _csrc: ModuleType | None = None
 _why_not = ""
@@ -37,6 +37,8 @@ _DTYPES = {
     "edge_scores_factored": (torch.float32, torch.bfloat16),
 }
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_LINE = 64  # bytes of a cache line, at which an op's working memory begins
 
 _ran: ContextVar[list[str] | None] = ContextVar("_ran", default=None)
 
@@ -114,6 +116,19 @@ def _address(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), *tensor.stride()[:-1])
 
 
+def _allocate(keep: list[Tensor]) -> Callable[[int], int]:
+    """What makes an op's working memory when it is called with so many bytes, and returns its address.
+
+    It is torch's, so that whatever counts or bounds torch's memory counts it too.
+    """
+
+    def allocate(count: int) -> int:
+        keep.append(torch.empty(count + _LINE, dtype=torch.uint8, device="cpu"))
+        return -(-keep[-1].data_ptr() // _LINE) * _LINE
+
+    return allocate
+
+
 def _mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.detach().contiguous().view(torch.uint8)
 
@@ -136,6 +151,7 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
     n_receivers = grads.shape[0]
     rows = None if rows is None else rows.detach().contiguous()
     scores = _scores((n_senders, n_receivers, batch, tokens), reduce, dtype)
+    keep: list[Tensor] = []
     extension.edge_scores(
         isa_name,
         _NAMES[dtype],
@@ -148,6 +164,7 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
         -1 if rows is None else rows.numel(),
         torch.get_num_threads(),
         scores.data_ptr(),
+        _allocate(keep),
     )
     _note("edge_scores", isa_name, dtype)
     return scores
@@ -229,6 +246,7 @@ def receiver_grads(
         torch.get_num_threads(),
         out.data_ptr(),
         g.dtype == torch.bfloat16,
+        _allocate(keep),
     )
     _note("receiver_grads", isa_name, g.dtype)
     return out
@@ -259,8 +277,6 @@ def edge_scores_factored(
         named |= {f"receivers.weight[{layer}][{i}]": weight for i, weight in enumerate(groups)}
         named |= {f"receivers.norms[{layer}].{name}": getattr(norm, name) for name in ("x_hat", "rstd", "gamma")}
     _check("edge_scores_factored", named)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token row, got {chunk}")
     extension, isa_name = _extension(), isa()
     layers, batch, tokens, heads, d_head = senders.dz.shape
     channels, d_model = receivers.w_gamma.shape[1], senders.embed.shape[-1]
@@ -293,9 +309,39 @@ def edge_scores_factored(
         mlps,
         0 if mask is None else mask.data_ptr(),
         reduce,
-        0 if chunk is None else chunk,
+        extension.default_chunk if chunk is None else chunk,
         torch.get_num_threads(),
         scores.data_ptr(),
+        _allocate(keep),
     )
     _note("edge_scores_factored", isa_name, senders.dz.dtype)
     return scores
+
+
+def default_chunk() -> int:
+    """Token rows a chunk that `edge_scores_factored` takes where nobody says."""
+    return int(_extension().default_chunk)
+
+
+def workspace_bytes(
+    op: str, sizes: Sizes, dtype: torch.dtype, mask: Tensor | None, reduce: str, chunk: int | None
+) -> int:
+    """`eapcore.kernels.workspace_bytes`: the extension runs the op up to where it asks for its memory.
+
+    Beside that block an op keeps lists of token rows, 40 bytes a row, which are not counted.
+    """
+    extension, isa_name, threads = _extension(), isa(), torch.get_num_threads()
+    mask = _mask_bytes(mask)
+    at = 0 if mask is None else mask.data_ptr()
+    batch, tokens, d_model = sizes.batch, sizes.tokens, sizes.d_model
+    if op == "edge_scores":
+        shape = (sizes.senders, sizes.receivers, batch, tokens, d_model)
+        found = extension.edge_scores_bytes(isa_name, _NAMES[dtype], shape, at, reduce, threads)
+    elif op == "receiver_grads":
+        shape = (sizes.channels, batch, tokens, sizes.d_head, d_model)
+        found = extension.receiver_grads_bytes(isa_name, shape, threads)
+    else:
+        factored = (sizes.layers, batch, tokens, sizes.heads, sizes.channels, sizes.d_head, d_model)
+        rows = extension.default_chunk if chunk is None else chunk
+        found = extension.edge_scores_factored_bytes(isa_name, factored, sizes.mlps, at, reduce, rows, threads)
+    return int(found) + _LINE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FactoredReceivers, FactoredSenders, Norm, output_dtype
+from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes, output_dtype
 
 
 def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> Tensor:
@@ -65,3 +65,20 @@ def edge_scores_factored(
 ) -> Tensor:
     """`edge_scores` of everything that the factors stand for, all of it made at once."""
     return edge_scores(sender_deltas(senders), all_receiver_grads(receivers), mask, reduce, None)
+
+
+def workspace_bytes(op: str, sizes: Sizes, dtype: torch.dtype) -> int:
+    """`eapcore.kernels.workspace_bytes` of the ops above."""
+    width, wide = dtype.itemsize, output_dtype(dtype).itemsize
+    stream = sizes.batch * sizes.tokens * sizes.d_model
+    if op == "edge_scores":  # einsum orders both its operands anew, after the conversion to the wider dtype
+        return (sizes.senders + sizes.receivers) * stream * wide * (2 if wide > width else 1)
+    if op == "receiver_grads":
+        copies = 0
+        if not sizes.normed or wide > width:  # g ordered anew
+            copies += sizes.batch * sizes.tokens * sizes.channels * sizes.d_head * wide
+        if wide > width:
+            copies += sizes.channels * sizes.d_head * sizes.d_model * wide
+        return (5 if sizes.normed else 1) * sizes.channels * stream * wide + copies
+    every = sizes.all_senders + sizes.all_receivers
+    return (every + max(every, 5 * sizes.channels)) * stream * wide

@@ -39,6 +39,7 @@ pointers do. The two differ only in `load_tile`. Offsets are 64-bit.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -398,10 +399,17 @@ class Plan:
     descriptors: bool
     chain: int
 
-    @property
-    def workspace_bytes(self) -> int:
-        """The partial sums that are allocated beside the result while `edge_scores` runs."""
-        return 0 if self.splits == 1 else 4 * self.splits * self.units * self.config.block_s * self.config.block_r
+    def partial_shape(self, accumulate: bool = False) -> tuple[int, int, int]:
+        """[splits, units, pairs of a tile] of the sums beside the result; no splits where it is written directly.
+
+        Adding to a tile of the result would need its addresses beside the sums, more registers than there are.
+        """
+        direct = self.splits == 1 and not accumulate
+        return 0 if direct else self.splits, self.units, self.config.block_s * self.config.block_r
+
+    def partial_bytes(self, accumulate: bool = False) -> int:
+        """The bytes of these sums."""
+        return 4 * math.prod(self.partial_shape(accumulate))
 
 
 def plan(
@@ -422,13 +430,20 @@ def plan(
     return Plan(config, units, splits, aligned and on.descriptors and not exact, chain)
 
 
-def plan_of(work: Layout, masked: bool, precision: str = "ieee", config: Config | None = None) -> Plan:
-    """The launch of `contract` for a layout."""
+def plan_of(
+    work: Layout,
+    masked: bool,
+    precision: str = "ieee",
+    config: Config | None = None,
+    on: common.Target | None = None,
+) -> Plan:
+    """The launch of `contract` for a layout, on its own device unless another is given."""
     delta, grads = work.operands
     return plan(
         delta.shape[2], grads.shape[2], work.groups, work.tokens, work.inner,
         dtype=delta.dtype, precision=precision, masked=masked,
-        aligned=common.describable(delta) and common.describable(grads), on=common.target(delta.device), config=config,
+        aligned=common.describable(delta) and common.describable(grads), on=on or common.target(delta.device),
+        config=config,
     )  # fmt: skip
 
 
@@ -457,11 +472,10 @@ def contract(
     senders, receivers = delta.shape[2], grads.shape[2]
     precision = common.check_precision(precision, delta.dtype, common.target(delta.device))
     chosen = plan_of(work, mask is not None, precision, config)
-    tile = chosen.config
-    # Adding to a tile of `out` would need its addresses beside the sums, more registers than there are.
-    direct = chosen.splits == 1 and not accumulate
-    units = chosen.units
-    partial = out if direct else out.new_empty(chosen.splits, units, tile.block_s * tile.block_r)
+    tile, units = chosen.config, chosen.units
+    shape = chosen.partial_shape(accumulate)
+    direct = shape[0] == 0
+    partial = out if direct else out.new_empty(shape)
     edges = None if mask is None else mask.view(torch.uint8)
     stride_ms, stride_mr = (0, 0) if mask is None else mask.stride()
     if chosen.descriptors:
@@ -524,3 +538,26 @@ def edge_scores(
     out = delta.new_empty(shape, dtype=torch.float32)
     contract(layout(delta.detach(), grads.detach(), reduce, rows), mask, out, precision=precision, config=config)
     return out
+
+
+def partial_bytes(
+    senders: int, receivers: int, batch: int, tokens: int, d_model: int, dtype: torch.dtype, on: common.Target,
+    masked: bool, reduce: str, precision: str, accumulate: bool,
+) -> int:  # fmt: skip
+    """The bytes of partial sums that `contract` allocates for packed operands [S, B, T, D] and [R, B, T, D]."""
+    if 0 in (senders, receivers, batch, tokens, d_model):
+        return 0
+    delta, grads = (torch.empty(n, batch, tokens, d_model, dtype=dtype, device="meta") for n in (senders, receivers))
+    work = layout(delta, grads, reduce, None)
+    precision = common.check_precision(precision, dtype, on)
+    return plan_of(work, masked, precision, on=on).partial_bytes(accumulate)
+
+
+def workspace_bytes(
+    sizes: checks.Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, precision: str
+) -> int:
+    """`eapcore.kernels.workspace_bytes` of `edge_scores`."""
+    return partial_bytes(
+        sizes.senders, sizes.receivers, sizes.batch, sizes.tokens, sizes.d_model, dtype, common.target(device), masked,
+        reduce, precision, False,
+    )  # fmt: skip

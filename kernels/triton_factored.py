@@ -37,7 +37,7 @@ from torch import Tensor
 
 from . import triton_common as common
 from . import triton_edge_scores, triton_receiver_grads
-from .checks import FactoredReceivers, FactoredSenders, Norm
+from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 from .triton_receiver_grads import Channels
 
 NO_NORM = Norm("none")
@@ -157,6 +157,14 @@ def choose_chunk(
     return max(1, min(max(wanted, 16), on.memory_bytes // 16 // unit))
 
 
+def fast_chunk(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
+    """`choose_chunk` for a model on a device."""
+    weight_bytes = sizes.layers * (sizes.channels + sizes.heads) * sizes.d_model * sizes.d_head * dtype.itemsize
+    return choose_chunk(
+        sizes.all_senders, sizes.all_receivers, sizes.d_model, weight_bytes, dtype.itemsize, common.target(device)
+    )
+
+
 def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[tuple[slice, slice]]:
     """The chunks as blocks of (pairs, positions), whole along the axis that `reduce` sums first."""
     if reduce == "position":
@@ -170,6 +178,45 @@ def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[tuple[slice
         for b in range(0, batch, across)
         for t in range(0, tokens, along)
     ]
+
+
+def rows_of(piece: tuple[slice, slice]) -> int:
+    """Token rows of a block."""
+    pairs, positions = piece
+    return (pairs.stop - pairs.start) * (positions.stop - positions.start)
+
+
+def space_elements(sizes: Sizes, pieces: list[tuple[slice, slice]]) -> tuple[int, int]:
+    """Elements of the two workspaces: the senders and the receivers of the largest block."""
+    most = max(rows_of(piece) for piece in pieces) * sizes.d_model
+    return sizes.all_senders * most, sizes.all_receivers * most
+
+
+def workspace_bytes(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, chunk: int | None, precision: str
+) -> int:
+    """`eapcore.kernels.workspace_bytes` of `edge_scores_factored`.
+
+    The two workspaces, g and act of all layers stacked, the tables, which rows are wanted, and the partial sums of the
+    largest block.
+    """
+    if sizes.batch * sizes.tokens * sizes.d_model == 0:
+        return 0
+    on, channels = common.target(device), sizes.layers * sizes.channels
+    pieces = blocks(sizes.batch, sizes.tokens, chunk or fast_chunk(sizes, dtype, device), reduce)
+    stacked = 2 * channels * sizes.batch * sizes.tokens * sizes.d_head
+    grids = {(p.stop - p.start, t.stop - t.start) for p, t in pieces}
+    tables = len({pairs * positions for pairs, positions in grids})
+    table = 8 * triton_receiver_grads.COLUMNS.value * (channels + sizes.layers * sizes.heads)
+    flags = sizes.all_senders + sizes.all_receivers if masked else 0
+    partial = max(
+        triton_edge_scores.partial_bytes(
+            sizes.all_senders, sizes.all_receivers, pairs, positions, sizes.d_model, dtype, on, masked, reduce,
+            precision, True,
+        )
+        for pairs, positions in grids
+    )  # fmt: skip
+    return (sum(space_elements(sizes, pieces)) + stacked) * dtype.itemsize + tables * table + flags + partial
 
 
 def _cut(norm: Norm, pairs: slice, positions: slice) -> Norm:
@@ -193,13 +240,13 @@ def edge_scores_factored(
     embed = senders.embed.detach()
     on = common.target(embed.device)
     common.check_precision(precision, embed.dtype, on)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token row, got {chunk}")
     n_layers, batch, tokens, heads, d_head = senders.dz.shape
     channels, d_model = receivers.w_gamma.shape[1], embed.shape[-1]
     mlps = 0 if senders.mlp is None else 1
-    n_senders = 1 + n_layers * (heads + mlps)
-    n_receivers = n_layers * (channels + mlps) + 1
+    sizes = Sizes(
+        batch, tokens, d_model, channels=channels, d_head=d_head, layers=n_layers, heads=heads, mlps=bool(mlps)
+    )
+    n_senders, n_receivers = sizes.all_senders, sizes.all_receivers
     shape = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce] + (n_senders, n_receivers)
     out = embed.new_zeros(shape, dtype=torch.float32)
     if batch * tokens * d_model == 0:
@@ -212,20 +259,16 @@ def edge_scores_factored(
     w_qkv = [_same_inner_strides(groups) for groups in receivers.weight]
     norms = [triton_receiver_grads.ready(norm) for norm in receivers.norms]
 
-    if chunk is None:
-        weight_bytes = n_layers * (channels + heads) * d_model * d_head * embed.element_size()
-        chunk = choose_chunk(n_senders, n_receivers, d_model, weight_bytes, embed.element_size(), on)
-    pieces = blocks(batch, tokens, chunk, reduce)
-    most = max((p.stop - p.start) * (t.stop - t.start) for p, t in pieces)
+    pieces = blocks(batch, tokens, chunk or fast_chunk(sizes, embed.dtype, embed.device), reduce)
     # Rows without an edge are never written: a GPU does not mind what lies there, but the interpreter warns of NaN.
     new = embed.new_zeros if common.interpreted() else embed.new_empty
-    sender_space, receiver_space = new(n_senders * most * d_model), new(n_receivers * most * d_model)
+    sender_space, receiver_space = (new(count) for count in space_elements(sizes, pieces))
 
     # Which senders and which receivers have an edge; the device alone knows it.
     wanted = (None, None) if mask is None else (mask.any(1).view(torch.uint8), mask.any(0).view(torch.uint8))
     tables: dict[int, tuple[list[Part], list[Part]]] = {}  # by rows of a chunk: the last ones may be shorter
     for pairs, positions in pieces:
-        rows = (pairs.stop - pairs.start) * (positions.stop - positions.start)
+        rows = rows_of((pairs, positions))
         grid = (pairs.stop - pairs.start, positions.stop - positions.start, d_model)
         made_senders = sender_space[: n_senders * rows * d_model].view(n_senders, *grid)
         made_receivers = receiver_space[: n_receivers * rows * d_model].view(n_receivers, *grid)

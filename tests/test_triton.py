@@ -390,7 +390,7 @@ def test_chains_of_half_precision_are_short_as_far_as_the_workspace_suffices():
                     for dtype in (torch.bfloat16, torch.float32)
                 )
                 tile = 4 * half.units * half.config.block_s * half.config.block_r
-                full = half.workspace_bytes + tile > scores.WORKSPACE_BYTES
+                full = half.partial_bytes() + tile > scores.WORKSPACE_BYTES
                 assert half.chain <= scores.CHAIN or (full and receivers == 3649)
                 assert half.splits * half.chain >= inner and single.splits * single.chain >= inner
 
@@ -400,8 +400,8 @@ def test_partial_sums_stay_within_their_workspace():
         chosen = scores.plan(
             4096, 8192, groups, 1, 10**6, dtype=torch.bfloat16, precision="ieee", masked=True, aligned=True, on=HOPPER
         )
-        assert chosen.workspace_bytes <= scores.WORKSPACE_BYTES
-        assert (chosen.splits == 1) == (chosen.workspace_bytes == 0)
+        assert chosen.partial_bytes() <= scores.WORKSPACE_BYTES
+        assert (chosen.splits == 1) == (chosen.partial_bytes() == 0)
 
 
 # receiver_grads

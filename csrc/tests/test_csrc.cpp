@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -119,6 +121,17 @@ struct Shape {
   std::int64_t senders, receivers, batch, tokens, d_model;
 };
 
+// Working memory of exactly the bytes that a call asks for, behind which a sanitizer finds every access.
+struct Memory {
+  std::unique_ptr<char, void (*)(char*)> block{nullptr, [](char* p) { ::operator delete(p, std::align_val_t{64}); }};
+  Allocate from() {
+    return [this](std::int64_t bytes) -> void* {
+      block.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64})));
+      return block.get();
+    };
+  }
+};
+
 template <class T>
 void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_t skew, int padding, double edge_share = 0.4) {
   using Out = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -168,7 +181,7 @@ void test_edge_scores(Isa isa, const char* type, const Shape& shape, std::int64_
         std::vector<Out> scores(expected.size(), Out{-7}), again(expected.size(), Out{-8});
         for (auto* target : {&scores, &again}) {
           edge_scores<T, Out>(isa, left, right, S, R, B, Tk, D, edges, reduce, rows.data(),
-                              some_rows ? static_cast<std::int64_t>(rows.size()) : -1, threads, target->data());
+                              some_rows ? static_cast<std::int64_t>(rows.size()) : -1, threads, target->data(), Memory().from());
         }
         expect_close(scores, expected, size, tolerance<T>(), what);
         expect(scores.empty() || std::memcmp(scores.data(), again.data(), scores.size() * sizeof(Out)) == 0,
@@ -242,8 +255,7 @@ void test_receiver_grads(Isa isa, const char* type, std::int64_t C, std::int64_t
                              std::to_string(D) + " kind " + std::to_string(kind) + " padding " + std::to_string(padding);
     for (int threads = 1; threads <= kMostThreads; ++threads) {
       std::vector<T> out(expected.size()), again(out.size());
-      receiver_grads(isa, op, threads, out.data());
-      receiver_grads(isa, op, threads, again.data());
+      for (auto* target : {&out, &again}) receiver_grads(isa, op, threads, target->data(), Memory().from());
       for (std::size_t i = 0; i < expected.size(); ++i) {
         const auto got = static_cast<double>(widen(out[i]));
         const double rounding = std::is_same_v<T, bf16> ? 0.0040 : 0.0;  // half a unit in the last of 8 bits
@@ -347,7 +359,8 @@ void test_factored(Isa isa, const char* type, std::int64_t L, std::int64_t B, st
           if (chunk == 1 && threads % 3 != 1) continue;
           std::vector<float> scores(expected.size(), -7.0f), again(expected.size(), -8.0f);
           for (auto* target : {&scores, &again}) {
-            edge_scores_factored(isa, senders, receivers, sizes, edges, reduce, chunk, threads, target->data());
+            edge_scores_factored(isa, senders, receivers, sizes, edges, reduce, chunk, threads, target->data(),
+                                 Memory().from());
           }
           const std::string what = std::string("edge_scores_factored ") + name(isa) + " " + type + " chunk " +
                                    std::to_string(chunk) + " threads " + std::to_string(threads) + " padding " +
