@@ -314,15 +314,17 @@ def print_planned_and_resident(name, storage, threads):
     before = resident("VmRSS")
     attribute(model, pairs, storage=storage, batch_size=batch)
     needed = {"dense": planner.dense_bytes, "factored": planner.factored_bytes}[storage]
+    measured = resident("VmHWM") - before
     planned = needed(replace(model.config, d_vocab=3), batch, 20, model.dtype)  # of which the metric reads three
-    print(json.dumps([planned, resident("VmHWM") - before]))
+    torch.set_num_threads(1)
+    alone = needed(replace(model.config, d_vocab=3), batch, 20, model.dtype)
+    print(json.dumps([planned, alone, measured]))
 
 
 @needs_cpp
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system keeps no high-water mark")
-@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize(("name", "count"), [("small", 1), ("small", 2), ("small", 8), ("the size of GPT-2 small", 2)])
 @pytest.mark.parametrize("storage", ["dense", "factored"])
-@pytest.mark.parametrize("name", MODELS)
 def test_the_resident_memory_of_a_batch_is_within_a_tenth_of_the_plan(name, storage, count):
     # A fixed threshold has the C library give memory back that is freed: it would keep it, and count it before.
     path = os.pathsep.join(part for part in sys.path if part)
@@ -331,6 +333,8 @@ def test_the_resident_memory_of_a_batch_is_within_a_tenth_of_the_plan(name, stor
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
-    planned, measured = json.loads(done.stdout)
+    planned, alone, measured = json.loads(done.stdout)
     print(f"planned {planned / 2**20:.1f} MiB, resident {measured / 2**20:.1f} MiB: {planned / measured:.3f}")
-    assert abs(planned - measured) <= 0.1 * measured + NOISE
+    assert measured - planned <= 0.1 * measured + NOISE
+    # A thread that comes too late for any of the work touches nothing of its own part.
+    assert alone - measured <= 0.1 * measured + NOISE
