@@ -1,7 +1,9 @@
 """No implementation of edge_scores makes anything for edges that is larger than the result, but for bounded sums."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +107,10 @@ print(resident("VmHWM") - before, scores.numel() * 4)
 @reduces
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cpp_takes_the_result_and_partial_sums_within_their_bound(reduce, threads):
-    done = subprocess.run([sys.executable, "-c", MEASURE, reduce, str(threads)], capture_output=True, text=True)
+    # The same eapcore as here: from the root, -c would find the source tree before the installed one.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    command, here = [sys.executable, "-c", MEASURE, reduce, str(threads)], Path(__file__).parent
+    done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     taken, result = map(int, done.stdout.split())
     # 9 MB of pairs a result; [S, R, B, T] would be 288 MB. 16 MiB: packed operands, and whole tiles.
