@@ -472,7 +472,7 @@ def _verify(args: argparse.Namespace) -> None:
     how = find_ablation(args, model)
     options = {**how, "batch_size": args.batch_size}
     scores = _find_scores(args, model, pairs, metric, how)
-    with Progress("patching", n * len(pairs), _EACH) as progress:
+    with Progress("verifying", None, "run × pair") as progress:
         options |= {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
         found = verify(model, pairs, metric, scores, n, **options)
     agreement = found.agreement

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.attribution import Progress, Task, attribute
+from eapcore.attribution import Progress, Task, as_pairs, attribute
 from eapcore.circuit import Circuit, EdgeScores, sign_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
-from eapcore.patch import Interpolation, interpolate, metric_on, patch_edges, write_json
-from eapcore.runs import Question
+from eapcore.patch import CURVE_POINTS, Interpolation, interpolate, metric_on, patch_edges, write_json
+from eapcore.runs import Count, Question
 from eapcore.tasks import PromptPairs
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -576,12 +576,14 @@ def verify(
     """Screen, then measure: patch the n edges that the scores rank highest exactly, and say how far they were right.
 
     Args:
-        model, task, metric, ablation, reference, batch_size, progress, resume: as `patch_edges`.
-        scores: of all edges, from any method; None makes them by `attribute`, before the progress begins.
+        model, task, metric, ablation, reference, batch_size, resume: as `patch_edges`.
+        scores: of all edges, from any method; None makes them by `attribute`.
         n: how many edges to patch; None is 50, or all of a smaller graph.
         ranking: "absolute" by |score|, "signed" by −score.
         n_worst: how many of the largest disagreements to name.
         curves: edges to follow from clean to corrupt, beside the line of their score, see `interpolate`.
+        progress: called with (runs done, runs in all), one for each pair and each edge that is patched, each of a
+            curve's points, and the scores where they are made here.
         screening: where no scores are given, `method` and all other options of `attribute`.
 
     Raises:
@@ -592,9 +594,13 @@ def verify(
     n = min(50, model.graph.n_edges) if n is None else n
     if not isinstance(n, int) or not 1 <= n <= model.graph.n_edges:
         raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n!r}")
+    for edge in curves:
+        model.graph.edge(edge)  # an unknown name is refused before the work
+    n_pairs, made_here = len(as_pairs(task)), scores is None
+    count = Count(progress, n_pairs * (n + CURVE_POINTS * len(curves) + made_here))
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
     if scores is None:
-        screening |= {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-        scores = attribute(model, task, metric, **screening)
+        scores = attribute(model, task, metric, progress=count.stage(n_pairs), **options, **screening)
     elif screening:
         raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
     _check_scores(scores, model.graph)
@@ -613,20 +619,11 @@ def verify(
             "the same"
         )
     chosen = scores.top_n(n, signed=ranking == "signed")
-    options: dict[str, Any] = {
-        "ablation": ablation,
-        "reference": reference,
-        "batch_size": batch_size,
-        "progress": progress,
-        "resume": resume,
-    }
+    exact = patch_edges(model, task, metric, chosen, progress=count.stage(n * n_pairs), resume=resume, **options)
+    followed = []
     for edge in curves:
-        model.graph.edge(edge)  # an unknown name is refused before the work
-    exact = patch_edges(model, task, metric, chosen, **options)
-    followed = [
-        interpolate(model, task, metric, edge, score=scores[edge], ablation=ablation, reference=reference,
-                    batch_size=batch_size) for edge in curves
-    ]  # fmt: skip
+        stage = count.stage(CURVE_POINTS * n_pairs)
+        followed.append(interpolate(model, task, metric, edge, score=scores[edge], progress=stage, **options))
     names = [edge for edge, _ in scores.top(n, signed=ranking == "signed")]
     rows = [(edge, scores[edge], exact[edge]) for edge in names]
     worst = sorted(rows, key=lambda row: -abs(row[1] - row[2]))[:n_worst]
@@ -693,6 +690,8 @@ def stability(
     Source of the interval: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     expected = (graph.n_senders, graph.n_receivers)
+    if not isinstance(per_pair, Tensor):
+        raise ValueError(f"per_pair must be each pair's scores, by attribute(reduce='pair'), got {per_pair!r:.60}")
     if per_pair.ndim != 3 or per_pair.shape[1:] != expected or len(per_pair) < 2:
         raise ValueError(f"per_pair must be [N ≥ 2, S, R] = [., {expected[0]}, {expected[1]}], got {per_pair.shape}")
     if not 1 <= top_n <= graph.n_edges:

@@ -43,6 +43,7 @@ __all__ = [
 
 Edges = Circuit | Sequence[str] | None
 
+CURVE_POINTS = 11  # of an interpolation, where nobody says how many
 _SAVE_SECONDS = 10.0  # between two writes of a partial result
 
 
@@ -339,7 +340,7 @@ def interpolate(
     metric: str | Metric,
     edge: str,
     *,
-    points: int | Sequence[float] = 11,
+    points: int | Sequence[float] = CURVE_POINTS,
     score: float | None = None,
     ablation: str = "corrupt",
     reference: PromptPairs | None = None,

@@ -54,6 +54,17 @@ class Count:
         if self.progress is not None:
             self.progress(self.done, self.total)
 
+    def stage(self, share: int) -> Progress | None:
+        """The progress of a part of the work that counts by itself, `share` of what is counted here."""
+        if self.progress is None:
+            return None
+        before = self.done
+
+        def report(done: int, total: int) -> None:
+            self.add(before + share * done // total - self.done)
+
+        return report
+
 
 @dataclass(frozen=True, slots=True)
 class Question:

@@ -313,7 +313,8 @@ def test_another_ablation_is_not_shown_beside_the_corrupt_run(eapcore):
                 "patching": ("edge × pair", 46 * 4),
             },
         ),
-        (["verify", "--top-n", 6], {"scoring": ("pair", 4), "patching": ("edge × pair", 6 * 4)}),
+        (["verify", "--top-n", 6], {"scoring": ("pair", 4), "verifying": ("run × pair", 6 * 4)}),
+        (["verify", *SCORED, "--top-n", 6, "--curve", "a0.h1->m0"], {"verifying": ("run × pair", (6 + 11) * 4)}),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -346,6 +346,19 @@ def test_judging_counts_every_circuit_of_every_pair(model, batch_size, monkeypat
         assert len(done) > 1
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_verify_counts_scoring_patching_and_every_point_of_a_curve(model, given):
+    pairs, calls = random_pairs(model, [5, 3, 6]), []
+    curves = ["a0.h1->logits", "embed->a1.h0<v>"]
+    scores = attribute(model, pairs) if given else None
+    verify(model, pairs, "nll" if not given else "logit_diff", scores, 7, curves=curves, batch_size=2,
+           progress=lambda *call: calls.append(call))  # fmt: skip
+    done, total = zip(*calls, strict=True)
+    assert set(total) == {3 * (7 + 2 * 11 + (not given))} and list(done) == sorted(done) and done[-1] == total[0]
+    stages = [0 if given else 3, 3 * (7 + (not given)), 3 * (7 + 11 + (not given))]
+    assert {*stages[given:], total[0]} <= set(done)
+
+
 # Stability
 
 
@@ -428,6 +441,7 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
         (lambda m, p, s: roc(s, s.top_n(3), edges=torch.ones(2, 2)), r"edges must be bool \[S, R\]"),
         (lambda m, p, s: roc_of_circuits([], s.top_n(3)), "at least one circuit is needed"),
         (lambda m, p, s: overlap(s, s, 0), "n must be at least 1 edge"),
+        (lambda m, p, s: stability(s.per_pair, m.graph, top_n=3), "per_pair must be each pair's scores, .*, got None"),
         (lambda m, p, s: stability(s.scores[None], m.graph, top_n=3), r"per_pair must be \[N ≥ 2, S, R\]"),
         (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=0), "top_n must be between 1"),
         (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=1, level=95), "level must lie between"),
