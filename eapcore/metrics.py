@@ -1,7 +1,8 @@
 """Metrics: one number a prompt pair from the logits at its answer position. Higher is better, always.
 
 A metric is any callable that takes the logits, float64 [B, V] at the answer positions, and if it has a second required
-parameter also a `MetricBatch`, and returns one value a pair, [B]. The named ones are in METRICS.
+parameter also a `MetricBatch`, and returns one value a pair, [B]. The named ones are in METRICS; they also take the
+logits of several runs of the batch, [C, B, V], and return [C, B].
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ class MetricBatch:
 
 
 def _set_sum(values: Tensor, ids: Tensor) -> Tensor:
-    """Σ of values [B, V] over the token sets ids [B, A], padding left out: [B]."""
-    return (values.gather(1, ids.clamp_min(0)) * (ids >= 0)).sum(1)
+    """Σ of values [..., B, V] over the token sets ids [B, A], padding left out: [..., B]."""
+    return (_chosen(values, ids) * (ids >= 0)).sum(-1)
 
 
 def _set_mean(values: Tensor, ids: Tensor) -> Tensor:
-    return _set_sum(values, ids) / (ids >= 0).sum(1)
+    return _set_sum(values, ids) / (ids >= 0).sum(-1)
+
+
+def _chosen(values: Tensor, ids: Tensor) -> Tensor:
+    """values [..., B, V] at the tokens ids [B, A], anything where there is none: [..., B, A]."""
+    return values.gather(-1, ids.clamp_min(0).expand(*values.shape[:-2], -1, -1))
 
 
 def logit_diff(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
@@ -55,14 +61,14 @@ def prob_diff(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> A
 
 def logit_margin(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """mean logit of the answers − the largest logit of the wrong answers, as in Docstring."""
-    wrong = logits.gather(1, batch.wrong.clamp_min(0)).masked_fill(batch.wrong < 0, -torch.inf)
-    return _set_mean(logits, batch.answers) - wrong.amax(1)
+    wrong = _chosen(logits, batch.wrong).masked_fill(batch.wrong < 0, -torch.inf)
+    return _set_mean(logits, batch.answers) - wrong.amax(-1)
 
 
 def nll(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """−(negative log-probability) = log Σ P(answers): with its sign turned, so that higher is better here too."""
-    chosen = logits.log_softmax(-1).gather(1, batch.answers.clamp_min(0))
-    return chosen.masked_fill(batch.answers < 0, -torch.inf).logsumexp(1)
+    chosen = _chosen(logits.log_softmax(-1), batch.answers)
+    return chosen.masked_fill(batch.answers < 0, -torch.inf).logsumexp(-1)
 
 
 def kl(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
@@ -137,15 +143,17 @@ def vocabularies_held(metric: Metric) -> int:
 def evaluate(
     metric: Metric, logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch
 ) -> Annotated[Tensor, "B"]:
-    """The metric's value for each pair, [B]. Whether it is finite is not looked at: that would wait for a GPU.
+    """The metric's value for each pair, [B]; of a named metric also for several runs, [C, B] from [C, B, V].
+
+    Whether it is finite is not looked at: that would wait for a GPU.
 
     Raises:
         ValueError: the metric returned no tensor, or a wrong shape.
     """
     values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:-1]:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"a metric must return one value a pair, [B] = [{logits.shape[0]}], got {got}")
+        raise ValueError(f"a metric must return one value a pair, [B] = {list(logits.shape[:-1])}, got {got}")
     return values
 
 

@@ -216,14 +216,16 @@ def channel_groups(layer: LayerWeights, channels: slice) -> list[Tensor]:
 
 def project(layer: LayerWeights, n: Tensor, channels: slice) -> Tensor:
     """Some of the q, k and v channels, [B, T, C, K] from the normalised stream n [B, T, D]."""
-    parts = []
+    parts, first = [], channels.start
     for w in channel_groups(layer, channels):
-        matrix = as_matrix(w)
+        bias, matrix = layer.b_qkv[first : first + len(w)], as_matrix(w)
+        first += len(w)
         if matrix is not None:
-            parts.append(product(n, matrix).unflatten(-1, (w.shape[0], w.shape[2])))  # [B, T, C_i, K]
+            part = product(n, matrix, bias.flatten()).unflatten(-1, (w.shape[0], w.shape[2]))
         else:
-            parts.append((n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2]))  # [B, T, C_i, K]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)) + layer.b_qkv[channels]
+            part = (n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2]) + bias
+        parts.append(part)  # [B, T, C_i, K]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def as_matrix(w: Tensor) -> Tensor | None:
@@ -246,7 +248,12 @@ def with_past(kv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Several runs of the same prompts one after the other along B share one past.
     """
-    both = kv if past is None else torch.cat([past.repeat(len(kv) // len(past), 1, 1, 1), kv], 1)
+    both = kv
+    if past is not None:
+        before = past.shape[1]
+        both = kv.new_empty(len(kv), before + kv.shape[1], *kv.shape[2:])
+        both[:, :before].unflatten(0, (-1, len(past))).copy_(past)
+        both[:, before:] = kv
     k, v = both.transpose(1, 2).chunk(2, 1)
     return k, v
 
@@ -256,17 +263,25 @@ def attend(
 ) -> Tensor:
     """The heads' mixtures of v, [B, Q, H, K] in float32 at least, from q [B, Q, H, K] and kv [B, T, 2H, K].
 
-    Not rounded to half precision, so that mixtures can be subtracted before they are. Otherwise as in `run_layers`.
+    Otherwise as in `run_layers`.
     """
-    wide = accumulate_dtype(q.dtype)
-    if q.shape[1] == 0:
-        return q.to(wide)
-    k, v = (x.to(wide) for x in with_past(kv, past))
-    q, scale = q.transpose(1, 2).to(wide), model.config.score_scale(index)
-    if past is None and read is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    visible = ~future(kv.shape[1], k.shape[2] - kv.shape[1], read, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(1, 2)
+    qkv = (q.transpose(1, 2), *with_past(kv, past))
+    return mixtures(model, index, qkv, kv.shape[1], read).transpose(1, 2)
+
+
+def mixtures(model: Model, index: int, qkv: Sequence[Tensor], tokens: int, read: Tensor | None) -> Tensor:
+    """The same as [B, H, Q, K] from q [B, H, Q, K], k and v [B, H, P + T, K], the past among them; tokens is T.
+
+    Not rounded to half precision, so that mixtures can be subtracted before they are.
+    """
+    q, k, v = (x.to(accumulate_dtype(x.dtype)) for x in qkv)
+    if q.shape[2] == 0:
+        return q
+    scale, before = model.config.score_scale(index), k.shape[2] - tokens
+    if before == 0 and read is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    visible = ~future(tokens, before, read, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
 
 
 def head_outputs(z: Tensor, w_o: Tensor, out: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from eapcore.runs import (
     Changes,
     Count,
     Question,
+    Readers,
     ablated_senders,
     at_read,
     finish,
@@ -31,7 +32,6 @@ from eapcore.runs import (
     needed,
     reached,
     run_masked,
-    through_head,
     through_mlp,
 )
 from eapcore.tasks import PromptPairs
@@ -205,8 +205,8 @@ def patch_edges(
             ends = question.ends(batch)
             partial.done = partial.done.begin(group, ends)
             delta = batch.other.senders - batch.clean.senders
-            for chunk in _chunks(model, batch, mask & ~partial.done.edges):
-                change = question.values(_patched(model, batch, chunk, delta), batch) - ends[0]
+            for chunk, logits in _patched(model, batch, mask & ~partial.done.edges, delta):
+                change = question.values(logits, batch) - ends[0]
                 senders, receivers = (list(side) for side in zip(*chunk, strict=True))
                 partial.done.found.append((senders, receivers, change.sum(1).cpu()))
                 count.add(len(group) * len(chunk))
@@ -246,44 +246,17 @@ def _edge_set(graph: Graph, edges: Edges) -> Tensor:
     return circuit.mask
 
 
-def _chunks(model: Model, batch: Batch, mask: Tensor) -> Iterator[list[tuple[int, int]]]:
-    """The edges (sender, receiver), those together that go through the model together: into one layer, into the
-    logits."""
+def _patched(model: Model, batch: Batch, mask: Tensor, delta: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """Edges (sender, receiver) that go through the model together, into one layer or into the logits, and the batch's
+    logits [C, B, .] with one of them patched in each copy; delta is [S, B, T, D]."""
     graph = model.graph
     for index in range(model.config.n_layers + 1):
         start = index * graph.receivers_per_layer
         found = [(s, start + r) for r, s in mask[:, start : start + graph.receivers_per_layer].T.nonzero().tolist()]
+        readers = Readers.of(model, batch, index, delta, found)
         copies = batch.copies(model, at_read=index == model.config.n_layers)
-        yield from (found[i : i + copies] for i in range(0, len(found), copies))
-
-
-def _patched(model: Model, batch: Batch, chunk: list[tuple[int, int]], delta: Tensor) -> Tensor:
-    """The batch's logits [C, B, .] with one edge of a chunk patched in each copy; delta is [S, B, T, D]."""
-    senders: dict[int, list[int]] = {}
-    for s, r in chunk:
-        senders.setdefault(r, []).append(s)
-    return _read_more(model, batch, [(r, delta[group]) for r, group in senders.items()])
-
-
-def _read_more(model: Model, batch: Batch, changes: list[tuple[int, Tensor]]) -> Tensor:
-    """The batch's logits [C, B, .] where one receiver reads more: (receiver, [C_i, B, T, D]), all of them in one layer,
-    or the logits."""
-    graph, last = model.graph, model.config.n_layers - 1
-    index = changes[0][0] // graph.receivers_per_layer
-    reads, passes = [], []  # what the MLP reads in each copy, and what goes past it
-    for receiver, added in changes:
-        if receiver % graph.receivers_per_layer < 3 * graph.n_heads and index <= last:
-            stream = read = through_head(model, batch, receiver, added)
-        else:
-            stream = batch.clean.mlp_in[index] if index <= last else batch.clean.out
-            if index >= last:
-                stream, added = at_read(stream, batch.read), at_read(added, batch.read)
-            read, stream = (stream + added).flatten(0, 1), stream.repeat(len(added), 1, 1)
-        reads.append(read)
-        passes.append(stream)
-    if index > last:
-        return finish(model, batch, index, reads[0])
-    return finish(model, batch, index + 1, through_mlp(model, index, torch.cat(reads), torch.cat(passes)))
+        for i in range(0, len(found), copies):
+            yield found[i : i + copies], readers.logits(found[i : i + copies])
 
 
 def write_json(path: str | Path, kind: str, result: Any) -> None:
@@ -367,6 +340,7 @@ def interpolate(
     """
     question = Question.of(model, task, metric, ablation, reference)
     sender, receiver = model.graph.edge(edge)
+    layer = receiver // model.graph.receivers_per_layer
     places = _places(points)
     sums, count = torch.zeros(len(places), dtype=torch.float64), Count(progress, len(places) * len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
@@ -374,8 +348,9 @@ def interpolate(
         delta = batch.other.senders[sender] - batch.clean.senders[sender]
         for part in torch.arange(len(places)).split(batch.copies(model)):
             weights = torch.tensor(places, dtype=model.dtype, device=model.device)[part]
-            logits = _read_more(model, batch, [(receiver, weights[:, None, None, None] * delta)])
-            sums[part] += (question.values(logits, batch) - clean).sum(1).cpu()
+            reads = [(row, receiver) for row in range(len(part))]
+            readers = Readers.of(model, batch, layer, weights[:, None, None, None] * delta, reads)
+            sums[part] += (question.values(readers.logits(reads), batch) - clean).sum(1).cpu()
             count.add(len(part) * len(batch.pairs))
     effects = (sums / len(question.pairs)).tolist()
     estimate = None if score is None else [score * p for p in places]

@@ -235,12 +235,42 @@ def test_progress_counts_what_is_run(batch_size, monkeypatch):
         assert set(totals) == {total} and list(done) == sorted(set(done)) and done[-1] == total
 
 
-def test_float32_effects_agree_with_float64():
-    pairs = random_pairs(random_model(seed=2), LENGTHS)
-    expected = patch_edges(random_model(seed=2), pairs).scores
-    effects = patch_edges(random_model(seed=2, dtype=torch.float32), pairs).scores
-    assert effects.dtype == torch.float32
-    assert float((effects - expected).norm() / expected.norm()) <= 1e-5
+def some_circuits(model):
+    scores = torch.linspace(-1, 1, model.graph.n_senders * model.graph.n_receivers, dtype=torch.float64)
+    scores = EdgeScores(scores.view(model.graph.n_senders, -1) * model.graph.edge_mask(), model.graph)
+    return [scores.top_n(n) for n in (4, 9, 17)]
+
+
+EXACT = {
+    "edges": lambda m, p: patch_edges(m, p).scores,
+    "edges, mean": lambda m, p: patch_edges(m, p, ablation="mean").scores,
+    "nodes": lambda m, p: patch_nodes(m, p).effects,
+    "positions": lambda m, p: patch_nodes(m, p, per_position=True).effects,
+    "interpolation": lambda m, p: torch.tensor(interpolate(m, p, "logit_diff", "embed->a0.h1<v>").effects),
+    "paths": lambda m, p: torch.tensor([
+        path_patch(m, p, "logit_diff", ["embed"], [f"embed->a0.h{head}<{part}>->logits"]).effect
+        for head in range(2) for part in "qkv"
+    ]),
+    "circuits": lambda m, p: run_circuit(m, p, some_circuits(m)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.15)], ids=str
+)
+@pytest.mark.parametrize("options", [MODELS["gpt2"], MODELS["attention-only"]], ids=["gpt2", "attention-only"])
+@pytest.mark.parametrize("what", EXACT)
+def test_exact_effects_in_every_dtype_agree_with_float64(what, options, dtype, tolerance):
+    wide, model = (random_model(**options, seed=2, dtype=d) for d in (torch.float64, dtype))
+    pairs = random_pairs(wide, LENGTHS, first_difference=1)
+    expected, found = (EXACT[what](m, pairs).double() for m in (wide, model))
+    assert float((found - expected).norm() / expected.norm()) <= tolerance
+
+
+def test_effects_are_float32_unless_the_model_is_float64():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+        model = random_model(dtype=dtype)
+        assert patch_edges(model, random_pairs(model, LENGTHS)).scores.dtype == expected
 
 
 # Resuming
