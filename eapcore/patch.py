@@ -253,6 +253,8 @@ def _patched(model: Model, batch: Batch, mask: Tensor, delta: Tensor) -> Iterato
     for index in range(model.config.n_layers + 1):
         start = index * graph.receivers_per_layer
         found = [(s, start + r) for r, s in mask[:, start : start + graph.receivers_per_layer].T.nonzero().tolist()]
+        if not found:
+            continue
         readers = Readers.of(model, batch, index, delta, found)
         copies = batch.copies(model, at_read=index == model.config.n_layers)
         for i in range(0, len(found), copies):

@@ -112,8 +112,9 @@ class Question:
         if size == "auto":
             model, pairs = self.model, self.pairs
             useful = planner.batch_size(model.config, pairs, model.dtype, model.device)
-            # The clean run's senders, the other run's and their difference: three buffers where scoring has one.
-            one = 3 * planner.dense_bytes(model.config, 1, int(pairs.lengths.max()), model.dtype)
+            # The clean run's senders, the other run's, their difference, and what heads read of it: four buffers where
+            # scoring has one.
+            one = 4 * planner.dense_bytes(model.config, 1, int(pairs.lengths.max()), model.dtype)
             return max(1, min(useful, int(2 * _SHARE * planner.free_bytes(model.device) // one)))
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"batch_size must be 'auto' or a positive integer, got {size!r}")
@@ -332,22 +333,23 @@ class Readers:
     @staticmethod
     def of(model: Model, batch: Batch, index: int, pool: Tensor, reads: Sequence[tuple[int, int]]) -> Readers:
         """For these reads, (change, receiver); a stream that several heads read is normalised once."""
-        graph = model.graph
-        normed: list[tuple[list[int], Tensor]] = []
-        if index == graph.n_layers:
-            return Readers(model, batch, index, pool, normed)
-        heads = graph.qkv(index)
-        split = heads.start + graph.n_heads
-        for receivers, short in (
-            (range(heads.start, split), index == graph.n_layers - 1),
-            (range(split, heads.stop), False),
-        ):
+        graph, last = model.graph, model.config.n_layers - 1
+        if index > last:
+            return Readers(model, batch, index, pool, ())
+
+        def normalised(receivers: range, short: bool) -> tuple[list[int], Tensor]:
             rows = sorted({row for row, receiver in reads if receiver in receivers})
             stream, added = batch.clean.attn_in[index], _take(pool, rows)
             if short:
                 stream, added = at_read(stream, batch.read), at_read(added, batch.read)
-            normed.append((rows, normalise(stream + added, model.weights.layers[index].ln1, model.config.eps)[0]))
-        return Readers(model, batch, index, pool, normed)
+            return rows, normalise(stream + added, model.weights.layers[index].ln1, model.config.eps)[0]
+
+        start, stop = graph.qkv(index).start, graph.qkv(index).stop
+        if index < last:
+            return Readers(model, batch, index, pool, (normalised(range(start, stop), False),) * 2)
+        split = start + graph.n_heads
+        ends = normalised(range(start, split), True), normalised(range(split, stop), False)
+        return Readers(model, batch, index, pool, ends)
 
     def logits(self, reads: Sequence[tuple[int, int]]) -> Tensor:
         """The batch's logits, float64 [C, B, V] or [C, B, n], in a copy for each of some reads, (change, receiver);
