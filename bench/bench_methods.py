@@ -57,8 +57,9 @@ except ImportError:
 from eapcore.acdc import acdc
 from eapcore.attribution import METHODS, attribute
 from eapcore.circuit import Circuit, EdgeScores
+from eapcore.compare import agreement, overlap, roc
 from eapcore.config import LayerWeights, ModelConfig, Weights
-from eapcore.evaluate import agreement, mib, overlap, roc
+from eapcore.evaluate import mib
 from eapcore.interop.transformer_lens import receiver_hook
 from eapcore.model import APPROXIMATE, Model, load, run_with_senders
 from eapcore.patch import metric_on, patch_edges

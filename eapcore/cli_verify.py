@@ -32,7 +32,8 @@ from eapcore.cli_options import (
 
 if TYPE_CHECKING:
     from eapcore.circuit import Circuit, EdgeScores
-    from eapcore.evaluate import Completeness, Roc, Stability
+    from eapcore.compare import Roc, Stability
+    from eapcore.evaluate import Completeness
     from eapcore.model import Model
     from eapcore.tasks import PromptPairs
 
@@ -382,7 +383,8 @@ def _path(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from eapcore.evaluate import RULES, SELECTIONS, Evaluation, completeness, mib, minimality, roc, stability
+    from eapcore.compare import RULES, roc, stability
+    from eapcore.evaluate import SELECTIONS, Evaluation, completeness, mib, minimality
     from eapcore.kernels.checks import one_of
     from eapcore.patch import patch_edges
 

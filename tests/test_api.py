@@ -17,7 +17,7 @@ from models import random_model, random_pairs
 from torch import Tensor
 
 import eapcore
-from eapcore import acdc, evaluate, kernels, patch
+from eapcore import acdc, compare, kernels, patch
 from eapcore.interop import auto_circuit, eap_ig
 from eapcore.metrics import METRICS
 from eapcore.model import forward, sender_buffer
@@ -45,7 +45,7 @@ def test_an_example_runs_on_its_own(example, tmp_path, monkeypatch, capsys):
 LETTERS = set(re.findall(r"`([A-Z])`", PAGE))
 DTYPES = ("bool", "int64", "float64")
 MODULES = (
-    "ablation acdc attribution circuit config evaluate graph kernels metrics model nodes patch planner tasks "
+    "ablation acdc attribution circuit compare config evaluate graph kernels metrics model nodes patch planner tasks "
     "tasks.pairs weights interop.acdc_files interop.auto_circuit interop.eap_ig interop.torch_ops "
     "interop.transformer_lens interop.transformers"
 ).split()
@@ -251,9 +251,9 @@ def test_exact_methods_and_judging_have_the_shapes_of_their_signatures(model, pa
     checked(acdc.acdc, sizes)(model, (pairs.clean, pairs.corrupt), threshold=0.1)
     scores = eapcore.attribute(model, pairs, reduce="pair")
     mask = model.graph.edge_mask()
-    checked(evaluate.agreement, sizes)(scores, exact, mask)
-    checked(evaluate.roc, sizes)(scores, exact.top_n(20), edges=mask)
-    checked(evaluate.stability, sizes)(scores.per_pair, model.graph, top_n=20, n_resamples=4)
+    checked(compare.agreement, sizes)(scores, exact, mask)
+    checked(compare.roc, sizes)(scores, exact.top_n(20), edges=mask)
+    checked(compare.stability, sizes)(scores.per_pair, model.graph, top_n=20, n_resamples=4)
     theirs = checked(eap_ig.in_their_order, sizes)(model.graph, scores.scores)
     checked(eap_ig.in_our_order, sizes)(model.graph, theirs)
     checked(eap_ig.tokenize, {"B": 5, "T": 7})(model, model, pairs.clean, "prompts")

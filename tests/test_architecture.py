@@ -42,7 +42,7 @@ FLOORS = [
         "eapcore.attribution",
     ),
     ("eapcore.runs", "eapcore.partial", "eapcore.patch"),
-    ("eapcore.acdc", "eapcore.evaluate", "eapcore.truth", "eapcore.toy"),
+    ("eapcore.acdc", "eapcore.compare", "eapcore.evaluate", "eapcore.truth", "eapcore.toy"),
     ("eapcore.report", "eapcore.interop"),
     ("eapcore", "eapcore.cli", "eapcore.cli_options", "eapcore.cli_verify", "eapcore.__main__"),
 ]

@@ -15,7 +15,8 @@ from eapcore.acdc import acdc, prune_sweep
 from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
 from eapcore.cli import main
-from eapcore.evaluate import mib, roc, stability, verify
+from eapcore.compare import roc, stability
+from eapcore.evaluate import mib, verify
 from eapcore.graph import Graph
 from eapcore.model import load
 from eapcore.nodes import NodeScores

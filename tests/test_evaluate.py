@@ -14,21 +14,8 @@ from models import random_model, random_pairs
 from eapcore import runs
 from eapcore.attribution import attribute
 from eapcore.circuit import Circuit, EdgeScores
-from eapcore.evaluate import (
-    MIB_FRACTIONS,
-    Evaluation,
-    agreement,
-    area,
-    completeness,
-    faithfulness,
-    mib,
-    minimality,
-    overlap,
-    roc,
-    roc_of_circuits,
-    stability,
-    verify,
-)
+from eapcore.compare import agreement, area, overlap, roc, roc_of_circuits, stability
+from eapcore.evaluate import MIB_FRACTIONS, Evaluation, completeness, faithfulness, mib, minimality, verify
 from eapcore.graph import Graph
 from eapcore.patch import metric_on, patch_edges
 
