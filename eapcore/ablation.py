@@ -79,7 +79,8 @@ def means(model: Model, reference: PromptPairs, *, per_position: bool, batch_siz
                 part = torch.einsum("bt...,bt->...", x.double(), weights)[None]
                 sums[name] = sums[name] + part if name in sums else part
     if per_position:
-        counts = (reference.lengths[:, None] > torch.arange(longest)).sum(0).to(model.device)
+        lengths = reference.lengths[:, None].to(model.device)
+        counts = (lengths > torch.arange(longest, device=model.device)).sum(0)
     else:
         counts = torch.tensor([len(reference)], device=model.device)
     mean = {name: (x / counts.view(-1, *[1] * (x.ndim - 1))).to(model.dtype) for name, x in sums.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,14 @@ from eapcore.circuit import Circuit, EdgeScores
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
+from eapcore.modes import own_modes
 from eapcore.runs import Batch, Changes, Question, needed, reached, run_masked
 from eapcore.tasks import PromptPairs
 
 ORDERS = ("latest", "earliest")
 
 
+@own_modes
 @torch.no_grad()
 def acdc(
     model: Model,
@@ -63,16 +66,18 @@ def acdc(
         of the model were run ("evaluated"), and in how many launches.
 
     Raises:
-        ValueError: a threshold that is not positive; a start, scores, prompts or a metric that do not fit.
+        ValueError: a threshold that is not positive and finite; a start, scores, prompts or a metric that do not fit.
 
     Source: Conmy et al. 2023, algorithm 1; with start, Syed, Rager, Conmy 2023, section 5.2.
     """
     question = Question.of(model, task, metric, ablation, reference)
     graph = model.graph
-    if not isinstance(threshold, float | int) or not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold!r}")
+    if isinstance(threshold, bool) or not isinstance(threshold, float | int) or not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
     if start is not None and start.graph != graph:
         raise ValueError(f"start must be a circuit of {graph}, got one of {start.graph}")
+    if start is not None and bool((start.mask & ~graph.edge_mask()).any()):
+        raise ValueError(f"start must be edges of {graph}, but some places of its mask are none")
     keys = _keys(graph, order)
     mask = (graph.edge_mask() if start is None else start.mask).clone()
     search = _Search(question, mask, question.batch_size(batch_size))
@@ -177,11 +182,11 @@ class _Search:
         self.question, self.model, self.mask = question, question.model, mask
         self.decided, self.evaluated, self.launches, self.guess = 0, 0, 0, 4
         graph = self.model.graph
-        embedding = torch.zeros(graph.n_senders, dtype=torch.bool)
+        embedding = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         embedding[0] = True
         again = needed(graph, mask) & ~embedding
         self.states = []
-        values = torch.zeros(3, dtype=torch.float64)
+        values = torch.zeros(3, dtype=torch.float64, device="cpu")
         for batch in question.batches(batch_size):
             present = again & reached(graph, mask, embedding) if batch.other.layers else again
             now = Changes.between(self.model, batch, batch.clean.senders, batch.other.senders)
@@ -191,14 +196,14 @@ class _Search:
             _store(now, own, present, 0)
             self.states.append(_State(batch, now))
             values += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
-        clean, corrupt, self.value = (values / len(question.pairs)).tolist()
+        clean, corrupt, self.value = question.mean(values).tolist()
         self.ends = {"clean": clean, "corrupt": corrupt}
 
     def decide(self, receiver: int, senders: list[int], threshold: float) -> None:
         """Take the edges into a receiver out of the mask, in the order of the senders, where that costs too little."""
         graph, mask = self.model.graph, self.mask
         component = graph.component(receiver)
-        again = torch.zeros(graph.n_senders, dtype=torch.bool)
+        again = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         if component is not None:
             again[component] = True
             again = reached(graph, mask, again) & needed(graph, mask)
@@ -208,7 +213,7 @@ class _Search:
             masks = mask[None].repeat(len(part), 1, 1)
             for j, s in enumerate(part):
                 masks[j:, s, receiver] = False
-            values = torch.zeros(len(part), dtype=torch.float64)
+            values = torch.zeros(len(part), dtype=torch.float64, device="cpu")
             made = []
             for state in self.states:
                 logits, own = run_masked(self.model, state.batch, state.batch.other, masks, state.now, again)
@@ -217,7 +222,7 @@ class _Search:
             self.launches += 1
             self.evaluated += len(part)
             removed = 0
-            for value in (values / len(self.question.pairs)).tolist():
+            for value in self.question.mean(values).tolist():
                 if not self.value - value < threshold:
                     break
                 self.value = value

@@ -21,6 +21,7 @@ from eapcore.methods import METHODS, Options, Points, Recipe, recipe
 from eapcore.metrics import METRICS as OWN_METRICS
 from eapcore.metrics import Metric, find_metric, tokens_read, vocabularies_held
 from eapcore.model import Model, check_tokens, first_non_finite
+from eapcore.modes import own_modes
 from eapcore.nodes import NodeScores
 from eapcore.passes import score_window
 from eapcore.rules import Rules
@@ -70,6 +71,7 @@ def attribute(
 def attribute(
     model: Model, task: Task, metric: str | Metric = ..., *, level: str, **others: Unpack[_Others]
 ) -> EdgeScores | NodeScores: ...
+@own_modes
 def attribute(
     model: Model,
     task: Task,
@@ -410,8 +412,9 @@ def as_pairs(task: Task) -> PromptPairs:
         raise ValueError(
             f"clean and corrupt must both be tokens [N, T], got {list(clean.shape)} and {list(corrupt.shape)}"
         )
-    lengths = torch.full((len(clean),), clean.shape[1])
-    answers, wrong = torch.full((len(clean), 1), -1), torch.zeros(len(clean), 0, dtype=torch.int64)
+    lengths = torch.full((len(clean),), clean.shape[1], device="cpu")
+    answers = torch.full((len(clean), 1), -1, device="cpu")
+    wrong = answers[:, :0]
     return PromptPairs(clean.cpu(), corrupt.cpu(), lengths, lengths - 1, answers, wrong)
 
 

@@ -96,7 +96,8 @@ class Feed:
         self, pairs: PromptPairs, order: Sequence[int], device: torch.device, *, shared: bool, copy: Copy | None
     ) -> None:
         self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
-        first = pairs.first_difference()[self.order] if shared else torch.zeros(len(self.order), dtype=torch.int64)
+        first = pairs.first_difference()[self.order]
+        first = first if shared else torch.zeros_like(first)
         self.first, self.stop = first, pairs.positions[self.order] + 1
         self.done = 0
         self.ahead: tuple[list[int], Window] | None = None
@@ -114,7 +115,7 @@ class Feed:
             self._cut(size)
         chosen, following = self._pairs(0), self._pairs(1)
         if self.copy is None:
-            return Window.of(self.pairs, torch.tensor(chosen), self.device, shared=self.shared)
+            return Window.of(self.pairs, torch.tensor(chosen, device="cpu"), self.device, shared=self.shared)
         here = self.ahead[1] if self.ahead is not None and self.ahead[0] == chosen else self._start(chosen)
         self.copy.finish(tensors(here))
         self.ahead = (following, self._start(following)) if following else None
@@ -137,7 +138,7 @@ class Feed:
     def _together(self, first: Tensor, stop: Tensor) -> int:
         """How many of some pairs make one window, where those that are left make the next."""
         pairs = len(first)
-        count = torch.arange(1, pairs + 1)
+        count = torch.arange(1, pairs + 1, device="cpu")
 
         def tokens(first: Tensor, stop: Tensor) -> Tensor:
             """For each number of pairs from the beginning on, what they cost as one batch."""
@@ -160,7 +161,7 @@ class Feed:
 
     def _start(self, chosen: list[int]) -> Window:
         assert self.copy is not None
-        window = Window.of(self.pairs, torch.tensor(chosen), torch.device("cpu"), shared=self.shared)
+        window = Window.of(self.pairs, torch.tensor(chosen, device="cpu"), torch.device("cpu"), shared=self.shared)
         return with_tensors(window, self.copy.start(tensors(window)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,7 @@ class Circuit:
     @staticmethod
     def from_edges(graph: Graph, edges: list[str], meta: Mapping[str, Any] | None = None) -> Circuit:
         """The circuit of these edge names; ValueError for a name that is no edge of the graph."""
-        mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool)
+        mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool, device="cpu")
         for name in edges:
             mask[graph.edge(name)] = True
         return Circuit(mask, graph, dict(meta or {}))
@@ -64,14 +65,14 @@ class Circuit:
         senders and receivers are in topological order.
         """
         graph = self.graph
-        from_embed = torch.zeros(graph.n_senders, dtype=torch.bool)
+        from_embed = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         from_embed[0] = True
-        to_logits = torch.zeros(graph.n_senders, dtype=torch.bool)
+        to_logits = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         components = [graph.component(r) for r in range(graph.n_receivers)]
         for r, component in enumerate(components):
             if component is not None and bool((self.mask[:, r] & from_embed).any()):
                 from_embed[component] = True
-        live = torch.zeros(graph.n_receivers, dtype=torch.bool)
+        live = torch.zeros(graph.n_receivers, dtype=torch.bool, device="cpu")
         for r in reversed(range(graph.n_receivers)):
             component = components[r]
             live[r] = component is None or bool(to_logits[component])
@@ -82,17 +83,19 @@ class Circuit:
         return replace(self, mask=kept, meta={**self.meta, **counts})
 
     def save(self, path: str | Path) -> None:
-        """Write the circuit as JSON: format, graph, meta, and the names of the edges."""
+        """Write the circuit as JSON: format, graph, meta, and the names of the edges; ValueError if some are none."""
+        if n_others := int((self.mask & ~self.graph.edge_mask()).sum()):
+            raise ValueError(f"a circuit has edges of {self.graph}, but {n_others} places of its mask are none")
         content = {
             "format": "eapcore-circuit",
             "format_version": FORMAT_VERSION,
             "graph": asdict(self.graph),
-            "meta": dict(self.meta),
+            "meta": finite(self.meta),
             "n_edges": self.n_edges,
             "edges": self.edges,
         }
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(temporary, content)
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
@@ -159,8 +162,7 @@ class EdgeScores:
         """
         edges = self.mask.flatten().nonzero().squeeze(1)
         values = self.scores.flatten()[edges]
-        if n_nan := int(values.isnan().sum()):
-            raise ValueError(f"edges are ranked by their scores, but {n_nan} of {len(values)} scores are NaN")
+        check_ranked("edges", values)
         usefulness, order = (-values if signed else values.abs()).sort(descending=True, stable=True)
         return edges[order], usefulness
 
@@ -191,6 +193,7 @@ class EdgeScores:
         """
         self._check_n(n)
         graph = self.graph
+        check_ranked("edges", self.scores[self.mask])
         usefulness = (-self.scores if signed else self.scores.abs()).tolist()
         receivers: dict[int | None, list[int]] = {}
         for r in range(graph.n_receivers):
@@ -213,7 +216,7 @@ class EdgeScores:
             chosen.append(s * graph.n_receivers + r)
             open_component(s)
         meta = {"selection": "greedy", "n": n, "signed": signed}
-        return self._circuit(torch.tensor(chosen, dtype=torch.int64), meta)
+        return self._circuit(torch.tensor(chosen, dtype=torch.int64, device="cpu"), meta)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair` and `per_position`, and
@@ -221,11 +224,11 @@ class EdgeScores:
         from safetensors.torch import save_file
 
         header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": SIGN, **self.meta}
-        tensors = {"scores": self.scores, "mask": self.mask}
+        tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
         tensors |= {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"eapcore": json.dumps(header)})
+            save_file(tensors, temporary, metadata={"eapcore": json.dumps(finite(header))})
 
     @staticmethod
     def load(path: str | Path, *, content_hash: str | None = None) -> EdgeScores:
@@ -253,7 +256,7 @@ class EdgeScores:
             raise ValueError(f"n must be between 0 and the {self.graph.n_edges} edges of this graph, got {n}")
 
     def _circuit(self, flat: Tensor, meta: dict[str, Any]) -> Circuit:
-        mask = torch.zeros(self.scores.shape, dtype=torch.bool)
+        mask = torch.zeros(self.scores.shape, dtype=torch.bool, device="cpu")
         mask.view(-1)[flat] = True
         return Circuit(mask, self.graph, {**self.meta, **meta})
 
@@ -292,23 +295,48 @@ def read_scores(
     return scores
 
 
+def check_ranked(what: str, scores: Annotated[Tensor, "..."]) -> None:
+    """ValueError where edges or nodes shall be ranked by scores that are NaN."""
+    if n_nan := int(scores.isnan().sum()):
+        raise ValueError(f"{what} are ranked by their scores, but {n_nan} of {len(scores)} scores are NaN")
+
+
+def write_text(path: Path, content: Any) -> None:
+    """Write JSON; what is no text, such as parts of a file's name, as escapes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def finite(value: Any) -> Any:
+    """The value of a JSON file: NaN and infinities, which JSON does not have, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block ends well, removed if it does not.
+    """A temporary path beside `path`, or the file that it links to, renamed to it if the block ends well, removed if it
+    does not.
 
     Raises:
-        OSError: the folder cannot be written to; the message names it.
+        OSError: the folder cannot be written to, or there is something else than a file; the message names it.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
+        path = path.resolve()
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:50]}.", dir=path.parent)
         temporary = Path(name)
         os.close(handle)
     except OSError as error:
-        raise type(error)(f"{path} cannot be written: {error.strerror or error}; choose another folder") from error
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone

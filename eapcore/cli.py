@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 def _attribute(args: argparse.Namespace) -> None:
     from eapcore.circuit import EdgeScores
 
-    check_out(args.out)
+    check_out(args)
     model, pairs, metric = prepare(args)
     check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
     how = {**find_ablation(args, model), "level": args.level, "reduce": args.reduce}

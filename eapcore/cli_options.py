@@ -148,9 +148,9 @@ def number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
-    if value != value:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
 
 
@@ -311,11 +311,22 @@ def check_number(option: str, number: int | None, model: Model, what: str = "edg
         raise ValueError(f"{option} must be at most the {most} {what} of {model.name}, got {number}")
 
 
-def check_out(path: Path) -> None:
-    """Fail before the work where a file cannot be written."""
+_READ = ("task", "reference_task", "scores", "circuit", "true_circuit", "resume")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Fail before the work where --out cannot be written, or is a file that another option reads."""
+    path: Path = args.out
     if path.is_dir():
         raise IsADirectoryError(f"--out must be a file to write, but {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"--out must be a file to write, but {path} is no regular file")
     check_writable(path.parent)
+    for option in _READ:
+        read = getattr(args, option, None)
+        if read is not None and (option == "resume" or Path(read).is_file()) and Path(read).resolve() == path.resolve():
+            named = f"--{option.replace('_', '-')}"
+            raise ValueError(f"--out would write over {path}, which {named} reads: give it another name by --out")
 
 
 def check_writable(folder: Path) -> None:

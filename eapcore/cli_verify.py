@@ -265,7 +265,7 @@ def _patch(args: argparse.Namespace) -> None:
         raise ValueError(f"--nodes patches every sender in one go: leave out {left}, for edges alone")
     if args.out is None:
         args.out = Path("effects.json" if args.nodes else "effects.safetensors")
-    check_out(args.out)
+    check_out(args)
     model, pairs, metric = prepare(args)
     options = {**find_ablation(args, model), "batch_size": args.batch_size}
     edges = _selection(args, model)
@@ -317,7 +317,7 @@ def _acdc(args: argparse.Namespace) -> None:
             raise ValueError(f"threshold must be positive, got {threshold:g}")
     single = len(thresholds) == 1 and len(chosen or [1]) == 1
     args.out = args.out or Path("circuit.json" if single else "sweep.json")
-    check_out(args.out)
+    check_out(args)
     model, pairs, metric = prepare(args)
     start, scores = _load_circuit(args, "circuit", model), None
     sizes = [model.graph.n_edges if start is None else start.n_edges]
@@ -363,7 +363,7 @@ def _acdc(args: argparse.Namespace) -> None:
 def _path(args: argparse.Namespace) -> None:
     from eapcore.patch import path_patch, routes
 
-    check_out(args.out)
+    check_out(args)
     if (args.path is None) == (args.senders is None) or (args.senders is None) != (args.receivers is None):
         raise ValueError("give --path, or --senders and --receivers")
     if args.path is not None and args.through is not None:
@@ -388,7 +388,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from eapcore.kernels.checks import one_of
     from eapcore.patch import patch_edges
 
-    check_out(args.out)
+    check_out(args)
     if args.top_n is not None and args.bootstrap is None:
         raise ValueError("--top-n goes with --bootstrap: how many edges are the top")
     if args.rule is not None and args.true_circuit is None and args.true_top is None:
@@ -466,7 +466,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from eapcore.evaluate import verify
 
-    check_out(args.out)
+    check_out(args)
     model, pairs, metric = prepare(args)
     n, curves = _top(args, model), args.curve or []
     for edge in curves:

@@ -151,7 +151,7 @@ def _curves(
     for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
         if value not in known:
             raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")
-    counts = _sizes(sizes, graph.n_edges)
+    fractions, counts = _sizes(sizes, graph.n_edges)
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
@@ -159,7 +159,6 @@ def _curves(
     clean, ablated, *values = metric_on(model, task, metric, [*ends, *circuits], progress=progress, **options)
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
-    fractions = [s if isinstance(s, float) else s / graph.n_edges for s in sizes]
     question = Question.of(model, task, metric, ablation, reference)
     described = question.describe()
     curves = []
@@ -176,17 +175,17 @@ def _curves(
     return curves
 
 
-def _sizes(sizes: Sequence[float | int], n_edges: int) -> list[int]:
-    """Numbers of edges from fractions and numbers, checked."""
+def _sizes(sizes: Sequence[float | int], n_edges: int) -> tuple[list[float], list[int]]:
+    """Fractions and numbers of edges from a mixture of both, checked."""
     given = sizes if isinstance(sizes, Sequence) else ()
     known = all(isinstance(x, float | int) and not isinstance(x, bool) and math.isfinite(x) for x in given)
-    counts = [int(x * n_edges) if isinstance(x, float) else x for x in given] if known else []
-    if not counts or counts[0] < 0 or counts[-1] > n_edges or sorted(counts) != counts:
+    fractions = [x if isinstance(x, float) else x / n_edges for x in given] if known else []
+    if not fractions or fractions[0] < 0 or fractions[-1] > 1 or sorted(fractions) != fractions:
         raise ValueError(
             f"sizes must ascend from 0 to at most the {n_edges} edges, as fractions (floats) or numbers of edges "
             f"(integers), got {sizes!r}"
         )
-    return counts
+    return fractions, [int(x * n_edges) if isinstance(x, float) else x for x in given]
 
 
 def _ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
@@ -257,8 +256,8 @@ def completeness(
     generator = torch.Generator().manual_seed(seed)
     edges = mask.flatten().nonzero().squeeze(1)
     for i in range(n_random):
-        chosen = torch.zeros(mask.numel(), dtype=torch.bool)
-        chosen[edges[torch.randperm(len(edges), generator=generator)[: len(edges) // 2]]] = True
+        chosen = torch.zeros(mask.numel(), dtype=torch.bool, device="cpu")
+        chosen[edges[torch.randperm(len(edges), generator=generator, device="cpu")[: len(edges) // 2]]] = True
         removed[f"random half {i}"] = chosen.view_as(mask)
     circuits = [Circuit(base & ~k, graph) for k in removed.values() for base in (mask, full)]
     options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
@@ -305,8 +304,8 @@ def minimality(
         without.append(Circuit(mask, graph))
     options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
     whole, *values = metric_on(model, task, metric, [circuit, *without], progress=progress, **options)
-    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-    scores[edges[:, 0], edges[:, 1]] = torch.tensor(values, dtype=torch.float64) - whole
+    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64, device="cpu")
+    scores[edges[:, 0], edges[:, 1]] = torch.tensor(values, dtype=torch.float64, device="cpu") - whole
     question = Question.of(model, task, metric, ablation, reference)
     meta = {
         **question.describe(),
@@ -386,7 +385,7 @@ def verify(
     if ranking not in RANKINGS:
         raise ValueError(f"ranking must be {' or '.join(RANKINGS)}, got {ranking!r}")
     n = min(50, model.graph.n_edges) if n is None else n
-    if not isinstance(n, int) or not 1 <= n <= model.graph.n_edges:
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= model.graph.n_edges:
         raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n!r}")
     for edge in curves:
         model.graph.edge(edge)  # an unknown name is refused before the work

@@ -99,12 +99,12 @@ class Graph:
 
     def edge_mask(self) -> Annotated[Tensor, "bool S R"]:
         """bool [S, R], True where there is an edge."""
-        before = torch.tensor([self.senders_before(r) for r in range(self.n_receivers)])
-        return torch.arange(self.n_senders)[:, None] < before
+        before = torch.tensor([self.senders_before(r) for r in range(self.n_receivers)], device="cpu")
+        return torch.arange(self.n_senders, device="cpu")[:, None] < before
 
     def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
         """The edges in two: to all receivers but `read_receivers`, and to these."""
-        at_read, edges = torch.zeros(self.n_receivers, dtype=torch.bool), self.edge_mask()
+        at_read, edges = torch.zeros(self.n_receivers, dtype=torch.bool, device="cpu"), self.edge_mask()
         at_read[self.read_receivers] = True
         return edges & ~at_read, edges & at_read
 

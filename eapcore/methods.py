@@ -78,7 +78,7 @@ class Recipe:
         for layer in range(graph.n_layers):
             components += [f"a{layer}"] * graph.n_heads + [f"m{layer}"] * graph.has_mlp
         cut = [step.rules.cut for step in self.passes]
-        return torch.tensor([sum(name not in c for c in cut) for name in [*components, "logits"]])
+        return torch.tensor([sum(name not in c for c in cut) for name in [*components, "logits"]], device="cpu")
 
 
 @dataclass(frozen=True, slots=True)

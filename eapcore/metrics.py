@@ -137,7 +137,7 @@ def tokens_read(
 
 def vocabularies_held(metric: Metric) -> int:
     """How many float64 [B, V] a named metric holds besides its logits and their gradient; 0 for any other."""
-    return _HOLDS.get(metric, 0)
+    return next((n for known, n in _HOLDS.items() if known is metric), 0)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from eapcore.circuit import FORMAT_VERSION, read_scores, replacing, sign_text
+from eapcore.circuit import FORMAT_VERSION, check_ranked, finite, read_scores, replacing, sign_text
 from eapcore.graph import Graph
 
 KINDS = ("scores", "units", "dimensions")
@@ -59,6 +59,7 @@ class NodeScores:
 
     def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
         """Names and scores of the n senders with the largest |score|, with signed=True the most negative ones."""
+        check_ranked("nodes", self.scores)
         usefulness = -self.scores if signed else self.scores.abs()
         order = usefulness.sort(descending=True, stable=True).indices[:n].tolist()
         names = self.graph.sender_names
@@ -70,11 +71,11 @@ class NodeScores:
         from safetensors.torch import save_file
 
         header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": SIGN, **self.meta}
-        tensors = {kind: tensor for kind in KINDS if (tensor := getattr(self, kind)) is not None}
+        tensors = {kind: tensor.clone() for kind in KINDS if (tensor := getattr(self, kind)) is not None}
         tensors |= {f"{part}.{kind}": tensor for part in _PARTS for kind, tensor in getattr(self, part).items()}
         with replacing(path) as temporary:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"eapcore": json.dumps(header)})
+            save_file(contiguous, temporary, metadata={"eapcore": json.dumps(finite(header))})
 
     @staticmethod
     def load(path: str | Path, *, content_hash: str | None = None) -> NodeScores:

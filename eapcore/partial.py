@@ -81,8 +81,8 @@ class Partial:
         count = len(question.pairs)
         self.done = Done(
             sums=nothing.double(),
-            values=torch.zeros(2, count, dtype=torch.float64),
-            pairs=torch.zeros(count, dtype=torch.bool),
+            values=torch.zeros(2, count, dtype=torch.float64, device="cpu"),
+            pairs=torch.zeros(count, dtype=torch.bool, device="cpu"),
             edges=nothing,
         )
         if self.path is None:
@@ -140,7 +140,7 @@ class Partial:
 
         done = self.done.folded()
         tensors = {name: getattr(done, name) for name in ("sums", "values", "pairs", "edges")}
-        tensors["batch"] = torch.tensor(list(done.batch), dtype=torch.int64)
+        tensors["batch"] = torch.tensor(list(done.batch), dtype=torch.int64, device="cpu")
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"eapcore-partial": json.dumps({"identity": self.identity})})
 

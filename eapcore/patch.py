@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution import Progress, Task, check_pairs
-from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, replacing, sign_text
+from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores, finite, replacing, sign_text, write_text
 from eapcore.graph import Graph
 from eapcore.metrics import Metric
 from eapcore.model import Model
+from eapcore.modes import own_modes
 from eapcore.partial import Partial
 from eapcore.runs import (
     Batch,
@@ -47,6 +47,7 @@ CURVE_POINTS = 11  # of an interpolation, where nobody says how many
 _SAVE_SECONDS = 10.0  # between two writes of a partial result
 
 
+@own_modes
 def run_circuit(
     model: Model,
     batch: PromptPairs,
@@ -80,7 +81,7 @@ def run_circuit(
     circuits = list(circuit) if isinstance(circuit, Sequence) else [circuit]
     check_pairs(model, batch, ablation)
     other, _ = ablated_senders(model, batch, ablation, reference)
-    logits = circuit_logits(model, make_batch(model, batch, torch.arange(len(batch)), other), circuits)
+    logits = circuit_logits(model, make_batch(model, batch, torch.arange(len(batch), device="cpu"), other), circuits)
     return logits[0] if isinstance(circuit, Circuit) else logits
 
 
@@ -101,7 +102,7 @@ def circuit_logits(
         if circuit.graph != graph:
             raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
     masks = torch.stack([circuit.mask for circuit in circuits])
-    embedding = torch.zeros(graph.n_senders, dtype=torch.bool)
+    embedding = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
     embedding[0] = True
     union = masks.any(0)
     again = needed(graph, union) & ~embedding
@@ -117,6 +118,7 @@ def circuit_logits(
     return torch.cat(logits)
 
 
+@own_modes
 def metric_on(
     model: Model,
     task: PromptPairs,
@@ -133,16 +135,18 @@ def metric_on(
     progress: called with (runs done, runs in all), one for each circuit and pair.
 
     Raises:
-        ValueError: as `run_circuit`, and a metric that does not fit the task.
+        ValueError: as `run_circuit`; a metric that does not fit the task, or is NaN or infinite on a run.
     """
     question = Question.of(model, task, metric, ablation, reference)
-    sums = torch.zeros(len(circuits), dtype=torch.float64)
+    sums = torch.zeros(len(circuits), dtype=torch.float64, device="cpu")
     count = Count(progress, len(circuits) * len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
+        question.ends(batch)
         sums += question.values(circuit_logits(model, batch, circuits, count), batch).sum(1).cpu()
-    return (sums / len(question.pairs)).tolist()
+    return question.mean(sums).tolist()
 
 
+@own_modes
 @torch.no_grad()
 def patch_edges(
     model: Model,
@@ -183,7 +187,7 @@ def patch_edges(
 
     Raises:
         ValueError: prompts, metric or edges that do not fit; a resume file of another model, task, metric, ablation or
-            set of edges; NaN or infinite activations.
+            set of edges; NaN or infinite activations, or such a metric.
 
     Source: Syed, Rager, Conmy 2023, eq. 1.
     """
@@ -198,6 +202,8 @@ def patch_edges(
     groups = question.groups(size, 1 + n_edges // model.config.n_layers, left)
     seen = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum())
     count = Count(progress, n_edges * len(pairs), seen)
+    if seen:
+        count.add(0)
     saved = time.monotonic()
     try:
         for group in [done.batch, *groups] if done.batch else groups:
@@ -216,9 +222,7 @@ def patch_edges(
             partial.done = partial.done.end()
     finally:
         partial.save()
-    effects = partial.done.sums / len(pairs)
-    if not bool(effects.isfinite().all()):
-        raise ValueError(f"a patched run has NaN or infinite values in {model.dtype}: use a wider dtype")
+    effects = question.mean(partial.done.sums)
     names = "all" if edges is None else Circuit(mask, graph).edges
     clean, corrupt = partial.done.values.mean(1).tolist()
     meta = {
@@ -283,11 +287,11 @@ def write_json(path: str | Path, kind: str, result: Any) -> None:
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite(value)
 
     content = {"format": f"eapcore-{kind}", "format_version": FORMAT_VERSION, **plain(result)}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(temporary, content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +312,7 @@ class Interpolation:
         write_json(path, "interpolation", self)
 
 
+@own_modes
 @torch.no_grad()
 def interpolate(
     model: Model,
@@ -344,17 +349,18 @@ def interpolate(
     sender, receiver = model.graph.edge(edge)
     layer = receiver // model.graph.receivers_per_layer
     places = _places(points)
-    sums, count = torch.zeros(len(places), dtype=torch.float64), Count(progress, len(places) * len(question.pairs))
+    sums = torch.zeros(len(places), dtype=torch.float64, device="cpu")
+    count = Count(progress, len(places) * len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
         clean = question.ends(batch)[0]
         delta = batch.other.senders[sender] - batch.clean.senders[sender]
-        for part in torch.arange(len(places)).split(batch.copies(model)):
+        for part in torch.arange(len(places), device="cpu").split(batch.copies(model)):
             weights = torch.tensor(places, dtype=model.dtype, device=model.device)[part]
             reads = [(row, receiver) for row in range(len(part))]
             readers = Readers.of(model, batch, layer, weights[:, None, None, None] * delta, reads)
             sums[part] += (question.values(readers.logits(reads), batch) - clean).sum(1).cpu()
             count.add(len(part) * len(batch.pairs))
-    effects = (sums / len(question.pairs)).tolist()
+    effects = question.mean(sums).tolist()
     estimate = None if score is None else [score * p for p in places]
     sign = sign_text("effect", "measured", "the edge alone goes so far from clean, point 0, to ablated, point 1")
     method = {"name": "interpolate", "ablation": question.ablation}
@@ -394,6 +400,7 @@ class NodeEffects:
         write_json(path, "node-effects", self)
 
 
+@own_modes
 @torch.no_grad()
 def patch_nodes(
     model: Model,
@@ -426,7 +433,7 @@ def patch_nodes(
     names = graph.sender_names if nodes is None else list(nodes)
     senders = [graph.sender(name) for name in names]
     longest = int(pairs.positions.max()) + 1
-    sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64)
+    sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64, device="cpu")
     count = Count(progress, len(senders) * len(pairs))
     for batch in question.batches(question.batch_size(batch_size)):
         clean = question.ends(batch)[0]
@@ -435,11 +442,11 @@ def patch_nodes(
             delta = (batch.other.senders[sender] - batch.clean.senders[sender])[None]
             if per_position:
                 delta = delta * torch.eye(tokens, dtype=delta.dtype, device=delta.device)[:, None, :, None]
-            for part in torch.arange(len(delta)).split(batch.copies(model)):
+            for part in torch.arange(len(delta), device="cpu").split(batch.copies(model)):
                 change = (question.values(_send_more(model, batch, sender, delta[part]), batch) - clean).sum(1).cpu()
                 sums[row, part + (batch.start if per_position else 0)] += change
             count.add(len(batch.pairs))
-    effects = sums / len(pairs)
+    effects = question.mean(sums)
     method = {"name": "patch-nodes", "per_position": per_position, "ablation": question.ablation}
     where = " at the position alone" if per_position else ""
     sign = sign_text("effect", "measured", f"all that the node sends{where} is ablated")
@@ -495,14 +502,14 @@ def routes(
 
 
 def _members(graph: Graph, senders: set[int]) -> Tensor:
-    found = torch.zeros(graph.n_senders, dtype=torch.bool)
+    found = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
     found[list(senders)] = True
     return found
 
 
 def _path_edges(graph: Graph, paths: Sequence[str]) -> Circuit:
     """The edges of paths such as `a0.h1->a1.h0<q>->logits`."""
-    mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool)
+    mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool, device="cpu")
     for path in paths:
         sender, *receivers = path.split("->")
         if not receivers:
@@ -530,6 +537,7 @@ class PathEffect:
         write_json(path, "path-effect", self)
 
 
+@own_modes
 @torch.no_grad()
 def path_patch(
     model: Model,
@@ -576,13 +584,14 @@ def path_patch(
         raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
     again = reached(graph, edges.mask, origins) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
-    sums, count = torch.zeros(3, dtype=torch.float64), Count(progress, len(question.pairs))
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
+    count = Count(progress, len(question.pairs))
     for batch in question.batches(question.batch_size(batch_size)):
         fixed = Changes.between(model, batch, batch.other.senders, batch.clean.senders)
         logits, _ = run_masked(model, batch, batch.clean, weights[None], fixed, again)
         sums += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
         count.add(len(batch.pairs))
-    clean, corrupt, patched = (sums / len(question.pairs)).tolist()
+    clean, corrupt, patched = question.mean(sums).tolist()
     method = {"name": "path-patch", "ablation": question.ablation, **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
     meta = {**question.describe(), "sign": sign, "method": method}

@@ -126,7 +126,7 @@ class Question:
 
     def batch(self, index: Sequence[int]) -> Batch:
         """These pairs as one batch."""
-        return make_batch(self.model, self.pairs, torch.tensor(index), self.other, self.metric)
+        return make_batch(self.model, self.pairs, torch.tensor(index, device="cpu"), self.other, self.metric)
 
     def groups(self, size: int, copies: int = 1, pairs: Tensor | None = None) -> list[list[int]]:
         """Which pairs go together, of those, bool [N], or of all: pairs that share a long prefix.
@@ -137,7 +137,7 @@ class Question:
         first, stop = self.pairs.first_difference(), self.pairs.positions + 1
         if self.other is not None:  # which differs from the clean run everywhere
             first = torch.zeros_like(first)
-        index = torch.arange(len(self.pairs)) if pairs is None else pairs.nonzero().squeeze(1)
+        index = torch.arange(len(self.pairs), device="cpu") if pairs is None else pairs.nonzero().squeeze(1)
         enough = _WORK.get(self.model.device.type, 1 << 31) // (copies * self.model.config.d_model**2)
         numbers = index.tolist()
         groups = _groups(first[index].tolist(), stop[index].tolist(), size, enough)
@@ -153,10 +153,19 @@ class Question:
     def ends(self, batch: Batch) -> Tensor:
         """The metric on the clean and on the corrupt run, float64 [2, B]; ValueError where it is not finite."""
         values = self.values(torch.stack([batch.reference.clean_logits, batch.reference.corrupt_logits]), batch)
-        found = torch.zeros(2, len(self.pairs), dtype=torch.float64)
+        found = torch.zeros(2, len(self.pairs), dtype=torch.float64, device="cpu")
         found[:, batch.index] = values.cpu()
         check_finite(self.model, self.pairs, found)
         return values
+
+    def mean(self, sums: Tensor) -> Tensor:
+        """Sums of the metric over all pairs as means; ValueError where they are not finite."""
+        if not bool(sums.isfinite().all()):
+            raise ValueError(
+                f"the metric {self.metric_name} is NaN or infinite on a patched run in {self.model.dtype}: use a wider "
+                "dtype, or a metric that is finite there"
+            )
+        return sums / len(self.pairs)
 
     def describe(self) -> dict[str, Any]:
         """What a file says of the model, the task, the metric, and what ran."""
@@ -494,7 +503,7 @@ def at_read(x: Tensor, read: Tensor) -> Tensor:
 
 def needed(graph: Graph, mask: Tensor) -> Tensor:
     """bool [S], the senders with a path to the logits in mask [S, R]."""
-    to_logits = torch.zeros(graph.n_senders, dtype=torch.bool)
+    to_logits = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
     for r in reversed(range(graph.n_receivers)):
         component = graph.component(r)
         if component is None or bool(to_logits[component]):

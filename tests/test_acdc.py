@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -185,9 +187,10 @@ def test_a_circuit_remembers_how_it_was_found(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0}, "threshold must be positive, got 0"),
-        ({"threshold": "0.1"}, "threshold must be positive, got '0.1'"),
-        ({"threshold": float("nan")}, "threshold must be positive, got nan"),
+        ({"threshold": 0}, "threshold must be positive and finite, got 0"),
+        ({"threshold": "0.1"}, "threshold must be positive and finite, got '0.1'"),
+        ({"threshold": float("nan")}, "threshold must be positive and finite, got nan"),
+        ({"threshold": math.inf}, "threshold must be positive and finite, got inf"),
         ({"threshold": 0.1, "order": "random"}, "order must be latest, earliest or edge scores, got 'random'"),
         ({"threshold": 0.1, "metric": "accuracy"}, "metric must be one of"),
     ],
@@ -203,3 +206,6 @@ def test_a_start_of_another_graph_is_refused():
     start = Circuit(other.graph.edge_mask(), other.graph)
     with pytest.raises(ValueError, match="start must be a circuit of"):
         acdc(model, random_pairs(model, LENGTHS), threshold=0.1, start=start)
+    everywhere = Circuit(torch.ones_like(model.graph.edge_mask()), model.graph)
+    with pytest.raises(ValueError, match=r"start must be edges of .*, but some places of its mask are none"):
+        acdc(model, random_pairs(model, LENGTHS), threshold=0.1, start=everywhere)

@@ -26,6 +26,7 @@ FLOORS = [
     (
         "eapcore.weights",
         "eapcore.products",
+        "eapcore.modes",
         "eapcore.model",
         "eapcore.rules",
         "eapcore.gradient",

@@ -258,8 +258,9 @@ OPTIONS = {
     "--batch-size big": "argument --batch-size: must be auto or an integer of at least 1, got 'big'",
     "--top-n -1": "argument --top-n: must be an integer of at least 0, got '-1'",
     "--top-n 47": "--top-n must be at most the 46 edges of small, got 47",
-    "--threshold nan": "argument --threshold: must be a number, got 'nan'",
-    "--threshold high": "argument --threshold: must be a number, got 'high'",
+    "--threshold nan": "argument --threshold: must be a finite number, got 'nan'",
+    "--threshold inf": "argument --threshold: must be a finite number, got 'inf'",
+    "--threshold high": "argument --threshold: must be a finite number, got 'high'",
     "--top-n 3 --threshold 0.1": "argument --threshold: not allowed with argument --top-n",
     "--seed one": "argument --seed: must be an integer, got 'one'",
     "--metric accuracy": "metric must be one of logit_diff, prob_diff, logit_margin, nll, kl",
@@ -389,6 +390,12 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused_before_the_work(r
 def test_a_folder_in_the_place_of_the_score_file_is_refused(refused, tmp_path):
     line = refused("--out", tmp_path, command="attribute")
     assert f"--out must be a file to write, but {tmp_path} is a folder" in line
+
+
+def test_a_device_in_the_place_of_the_score_file_is_refused_before_the_work(refused, monkeypatch):
+    monkeypatch.setattr("eapcore.model.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    line = refused("--out", "/dev/null", command="attribute")
+    assert "--out must be a file to write, but /dev/null is no regular file" in line
 
 
 def test_a_disk_that_fills_up_while_writing_is_one_line(refused, tmp_path, monkeypatch):

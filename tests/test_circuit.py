@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 
 import networkx
@@ -18,6 +19,7 @@ from eapcore import config as config_module
 from eapcore.attribution import attribute
 from eapcore.circuit import FORMAT_VERSION, SIGN, Circuit, EdgeScores, replacing
 from eapcore.graph import Graph
+from eapcore.nodes import NodeScores
 
 SIZES = {
     "GPT-2 small": ((12, 12, True), 157, 445, 32_491),
@@ -500,7 +502,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, what, folder):
     (tmp_path / "a-file").write_text("in the way")
     scores = random_scores(Graph(1, 1, True))
     path = tmp_path / folder / "out"
-    with pytest.raises(OSError, match=r"cannot be written: .*; choose another folder") as error:
+    with pytest.raises(OSError, match=r"cannot be written: .*; choose another place") as error:
         (scores if what == "scores" else scores.top_n(1)).save(path)
     assert str(path) in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a-file"]
@@ -512,6 +514,59 @@ def test_a_folder_in_the_place_of_the_file_is_named(tmp_path):
         random_scores(Graph(1, 1, True)).save(tmp_path / "scores")
     assert str(tmp_path / "scores") in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["scores"]
+
+
+def test_a_link_is_written_through_and_what_is_no_file_is_left_alone(tmp_path):
+    scores = random_scores(Graph(1, 1, True))
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    scores.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and torch.equal(EdgeScores.load(tmp_path / "target").scores, scores.scores)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="fifo cannot be written: it is no regular file; choose another place"):
+        scores.save(tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "a b'c\".json"])
+def test_every_legal_name_can_be_written(tmp_path, name):
+    circuit = random_scores(Graph(1, 1, True)).top_n(1)
+    circuit.save(tmp_path / name)
+    assert torch.equal(Circuit.load(tmp_path / name).mask, circuit.mask)
+
+
+def test_meta_that_is_no_text_survives_in_a_circuits_file(tmp_path):
+    graph = Graph(1, 1, True)
+    circuit = Circuit(graph.edge_mask(), graph, {"folder": "caf\udce9", "sign": "Σ λ"})
+    circuit.save(tmp_path / "circuit.json")
+    assert dict(Circuit.load(tmp_path / "circuit.json").meta) == circuit.meta
+    assert "Σ λ" in (tmp_path / "circuit.json").read_text("utf-8")
+
+
+def test_a_circuit_with_places_that_are_no_edges_is_not_written(tmp_path):
+    graph = Graph(1, 1, True)
+    with pytest.raises(ValueError, match=r"a circuit has edges of Graph\(.*\), but \d+ places of its mask are none"):
+        Circuit(torch.ones_like(graph.edge_mask()), graph).save(tmp_path / "circuit.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_that_are_a_view_of_their_parts_are_written(tmp_path):
+    graph = Graph(1, 1, True)
+    parts = torch.randn(3, graph.n_senders, graph.n_receivers) * graph.edge_mask()
+    EdgeScores(parts[0], graph, {}, per_pair=parts).save(tmp_path / "scores")
+    loaded = EdgeScores.load(tmp_path / "scores")
+    assert torch.equal(loaded.scores, parts[0]) and torch.equal(loaded.per_pair, parts)
+
+
+def test_scores_that_are_nan_are_not_ranked():
+    scores = random_scores(Graph(1, 1, True))
+    scores.scores[0, 0] = float("nan")
+    for rank in (scores.top, scores.top_n, scores.greedy):
+        with pytest.raises(ValueError, match=r"edges are ranked by their scores, but 1 of .* scores are NaN"):
+            rank(2)
+    nodes = NodeScores(torch.tensor([1.0, float("nan"), 2.0]), scores.graph)
+    with pytest.raises(ValueError, match="nodes are ranked by their scores, but 1 of 3 scores are NaN"):
+        nodes.top(1)
 
 
 def test_a_written_file_can_be_read_by_those_who_may(tmp_path):
@@ -571,3 +626,15 @@ def test_the_hash_tells_dtypes_a_tied_head_and_transposed_weights_apart():
     turned = dataclasses.replace(model, weights=dataclasses.replace(model.weights, w_u=model.weights.w_u.T))
     single = random_model(d_model=24, d_vocab=24, dtype=torch.float32)
     assert len({m.content_hash for m in (model, tied, turned, single)}) == 4
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    graph = GRAPHS[0]
+    meta = {"threshold": float("inf"), "values": [0.5, float("nan")], "nested": {"a": (float("-inf"), 1)}}
+    Circuit(graph.edge_mask(), graph, meta).save(tmp_path / "circuit.json")
+    text = (tmp_path / "circuit.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read["meta"] == {"threshold": None, "values": [0.5, None], "nested": {"a": [None, 1]}}
+    EdgeScores(torch.zeros(graph.n_senders, graph.n_receivers), graph, meta).save(tmp_path / "scores.safetensors")
+    with safe_open(tmp_path / "scores.safetensors", "pt") as file:
+        json.loads(file.metadata()["eapcore"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,6 +408,26 @@ def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkey
         monkeypatch.setattr(work, lambda *args, **options: pytest.fail("the work began"))
     status, printed, _ = eapcore(*arguments)
     assert status == 2 and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "out", "option"),
+    [
+        (["acdc", "--threshold", "1", "--circuit", "circuit.json"], "circuit.json", "--circuit"),
+        (["patch", "--scores", "scores.safetensors", "--top-n", "3"], "./scores.safetensors", "--scores"),
+        (["patch", "--resume", "done.partial"], "done.partial", "--resume"),
+        (["evaluate", "--true-circuit", "circuit.json"], "circuit.json", "--true-circuit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_result_is_not_written_over_what_is_read(eapcore, scores, arguments, out, option):
+    scores.save("scores.safetensors")
+    scores.top_n(9).save("circuit.json")
+    before = {name: Path(name).read_bytes() for name in ("scores.safetensors", "circuit.json")}
+    status, printed, _ = eapcore(*arguments, out=out)
+    name = out.removeprefix("./")
+    assert status == 2 and f"--out would write over {name}, which {option} reads: give it another name" in printed
+    assert before == {name: Path(name).read_bytes() for name in before}
 
 
 def test_a_bootstrap_of_one_resample_is_refused(capsys):

@@ -13,7 +13,7 @@ from test_weights import lens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
-from eapcore import acdc, evaluate, kernels, patch
+from eapcore import acdc, compare, evaluate, kernels, patch
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
 from eapcore.model import forward
@@ -194,6 +194,87 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
     with on_accel():
         # The CPU's own attention and kernels: the same to rounding.
         assert_same(RUNS[name](on_device(here), pairs), RUNS[name](here, pairs), 1e-12)
+
+
+# Other modes of torch
+
+
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+                         ids=["inference mode", "autocast"])  # fmt: skip
+def test_the_callers_modes_change_nothing(mode, storage):
+    """Autocast would multiply in bfloat16, and in inference mode no metric has a gradient."""
+    model = random_model(dtype=torch.float32)
+    pairs = random_pairs(model, [6, 5, 6], first_difference=1)
+    runs = {
+        **{f"attribute, {method}": lambda m, p, how=method: eapcore.attribute(m, p, "nll", method=how, storage=storage)
+           for method in METHODS if storage == "dense" or method == "eap"},
+        "patch_edges": patch.patch_edges,
+        "patch_nodes": patch.patch_nodes,
+        "interpolate": lambda m, p: torch.tensor(patch.interpolate(m, p, "nll", "embed->a0.h1<v>").effects),
+        "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.Circuit(m.graph.edge_mask(), m.graph)),
+        "acdc": lambda m, p: acdc.acdc(m, p, threshold=0.02).mask,
+    }  # fmt: skip
+    expected = {name: run(model, pairs) for name, run in runs.items()}
+    with mode():
+        found = {name: run(model, pairs) for name, run in runs.items()}
+    for name, result in found.items():
+        both = (getattr(x, "scores", getattr(x, "effects", x)) for x in (result, expected[name]))
+        assert torch.equal(*both), name
+
+
+# Another default device
+
+
+ANYWHERE = {
+    **{
+        f"attribute, {method}": lambda m, p, method=method: eapcore.attribute(m, p, "nll", method=method).scores
+        for method in METHODS
+    },
+    "factored": lambda m, p: (
+        eapcore.attribute(m, p, storage="factored", reduce="position", ablation="mean").per_position
+    ),
+    "neurons": lambda m, p: eapcore.attribute(m, p, level="neuron", batch_size=2).units,
+    "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
+    "patch_edges": lambda m, p: patch.patch_edges(m, p, batch_size=2).scores,
+    "patch_nodes": lambda m, p: patch.patch_nodes(m, p, per_position=True, ablation="mean-positional").effects,
+    "path_patch": lambda m, p: patch.path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"]).effect,
+    "interpolate": lambda m, p: patch.interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects,
+    "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.attribute(m, p).top_n(30).prune()),
+    "acdc": lambda m, p: acdc.acdc(m, p, threshold=0.02, start=eapcore.attribute(m, p).greedy(50)).mask,
+    "mib": lambda m, p: evaluate.mib(m, p, "nll", eapcore.attribute(m, p)).signed.faithfulness,
+    "completeness": lambda m, p: evaluate.completeness(m, p, "nll", eapcore.attribute(m, p).top_n(30)).gap,
+    "minimality": lambda m, p: evaluate.minimality(m, p, "nll", eapcore.attribute(m, p).top_n(30)).scores,
+    "verify": lambda m, p: evaluate.verify(m, p, n=7, curves=["embed->logits"]).effects,
+    "roc": lambda m, p: compare.roc(eapcore.attribute(m, p), patch.patch_edges(m, p).top_n(9)).tpr,
+    "stability": lambda m, p: (
+        compare.stability(eapcore.attribute(m, p, reduce="pair").per_pair, m.graph, top_n=9, n_resamples=5).std
+    ),
+    "routes": lambda m, p: patch.routes(m.graph, ["embed"], ["a1.h0<q>"], through=["m0"]).mask,
+}
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_torchs_default_device_is_not_where_anything_is_made(name):
+    """Neither a mask nor a sum; on the device "meta" numbers would be lost, and pointers be none."""
+    model = random_model()
+    pairs = random_pairs(model, [6, 5, 6], first_difference=1)
+    expected = torch.as_tensor(ANYWHERE[name](model, pairs))
+    with torch.device("meta"):
+        model = dataclasses.replace(model)  # with nothing cached
+        found = ANYWHERE[name](model, pairs)
+    assert torch.equal(torch.as_tensor(found), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_ops_make_their_results_where_their_inputs_are(impl):
+    g = torch.randn(4, 2, 5, 3, dtype=torch.float32)
+    delta, grads, weight = torch.randn(3, 2, 5, 7), torch.randn(4, 2, 5, 7), torch.randn(4, 7, 3)
+    with torch.device("meta"):
+        scores = kernels.edge_scores(delta, grads, impl=impl, reduce="pair")
+        made = kernels.receiver_grads(g, g, weight, norm=kernels.Norm("none"), impl=impl)
+    torch.testing.assert_close(scores, torch.einsum("sbtd,rbtd->bsr", delta, grads))
+    torch.testing.assert_close(made, torch.einsum("cbtk,cdk->cbtd", g, weight))
 
 
 # Models that were on the device before

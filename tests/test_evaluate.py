@@ -204,7 +204,7 @@ def test_circuits_are_points_of_a_roc(tmp_path):
     found = roc_of_circuits(circuits, reference)
     false = ~reference.mask & GRAPH.edge_mask()
     rates = [[int((c.mask & side).sum()) / int(side.sum()) for c in circuits] for side in (false, reference.mask)]
-    assert found.fpr == pytest.approx([0, *rates[0], 1]) and found.tpr == pytest.approx([0, *rates[1], 1])
+    assert found.fpr == [0, *rates[0], 1] and found.tpr == [0, *rates[1], 1]
     assert rates[0][0] < rates[0][1]
     assert found.rule == "pareto" and found.auc == area(found.fpr, found.tpr, "pareto")
     perfect = roc_of_circuits([reference], reference, rule="lower")
@@ -346,6 +346,17 @@ def test_verify_counts_scoring_patching_and_every_point_of_a_curve(model, given)
     assert {*stages[given:], total[0]} <= set(done)
 
 
+def test_verify_counts_to_its_end_where_all_edges_were_patched_before(model, tmp_path):
+    pairs = random_pairs(model, [5, 3, 6])
+    scores = attribute(model, pairs)
+    for curves in ([], ["embed->logits"]):
+        for _ in range(2):
+            calls = []
+            verify(model, pairs, "logit_diff", scores, 5, curves=curves, resume=tmp_path / "done.partial",
+                   progress=lambda *call, calls=calls: calls.append(call))  # fmt: skip
+            assert calls[-1] == (3 * (5 + 11 * len(curves)),) * 2
+
+
 # Stability
 
 
@@ -405,6 +416,10 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[0.5, 0.1]), "sizes must ascend from 0 to at most the"),
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[]), "sizes must ascend"),
         (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[10**6]), "sizes must ascend"),
+        *(
+            (lambda m, p, s, x=x: mib(m, p, "nll", s, sizes=x), "sizes must ascend from 0 to at most the 46 edges")
+            for x in ([-0.001, 1.0], [0.5, 1.0005], [0.0109, 0.0105, 1.0], [46, 0.5])
+        ),
         *(
             (lambda m, p, s, x=x: faithfulness(m, p, "nll", s, sizes=x), r"sizes must ascend .* \(integers\), got .")
             for x in (0.1, "0.1", ["0.1"], [float("nan")], [True], None)

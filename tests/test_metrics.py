@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -62,6 +63,15 @@ def test_each_metric_equals_its_formula_on_token_sets_of_different_sizes(name, c
     values = evaluate(METRICS[name], logits, batch)
     assert values.dtype == torch.float64 and len({round(v, 6) for v in oracle_values}) == 4
     torch.testing.assert_close(values, torch.tensor(oracle_values, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_several_runs_of_a_batch_have_the_values_of_each(name, case):
+    logits, batch = case
+    runs = torch.stack([logits, batch.corrupt_logits, 2 * logits])
+    each = torch.stack([evaluate(METRICS[name], run, batch) for run in runs])
+    assert each.unique().numel() == 12
+    torch.testing.assert_close(evaluate(METRICS[name], runs, batch), each, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -151,6 +161,17 @@ def test_callables_score_as_the_named_metric_does():
     two = attribute(model, pairs, lambda logits, batch: METRICS["logit_margin"](logits, batch))
     assert torch.equal(two.scores, named.scores)
     assert "lambda" in two.meta["metric"]["name"]
+
+    @dataclasses.dataclass
+    class Margin:
+        """A callable that compares by value, and so has no hash."""
+
+        name: str
+
+        def __call__(self, logits, batch):
+            return METRICS[self.name](logits, batch)
+
+    assert torch.equal(attribute(model, pairs, Margin("logit_margin")).scores, named.scores)
 
     first = pairs.answers[:, 0]
     one = attribute(model, pairs.select(torch.tensor([0])), lambda logits: logits[:, first[0]])

@@ -50,7 +50,7 @@ def load_edges(
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = list(_rows(content, thresholds))
-        scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
+        scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64, device="cpu")
         mask = torch.zeros_like(scores, dtype=torch.bool)
         for one, other, value in rows:
             edge = _edge(graph, one, other)

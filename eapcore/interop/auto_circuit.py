@@ -73,7 +73,7 @@ def from_prune_scores(prune_scores: Mapping[str, Module], graph: Graph, *, n_bat
     last = f"blocks.{graph.n_layers - 1}.hook_resid_post"
     steps = tuple(prune_scores[last].shape[:-1])
     dtype = torch.promote_types(prune_scores[last].dtype, torch.float32)
-    values = torch.zeros(*steps, graph.n_senders, graph.n_receivers, dtype=dtype)
+    values = torch.zeros(*steps, graph.n_senders, graph.n_receivers, dtype=dtype, device="cpu")
     for module, receivers in modules.items():
         part = prune_scores[module].detach().cpu()
         if tuple(part.shape) != (*steps, *shapes[module]) or len(steps) > 1:

@@ -598,7 +598,7 @@ class GraphFile:
         if self.nodes is not None:
             return self.nodes
         graph, mask = self.circuit.graph, self.circuit.mask
-        entered = torch.zeros(graph.n_senders, dtype=torch.bool)
+        entered = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         entered[0] = True
         for r in mask.any(0).nonzero().flatten().tolist():
             component = graph.component(r)
@@ -609,7 +609,7 @@ class GraphFile:
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors in the package's order."""
         graph = self.circuit.graph
-        scores = torch.zeros(self.circuit.mask.shape) if self.scores is None else self.scores.scores
+        scores = torch.zeros(self.circuit.mask.shape, device="cpu") if self.scores is None else self.scores.scores
         tensors = {"edges_scores": in_their_order(graph, scores)}
         tensors["edges_in_graph"] = in_their_order(graph, self.circuit.mask)
         rows = _places(graph, torch.device("cpu"))[0].squeeze(1)
@@ -704,8 +704,8 @@ def _from_json(path: Path, attn_only: bool) -> GraphFile:
     content = json.loads(path.read_text(encoding="utf-8"))
     graph, d_model = _graph_of(content["cfg"], attn_only)
     full = replace(graph, has_mlp=True)
-    chosen = torch.zeros(their_shape(graph), dtype=torch.bool)
-    scores = torch.zeros(their_shape(graph), dtype=torch.float64)
+    chosen = torch.zeros(their_shape(graph), dtype=torch.bool, device="cpu")
+    scores = torch.zeros(their_shape(graph), dtype=torch.float64, device="cpu")
     scored = False
     for name, edge in content["edges"].items():
         place = full.edge(our_name(name))
@@ -715,7 +715,7 @@ def _from_json(path: Path, attn_only: bool) -> GraphFile:
     nodes = content["nodes"]
     theirs: dict[str, Tensor | None] = {"edges_in_graph": chosen, "edges_scores": scores if scored else None}
     theirs["nodes_in_graph"] = torch.tensor(
-        [bool(nodes.get(their_name(name), {}).get("in_graph", False)) for name in full.sender_names]
+        [bool(nodes.get(their_name(name), {}).get("in_graph", False)) for name in full.sender_names], device="cpu"
     )
     unknown = set(nodes) - {their_name(name) for name in full.sender_names} - {"logits"}
     if unknown:
@@ -728,7 +728,7 @@ def _from_json(path: Path, attn_only: bool) -> GraphFile:
             if key == "neurons":
                 empty = [True] * d_model
             values = [found.get(their_name(name), empty) for name in full.sender_names]
-            theirs[field] = torch.tensor(values, dtype=torch.bool if key == "neurons" else torch.float64)
+            theirs[field] = torch.tensor(values, dtype=torch.bool if key == "neurons" else torch.float64, device="cpu")
     return _file_of(graph, d_model, theirs)
 
 

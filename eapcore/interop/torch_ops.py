@@ -93,7 +93,7 @@ def edge_scores(
     tensors = [as_tensor(value, name) for name, value in (("delta", delta), ("grads", grads))]
     optional = [None if value is None else as_tensor(value, name) for name, value in (("mask", mask), ("rows", rows))]
     scores = torch.ops.eapcore.edge_scores(*tensors, optional[0], reduce, optional[1], precision, impl)
-    return scores.numpy() if isinstance(delta, np.ndarray) else scores
+    return scores.detach().numpy() if isinstance(delta, np.ndarray) else scores
 
 
 def receiver_grads(
@@ -120,7 +120,7 @@ def receiver_grads(
     t = {name: None if value is None else as_tensor(value, name) for name, value in given.items()}
     statistics = (norm.kind, t["norm.x_hat"], t["norm.rstd"], t["norm.gamma"], t["w_gamma"], t["offset"])
     grads = torch.ops.eapcore.receiver_grads(t["g"], t["act"], t["weight"], *statistics, impl)
-    return grads.numpy() if isinstance(g, np.ndarray) else grads
+    return grads.detach().numpy() if isinstance(g, np.ndarray) else grads
 
 
 def as_tensor(value: Any, name: str) -> Annotated[Tensor, "..."]:

@@ -75,12 +75,12 @@ class PromptPairs:
                 )
             if positions is not None and not 0 <= positions[i] < len(a):
                 raise ValueError(f"the position {positions[i]} of pair {i} is outside its prompt of {len(a)} tokens")
-        lengths = torch.tensor([len(a) for a in clean])
+        lengths = torch.tensor([len(a) for a in clean], device="cpu")
         return PromptPairs(
             clean=_padded(clean, 0),
             corrupt=_padded(corrupt, 0),
             lengths=lengths,
-            positions=lengths - 1 if positions is None else torch.tensor(list(positions)),
+            positions=lengths - 1 if positions is None else torch.tensor(list(positions), device="cpu"),
             answers=_padded(right, -1),
             wrong=_padded(others, -1),
             name=name,
@@ -110,7 +110,7 @@ class PromptPairs:
 
     def batches(self, size: int) -> Iterator[PromptPairs]:
         """All pairs in order, `size` at a time, the last batch as short as it must be."""
-        for indices in torch.arange(len(self)).split(size):
+        for indices in torch.arange(len(self), device="cpu").split(size):
             yield self.select(indices)
 
     def to(self, device: torch.device | str) -> PromptPairs:
@@ -133,7 +133,7 @@ class PromptPairs:
 
     def check_corrupt(self) -> None:
         """Raise ValueError if a corrupt prompt is the clean one as far as the metric reads."""
-        read = torch.arange(self.clean.shape[1]) <= self.positions[:, None]
+        read = torch.arange(self.clean.shape[1], device=self.clean.device) <= self.positions[:, None]
         same = ((self.clean != self.corrupt) & read).any(1).logical_not().nonzero()
         if len(same):
             pair = int(same[0])
@@ -158,6 +158,6 @@ class PromptPairs:
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     width = max(len(row) for row in rows)
-    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], dtype=torch.int64).view(
-        len(rows), width
-    )
+    return torch.tensor(
+        [list(row) + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu"
+    ).view(len(rows), width)
