@@ -136,7 +136,9 @@ def _mask_bytes(mask: Tensor | None) -> Tensor | None:
 def _scores(shape: tuple[int, int, int, int], reduce: str, dtype: torch.dtype) -> Tensor:
     senders, receivers, batch, tokens = shape
     lead = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce]
-    return torch.empty((*lead, senders, receivers), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return torch.empty(
+        (*lead, senders, receivers), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="cpu"
+    )
 
 
 def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> Tensor:
@@ -229,7 +231,7 @@ def receiver_grads(
     channels, batch, tokens, d_head = g.shape
     d_model = weight.shape[1]
     if out is None:
-        out = torch.empty((channels, batch, tokens, d_model), dtype=g.dtype)
+        out = torch.empty((channels, batch, tokens, d_model), dtype=g.dtype, device="cpu")
     if d_head == 0:
         return out.zero_()
     keep: list[Tensor] = []

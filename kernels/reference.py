@@ -54,7 +54,8 @@ def all_receiver_grads(receivers: FactoredReceivers) -> Tensor:
     """Gradients of every receiver, [R, B, T, D], in the graph's order: a layer's q, k, v and MLP, last the logits."""
     rows = []
     for layer, groups in enumerate(receivers.weight):
-        rows.append(receiver_grads(receivers.g[layer], torch.cat(list(groups)), receivers.norms[layer]))
+        if groups:
+            rows.append(receiver_grads(receivers.g[layer], torch.cat(list(groups)), receivers.norms[layer]))
         if receivers.mlp is not None:
             rows.append(receivers.mlp[layer][None])
     return torch.cat([*rows, receivers.logits[None]])  # [R, B, T, D]

@@ -93,7 +93,8 @@ def channel_grads(
             rstd += tl.load(entry + 4)
             if HAS_GAMMA:
                 gamma += tl.load(entry + 5)
-            w_gamma += tl.load(entry + 6)
+            if KIND == "layernorm":
+                w_gamma += tl.load(entry + 6)
             offset += tl.load(entry + 6)
     else:
         g += channel * stride_gc
@@ -101,7 +102,8 @@ def channel_grads(
         out += channel * stride_oc
         if KIND != "none":
             act += channel * stride_ac
-            w_gamma += channel * K
+            if KIND == "layernorm":
+                w_gamma += channel * K
             offset += channel * K
 
     # Tokens past the end repeat the last one; they are never stored, and every load stays inside.
@@ -248,7 +250,7 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and g.dtype != torch.float32,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k, K_CHUNKS=chunks,
-        UNROLL=chunks if chunks <= tile.unroll else 1,
+        UNROLL=chunks if 0 < chunks <= tile.unroll else 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages, device=g.device,
     )  # fmt: skip
 

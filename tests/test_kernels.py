@@ -573,6 +573,7 @@ EMPTY = {
     "nothing in the layers": (2, 0, 0, 2, 3, 4, 16, False),
     "no pairs": (2, 2, 2, 0, 3, 4, 16, True),
     "no positions": (2, 2, 2, 2, 0, 4, 16, True),
+    "no columns of heads": (2, 2, 2, 2, 3, 0, 16, True),
 }
 
 
@@ -586,6 +587,24 @@ def test_factored_takes_sizes_of_zero(impl, shape, reduce):
     exact = reference.edge_scores_factored(doubled(senders), doubled(receivers), mask, reduce)
     assert got.shape == exact.shape
     torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@every_impl
+def test_receiver_grads_of_rmsnorm_need_no_w_gamma(impl):
+    g, act, weight, norm, w_gamma, offset = layer_case(3, 2, 5, 8, 24, "rmsnorm", torch.float32)[0]
+    expected = call_receiver_grads((g, act, weight, norm, w_gamma, offset), impl)
+    assert torch.equal(call_receiver_grads((g, act, weight, norm, None, offset), impl), expected)
+    assert expected.abs().max() > 0
+
+
+def test_the_reference_takes_layers_without_channels():
+    senders, receivers, _ = model_case(2, 0, 0, 2, 3, 4, 16, True)
+    receivers = replace(receivers, weight=[[] for _ in receivers.weight])
+    expected = torch.einsum(
+        "sbtd,rbtd->sr", reference.sender_deltas(senders), torch.cat([receivers.mlp, receivers.logits[None]])
+    )
+    found = reference.edge_scores_factored(senders, receivers, None, "all")
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-4)
 
 
 def assert_factored_good(impl, got, senders, receivers, mask, reduce):
