@@ -20,6 +20,7 @@ from torch import Tensor
 from eapcore import kernels
 from eapcore.config import LayerWeights, ModelConfig, Weights
 from eapcore.graph import Graph
+from eapcore.modes import own_modes
 from eapcore.products import product
 from eapcore.weights import load_weights
 
@@ -419,6 +420,7 @@ def check_tokens(model: Model, tokens: Tensor, what: str = "tokens") -> None:
         )
 
 
+@own_modes
 @torch.no_grad()
 def run_with_senders(
     model: Model, tokens: Annotated[Tensor, "int64 B T"], senders: Annotated[Tensor, "S B T D"] | None = None

@@ -209,6 +209,7 @@ def test_the_callers_modes_change_nothing(mode, storage):
     runs = {
         **{f"attribute, {method}": lambda m, p, how=method: eapcore.attribute(m, p, "nll", method=how, storage=storage)
            for method in METHODS if storage == "dense" or method == "eap"},
+        "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean)[1],
         "patch_edges": patch.patch_edges,
         "patch_nodes": patch.patch_nodes,
         "interpolate": lambda m, p: torch.tensor(patch.interpolate(m, p, "nll", "embed->a0.h1<v>").effects),
