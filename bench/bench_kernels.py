@@ -21,6 +21,8 @@ and the device kept busy for a millisecond before, so that a short call is not t
 
     ms, +-          median and half the distance of the quartiles
     x torch         the fastest right PyTorch way's median / this median
+    clock, x torch  CPU: the same by the clock. What waits for memory takes as long on one thread as two threads take
+                    processor time: torch.matmul multiplies with one vector on one thread, and does so in half the `ms`
     Gop/s           2 · edges · B·T·D multiply-adds a second: what is not an edge does not count, for anyone
     % matmul        of this device's rate on a large square matrix product of the same dtype; on a GPU, edge_scores
                     is credited with every real pair of the tiles that hold an edge: those have to be computed
@@ -63,10 +65,15 @@ class Clock:
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=kind) if kind == "cuda" else None
 
     def __call__(self, run: Run) -> float:
+        return self.both(run)[0]
+
+    def both(self, run: Run) -> tuple[float, float]:
+        """(`ms`, ms by the clock); on a GPU the events' for both."""
         if self.flush is None:
-            start = time.process_time()
+            begin, start = time.perf_counter(), time.process_time()
             run()
-            return (time.process_time() - start) * 1e3 / torch.get_num_threads()
+            used, elapsed = time.process_time() - start, time.perf_counter() - begin
+            return used * 1e3 / torch.get_num_threads(), elapsed * 1e3
         self.flush.zero_()
         torch.cuda._sleep(2_000_000)  # a millisecond in which the host launches what is timed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -74,7 +81,7 @@ class Clock:
         run()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return (begin.elapsed_time(end),) * 2
 
     def describe(self) -> str:
         if self.kind == "cuda":
@@ -122,21 +129,23 @@ def measure(
     for name, error in errors.items():
         if "torch" not in name and not error <= work.limit:
             raise RuntimeError(f"{case.op} {name} on {case.name} {case.dtype}: error {error:.2e} > {work.limit:.2e}")
-    times: dict[str, list[float]] = {name: [] for name in errors}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in errors}
     begin = time.perf_counter()
     for turn in range(rounds + 1):
         for name in times:
-            ms = clock(work.providers[name])
+            taken = clock.both(work.providers[name])
             if turn > 0:  # the first round warms up
-                times[name].append(ms)
+                times[name].append(taken)
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    best = min((ms for name, ms in medians.items() if "torch" in name), default=float("nan"))
+    medians = {
+        name: [max(statistics.median(part), 1e-6) for part in zip(*both, strict=True)] for name, both in times.items()
+    }
+    best = [min((both[i] for name, both in medians.items() if "torch" in name), default=float("nan")) for i in (0, 1)]
     rows = []
     for name, values in times.items():
-        quartiles = statistics.quantiles(values, n=4)
-        ms = max(medians[name], 1e-6)
+        quartiles = statistics.quantiles((ms for ms, _ in values), n=4)
+        ms, elapsed = medians[name]
         matmul = work.operations if "torch" in name else work.tile_operations or work.operations
         rows.append(
             {
@@ -147,7 +156,9 @@ def measure(
                 "ms": ms,
                 "spread_ms": (quartiles[2] - quartiles[0]) / 2,
                 "rounds": len(values),
-                "times_torch": best / ms,
+                "times_torch": best[0] / ms,
+                "clock_ms": elapsed,
+                "clock_times_torch": best[1] / elapsed,
                 "error": errors[name],
                 "operations": work.operations,
                 "bytes": work.bytes,
@@ -167,11 +178,13 @@ def print_rows(rows: list[dict]) -> None:
         f"\n{first['op']}  {first['shape']}  {first['dtype']}  ({first['operations']:.3g} op, {first['bytes']:.3g} B)"
     )
     print(
-        f"  {'':28}{'ms':>10}{'+-':>8}{'x torch':>9}{'error':>10}{'Gop/s':>10}{'% matmul':>10}{'GB/s':>8}{'% copy':>8}"
+        f"  {'':28}{'ms':>10}{'+-':>8}{'x torch':>9}{'clock':>10}{'x torch':>9}{'error':>10}{'Gop/s':>10}"
+        f"{'% matmul':>10}{'GB/s':>8}{'% copy':>8}"
     )
     for row in rows:
         print(
             f"  {row['provider']:28}{row['ms']:10.3f}{row['spread_ms']:8.3f}{row['times_torch']:9.2f}"
+            f"{row['clock_ms']:10.3f}{row['clock_times_torch']:9.2f}"
             f"{row['error']:10.1e}{row['gops']:10.1f}{100 * row['of_matmul']:10.1f}"
             f"{row['gbytes']:8.1f}{100 * row['of_copy']:8.1f}",
             flush=True,
@@ -185,6 +198,8 @@ def print_summary(rows: list[dict], asked: dict[tuple[str, str, str], tuple[str,
         if "torch" in row["provider"]:
             continue
         line = f"  {row['op']}  {row['shape']}  {row['dtype']}  {row['provider']}: {row['times_torch']:.2f} x torch"
+        if row["device"] == "cpu":
+            line += f", {row['clock_times_torch']:.2f} by the clock"
         figure = asked.get((row["op"], row["shape"], row["dtype"]))
         if figure is not None:
             name, least = figure

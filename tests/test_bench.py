@@ -49,10 +49,10 @@ def stand_in(monkeypatch):
         def __init__(self, kind):
             self.kind, self.device, self.calls = kind, "cpu", 0
 
-        def __call__(self, run):
+        def both(self, run):
             run()
             self.calls += 1
-            return 1.0 + self.calls % 3
+            return (1.0 + self.calls % 3,) * 2
 
         def describe(self):
             return f"{self.kind}: stand-in"
