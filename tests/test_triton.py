@@ -35,9 +35,6 @@ from eapcore.kernels import triton_receiver_grads as grads
 
 from eapcore import kernels
 
-# triton 3.6's interpreter makes integers of arrays of one element, which numpy 2.3 warns of and numpy 2.4 refuses.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOPPER = common.Target("cuda", 90, 132, 50 << 20, 141 << 30)
 AMPERE = common.Target("cuda", 80, 108, 40 << 20, 80 << 30)
