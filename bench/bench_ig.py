@@ -34,12 +34,12 @@ except ImportError:
 
 from bench_methods import TOYS, closeness, random_gpt2, random_pairs
 
-from eapcore import planner
-from eapcore.attribution import attribute
-from eapcore.circuit import EdgeScores
-from eapcore.model import load
-from eapcore.patch import patch_edges
-from eapcore.rules import Rules
+import eapcore.attribution.plan as planner
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.backward_rules import Rules
+from eapcore.models.load import load
+from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
 
 REPEATS = 3

@@ -35,7 +35,7 @@ from torch import Tensor
 if importlib.util.find_spec("eapcore") is None:  # an uninstalled checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
 from eapcore.interop import eap_ig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -54,15 +54,23 @@ try:
 except ImportError:
     sys.path.insert(0, str(ROOT))
 
-from eapcore.acdc import acdc
-from eapcore.attribution import METHODS, attribute
-from eapcore.circuit import Circuit, EdgeScores
-from eapcore.compare import agreement, overlap, roc
-from eapcore.config import LayerWeights, ModelConfig, Weights
-from eapcore.evaluate import mib
+from eapcore.attribution import METHODS
+from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.agreement import agreement, overlap
+from eapcore.evaluation.faithfulness import mib
+from eapcore.evaluation.roc import roc
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.scores import EdgeScores
 from eapcore.interop.transformer_lens import receiver_hook
-from eapcore.model import APPROXIMATE, Model, load, run_with_senders
-from eapcore.patch import metric_on, patch_edges
+from eapcore.models.config import ModelConfig
+from eapcore.models.forward import run_with_senders
+from eapcore.models.load import load
+from eapcore.models.mlp import APPROXIMATE
+from eapcore.models.model import Model
+from eapcore.models.weights import LayerWeights, Weights
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.edges import patch_edges
+from eapcore.search.acdc import acdc
 from eapcore.tasks import TASKS, PromptPairs
 
 TOYS = ("toy-ioi", "toy-induction")

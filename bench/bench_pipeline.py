@@ -179,8 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         import pipeline_gpu
 
         return pipeline_gpu.main(quick=args.quick, json_file=args.json)
-    from eapcore import kernels
-    from eapcore.products import large_by
+    import eapcore.kernels as kernels
+
+    from eapcore.models.matmul import large_by
 
     chosen = kernels.choose("edge_scores", device="cpu", dtype=torch.float32)
     machine = f"{torch.get_num_threads()} threads, {platform.machine()}"

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eapcore.model import APPROXIMATE, Model, accumulate_dtype
+from eapcore.models.activations import accumulate_dtype
+from eapcore.models.mlp import APPROXIMATE
+from eapcore.models.model import Model
 
 
 class HookPoint(nn.Identity):

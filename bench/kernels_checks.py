@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import eapcore.kernels as kernels
 import kernels_work
 import torch
 from eapcore.kernels import checks, cpp, reference
 from kernels_work import Case, Model, doubled, relative
 from torch import Tensor
-
-from eapcore import kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a result is stored in half precision, its own rounding.

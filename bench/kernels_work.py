@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, reference
 from torch import Tensor
-
-from eapcore import kernels
 
 Run = Callable[[], Tensor]
 

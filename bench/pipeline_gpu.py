@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from pipeline_work import MIB, Run, Work, implementation
 
-from eapcore.attribution import attribute
+from eapcore.attribution.attribute import attribute
 
 SECONDS = 400.0  # no part begins later, and none takes longer than a minute
 TINY = Work(3, 4, 64, 211, B=3, T=9)

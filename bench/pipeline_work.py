@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eapcore.attribution import attribute
-from eapcore.config import LayerWeights, ModelConfig, Weights
-from eapcore.graph import Graph
-from eapcore.model import APPROXIMATE, Model
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.graph import Graph
+from eapcore.models.config import ModelConfig
+from eapcore.models.mlp import APPROXIMATE
+from eapcore.models.model import Model
+from eapcore.models.weights import LayerWeights, Weights
 from eapcore.tasks import PromptPairs
 
 HERE = Path(__file__).resolve().parent

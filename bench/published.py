@@ -18,7 +18,7 @@ import bench_interop
 import torch
 from torch import Tensor
 
-from eapcore.model import Model
+from eapcore.models.model import Model
 from eapcore.tasks import PromptPairs
 
 PACKAGES = {"transformer-lens": "transformer_lens", "auto-circuit": "auto_circuit"}

@@ -12,30 +12,33 @@ if not (Path(__file__).parent / "kernels").exists():  # an uninstalled checkout:
         __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from eapcore.attribution import attribute
-    from eapcore.circuit import Circuit, EdgeScores
-    from eapcore.graph import Graph
-    from eapcore.interop.torch_ops import edge_scores, receiver_grads
-    from eapcore.model import Model, load, run_with_senders
-    from eapcore.patch import run_circuit
-    from eapcore.planner import dense_bytes
+    from eapcore.attribution.attribute import attribute
+    from eapcore.attribution.plan import dense_bytes
+    from eapcore.graph.circuit import Circuit
+    from eapcore.graph.graph import Graph
+    from eapcore.graph.scores import EdgeScores
+    from eapcore.kernels.torch_ops import edge_scores, receiver_grads
+    from eapcore.models.forward import run_with_senders
+    from eapcore.models.load import load
+    from eapcore.models.model import Model
+    from eapcore.patching.circuits import run_circuit
     from eapcore.tasks import PromptPairs
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Circuit": "eapcore.circuit",
-    "EdgeScores": "eapcore.circuit",
+    "Circuit": "eapcore.graph.circuit",
+    "EdgeScores": "eapcore.graph.scores",
     "Graph": "eapcore.graph",
-    "Model": "eapcore.model",
+    "Model": "eapcore.models.model",
     "PromptPairs": "eapcore.tasks",
     "attribute": "eapcore.attribution",
-    "dense_bytes": "eapcore.planner",
-    "edge_scores": "eapcore.interop.torch_ops",
-    "load": "eapcore.model",
-    "receiver_grads": "eapcore.interop.torch_ops",
-    "run_circuit": "eapcore.patch",
-    "run_with_senders": "eapcore.model",
+    "dense_bytes": "eapcore.attribution.plan",
+    "edge_scores": "eapcore.kernels.torch_ops",
+    "load": "eapcore.models.load",
+    "receiver_grads": "eapcore.kernels.torch_ops",
+    "run_circuit": "eapcore.patching.circuits",
+    "run_with_senders": "eapcore.models.forward",
 }
 __all__ = [
     "Circuit",

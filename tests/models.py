@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eapcore.config import LayerWeights, ModelConfig, Weights
-from eapcore.model import Model
+from eapcore.models.config import ModelConfig
+from eapcore.models.model import Model
+from eapcore.models.weights import LayerWeights, Weights
 from eapcore.tasks import PromptPairs
 
 # Other people's models and scores, which lie beside a checkout where they are: a test that needs one skips without it.

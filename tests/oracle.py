@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from eapcore.metrics import MetricBatch
+from eapcore.tasks.metrics import MetricBatch
 
 
 def layer_norm(x, ln, eps):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import oracle
 import torch
 
-from eapcore.metrics import MetricBatch
+from eapcore.tasks.metrics import MetricBatch
 
 
 @dataclass

@@ -9,11 +9,11 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore.acdc import acdc, prune_sweep
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit
-from eapcore.metrics import METRICS, MetricBatch
-from eapcore.patch import metric_on
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.patching.circuits import metric_on
+from eapcore.search.acdc import acdc, prune_sweep
+from eapcore.tasks.metrics import METRICS, MetricBatch
 
 MODELS = {
     "gpt2": {"n_heads": 2, "d_model": 12},

@@ -11,16 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from models import random_model, random_pairs
 from torch import Tensor
 
 import eapcore
-from eapcore import acdc, compare, kernels, patch
+from eapcore.evaluation.agreement import agreement
+from eapcore.evaluation.roc import roc
+from eapcore.evaluation.stability import stability
 from eapcore.interop import auto_circuit, eap_ig
-from eapcore.metrics import METRICS
-from eapcore.model import forward, sender_buffer
+from eapcore.models.forward import forward, sender_buffer
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.nodes import patch_nodes
+from eapcore.search.acdc import acdc
+from eapcore.tasks.metrics import METRICS
 
 PAGE = re.search(r"^## API$(.*?)^## ", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.M | re.S)[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -45,9 +51,12 @@ def test_an_example_runs_on_its_own(example, tmp_path, monkeypatch, capsys):
 LETTERS = set(re.findall(r"`([A-Z])`", PAGE))
 DTYPES = ("bool", "int64", "float64")
 MODULES = (
-    "ablation acdc attribution circuit compare config evaluate graph kernels metrics model nodes patch planner tasks "
-    "tasks.pairs weights interop.acdc_files interop.auto_circuit interop.eap_ig interop.torch_ops "
-    "interop.transformer_lens interop.transformers"
+    "attribution attribution.plan attribution.methods evaluation.agreement evaluation.completeness evaluation.evaluate "
+    "evaluation.faithfulness evaluation.roc evaluation.stability evaluation.verify execution.ablation graph "
+    "graph.circuit graph.scores kernels kernels.torch_ops models.config models.forward models.load models.model "
+    "models.weights patching.circuits patching.edges patching.interpolate patching.nodes patching.paths search.acdc "
+    "tasks tasks.metrics tasks.pairs interop.acdc_files interop.auto_circuit interop.eap_ig interop.transformer_lens "
+    "interop.transformers"
 ).split()
 
 
@@ -242,18 +251,16 @@ def test_scores_metrics_and_kernels_have_the_shapes_of_their_signatures(
 
 def test_exact_methods_and_judging_have_the_shapes_of_their_signatures(model, pairs, sizes):
     sizes |= {"N": 5, "T": 7}
-    exact = checked(patch.patch_edges, sizes)(model, pairs)
+    exact = checked(patch_edges, sizes)(model, pairs)
     for per_position in (False, True):
-        effects = checked(patch.patch_nodes, sizes)(
-            model, pairs, nodes=["embed", "a0.h1", "m1"], per_position=per_position
-        )
+        effects = checked(patch_nodes, sizes)(model, pairs, nodes=["embed", "a0.h1", "m1"], per_position=per_position)
         checked(type(effects).__getitem__, {"T": 7})(effects, "m1")
-    checked(acdc.acdc, sizes)(model, (pairs.clean, pairs.corrupt), threshold=0.1)
+    checked(acdc, sizes)(model, (pairs.clean, pairs.corrupt), threshold=0.1)
     scores = eapcore.attribute(model, pairs, reduce="pair")
     mask = model.graph.edge_mask()
-    checked(compare.agreement, sizes)(scores, exact, mask)
-    checked(compare.roc, sizes)(scores, exact.top_n(20), edges=mask)
-    checked(compare.stability, sizes)(scores.per_pair, model.graph, top_n=20, n_resamples=4)
+    checked(agreement, sizes)(scores, exact, mask)
+    checked(roc, sizes)(scores, exact.top_n(20), edges=mask)
+    checked(stability, sizes)(scores.per_pair, model.graph, top_n=20, n_resamples=4)
     theirs = checked(eap_ig.in_their_order, sizes)(model.graph, scores.scores)
     checked(eap_ig.in_our_order, sizes)(model.graph, theirs)
     checked(eap_ig.tokenize, {"B": 5, "T": 7})(model, model, pairs.clean, "prompts")

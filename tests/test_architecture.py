@@ -43,7 +43,7 @@ FLOORS = [
         "eapcore.attribution",
     ),
     ("eapcore.runs", "eapcore.partial", "eapcore.patch"),
-    ("eapcore.acdc", "eapcore.compare", "eapcore.evaluate", "eapcore.truth", "eapcore.toy"),
+    ("eapcore.acdc", "eapcore.compare", "eapcore.evaluate", "eapcore.truth", "eapcore.toys"),
     ("eapcore.report", "eapcore.interop"),
     ("eapcore", "eapcore.cli", "eapcore.cli_options", "eapcore.cli_verify", "eapcore.__main__"),
 ]
@@ -143,7 +143,7 @@ def test_metrics_know_no_graph_and_the_graph_no_torch_module():
 def test_heavy_packages_are_imported_inside_functions_only():
     heavy = {"triton", "transformers", "tokenizers", "huggingface_hub", "tqdm", "matplotlib"}
     for name, path in modules().items():
-        if name.startswith("eapcore.kernels.triton_") or name == "eapcore.toy.train":
+        if name.startswith("eapcore.kernels.triton_") or name == "eapcore.toys.train":
             continue  # loaded when a Triton kernel is called; a program of its own
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

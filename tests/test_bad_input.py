@@ -10,11 +10,13 @@ import pytest
 import torch
 from models import random_model, random_pairs, save_checkpoint
 
-from eapcore.attribution import attribute
-from eapcore.circuit import FORMAT_VERSION, Circuit, EdgeScores
+from eapcore.attribution.attribute import attribute
 from eapcore.cli import main
-from eapcore.graph import Graph
-from eapcore.patch import metric_on, run_circuit
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import FORMAT_VERSION
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
+from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.tasks import PromptPairs
 
 
@@ -378,7 +380,7 @@ def test_damaged_weights_name_the_layer(refused, tmp_path):
 
 @pytest.mark.parametrize("command", ["run", "attribute"])
 def test_an_output_folder_that_cannot_be_written_to_is_refused_before_the_work(refused, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("eapcore.model.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("eapcore.models.load.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("in the way")
     line = refused("--out", tmp_path / "file" / "below", command=command)
     assert "--out must lie in a folder that can be written to, but" in line and str(tmp_path / "file") in line
@@ -393,7 +395,7 @@ def test_a_folder_in_the_place_of_the_score_file_is_refused(refused, tmp_path):
 
 
 def test_a_device_in_the_place_of_the_score_file_is_refused_before_the_work(refused, monkeypatch):
-    monkeypatch.setattr("eapcore.model.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("eapcore.models.load.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     line = refused("--out", "/dev/null", command="attribute")
     assert "--out must be a file to write, but /dev/null is no regular file" in line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 
 import pytest
@@ -10,13 +11,17 @@ import torch
 from models import random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eapcore import attribute, attribution, batches
-from eapcore.batches import Feed, tensors, with_tensors
+import eapcore.execution.cuda_graphs as cuda_graphs
+import eapcore.execution.prefetch as prefetch
+from eapcore import attribute
+from eapcore.execution.batch import Window
+from eapcore.execution.prefetch import Feed, tensors, with_tensors
 from eapcore.tasks import PromptPairs
-from eapcore.window import Window
 
 CPU = torch.device("cpu")
 LENGTHS = [9] * 7 + [12] * 5 + [9] * 4
+
+ATTRIBUTE = importlib.import_module("eapcore.attribution.attribute")  # the package hands on the function
 
 
 OPTIONS = [
@@ -102,8 +107,8 @@ def mixed_pairs(model, lengths=LENGTHS):
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
-    monkeypatch.setattr(batches, "_WORTH", 1)
-    monkeypatch.setattr(attribution, "recorder", lambda device: found)
+    monkeypatch.setattr(cuda_graphs, "_WORTH", 1)
+    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: found)
     return found
 
 
@@ -161,7 +166,7 @@ def test_nothing_in_a_batch_waits_for_the_device(monkeypatch, options):
             watched.append(work(window))
         return watched[-1]
 
-    monkeypatch.setattr(batches.Replays, "run", run)
+    monkeypatch.setattr(cuda_graphs.Replays, "run", run)
     attribute(model, pairs, **options)
     assert len(watched) > 5
 
@@ -182,7 +187,7 @@ def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(re
     assert (recorder.captured, recorder.replayed) == (1, 2)
     attribute(model, pairs, batch_size=14, graphs=True, storage="dense")
     assert (recorder.captured, recorder.replayed) == (1, 2)
-    monkeypatch.setattr(batches, "_MOST", 1)
+    monkeypatch.setattr(cuda_graphs, "_MOST", 1)
     recorder.captured = 0
     attribute(model, mixed_pairs(model), batch_size=2, graphs=True, storage="dense")
     # The dense buffer grew once on the way, and took what was recorded in the smaller one with it.
@@ -192,12 +197,12 @@ def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(re
 def test_auto_records_shapes_that_come_often_alone(recorder, monkeypatch):
     model = random_model()
     pairs = mixed_pairs(model, [12] * 9)
-    monkeypatch.setattr(batches, "_WORTH", 3)
+    monkeypatch.setattr(cuda_graphs, "_WORTH", 3)
     attribute(model, pairs, batch_size=2, storage="dense")
     # From 0 on: 5 windows, the last with a pair of the other prefix; the second is recorded with 4 to come, itself too.
     # From 4 on: 4 windows, the second with 3 to come.
     assert (recorder.captured, recorder.replayed) == (2, 7)
-    monkeypatch.setattr(batches, "_WORTH", 4)
+    monkeypatch.setattr(cuda_graphs, "_WORTH", 4)
     attribute(model, pairs, batch_size=2, storage="dense")
     assert (recorder.captured, recorder.replayed) == (3, 11)
 
@@ -255,8 +260,8 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
         def capture(self, work, given):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(batches, "_WORTH", 1)
-    monkeypatch.setattr(attribution, "recorder", lambda device: Broken())
+    monkeypatch.setattr(cuda_graphs, "_WORTH", 1)
+    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Broken())
     model = random_model()
     pairs = random_pairs(model, [8] * 12)
     options = {"batch_size": 3, "storage": "dense"}
@@ -275,7 +280,7 @@ def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(r
     pairs = mixed_pairs(model, [12] * 9)  # the longer windows come first: no larger buffer is needed on the way
     options = {"batch_size": 3, "storage": "dense"}
     expected = attribute(model, pairs, graphs=False, **options)
-    real, calls = attribution.score_window, []
+    real, calls = ATTRIBUTE.score_window, []
 
     def full(model, window, *args, **named):
         calls.append(len(window.pairs))
@@ -284,7 +289,7 @@ def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(r
             raise torch.OutOfMemoryError("no more")
         return real(model, window, *args, **named)
 
-    monkeypatch.setattr(attribution, "score_window", full)
+    monkeypatch.setattr(ATTRIBUTE, "score_window", full)
     with caplog.at_level(logging.WARNING, "eapcore"):
         found = attribute(model, pairs, graphs=True, **options)
     assert [r.message for r in caplog.records] == ["out of memory: going on without CUDA graphs"]
@@ -297,7 +302,7 @@ def test_a_recording_for_which_memory_does_not_suffice_is_left_out(monkeypatch, 
         def capture(self, work, given):
             raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(attribution, "recorder", lambda device: Full())
+    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Full())
     model = random_model()
     pairs = random_pairs(model, [8] * 12)
     expected = attribute(model, pairs, graphs=False, batch_size=3, storage="dense")
@@ -354,7 +359,7 @@ def test_scores_do_not_depend_on_copies_ahead(monkeypatch):
     model, copy = random_model(), Late()
     pairs = mixed_pairs(model)
     expected = attribute(model, pairs, batch_size=3, reduce="pair")
-    monkeypatch.setattr(attribution, "pinned_copy", lambda device: copy)
+    monkeypatch.setattr(ATTRIBUTE, "pinned_copy", lambda device: copy)
     found = attribute(model, pairs, batch_size=3, reduce="pair")
     assert copy.started == copy.finished == -(-len(pairs) // 3)
     assert torch.equal(found.scores, expected.scores) and torch.equal(found.per_pair, expected.per_pair)
@@ -422,7 +427,7 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
         used.append(held[0])
         return [held[0] * 2]
 
-    replay = batches.CudaRecorder(CPU).capture(work, [torch.tensor([1.0, 2.0])])
+    replay = cuda_graphs.CudaRecorder(CPU).capture(work, [torch.tensor([1.0, 2.0])])
     expected = ["side waits for main", "work on side", "main waits for side", "capture into pool on side"]
     expected.append("work on captured")
     assert events["events"] == expected and used[0] is used[1]
@@ -432,7 +437,7 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
 
 
 def test_recordings_share_a_stream_and_with_it_their_memory(events):
-    recorder = batches.CudaRecorder(CPU)
+    recorder = cuda_graphs.CudaRecorder(CPU)
     for size in (2, 3):
         recorder.capture(lambda held: [held[0] * 2], [torch.ones(size)])
     assert [event for event in events["events"] if "capture" in event] == ["capture into pool on side"] * 2
@@ -445,12 +450,12 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(events):
         return held
 
     with pytest.raises(RuntimeError, match="operation not permitted"):
-        batches.CudaRecorder(CPU).capture(work, [torch.ones(2)])
+        cuda_graphs.CudaRecorder(CPU).capture(work, [torch.ones(2)])
     assert events["streams"] == ["main"]
 
 
 def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
-    copy = batches.PinnedCopy(CPU)
+    copy = prefetch.PinnedCopy(CPU)
     copied = copy.start([torch.tensor([1, 2]), torch.tensor([3])])
     assert events["events"] == ["pin on side", "pin on side"]
     copy.finish(copied)
@@ -459,10 +464,10 @@ def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
 
 
 def test_only_a_gpu_gets_either(events):
-    assert batches.recorder(CPU) is None and batches.pinned_copy(CPU) is None
+    assert cuda_graphs.recorder(CPU) is None and prefetch.pinned_copy(CPU) is None
     cuda = torch.device("cuda")
-    assert isinstance(batches.recorder(cuda), batches.CudaRecorder)
-    assert isinstance(batches.pinned_copy(cuda), batches.PinnedCopy)
+    assert isinstance(cuda_graphs.recorder(cuda), cuda_graphs.CudaRecorder)
+    assert isinstance(prefetch.pinned_copy(cuda), prefetch.PinnedCopy)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -479,13 +484,13 @@ def test_pairs_are_sorted_so_that_prefixes_and_lengths_help(monkeypatch):
     model = random_model()
     pairs = mixed_pairs(model, [12, 9] * 4)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    pairs, shapes, real = pairs.select(order), [], attribution.score_window
+    pairs, shapes, real = pairs.select(order), [], ATTRIBUTE.score_window
 
     def seen(model, window, *args, **named):
         shapes.append((window.start, window.stop, len(window.pairs)))
         return real(model, window, *args, **named)
 
-    monkeypatch.setattr(attribution, "score_window", seen)
+    monkeypatch.setattr(ATTRIBUTE, "score_window", seen)
     attribute(model, pairs, batch_size=4)
     assert sorted(shapes) == [(0, 9, 4), (0, 12, 4), (4, 9, 4), (4, 12, 4)]
 
@@ -496,17 +501,17 @@ def test_a_window_is_cut_where_that_saves_more_than_a_batch_costs(monkeypatch):
     columns = {name: [row for part in few for row in getattr(part, name).tolist()] for name in ("clean", "corrupt")}
     answers = {name: [ids for part in few for ids in getattr(part, name).tolist()] for name in ("answers", "wrong")}
     pairs = PromptPairs.from_lists(**columns, **answers)
-    shapes, real = [], attribution.score_window
+    shapes, real = [], ATTRIBUTE.score_window
 
     def seen(model, window, *args, **named):
         shapes.append((window.start, window.stop, len(window.pairs)))
         return real(model, window, *args, **named)
 
-    monkeypatch.setattr(attribution, "score_window", seen)
+    monkeypatch.setattr(ATTRIBUTE, "score_window", seen)
     found = attribute(model, pairs, batch_size=12)
     assert shapes == [(0, 40, 3), (36, 40, 9)]  # 9 × 36 tokens of prefix, three times, are more than a batch costs
     shapes.clear()
-    monkeypatch.setattr(batches, "_BATCH_TOKENS", {"cpu": 9 * 27 + 1})
+    monkeypatch.setattr(prefetch, "_BATCH_TOKENS", {"cpu": 9 * 27 + 1})
     expected = attribute(model, pairs, batch_size=12)
     assert shapes == [(0, 40, 12)]
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-12, atol=1e-12)

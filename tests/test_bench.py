@@ -6,13 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from eapcore.kernels import cpp, reference
 
-from eapcore import EdgeScores, attribute, kernels
-from eapcore.model import forward, load
-from eapcore.patch import patch_edges
+from eapcore import EdgeScores, attribute
+from eapcore.models.forward import forward
+from eapcore.models.load import load
+from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))

@@ -14,12 +14,14 @@ from models import random_model, random_pairs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from eapcore import circuit as circuit_module
-from eapcore import config as config_module
-from eapcore.attribution import attribute
-from eapcore.circuit import FORMAT_VERSION, SIGN, Circuit, EdgeScores, replacing
-from eapcore.graph import Graph
-from eapcore.nodes import NodeScores
+import eapcore.graph.files as circuit_module
+import eapcore.models.weights as config_module
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import FORMAT_VERSION, replacing
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EDGE_SIGN as SIGN
+from eapcore.graph.scores import EdgeScores, NodeScores
 
 SIZES = {
     "GPT-2 small": ((12, 12, True), 157, 445, 32_491),

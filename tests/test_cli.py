@@ -17,12 +17,13 @@ import pytest
 import torch
 from models import SHARED, random_model, save_checkpoint
 
-from eapcore import products
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit, EdgeScores
+import eapcore.models.matmul as products
+from eapcore.attribution.attribute import attribute
 from eapcore.cli import _parser, main
-from eapcore.model import load
-from eapcore.patch import metric_on
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.load import load
+from eapcore.patching.circuits import metric_on
 from eapcore.tasks import PromptPairs, find_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -349,13 +350,13 @@ def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(checkpoint, tmp_pat
         interrupt()
 
     if where == "while scoring":
-        monkeypatch.setattr("eapcore.gradient.attention_grad", interrupt)
+        monkeypatch.setattr("eapcore.models.backward.attention_grad", interrupt)
     elif where == "while writing scores":
         monkeypatch.setattr("safetensors.torch.save_file", half_written)
     elif where == "while writing edges":
-        monkeypatch.setattr("eapcore.circuit.EdgeScores.top", interrupt)
+        monkeypatch.setattr("eapcore.graph.scores.EdgeScores.top", interrupt)
     else:
-        monkeypatch.setattr("eapcore.circuit.json.dumps", lambda *a, **k: interrupt() if "indent" in k else "{}")
+        monkeypatch.setattr("eapcore.graph.files.json.dumps", lambda *a, **k: interrupt() if "indent" in k else "{}")
     assert main(sort_run(checkpoint, out)) == 130
     assert reached == [where]
     err = capsys.readouterr().err

@@ -12,17 +12,22 @@ import torch
 import tqdm
 from models import random_model, save_checkpoint
 
-from eapcore.acdc import acdc, prune_sweep
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit, EdgeScores
+from eapcore.attribution.attribute import attribute
 from eapcore.cli import main
-from eapcore.compare import roc, stability
-from eapcore.evaluate import mib, verify
-from eapcore.graph import Graph
-from eapcore.model import load
-from eapcore.nodes import NodeScores
-from eapcore.patch import metric_on, patch_edges, patch_nodes, path_patch, routes
-from eapcore.rules import Rules
+from eapcore.evaluation.faithfulness import mib
+from eapcore.evaluation.roc import roc
+from eapcore.evaluation.stability import stability
+from eapcore.evaluation.verify import verify
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores, NodeScores
+from eapcore.models.backward_rules import Rules
+from eapcore.models.load import load
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.nodes import patch_nodes
+from eapcore.patching.paths import path_patch, routes
+from eapcore.search.acdc import acdc, prune_sweep
 from eapcore.tasks import find_pairs
 
 SCORED = ("--scores", "scores.safetensors")

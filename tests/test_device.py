@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from accel import DEVICE, AccelTensor, on_accel
@@ -13,10 +14,19 @@ from test_weights import lens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
-from eapcore import acdc, compare, evaluate, kernels, patch
+from eapcore.evaluation.completeness import completeness, minimality
+from eapcore.evaluation.faithfulness import faithfulness, mib
+from eapcore.evaluation.roc import roc
+from eapcore.evaluation.stability import stability
+from eapcore.evaluation.verify import verify
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
-from eapcore.model import forward
+from eapcore.models.forward import forward
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.interpolate import interpolate
+from eapcore.patching.nodes import patch_nodes
+from eapcore.patching.paths import path_patch, routes
+from eapcore.search.acdc import acdc
 
 ATTENTION_ONLY = {"d_mlp": None, "split_qkv": True}
 METHODS = ["eap", "eap-ig", "clean-corrupt", "eap-ig-activations", "relp", "qk-fix", "grad-drop", "atp-star"]
@@ -157,14 +167,14 @@ def test_a_metric_that_leaves_the_device_is_found_out():
 
 RUNS = {
     "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean.to(m.device)),
-    "patch_edges": lambda m, p: patch.patch_edges(m, p, batch_size=2),
-    "patch_edges, mean": lambda m, p: patch.patch_edges(m, p, "nll", ["embed->m0", "a0.h1->logits"], ablation="mean"),
-    "patch_nodes": lambda m, p: patch.patch_nodes(m, p, per_position=True),
-    "path_patch": lambda m, p: vars_of(patch.path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"])),
-    "interpolate": lambda m, p: torch.tensor(patch.interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects),
-    "run_circuit": lambda m, p: eapcore.run_circuit(m, p, patch.patch_edges(m, p).top_n(30)),
-    "acdc": lambda m, p: acdc.acdc(m, p, threshold=0.02),
-    "faithfulness": lambda m, p: vars_of(evaluate.faithfulness(m, p, "nll", eapcore.attribute(m, p), sizes=[9, 60])),
+    "patch_edges": lambda m, p: patch_edges(m, p, batch_size=2),
+    "patch_edges, mean": lambda m, p: patch_edges(m, p, "nll", ["embed->m0", "a0.h1->logits"], ablation="mean"),
+    "patch_nodes": lambda m, p: patch_nodes(m, p, per_position=True),
+    "path_patch": lambda m, p: vars_of(path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"])),
+    "interpolate": lambda m, p: torch.tensor(interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects),
+    "run_circuit": lambda m, p: eapcore.run_circuit(m, p, patch_edges(m, p).top_n(30)),
+    "acdc": lambda m, p: acdc(m, p, threshold=0.02),
+    "faithfulness": lambda m, p: vars_of(faithfulness(m, p, "nll", eapcore.attribute(m, p), sizes=[9, 60])),
     "EAP-IG's attribute": lambda m, p: eap_ig_scores(m, p),
 }  # fmt: skip
 
@@ -210,11 +220,11 @@ def test_the_callers_modes_change_nothing(mode, storage):
         **{f"attribute, {method}": lambda m, p, how=method: eapcore.attribute(m, p, "nll", method=how, storage=storage)
            for method in METHODS if storage == "dense" or method == "eap"},
         "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean)[1],
-        "patch_edges": patch.patch_edges,
-        "patch_nodes": patch.patch_nodes,
-        "interpolate": lambda m, p: torch.tensor(patch.interpolate(m, p, "nll", "embed->a0.h1<v>").effects),
+        "patch_edges": patch_edges,
+        "patch_nodes": patch_nodes,
+        "interpolate": lambda m, p: torch.tensor(interpolate(m, p, "nll", "embed->a0.h1<v>").effects),
         "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.Circuit(m.graph.edge_mask(), m.graph)),
-        "acdc": lambda m, p: acdc.acdc(m, p, threshold=0.02).mask,
+        "acdc": lambda m, p: acdc(m, p, threshold=0.02).mask,
     }  # fmt: skip
     expected = {name: run(model, pairs) for name, run in runs.items()}
     with mode():
@@ -237,21 +247,21 @@ ANYWHERE = {
     ),
     "neurons": lambda m, p: eapcore.attribute(m, p, level="neuron", batch_size=2).units,
     "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
-    "patch_edges": lambda m, p: patch.patch_edges(m, p, batch_size=2).scores,
-    "patch_nodes": lambda m, p: patch.patch_nodes(m, p, per_position=True, ablation="mean-positional").effects,
-    "path_patch": lambda m, p: patch.path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"]).effect,
-    "interpolate": lambda m, p: patch.interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects,
+    "patch_edges": lambda m, p: patch_edges(m, p, batch_size=2).scores,
+    "patch_nodes": lambda m, p: patch_nodes(m, p, per_position=True, ablation="mean-positional").effects,
+    "path_patch": lambda m, p: path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"]).effect,
+    "interpolate": lambda m, p: interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects,
     "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.attribute(m, p).top_n(30).prune()),
-    "acdc": lambda m, p: acdc.acdc(m, p, threshold=0.02, start=eapcore.attribute(m, p).greedy(50)).mask,
-    "mib": lambda m, p: evaluate.mib(m, p, "nll", eapcore.attribute(m, p)).signed.faithfulness,
-    "completeness": lambda m, p: evaluate.completeness(m, p, "nll", eapcore.attribute(m, p).top_n(30)).gap,
-    "minimality": lambda m, p: evaluate.minimality(m, p, "nll", eapcore.attribute(m, p).top_n(30)).scores,
-    "verify": lambda m, p: evaluate.verify(m, p, n=7, curves=["embed->logits"]).effects,
-    "roc": lambda m, p: compare.roc(eapcore.attribute(m, p), patch.patch_edges(m, p).top_n(9)).tpr,
+    "acdc": lambda m, p: acdc(m, p, threshold=0.02, start=eapcore.attribute(m, p).greedy(50)).mask,
+    "mib": lambda m, p: mib(m, p, "nll", eapcore.attribute(m, p)).signed.faithfulness,
+    "completeness": lambda m, p: completeness(m, p, "nll", eapcore.attribute(m, p).top_n(30)).gap,
+    "minimality": lambda m, p: minimality(m, p, "nll", eapcore.attribute(m, p).top_n(30)).scores,
+    "verify": lambda m, p: verify(m, p, n=7, curves=["embed->logits"]).effects,
+    "roc": lambda m, p: roc(eapcore.attribute(m, p), patch_edges(m, p).top_n(9)).tpr,
     "stability": lambda m, p: (
-        compare.stability(eapcore.attribute(m, p, reduce="pair").per_pair, m.graph, top_n=9, n_resamples=5).std
+        stability(eapcore.attribute(m, p, reduce="pair").per_pair, m.graph, top_n=9, n_resamples=5).std
     ),
-    "routes": lambda m, p: patch.routes(m.graph, ["embed"], ["a1.h0<q>"], through=["m0"]).mask,
+    "routes": lambda m, p: routes(m.graph, ["embed"], ["a1.h0<q>"], through=["m0"]).mask,
 }
 
 

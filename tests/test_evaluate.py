@@ -11,13 +11,20 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore import runs
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit, EdgeScores
-from eapcore.compare import agreement, area, overlap, roc, roc_of_circuits, stability
-from eapcore.evaluate import MIB_FRACTIONS, Evaluation, completeness, faithfulness, mib, minimality, verify
-from eapcore.graph import Graph
-from eapcore.patch import metric_on, patch_edges
+import eapcore.patching.record as runs
+from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.agreement import agreement, overlap
+from eapcore.evaluation.completeness import completeness, minimality
+from eapcore.evaluation.evaluate import Evaluation
+from eapcore.evaluation.faithfulness import MIB_FRACTIONS, faithfulness, mib
+from eapcore.evaluation.roc import area, roc, roc_of_circuits
+from eapcore.evaluation.stability import stability
+from eapcore.evaluation.verify import verify
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.edges import patch_edges
 
 GRAPH = Graph(2, 2, True)
 LENGTHS = [5, 3]

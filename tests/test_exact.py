@@ -9,12 +9,12 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit
-from eapcore.metrics import METRICS, MetricBatch
-from eapcore.model import NormInput, normalise
-from eapcore.patch import run_circuit
-from eapcore.rules import norm_grad
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.models.activations import NormInput
+from eapcore.models.norm import norm_grad, normalise
+from eapcore.patching.circuits import run_circuit
+from eapcore.tasks.metrics import METRICS, MetricBatch
 
 MODELS = {
     "gpt2": {},

@@ -12,16 +12,16 @@ from models import random_model, random_pairs
 from safetensors import safe_open
 from test_planner import peak_bytes
 
-from eapcore import passes, planner
-from eapcore.attribution import attribute
-from eapcore.circuit import EdgeScores
-from eapcore.methods import METHODS as NAMES
-from eapcore.metrics import METRICS
-from eapcore.model import load
-from eapcore.nodes import NodeScores
-from eapcore.patch import patch_edges
-from eapcore.rules import Rules
+import eapcore.attribution.plan as planner
+import eapcore.attribution.score_batch as passes
+from eapcore.attribution.attribute import attribute
+from eapcore.attribution.methods import METHODS as NAMES
+from eapcore.graph.scores import EdgeScores, NodeScores
+from eapcore.models.backward_rules import Rules
+from eapcore.models.load import load
+from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
+from eapcore.tasks.metrics import METRICS
 
 METRIC = METRICS["logit_diff"]
 MODELS = {

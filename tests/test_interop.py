@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eapcore import attribute
-from eapcore.circuit import EdgeScores
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
 from eapcore.interop import acdc_files, auto_circuit, eap_ig
 from eapcore.interop import transformer_lens as tl
 from eapcore.interop.transformers import from_gpt2
-from eapcore.model import Model, forward
+from eapcore.models.forward import forward
+from eapcore.models.model import Model
 from eapcore.tasks import PromptPairs
 
 FIXTURES = Path(__file__).parent / "fixtures" / "interop"
@@ -625,7 +626,7 @@ OTHERS = ("transformer_lens", "transformers", "auto_circuit", "eap", "numpy.test
 
 
 def test_no_adapter_imports_another_tool():
-    names = ["", ".acdc_files", ".auto_circuit", ".eap_ig", ".torch_ops", ".transformer_lens", ".transformers"]
+    names = ["", ".acdc_files", ".auto_circuit", ".eap_ig", ".transformer_lens", ".transformers"]
     code = "import sys, importlib\nimport eapcore\n"
     code += "".join(f"importlib.import_module('eapcore.interop{name}')\n" for name in names)
     code += "for name in eapcore.__all__: getattr(eapcore, name)\n"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import eapcore.kernels as kernels
+import eapcore.kernels.torch_ops as torch_ops
 import numpy as np
 import pytest
 import torch
-
-from eapcore import kernels
-from eapcore.interop import torch_ops
 
 
 def drawn(*shape, dtype=torch.float32, seed=0):

@@ -16,6 +16,7 @@ import time
 import types
 from dataclasses import fields, is_dataclass, replace
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from accuracy import (
@@ -30,8 +31,6 @@ from accuracy import (
     together,
 )
 from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, checks, cpp, reference
-
-from eapcore import kernels
 
 CPP = [] if cpp.why_not() else cpp.isas()
 CPU = ["reference", *(f"cpp {isa}" for isa in CPP)]

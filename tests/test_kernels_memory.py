@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from eapcore.kernels import checks, cpp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from eapcore import kernels
 
 # Many pairs of few numbers: every axis beside S and R would show. A tensor of all pairs and tokens has 30,000 elements.
 S, R, B, T, D = 40, 50, 3, 5, 2
@@ -84,7 +83,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from eapcore import kernels
+import eapcore.kernels as kernels
 
 reduce, threads = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(threads)

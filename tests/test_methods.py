@@ -11,11 +11,11 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore import window
-from eapcore.attribution import attribute
-from eapcore.circuit import EdgeScores
-from eapcore.methods import Options, gradient_points, recipe
-from eapcore.metrics import METRICS, MetricBatch
+import eapcore.attribution.dense as window
+from eapcore.attribution.attribute import attribute
+from eapcore.attribution.methods import Options, gradient_points, recipe
+from eapcore.graph.scores import EdgeScores
+from eapcore.tasks.metrics import METRICS, MetricBatch
 
 LENGTHS = [7, 4, 9, 6]
 MODELS = {"gpt2": {}, "attention-only": {"d_mlp": None, "split_qkv": True}}

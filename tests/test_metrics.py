@@ -12,9 +12,9 @@ import torch
 from models import random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eapcore.attribution import attribute
-from eapcore.metrics import METRICS, MetricBatch, evaluate, find_metric, logit_diff, logit_margin, tokens_read
-from eapcore.patch import metric_on
+from eapcore.attribution.attribute import attribute
+from eapcore.patching.circuits import metric_on
+from eapcore.tasks.metrics import METRICS, MetricBatch, evaluate, find_metric, logit_diff, logit_margin, tokens_read
 
 V = 11
 ANSWERS = [[3], [0, 7], [10, 2, 5], [1, 4]]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from models import KINDS, random_model, random_pairs
 
-from eapcore.model import at_positions, attention_output, embed, prefix, run_layers
-from eapcore.paired import run_paired
+from eapcore.models.activations import at_positions
+from eapcore.models.attention import attention_output
+from eapcore.models.forward import embed, prefix, run_layers
+from eapcore.models.paired import run_paired
 
 
 def tensors(value):

@@ -11,20 +11,18 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore import patch, runs
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit, EdgeScores
-from eapcore.metrics import METRICS, MetricBatch
-from eapcore.patch import (
-    interpolate,
-    metric_on,
-    patch_edges,
-    patch_nodes,
-    path_patch,
-    routes,
-    run_circuit,
-)
+import eapcore.patching.edges as patch
+import eapcore.patching.record as runs
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.scores import EdgeScores
+from eapcore.patching.circuits import metric_on, run_circuit
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.interpolate import interpolate
+from eapcore.patching.nodes import patch_nodes
+from eapcore.patching.paths import path_patch, routes
 from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS, MetricBatch
 
 MODELS = {
     "gpt2": {"n_layers": 2, "n_heads": 2, "d_model": 12},

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from models import random_model, random_pairs
 from torch.profiler import ProfilerActivity, profile
 
-from eapcore import kernels, planner
-from eapcore.attribution import attribute
-from eapcore.config import ModelConfig
-from eapcore.methods import Options, recipe
-from eapcore.metrics import METRICS, vocabularies_held
+import eapcore.attribution.plan as planner
+from eapcore.attribution.attribute import attribute
+from eapcore.attribution.methods import Options, recipe
+from eapcore.models.config import ModelConfig
 from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS, vocabularies_held
 
 SMALL = {"n_heads": 4, "d_model": 64, "d_head": 16, "d_mlp": 256, "d_vocab": 101, "n_ctx": 64, "scale": 0.1}
 # (model, pairs, tokens): large enough that one batch's tensors outweigh everything else.
@@ -195,9 +196,9 @@ def test_factored_storage_is_chosen_only_where_it_saves_memory(monkeypatch, make
     monkeypatch.setattr(kernels, "choose", lambda op, **where: makes)
     pairs = many_pairs(100, 20)
     monkeypatch.setattr(planner, "free_bytes", lambda device: 1 << 27)
-    assert planner.storage(GPT2, pairs, torch.float32, CPU) == expected
+    assert planner.choose_storage(GPT2, pairs, torch.float32, CPU) == expected
     monkeypatch.setattr(planner, "free_bytes", lambda device: 1 << 40)
-    assert planner.storage(GPT2, pairs, torch.float32, CPU) == "dense"
+    assert planner.choose_storage(GPT2, pairs, torch.float32, CPU) == "dense"
 
 
 @pytest.mark.skipif(
@@ -240,7 +241,7 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
 ):
     monkeypatch.setattr(planner, "free_bytes", lambda device: free)
     pairs = many_pairs(1000, length)
-    size = planner.batch_size(GPT2, pairs, dtype, CPU)
+    size = planner.fitting_batch_size(GPT2, pairs, dtype, CPU)
     assert 1 <= size <= 1000
     useful = max(1, 512 // length)
     if size > 1:
@@ -271,18 +272,18 @@ def test_steps_run_together_up_to_a_number_of_tokens_and_of_bytes():
 
 
 def test_an_automatic_batch_is_no_larger_than_the_task_and_grows_with_the_memory(monkeypatch):
-    assert planner.batch_size(GPT2, many_pairs(3, 20), torch.float32, CPU) <= 3
+    assert planner.fitting_batch_size(GPT2, many_pairs(3, 20), torch.float32, CPU) <= 3
     sizes = []
     for free in (1 << 24, 1 << 29, 1 << 30, 1 << 31, 1 << 36):
         monkeypatch.setattr(planner, "free_bytes", lambda device, free=free: free)
-        sizes.append(planner.batch_size(GPT2, many_pairs(100, 20), torch.float32, CPU))
+        sizes.append(planner.fitting_batch_size(GPT2, many_pairs(100, 20), torch.float32, CPU))
     assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] > 10
 
 
 def test_attribute_runs_in_the_batches_that_are_planned(monkeypatch):
     model = random_model()
     pairs = random_pairs(model, [5] * 9)
-    monkeypatch.setattr(planner, "batch_size", lambda *args, **kwargs: 4)
+    monkeypatch.setattr(planner, "fitting_batch_size", lambda *args, **kwargs: 4)
     done = []
     attribute(model, pairs, progress=lambda now, total: done.append((now, total)))
     assert done == [(4, 9), (8, 9), (9, 9)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore import products
-from eapcore.attribution import attribute
+import eapcore.models.matmul as products
+from eapcore.attribution.attribute import attribute
 
 ROWS, K, N = 96, 512, 768  # more than LARGE multiplications
 

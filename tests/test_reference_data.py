@@ -9,9 +9,11 @@ import torch
 from models import SHARED
 from safetensors.torch import load_file
 
-from eapcore.attribution import attribute
-from eapcore.circuit import EdgeScores
-from eapcore.model import Model, forward, load
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.forward import forward
+from eapcore.models.load import load
+from eapcore.models.model import Model
 from eapcore.tasks import PromptPairs, find_pairs
 
 REFERENCE = SHARED / "eap-reference"

@@ -10,11 +10,11 @@ import torch
 from models import KINDS, random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eapcore import planner
-from eapcore.attribution import attribute
-from eapcore.metrics import METRICS
-from eapcore.model import embed, forward, prefix, run_layers, unembed
+import eapcore.attribution.plan as planner
+from eapcore.attribution.attribute import attribute
+from eapcore.models.forward import embed, forward, prefix, run_layers, unembed
 from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS
 
 
 def assert_exact(model, pairs, **options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import random_model
 
-from eapcore.model import embed, run_layers, run_with_senders, sender_buffer
+from eapcore.models.forward import embed, run_layers, run_with_senders, sender_buffer
 
 MODELS = {
     "gpt2": {},

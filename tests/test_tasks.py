@@ -331,7 +331,8 @@ def test_the_sort_task_asks_for_the_next_sorted_digit():
 
 @pytest.mark.skipif(not (SHARED / "gpt-nano-sort").is_dir(), reason="the checkpoint gpt-nano-sort is not here")
 def test_the_sorting_model_gives_the_answers_of_the_sort_task():
-    from eapcore.model import forward, load
+    from eapcore.models.forward import forward
+    from eapcore.models.load import load
 
     model = load(SHARED / "gpt-nano-sort")
     pairs = sort.generate(500, 1)

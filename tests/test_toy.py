@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 
-from eapcore import toy
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit
-from eapcore.model import load
-from eapcore.patch import run_circuit
+import eapcore.toys as toy
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.models.load import load
+from eapcore.patching.circuits import run_circuit
 from eapcore.tasks import toy_induction, toy_ioi
-from eapcore.toy import train
+from eapcore.toys import train
 
 TASKS = {"ioi": toy_ioi, "induction": toy_induction}
 NAMED = 3  # how many heads are removed
@@ -54,7 +54,7 @@ def test_the_recorded_accuracy_is_the_measured_one(models, name):
 @both
 def test_the_recorded_command_is_the_recipe(name):
     about, recipe = settings(name)["eapcore"], train.RECIPES[name]
-    assert about["command"] == f"python -m eapcore.toy.train {name} --seed {about['seed']} --steps {about['steps']}"
+    assert about["command"] == f"python -m eapcore.toys.train {name} --seed {about['seed']} --steps {about['steps']}"
     assert about["steps"] == recipe.steps
     assert {key: value for key, value in settings(name).items() if key != "eapcore"} == recipe.raw
     assert about["versions"].keys() == {"python", "torch"}
@@ -196,7 +196,7 @@ def test_the_command_writes_a_model_that_loads(tmp_path, capsys):
 def test_a_bad_command_ends_in_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train.main(["ioi", "--steps", "0", "--out", str(tmp_path / "new")]) == 2
-    assert capsys.readouterr().err == "python -m eapcore.toy.train: steps must be at least 1, got 0\n"
+    assert capsys.readouterr().err == "python -m eapcore.toys.train: steps must be at least 1, got 0\n"
     assert train.main(["ioi", "--steps", "1", "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and error.count("\n") == 1

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     reason = "these tests interpret; on a GPU tests/test_kernels.py and bench/bench_kernels.py run Triton"
     pytest.skip(reason, allow_module_level=True)
 
+import eapcore.kernels as kernels
 from accuracy import (
     STORED,
     assert_as_good_as_torch,
@@ -32,8 +33,6 @@ from eapcore.kernels import triton_common as common
 from eapcore.kernels import triton_edge_scores as scores
 from eapcore.kernels import triton_factored as factored
 from eapcore.kernels import triton_receiver_grads as grads
-
-from eapcore import kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOPPER = common.Target("cuda", 90, 132, 50 << 20, 141 << 30)

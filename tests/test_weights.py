@@ -17,9 +17,10 @@ import torch
 from models import random_model
 from safetensors.torch import load_file, save_file
 
-from eapcore.model import Model, forward, run_with_senders
-from eapcore.weights import load_weights
-from eapcore.weights.files import PINNED
+from eapcore.models.checkpoint import PINNED
+from eapcore.models.forward import forward, run_with_senders
+from eapcore.models.load import load_weights
+from eapcore.models.model import Model
 
 SHARED = Path(os.environ.get("EAPCORE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 SIZES = {"n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 16, "vocab_size": 29}
@@ -271,7 +272,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import torch
-from eapcore.weights import load_weights
+from eapcore.models.load import load_weights
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 torch.ones(1).to(torch.bfloat16).sum()
@@ -899,7 +900,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 DOWNLOAD = """
 import json, sys
-from eapcore.weights import load_weights
+from eapcore.models.load import load_weights
 found = []
 for model in sys.argv[2:]:
     try:

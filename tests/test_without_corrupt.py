@@ -8,12 +8,18 @@ import pytest
 import torch
 from models import random_model, random_pairs
 
-from eapcore.acdc import acdc
-from eapcore.attribution import attribute
-from eapcore.circuit import Circuit
-from eapcore.evaluate import completeness, faithfulness, mib, minimality, verify
-from eapcore.methods import METHODS
-from eapcore.patch import interpolate, patch_edges, patch_nodes, path_patch, run_circuit
+from eapcore.attribution.attribute import attribute
+from eapcore.attribution.methods import METHODS
+from eapcore.evaluation.completeness import completeness, minimality
+from eapcore.evaluation.faithfulness import faithfulness, mib
+from eapcore.evaluation.verify import verify
+from eapcore.graph.circuit import Circuit
+from eapcore.patching.circuits import run_circuit
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.interpolate import interpolate
+from eapcore.patching.nodes import patch_nodes
+from eapcore.patching.paths import path_patch
+from eapcore.search.acdc import acdc
 from eapcore.tasks import PromptPairs
 
 LENGTHS = [6, 3, 5]

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import eapcore.kernels as kernels
 import pytest
 import torch
 from eapcore.kernels import Norm, Sizes, cpp
@@ -18,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from eapcore import kernels, planner
-from eapcore.attribution import attribute
+import eapcore.attribution.plan as planner
+from eapcore.attribution.attribute import attribute
 
 needs_cpp = pytest.mark.skipif(bool(cpp.why_not()), reason="needs the C++ ops")
 REDUCES = ("all", "pair", "position")
@@ -235,7 +236,7 @@ def test_edge_scores_factored_on_a_gpu_allocates_what_it_says(gpu, shape, chunk,
 
 
 def factored_plan(budget, batch=16, **how):
-    rows = planner.chunk(GPT2, batch, 20, torch.float32, CPU, budget, **how)
+    rows = planner.fitting_chunk(GPT2, batch, 20, torch.float32, CPU, budget, **how)
     return rows, planner.factored_bytes(GPT2, batch, 20, torch.float32, chunk=rows, **how)
 
 
@@ -252,9 +253,9 @@ def test_a_chunk_is_made_smaller_only_where_the_workspace_is_what_does_not_fit(m
     assert factored_plan(half - 1)[0] == factored_plan(quarter - 1)[0] == factored_plan(1)[0] == 24
     # A batch that fits with a smaller chunk is not made smaller.
     monkeypatch.setattr(planner, "budget", lambda device: whole - 1)
-    assert planner.batch_size(GPT2, many_pairs(16, 20), torch.float32, CPU, "factored") == 16
+    assert planner.fitting_batch_size(GPT2, many_pairs(16, 20), torch.float32, CPU, "factored") == 16
     monkeypatch.setattr(planner, "_LEAST_CHUNK", 96)
-    assert planner.batch_size(GPT2, many_pairs(16, 20), torch.float32, CPU, "factored") < 16
+    assert planner.fitting_batch_size(GPT2, many_pairs(16, 20), torch.float32, CPU, "factored") < 16
     # What no chunk makes smaller is left alone.
     monkeypatch.setattr(planner, "_LEAST_CHUNK", 16)
     monkeypatch.setattr(kernels, "workspace_bytes", lambda op, sizes, *, chunk, **where: (400 + chunk) * each)
@@ -275,7 +276,7 @@ def test_the_chunk_that_is_planned_is_the_one_that_is_taken_and_changes_no_score
     monkeypatch.setattr(
         kernels, "edge_scores_factored", lambda *a, **how: taken.append(how["chunk"]) or contract(*a, **how)
     )
-    monkeypatch.setattr(planner, "chunk", lambda *args, **options: 5)
+    monkeypatch.setattr(planner, "fitting_chunk", lambda *args, **options: 5)
     cut = attribute(model, pairs, storage="factored", batch_size=12).scores
     assert taken == [5, 5]
     assert not torch.equal(cut, whole)

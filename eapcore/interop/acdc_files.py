@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from eapcore.circuit import Circuit, EdgeScores, replacing
-from eapcore.graph import Graph
-from eapcore.interop.transformer_lens import (
-    receiver_hook,
-    receiver_of_hook,
-    sender_hook,
-    sender_of_hook,
-)
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import replacing
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
+from eapcore.interop.transformer_lens import receiver_hook, receiver_of_hook, sender_hook, sender_of_hook
 
 FORMS = ("acdc", "acdcpp")
 _SEPARATOR = " to "

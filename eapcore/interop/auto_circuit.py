@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from eapcore.circuit import EdgeScores
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
 from eapcore.interop.transformer_lens import receiver_hook
 
 _HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
 from eapcore.interop.modules import refuse_hooks, refuse_several_devices
-from eapcore.model import Model
-from eapcore.weights import load_weights
+from eapcore.models.load import load_weights
+from eapcore.models.model import Model
 
 # (configuration field, values that are supported; None stands for "not given", -1 too), what any other value means
 _SUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (

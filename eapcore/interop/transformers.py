@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from eapcore.interop.modules import refuse_hooks, refuse_several_devices
-from eapcore.model import Model, load
+from eapcore.models.load import load
+from eapcore.models.model import Model
 
 
 def from_gpt2(model: nn.Module) -> Model:

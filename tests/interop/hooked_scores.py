@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
 from eapcore.interop.transformer_lens import receiver_hook, sender_hook
 
 

@@ -20,11 +20,11 @@ from hooked_models import PAIRS, config_fields, hooked_transformer, logit_diff, 
 from hooked_scores import hooked_scores
 
 from eapcore import attribute
-from eapcore.graph import Graph
+from eapcore.graph.graph import Graph
 from eapcore.interop import auto_circuit, eap_ig
 from eapcore.interop import transformer_lens as tl
 from eapcore.interop.transformers import from_gpt2
-from eapcore.model import forward
+from eapcore.models.forward import forward
 from eapcore.tasks import PromptPairs
 
 pytestmark = pytest.mark.filterwarnings("default")  # the packages warn of each other
@@ -114,7 +114,7 @@ def test_no_second_copy_of_the_weights(attn_only):
 
 @FAMILIES
 def test_the_hooks_that_names_point_to_exist_and_hold_what_they_say(attn_only):
-    from eapcore.model import run_with_senders
+    from eapcore.models.forward import run_with_senders
 
     hooked = hooked_transformer(attn_only)
     model, prompts = tl.from_hooked_transformer(hooked), tokens(hooked.cfg.d_vocab)

@@ -1,0 +1,390 @@
+"""First-order attribution: scores of every edge, node or neuron from a few forward and backward passes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+
+import eapcore.kernels as kernels
+from eapcore.attribution.dense import DenseStore
+from eapcore.attribution.factored import FactoredStore
+from eapcore.attribution.methods import Options, Points, Recipe, recipe
+from eapcore.attribution.nodes import NodeStore
+from eapcore.attribution.plan import Passes, choose_storage, fitting_batch_size, fitting_chunk
+from eapcore.attribution.score_batch import score_window
+from eapcore.attribution.sums import Store, Sums
+from eapcore.execution.ablation import find_values
+from eapcore.execution.batch import Window
+from eapcore.execution.cuda_graphs import Replays, recorder
+from eapcore.execution.experiment import Task, as_pairs, check_finite, check_pairs, describe
+from eapcore.execution.memory import budget
+from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
+from eapcore.execution.progress import Progress
+from eapcore.graph.scores import EdgeScores, NodeScores
+from eapcore.kernels.checks import REDUCE, one_of
+from eapcore.models.backward_rules import Rules
+from eapcore.models.config import ModelConfig
+from eapcore.models.model import Model
+from eapcore.models.torch_modes import own_modes
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS as OWN_METRICS
+from eapcore.tasks.metrics import Metric, find_metric, tokens_read, vocabularies_held
+
+STORAGES = ("auto", "dense", "factored")
+# A metric whose gradient is zero by cancellation leaves the rounding of its float64 arithmetic on logits of order 10.
+_ZERO_GRADIENT = 1e-13
+_log = logging.getLogger("eapcore")
+
+
+class _Others(TypedDict, total=False):
+    """The options of `attribute` besides `level`."""
+
+    method: str
+    gradient_at: str | None
+    steps: int | None
+    points: str | Points | None
+    rules: Rules | None
+    ablation: str
+    reference: PromptPairs | None
+    reduce: str
+    storage: str
+    batch_size: int | str
+    impl: str
+    graphs: bool | str
+    progress: Progress | None
+
+
+@overload
+def attribute(
+    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["edge"] = ..., **others: Unpack[_Others]
+) -> EdgeScores: ...
+
+
+@overload
+def attribute(
+    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["node", "neuron"], **others: Unpack[_Others]
+) -> NodeScores: ...
+
+
+@overload
+def attribute(
+    model: Model, task: Task, metric: str | Metric = ..., *, level: str, **others: Unpack[_Others]
+) -> EdgeScores | NodeScores: ...
+
+
+@own_modes
+def attribute(
+    model: Model,
+    task: Task,
+    metric: str | Metric = "logit_diff",
+    *,
+    method: str = "eap",
+    level: str = "edge",
+    gradient_at: str | None = None,
+    steps: int | None = None,
+    points: str | Points | None = None,
+    rules: Rules | None = None,
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    reduce: str = "all",
+    storage: str = "auto",
+    batch_size: int | str = "auto",
+    impl: str = "auto",
+    graphs: bool | str = "auto",
+    progress: Progress | None = None,
+) -> EdgeScores | NodeScores:
+    """Score every edge, node or neuron of a model for one behaviour.
+
+        edge[s, r] = mean over pairs of Σ_t ⟨e_ablated[s, t] − e_clean[s, t], Σ_k w_k ∂metric/∂v[r, t] at point k⟩
+        node[s]    = mean over pairs of Σ_t ⟨e_ablated[s, t] − e_clean[s, t], Σ_k w_k ∂metric/∂e[s, t] at point k⟩
+
+    e[s, t] is what sender s adds to the residual stream at position t, v[r, t] the residual stream that receiver r
+    reads, before LayerNorm. The score is the first-order estimate of how the metric changes when that edge alone, or
+    everything that the node sends, carries the corrupt prompt's activation: negative means that the behaviour needs it.
+
+    Args:
+        model: the model.
+        task: prompt pairs, or (clean, corrupt) tokens int64 [N, T] read at their last position, for a metric that needs
+            no answers.
+        metric: a name out of `metrics.METRICS`, or a callable, see `metrics`. Higher is better.
+        method: which gradients, and how they add up.
+            "eap": one gradient, at the clean run.
+            "eap-ig": integrated gradients over the inputs: the mean over points where the embedding is
+            corrupt + α (clean − corrupt).
+            "clean-corrupt": the mean of the gradients at both ends.
+            "eap-ig-activations": for each component in turn (the embedding, all heads of a layer, an MLP) and each
+            point α, the clean run with that component's output at corrupt + α (clean − corrupt) and everything behind
+            it as it follows; no gradient goes through what was replaced. The mean over components and points of the
+            gradients at all receivers.
+            "relp": one backward pass at the clean run by relevance rules, see `rules`: LayerNorm's σ frozen, the
+            identity rule for the activation function, the attention pattern frozen, so that q and k edges score 0.
+            "qk-fix": "eap", but the pattern that an edge into q or k makes is computed exactly, see `softmax`.
+            "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
+            (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
+            "atp-star": "grad-drop" with the exact patterns of "qk-fix".
+        level: "edge"; "node" scores senders; "neuron" also scores each sender's D output dimensions and the MLPs'
+            hidden units, where there are MLPs.
+        gradient_at: of "eap": "clean" (the default) or "corrupt" (denoising).
+        steps: m, of "eap-ig" (4 by default) and "eap-ig-activations" (5, as published).
+        points: of the same: "left" k/m for k = 0…m−1, "right" for k = 1…m (the default of "eap-ig-activations", as
+            published), "midpoint" (k + ½)/m, "gauss" the Gauss–Legendre nodes and weights (the default of "eap-ig"), or
+            [(α, weight), …] with weights that sum to 1. R² = 1 − Σ(exact − score)²/Σ(exact − mean)² against exact
+            patching of every edge, the lowest of two toy models and three draws of prompts (bench/bench_ig.py, seeds
+            0, 1, 2): "gauss" 4 and "left" 3 .915, "right" 3 and "midpoint" 4 .913, "right" 5 .903, "left" 5 .900, one
+            gradient at 0.75 .870, "midpoint" 2 .829, "gauss" 5 .816, "gauss" 3 .445; "eap" .206, which ranks the many
+            small effects of one of the models better than most (bench/RESULTS.md).
+        rules: of "relp", other rules, e.g. `Rules("frozen", "identity")` without the frozen attention pattern, the
+            default of its authors' code: R² as above .867, with it .606.
+        ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
+            "mean" over reference prompts and their positions; "mean-positional" over them for each position.
+        reference: whose clean prompts a mean is taken over; None for those of the task.
+        reduce: "all"; "pair" or "position" also keep the scores of each pair or position in the result. On a GPU a
+            position's pairs that are read there are added, in float64, in any order: the last bits may differ between
+            runs.
+        storage: of edges: "dense" keeps the sender buffer [S, B, T, D], "factored" about 10·L·B·T·D numbers instead and
+            makes senders and receivers a chunk of tokens at a time; "auto" is dense where a useful batch fits. Nodes
+            and neurons need no buffer, and are always factored.
+        batch_size: pairs at a time; "auto" from the planner's memory estimate. The scores do not depend on it. A batch
+            for which the memory does not suffice is halved, and a warning is logged.
+        impl: the kernels' implementation, see `kernels`.
+        graphs: on a GPU, whether batches of a shape that comes again are recorded as CUDA graphs and replayed, which
+            saves a small model's launches. "auto" where it suits: shapes that come often, a metric by name, and not
+            storage "factored" of edges; where recording fails it goes on without, and a warning is logged. True also
+            for a callable metric, which must not look at values on the host, and raises where it fails. The scores do
+            not depend on it.
+        progress: called with (pairs done, pairs in all) after every batch.
+
+    Returns:
+        EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
+        and corrupt runs, the method with its points and all other parameters, and versions.
+
+    Raises:
+        ValueError: an unknown option, or one that does not go with the others; prompts or answers that do not fit the
+            model; a metric that returns a wrong shape or NaN, or whose gradient is zero everywhere; NaN or infinite
+            activations.
+        RuntimeError: a named impl cannot run here.
+
+    Source: Syed, Rager, Conmy 2023, eq. 2 and appendix F; integrated gradients over inputs and activations: Hanna,
+    Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; exact patterns and dropped
+    gradients: Kramár, Lieberum, Shah, Nanda 2024.
+    """
+    one_of("reduce", reduce, REDUCE)
+    one_of("storage", storage, STORAGES)
+    one_of("impl", impl, kernels.IMPLS)
+    pairs = as_pairs(task)
+    options = Options(gradient_at, steps, points, rules)
+    how = recipe(method, model.graph, options, ablation=ablation, level=level, reduce=reduce)
+    check_pairs(model, pairs, ablation)
+    metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
+    values = find_values(model, pairs, ablation, reference)
+    sized = _as_read(model, pairs, metric)
+    groups = len(model.weights.layers[0].w_qkv)
+    planned = replace(how.planned(ablation, reduce), metric=vocabularies_held(metric))
+    storage = _storage(model, sized, pairs, how, level, storage, planned)
+    within = budget(model.device)
+    size = fitting_batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
+    if batch_size != "auto":
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size must be 'auto' or a positive integer, got {batch_size!r}")
+        size = batch_size
+
+    shapes = _shapes(model, level)
+    lead = {"all": (), "pair": (len(pairs),), "position": (int(pairs.positions.max()) + 1,)}[reduce]
+    scores = {
+        name: torch.zeros(*lead, *shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()
+    }
+    measured = torch.zeros(2, len(pairs), dtype=torch.float64, device=model.device)  # of the clean, of the corrupt runs
+    largest = torch.zeros((), dtype=torch.float64, device=model.device)
+    # Pairs that share a long prefix go together: what a batch shares is computed once.
+    first = pairs.first_difference()
+    order = sorted(range(len(pairs)), key=lambda i: (int(first[i]), int(pairs.positions[i])))
+    feed = Feed(pairs, order, model.device, shared=values is None, copy=pinned_copy(model.device))
+    replays = _replays(model, metric, graphs, recordable=storage == "dense" or level != "edge")
+    memory = torch.empty(0, dtype=model.dtype, device=model.device)
+
+    def rows(window: Window) -> int:
+        """Token rows a chunk of the contraction of factors."""
+        where = (*window.shape, model.dtype, model.device)
+        return fitting_chunk(sized, *where, within, impl=impl, passes=planned)
+
+    def score(window: Window) -> Tensors:
+        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
+        sums = Sums(shapes, window, reduce, impl, absolute=how.absolute)
+        store: Store
+        if level != "edge":
+            store = NodeStore(model, window, units=level == "neuron")
+        else:
+            store = (
+                DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window, rows(window))
+            )
+        step = score_window(
+            model, window, metric, store, sums, how.passes, planned, within, values=values, units=level == "neuron"
+        )
+        return [step.values, step.largest, *sums.result().values()]
+
+    while feed.left:
+        window = feed.window(size)
+        try:
+            if storage == "dense" and memory.numel() < DenseStore.size(model, window):
+                replays.clear()
+                memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
+                memory = torch.empty(DenseStore.size(model, window), dtype=model.dtype, device=model.device)
+            measured_here, largest_here, *parts = replays.run(window, score, feed.alike)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if replays.drop():
+                _log.warning("out of memory: going on without CUDA graphs")
+                continue
+            if len(window.pairs) == 1:
+                raise
+            size = len(window.pairs) // 2
+            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(window.pairs), size)
+            continue
+        feed.advance(window)
+        measured[:, window.index] = measured_here
+        largest = torch.maximum(largest, largest_here)
+        for total, part in zip(scores.values(), parts, strict=True):
+            if reduce == "pair":
+                total[window.index] = part
+            else:
+                (total if reduce == "all" else total[: window.stop]).add_(part)
+        if model.device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
+            check_finite(model, pairs, measured)
+        if progress is not None:
+            progress(feed.done, len(pairs))
+    if not bool(largest.isfinite()):
+        raise ValueError(f"the gradient of the metric {metric_name} is NaN or infinite where its value is finite")
+    if not all(bool(x.isfinite().all()) for x in scores.values()):
+        raise ValueError(f"the gradients overflow in {model.dtype}: use a wider dtype, e.g. float32")
+    if float(largest) <= _ZERO_GRADIENT:
+        raise ValueError(
+            f"the gradient of the metric {metric_name} is zero on every pair, so every score would be: a divergence "
+            "from the clean run has its minimum there; use another metric"
+        )
+    if how.absolute:
+        for name, x in scores.items():
+            x /= _reached(model, how, name).to(model.device)
+    clean, corrupt = measured.mean(1).tolist()
+    meta = {
+        **describe(model, pairs),
+        "sign": how.sign,
+        "method": how.described | ({} if values is None else {"ablation": dict(values.meta)}),
+        "metric": {"name": metric_name, "clean": clean, "corrupt": corrupt},
+        "impl": kernels.choose("edge_scores", device=model.device, dtype=model.dtype) if impl == "auto" else impl,
+        "storage": storage,
+    }
+    return _result(model, scores, meta, level, reduce, len(pairs))
+
+
+def _storage(
+    model: Model,
+    config: ModelConfig,
+    pairs: PromptPairs,
+    how: Recipe,
+    level: str,
+    storage: str,
+    planned: Passes,
+) -> str:
+    """The storage that is used; ValueError for one that does not suit what is scored."""
+    if level != "edge":
+        if storage == "dense":
+            raise ValueError(
+                f"level {level!r} keeps no sender buffer: storage must be 'auto' or 'factored', got 'dense'"
+            )
+        return "factored"
+    if how.exact_softmax:
+        if storage == "factored":
+            name = how.described["name"]
+            raise ValueError(
+                f"the method {name} adds each sender to its receivers' input: storage must be 'auto' or 'dense', got "
+                "'factored'"
+            )
+        return "dense"
+    if storage != "auto":
+        return storage
+    groups = len(model.weights.layers[0].w_qkv)
+    return choose_storage(config, pairs, model.dtype, model.device, groups=groups, passes=planned)
+
+
+def _as_read(model: Model, pairs: PromptPairs, metric: Metric) -> ModelConfig:
+    """The model's sizes for the planner, with a vocabulary of as many tokens as the metric reads for a pair."""
+    read = tokens_read(metric, pairs.answers, pairs.wrong, model.config.d_vocab)
+    return model.config if read is None else replace(model.config, d_vocab=read[0].shape[1])
+
+
+def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bool) -> Replays:
+    """What runs the batches, with a recorder where one is wanted; ValueError where it is and cannot be."""
+    if graphs != "auto" and not isinstance(graphs, bool):
+        raise ValueError(f"graphs must be True, False or 'auto', got {graphs!r}")
+    by = recorder(model.device) if graphs else None
+    if graphs is True and (by is None or not recordable):
+        why = f"the model is on {model.device}" if by is None else "the storage of these edges is 'factored'"
+        raise ValueError(f"graphs=True needs a GPU, and of edges storage='dense', but {why}: leave graphs at 'auto'")
+    if graphs == "auto" and not (recordable and metric in OWN_METRICS.values()):
+        by = None
+    return Replays(by, strict=graphs is True)
+
+
+def _shapes(model: Model, level: str) -> dict[str, tuple[int, ...]]:
+    """What is scored at a level, without the axis of pairs or positions."""
+    graph, config = model.graph, model.config
+    if level == "edge":
+        return {"scores": (graph.n_senders, graph.n_receivers)}
+    if level == "node":
+        return {"scores": (graph.n_senders,)}
+    units = {} if config.d_mlp is None else {"units": (config.n_layers, config.d_mlp)}
+    return {"scores": (graph.n_senders,), **units, "dimensions": (graph.n_senders, config.d_model)}
+
+
+def _reached(model: Model, how: Recipe, name: str) -> Tensor:
+    """How many passes have a gradient at each score, of a shape that divides the scores."""
+    graph = model.graph
+    passes = how.reached(graph)
+    if name == "units":
+        return passes[[graph.mlp(layer) for layer in range(graph.n_layers)]][:, None]
+    if name == "dimensions":
+        return passes[:-1, None]
+    if how.described["level"] == "edge":
+        components = [graph.component(r) for r in range(graph.n_receivers)]
+        return passes[[-1 if component is None else component for component in components]]
+    return passes[:-1]
+
+
+def _result(
+    model: Model, scores: dict[str, Tensor], meta: dict[str, Any], level: str, reduce: str, n_pairs: int
+) -> EdgeScores | NodeScores:
+    """The mean over pairs, with the parts that were asked for."""
+    keep = torch.float64 if model.dtype == torch.float64 else torch.float32
+    whole = scores if reduce == "all" else {name: x.sum(0) for name, x in scores.items()}
+    whole = {name: (x / n_pairs).to(keep).cpu() for name, x in whole.items()}
+    parts: dict[str, Tensor] = {}
+    if reduce != "all":
+        parts = {name: (x if reduce == "pair" else x / n_pairs).to(keep).cpu() for name, x in scores.items()}
+    if level == "edge":
+        part = parts.get("scores")
+        return EdgeScores(
+            whole["scores"],
+            model.graph,
+            meta,
+            per_pair=part if reduce == "pair" else None,
+            per_position=part if reduce == "position" else None,
+        )
+    return NodeScores(
+        graph=model.graph,
+        meta=meta,
+        per_pair=parts if reduce == "pair" else {},
+        per_position=parts if reduce == "position" else {},
+        **whole,
+    )
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory did not suffice: for torch on either device, for the C++ ops, or for oneDNN inside torch."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "could not create a", "could not execute a"))

@@ -1,0 +1,144 @@
+"""The explicit sender buffer, contracted with one layer's receivers at a time while the backward pass runs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import eapcore.kernels as kernels
+from eapcore.attribution.exact_patterns import exact_scores
+from eapcore.attribution.methods import Pass
+from eapcore.attribution.plan import workspace_pairs
+from eapcore.attribution.sums import Sums, _at, over_steps
+from eapcore.execution.batch import Window
+from eapcore.models.activations import LayerSaved, accumulate_dtype
+from eapcore.models.attention import head_outputs
+from eapcore.models.backward import Channels, Sink, backward
+from eapcore.models.model import Model
+
+
+class DenseStore:
+    """The explicit sender buffer.
+
+    everywhere: [S', B, T, D] of all senders before the last layer. at_read: [S, B, Q, D] of all senders at the
+    positions that are read: all that the last layer's heads and MLP need, since what reads them has a gradient there
+    alone.
+    """
+
+    steps = True
+
+    def __init__(self, model: Model, window: Window, memory: Tensor) -> None:
+        self.model, self.read = model, window.read
+        (rows, tokens), width, graph = window.shape, model.config.d_model, model.graph
+        before = graph.heads(model.config.n_layers - 1).start
+        cut = before * rows * tokens * width
+        end = cut + graph.n_senders * rows * width
+        self.everywhere = memory[:cut].view(before, rows, tokens, width)
+        self.at_read = memory[cut:end].view(graph.n_senders, rows, 1, width)
+
+    @staticmethod
+    def size(model: Model, window: Window) -> int:
+        """Elements of memory that a window's buffer takes."""
+        rows, tokens = window.shape
+        before = model.graph.heads(model.config.n_layers - 1).start
+        return (before * tokens + model.graph.n_senders) * rows * model.config.d_model
+
+    def rows(self, at_read: bool) -> Tensor:
+        return self.at_read if at_read else self.everywhere
+
+    def set_embed(self, delta: Tensor) -> None:
+        self.everywhere[0] = delta
+
+    def set_heads(self, index: int, dz: Tensor) -> None:
+        last = index == self.model.config.n_layers - 1
+        if last:
+            self.at_read[: len(self.everywhere)] = _at(self.everywhere, self.read)
+        rows = self.rows(last)
+        head_outputs(dz, self.model.weights.layers[index].w_o, out=rows[self.model.graph.heads(index)])
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        self.rows(index == self.model.config.n_layers - 1)[self.model.graph.mlp(index)] = delta
+
+    def moved(self, component: str) -> Tensor:
+        index, graph = int(component[1:]), self.model.graph
+        rows = self.rows(index == self.model.config.n_layers - 1)
+        return rows[graph.heads(index)].sum(0) if component[0] == "a" else rows[graph.mlp(index)]
+
+    def contract(
+        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+    ) -> None:
+        runs = len(grad) // len(self.read)
+        edges, read = _Edges(self, sums, step, runs), self.read.repeat(runs, 1)
+        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=read)
+
+
+class _Edges(Sink):
+    """Contracts the dense buffer with the receivers' gradients as they come, those of several runs of it added up."""
+
+    def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int) -> None:
+        self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
+        # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
+        # contracted and added up, and fresh pages would cost as much time as the arithmetic.
+        config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
+        rows, tokens = buffer.shape[1:3]
+        self.at_once = -(-workspace_pairs(config, runs * rows, tokens, dtype, buffer.device) // runs)
+        size = runs * self.at_once * self.graph.receivers_per_layer * tokens * config.d_model
+        self.workspace = buffer.new_empty(size)
+        self.rows = torch.arange(runs * rows, device=buffer.device).view(runs, rows)
+        # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
+        self.mlp: Tensor | None = None
+
+    def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
+        index = receiver // self.graph.receivers_per_layer
+        if at_read or receiver == self.graph.logits or f"a{index}" in self.step.rules.cut:
+            self.add(grad[None], slice(receiver, receiver + 1), at_read)
+            return
+        self.mlp, heads = grad, self.graph.heads(index)  # those between the layer's q, k and v and its MLP
+        self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=heads)
+
+    def channels(self, part: Channels) -> Tensor:
+        heads, by_gradient = self.store.model.config.n_heads, part.channels
+        if self.step.exact_softmax:  # v alone
+            by_gradient = slice(max(part.channels.start, 2 * heads), part.channels.stop)
+            for start in range(part.channels.start, min(part.channels.stop, 2 * heads), heads):
+                self.add_exact(part, slice(start, start + heads))
+        first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
+        mlp, self.mlp, total = self.mlp, None, []
+        receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))
+        runs, rows = self.rows.shape
+        for pairs in (slice(start, start + self.at_once) for start in range(0, rows, self.at_once)):
+            some = pairs if runs == 1 else self.rows[:, pairs].flatten()
+            grads = part.of(some).grads(self.sums.impl, self.workspace)
+            total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)).unflatten(0, (runs, -1)))
+            if mlp is not None:  # behind the layer's q, k and v, as in the graph
+                shape = (count + 1, *grads.shape[1:])
+                grads = self.workspace[: math.prod(shape)].view(shape)
+                grads[count] = mlp[some]
+            if receivers.start < receivers.stop:
+                before = slice(0, self.graph.senders_before(part.receivers.start))
+                self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
+        return torch.cat(total, 1).flatten(0, 1)
+
+    def add_exact(self, part: Channels, channels: slice) -> None:
+        delta = self.store.rows(part.at_read)[: self.graph.senders_before(part.receivers.start)]
+        block = exact_scores(part, channels, delta, self.sums.inner)
+        first = part.receivers.start - part.channels.start
+        place = (slice(0, len(delta)), slice(first + channels.start, first + channels.stop))
+        self.sums.add("scores", block, place, self.step.weight)
+
+    def add(
+        self,
+        grads: Tensor,
+        receivers: slice,
+        at_read: bool,
+        pairs: slice = slice(None),
+        senders: slice | None = None,
+    ) -> None:
+        """Contract some receivers' gradients with some senders, None for all that come before them."""
+        senders = senders or slice(0, self.graph.senders_before(receivers.start))
+        delta, sums = self.store.rows(at_read)[senders, pairs], self.sums
+        grads = over_steps(grads, 1, delta.shape[1])
+        block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
+        sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)

@@ -1,0 +1,61 @@
+"""Edges into q and k by the attention pattern that they would make, where first order would linearise the softmax.
+
+    score[s, a_l.h<q>] = Σ_t ⟨pattern(q(v + Δ_s), k) − pattern(q, k), ∂metric/∂pattern⟩        and <k> alike
+
+q(v + Δ_s) is the query that the head makes of its input with the edge's difference added, LayerNorm included. A query
+changes its own row of the pattern; the keys of an edge change together at all positions. What the pattern then does to
+the metric is first order. Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), section 3.1.1, there for nodes q and k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eapcore.attribution.plan import EXACT_CHUNK
+from eapcore.models.activations import accumulate_dtype
+from eapcore.models.attention import attention_pattern, project, with_past
+from eapcore.models.backward import Channels
+from eapcore.models.norm import normalise
+
+
+def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) -> Tensor:
+    """Scores of the edges from all senders in delta to a layer's q or k receivers.
+
+    Args:
+        part: what the backward pass made of the layer.
+        channels: all of its q heads, or all of its k heads.
+        delta: [S, B, T, D] the senders' differences, at the positions at which `part` is.
+        reduce: "all" or "pair".
+
+    Returns:
+        [S, H] or [B, S, H], in float32 at least.
+    """
+    model = part.model
+    queries = channels.start == 0
+    k, v = with_past(part.run.kv, part.past)
+    q = part.run.q.transpose(1, 2)  # [B, H, Q, K]
+    before = k.shape[2] - part.run.kv.shape[1]
+    pattern = attention_pattern(model, part.index, q, k, before, part.read)  # [B, H, Q, P + T]
+    d_pattern = (part.dz.transpose(1, 2) @ v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+    size = max(pattern.numel(), delta[0].numel())
+    scores = []
+    for some in delta.split(max(1, EXACT_CHUNK.get(model.device.type, 1 << 20) // size)):
+        changed = _activations(part, channels, some)  # [C, B, H, T, K]
+        if queries:
+            other = attention_pattern(model, part.index, changed, k, before, part.read)
+        else:
+            front = k[:, :, :before].expand(len(some), -1, -1, -1, -1)
+            keys = torch.cat([front, changed], 3)  # [C, B, H, P + T, K]
+            other = attention_pattern(model, part.index, q, keys, before, part.read)
+        scores.append(torch.einsum("cbhqt,bhqt->bch", other - pattern, d_pattern))
+    joined = torch.cat(scores, 1)  # [B, S, H]
+    return joined if reduce == "pair" else joined.sum(0)
+
+
+def _activations(part: Channels, channels: slice, delta: Tensor) -> Tensor:
+    """The channels' activations [C, B, H, T, K] where their input has delta [C, B, T, D] more."""
+    layer = part.model.weights.layers[part.index]
+    n, _ = normalise((part.norm_in.x + delta).flatten(0, 1), layer.ln1, part.model.config.eps)
+    act = project(layer, n, channels)  # [C·B, T, H, K]
+    return act.unflatten(0, delta.shape[:2]).transpose(2, 3)

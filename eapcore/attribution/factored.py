@@ -1,0 +1,135 @@
+"""Differences as factors that have no axis H beside D, contracted in chunks of tokens at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import eapcore.kernels as kernels
+from eapcore.attribution.methods import Pass
+from eapcore.attribution.sums import Sums, _at
+from eapcore.execution.batch import Window
+from eapcore.models.activations import LayerSaved, at_positions
+from eapcore.models.attention import channel_groups
+from eapcore.models.backward import Channels, Sink, backward
+from eapcore.models.matmul import product
+from eapcore.models.model import Model
+
+
+class FactoredStore:
+    """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly, so many token rows at a time."""
+
+    steps = False
+
+    def __init__(self, model: Model, window: Window, chunk: int | None = None) -> None:
+        self.model, self.read, self.chunk = model, window.read, chunk
+        config, (rows, tokens) = model.config, window.shape
+        like = model.weights.w_e
+        # Zero in the last layer but at the answer, where alone it is needed.
+        self.dz = like.new_zeros(config.n_layers, rows, tokens, config.n_heads, config.d_head)
+        self.mlp = None if config.attn_only else like.new_zeros(config.n_layers, rows, tokens, config.d_model)
+        self.embed = like.new_zeros(0)
+
+    def set_embed(self, delta: Tensor) -> None:
+        self.embed = delta
+
+    def set_heads(self, index: int, dz: Tensor) -> None:
+        self.dz[index][self._place(index)] = dz
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        assert self.mlp is not None
+        self.mlp[index][self._place(index)] = delta
+
+    def _place(self, index: int) -> Any:
+        """Where in [B, T] a layer's Δ belongs."""
+        if index < self.model.config.n_layers - 1:
+            return ...
+        return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
+
+    def moved(self, component: str) -> Tensor:
+        index = int(component[1:])
+        read = self.read if index == self.model.config.n_layers - 1 else None
+        if component[0] == "a":
+            dz = at_positions(self.dz[index], read)
+            return product(dz.flatten(2), self.model.weights.layers[index].w_o.flatten(0, 1))
+        assert self.mlp is not None
+        return at_positions(self.mlp[index], read)
+
+    def contract(
+        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+    ) -> None:
+        factors = _Factors(self.model, self.read, saved[-1].kv)
+        backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
+        w_o = [layer.w_o for layer in self.model.weights.layers]
+        for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
+            embed, mlp, dz = self.embed, self.mlp, self.dz
+            if at_read:
+                embed = at_positions(embed, self.read)
+                dz, mlp = _at(dz, self.read), None if mlp is None else _at(mlp, self.read)
+            senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
+            reduce = sums.reduction(at_read)
+            block = kernels.edge_scores_factored(
+                senders, receivers, mask=mask, reduce=reduce, chunk=self.chunk, impl=sums.impl
+            )
+            sums.add("scores", block, (), 1.0, at_read)
+            del receivers
+
+
+class _Factors(Sink):
+    """Keeps what the receivers' gradients are made of instead of making them; kv says how large they are.
+
+    What has a gradient only at the positions that are read, see `Graph.read_receivers`, is kept at these alone.
+    """
+
+    def __init__(self, model: Model, read: Tensor, kv: Tensor) -> None:
+        config = model.config
+        self.model, self.like = model, kv
+        self.tokens = {False: kv.shape[1], True: read.shape[1]}
+        # Of all layers but the last, and of the last at the positions read: [L, B, T, D] of which the rest stays zero.
+        self.mlp = {
+            at_read: None if config.attn_only else kv.new_zeros(config.n_layers, len(kv), tokens, config.d_model)
+            for at_read, tokens in self.tokens.items()
+        }
+        self.logits = kv.new_zeros(0)
+        self.layers: dict[bool, dict[int, tuple[Tensor, Tensor, kernels.Norm, list[Tensor]]]] = {False: {}, True: {}}
+
+    def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
+        mlp = self.mlp[at_read]
+        if receiver == self.model.graph.logits:
+            self.logits = grad
+        elif mlp is not None:
+            mlp[receiver // self.model.graph.receivers_per_layer] = grad
+
+    def channels(self, part: Channels) -> Tensor:
+        g, norm, groups = part.factors()
+        act, count = part.act, 3 * self.model.config.n_heads
+        missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
+        if any(channels.start < channels.stop for channels in missing):
+            g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))
+            before, behind = (channel_groups(self.model.weights.layers[part.index], channels) for channels in missing)
+            groups = [*before, *groups, *behind]
+        self.layers[part.at_read][part.index] = (g, act, norm, groups)
+        return part.total()
+
+    def receivers(self, at_read: bool) -> kernels.FactoredReceivers:
+        """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""
+        config, weights, layers = self.model.config, self.model.weights, self.layers[at_read]
+        channels, shape = slice(0, 3 * config.n_heads), (len(self.like), self.tokens[at_read])
+        nothing = self.like.new_zeros(1).expand(*shape, channels.stop, config.d_head)
+        for index, layer in enumerate(weights.layers):
+            layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(layer.w_qkv)))
+        ordered = [layers.pop(index) for index in range(config.n_layers)]
+        constants = [self.model.closed_form(index, channels) for index in range(config.n_layers)]
+        return kernels.FactoredReceivers(
+            g=[g.permute(2, 0, 1, 3) for g, _, _, _ in ordered],
+            act=[act.permute(2, 0, 1, 3) for _, act, _, _ in ordered],
+            weight=[groups for _, _, _, groups in ordered],
+            norms=[norm for _, _, norm, _ in ordered],
+            w_gamma=torch.stack([w for w, _ in constants]),
+            offset=torch.stack([o for _, o in constants]),
+            logits=self.logits if at_read else self.like.new_zeros(config.d_model).expand(*shape, config.d_model),
+            mlp=self.mlp[at_read],
+        )

@@ -1,0 +1,106 @@
+"""A batch of prompt pairs, where its senders' differences are kept, and how gradients meet them.
+
+A window is a batch cut to the positions where anything can differ and still be read. Its differences are kept either
+as the dense sender buffer, contracted with one layer's receivers at a time while the backward pass runs, or as factors
+that have no axis H beside D, contracted in chunks of tokens at the end, or with the residual stream's gradient behind
+each sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eapcore.attribution.methods import Pass
+from eapcore.execution.batch import Window
+from eapcore.models.activations import LayerSaved
+
+
+class Sums:
+    """A batch's scores by name, float64: as they are, for each pair [B, ..], or for each position from the first on
+    [T, ..].
+
+    absolute: a pair's scores are added to `total` as |score| at the end of every pass.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], window: Window, reduce: str, impl: str, *, absolute: bool = False
+    ) -> None:
+        self.reduce, self.impl, self.read, self.start = reduce, impl, window.pairs.positions, window.start
+        self.absolute, self.inner = absolute, "pair" if absolute else reduce
+        size = {"all": (), "pair": (len(window.pairs),), "position": (window.stop,)}[self.inner]
+        self.scores = {
+            name: torch.zeros((*size, *shape), dtype=torch.float64, device=self.read.device)
+            for name, shape in shapes.items()
+        }
+        self.total = {name: torch.zeros_like(x) for name, x in self.scores.items()} if absolute else {}
+
+    def reduction(self, at_read: bool) -> str:
+        """What a block is to be summed over; see `add`."""
+        return "pair" if self.inner == "position" and at_read else self.inner
+
+    def add(
+        self,
+        name: str,
+        block: Tensor,
+        place: tuple[Any, ...],
+        weight: float,
+        at_read: bool = False,
+        pairs: slice = slice(None),
+    ) -> None:
+        """Add a block that was summed over some of the pairs as `reduction` says, [.., *place], to the scores there."""
+        scores = self.scores[name][(..., *place)]
+        if self.inner == "position" and at_read:
+            scores.index_add_(0, self.read[pairs], block.double() * weight)
+        else:
+            here = {"all": slice(None), "pair": pairs, "position": slice(self.start, None)}[self.inner]
+            scores[here].add_(block, alpha=weight)
+
+    def end_pass(self) -> None:
+        for name in self.total:
+            self.total[name] += self.scores[name].abs()
+            self.scores[name].zero_()
+
+    def result(self) -> dict[str, Tensor]:
+        if not self.absolute:
+            return self.scores
+        return {name: x.sum(0) if self.reduce == "all" else x for name, x in self.total.items()}
+
+
+class Store(Protocol):
+    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them.
+
+    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
+    """
+
+    steps: bool
+
+    def set_embed(self, delta: Tensor) -> None:
+        """Δ of the embedding, [B, T, D]."""
+
+    def set_heads(self, index: int, dz: Tensor) -> None:
+        """Δ of a layer's mixtures of v, [B, Q, H, K]."""
+
+    def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
+        """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
+
+    def moved(self, component: str) -> Tensor:
+        """Δ of what all heads of a layer "a{l}" or its MLP "m{l}" send together, [B, T, D], of the last [B, Q, D]."""
+
+    def contract(
+        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+    ) -> None:
+        """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
+
+
+def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
+    """x [.., n·B, ..] of n runs of the same B = rows pairs, added up over the runs: [.., B, ..]."""
+    return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
+
+
+def _at(x: Tensor, read: Tensor) -> Tensor:
+    """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D]."""
+    return x[:, torch.arange(x.shape[1], device=x.device)[:, None], read]

@@ -1,0 +1,82 @@
+"""eapcore acdc"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eapcore.cli.inputs import _load_circuit, _load_scores, check_number, find_ablation, prepare
+from eapcore.cli.output import Progress, _runs, _table, _write, check_out, heading
+
+if TYPE_CHECKING:
+    from eapcore.graph.circuit import Circuit
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """What several searches found, the starts outermost."""
+
+    circuits: list[Circuit]
+
+    def save(self, path: Path) -> None:
+        from eapcore.graph.files import write_json
+
+        write_json(path, "sweep", self)
+
+
+def _acdc(args: argparse.Namespace) -> None:
+    from eapcore.search.acdc import acdc, prune_sweep
+
+    chosen, thresholds = args.top_n or args.score_threshold, args.threshold
+    if (args.scores is None) != (chosen is None):
+        raise ValueError("--scores goes together with --top-n or --score-threshold: which edges of which file")
+    for threshold in thresholds:
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold:g}")
+    single = len(thresholds) == 1 and len(chosen or [1]) == 1
+    args.out = args.out or Path("circuit.json" if single else "sweep.json")
+    check_out(args)
+    model, pairs, metric = prepare(args)
+    start, scores = _load_circuit(args, "circuit", model), None
+    sizes = [model.graph.n_edges if start is None else start.n_edges]
+    if args.scores is not None:
+        scores = _load_scores(args.scores, model)
+        sizes = args.top_n or [scores.threshold(x).n_edges for x in chosen]
+    for asked, size in zip(chosen or [], sizes, strict=False):
+        check_number("--top-n", size, model)
+        if not size:
+            raise ValueError(f"--score-threshold {asked:g} leaves no edge to start from")
+    options = {"order": args.order, **find_ablation(args, model), "batch_size": args.batch_size}
+    began, total = time.perf_counter(), sum(sizes) * len(thresholds)
+    found: list[Circuit] = []
+    if scores is not None:
+        options |= {"score_thresholds": args.score_threshold}
+        with Progress("searching", total, "edge") as progress:
+            found = prune_sweep(model, pairs, scores, args.top_n, thresholds, metric, progress=progress, **options)
+    for threshold in thresholds if scores is None else ():
+        with Progress(f"searching at {threshold:g}", sizes[0], "edge") as progress:
+            found.append(acdc(model, pairs, metric, threshold=threshold, start=start, progress=progress, **options))
+    seconds = time.perf_counter() - began
+    print(heading(model, pairs, metric))
+    counts = {key: sum(c.meta["forwards"][key] for c in found) for key in ("decided", "evaluated", "launches")}
+    print(
+        f"searched {total} edges in {seconds:.2f} s: {counts['decided']} decided by a forward, {counts['evaluated']} "
+        f"run in {counts['launches']} launches"
+    )
+    if not single:
+        rows = [
+            (start, threshold, c.n_edges, c.prune().n_edges, c.meta["metric"]["circuit"])
+            for c, (start, threshold) in zip(found, product(sizes, thresholds), strict=True)
+        ]
+        print(_table(("start", "threshold", "edges", "connected", metric), rows))
+        _write(_Sweep(found), args.out)
+        return
+    (circuit,) = found
+    values = circuit.meta["metric"]
+    print(f"circuit  {circuit.n_edges} edges; {circuit.prune().n_edges} connect embed to the logits")
+    print(_runs(args, metric, {name: values[name] for name in ("clean", "circuit", "corrupt")}))
+    _write(circuit, args.out)

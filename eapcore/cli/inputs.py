@@ -1,0 +1,180 @@
+"""What the commands' options name: models, prompts, circuits, scores."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eapcore.cli.output import Progress
+
+if TYPE_CHECKING:
+    from eapcore.graph.circuit import Circuit
+    from eapcore.graph.scores import EdgeScores, NodeScores
+    from eapcore.models.model import Model
+    from eapcore.tasks import PromptPairs
+
+
+METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+
+
+def load_model(args: argparse.Namespace, source: str) -> Model:
+    import torch
+
+    from eapcore.models.load import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
+    """The model, the prompt pairs and the metric that the shared options name."""
+    from eapcore.tasks import TASKS, find_pairs
+
+    task = args.task
+    if task is None:
+        if args.model not in TASKS:
+            raise ValueError(
+                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl or .csv file"
+            )
+        task = args.model
+    model = load_model(args, args.model)
+    encode = None if task in TASKS else find_encoder(args, model)
+    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=encode)
+    return model, pairs, args.metric or (TASKS[task].metric if task in TASKS else "logit_diff")
+
+
+def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list[int]] | None:
+    """The tokenizer that was named, the toy's own, that of the model's folder, or that of its repository on the Hub."""
+    from eapcore.tasks import TASKS
+    from eapcore.tasks.text import encoder
+    from eapcore.weights import fetch_tokenizer
+
+    if args.tokenizer is not None:
+        named = encoder(args.tokenizer)
+        if named is None:
+            raise ValueError(
+                f"--tokenizer must be a folder with tokenizer.json or vocab.json and merges.txt, got {args.tokenizer}"
+            )
+        return named
+    if model.name in TASKS:
+        return TASKS[model.name].encode
+    own = model.folder
+    if own is None:
+        return None
+    found = encoder(own)
+    if found is not None or Path(args.model).expanduser().is_dir():
+        return found
+    later: list[Callable[[str], list[int]]] = []
+
+    def encode(text: str) -> list[int]:  # a file of token ids needs no tokenizer, and no network
+        if not later:
+            folder = fetch_tokenizer(model.name, own)
+            fetched = None if folder is None else encoder(folder)
+            if fetched is None:
+                raise ValueError(
+                    f"{model.name} on the Hub has no tokenizer.json: give token ids, or --tokenizer FOLDER"
+                )
+            later.append(fetched)
+        return later[0](text)
+
+    return encode
+
+
+def find_ablation(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """The keywords `ablation` and `reference` that the options name."""
+    from eapcore.tasks import TASKS, find_pairs
+
+    task = args.reference_task
+    if task is None:
+        return {"ablation": args.ablation}
+    encode = None if task in TASKS else find_encoder(args, model)
+    return {"ablation": args.ablation, "reference": find_pairs(task, n=args.n, seed=args.seed, encode=encode)}
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the method's options that were given, as keywords of `attribute`."""
+    from eapcore.models.backward_rules import Rules
+
+    found = {name: value for name in METHOD if (value := getattr(args, name)) is not None}
+    return {**found, "rules": Rules(**found["rules"])} if "rules" in found else found
+
+
+def score(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any]
+) -> EdgeScores | NodeScores:
+    """First-order scores by the method's options, and by other keywords of `attribute`."""
+    from eapcore.attribution.attribute import attribute
+
+    with Progress("scoring", len(pairs)) as progress:
+        options = {**method_options(args), **how, "batch_size": args.batch_size, "progress": progress}
+        return attribute(model, pairs, metric, **options)
+
+
+def given(args: argparse.Namespace, *names: str) -> str:
+    """Those of some options without a default that were given, as they are written: "--top-n, --resume"."""
+    found = [name for name in names if getattr(args, name)]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+
+
+def check_number(option: str, number: int | None, model: Model, what: str = "edges") -> None:
+    """Refuse more edges, or senders, than the model has."""
+    most = model.graph.n_edges if what == "edges" else model.graph.n_senders
+    if number is not None and number > most:
+        raise ValueError(f"{option} must be at most the {most} {what} of {model.name}, got {number}")
+
+
+def _selection(args: argparse.Namespace, model: Model) -> Circuit | None:
+    """The circuit that --circuit, or --scores and --top-n name; None is all edges."""
+    if (args.scores is None) != (args.top_n is None):
+        raise ValueError("--scores and --top-n go together: which edges of which file")
+    check_number("--top-n", args.top_n, model)
+    if args.circuit is not None:
+        return _load_circuit(args, "circuit", model)
+    return None if args.scores is None else _load_scores(args.scores, model).top_n(args.top_n)
+
+
+def _load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
+    """The circuit whose file an option names, if it is one of the model's graph, and not empty."""
+    from eapcore.graph.circuit import Circuit
+
+    path = getattr(args, option)
+    if path is None:
+        return None
+    circuit = Circuit.load(path)
+    if circuit.graph != model.graph:
+        raise ValueError(
+            f"--{option.replace('_', '-')} must be a circuit of {model.name}, {model.graph}, but {path} is one of "
+            f"{circuit.graph}"
+        )
+    if not circuit.n_edges:
+        raise ValueError(f"--{option.replace('_', '-')} must have edges, but the circuit in {path} has none")
+    return circuit
+
+
+def _top(args: argparse.Namespace, model: Model) -> int:
+    """--top-n where it has a default."""
+    check_number("--top-n", args.top_n, model)
+    return args.top_n or min(50, model.graph.n_edges)
+
+
+def _load_scores(path: Path, model: Model) -> EdgeScores:
+    from eapcore.graph.scores import EdgeScores
+
+    return EdgeScores.load(path, content_hash=model.content_hash)
+
+
+def _find_scores(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any], reduce: str = "all"
+) -> EdgeScores:
+    """The score file that --scores names, or scores by the method's options."""
+    from eapcore.graph.scores import EdgeScores
+
+    if args.scores is None:
+        found = score(args, model, pairs, metric, {**how, "reduce": reduce})
+        assert isinstance(found, EdgeScores)
+        return found
+    if options := given(args, *METHOD):
+        raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
+    return _load_scores(args.scores, model)

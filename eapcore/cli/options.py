@@ -1,0 +1,311 @@
+"""What the commands share: the options that say what runs on what, how they are read, and what is printed of it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from eapcore.cli.acdc import _acdc
+from eapcore.cli.evaluate import _evaluate
+from eapcore.cli.patch import _patch
+from eapcore.cli.path import _names, _path
+from eapcore.cli.verify import _verify
+
+_DEFAULT_MODEL = "toy-ioi"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every option with its default, except where the help text states it or it is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        off = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if off or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, logit_diff for a file") -> None:
+    """The options for model, task and metric, and where and how they run; metric says which is the default."""
+    parser.add_argument(
+        "--model",
+        default=_DEFAULT_MODEL,
+        metavar="MODEL",
+        help="toy-ioi, toy-induction, a folder with config.json and weights, or a Hub id such as gpt2",
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (default: a pinned one)")
+    parser.add_argument(
+        "--task",
+        metavar="TASK",
+        help="toy-ioi, toy-induction, sort, or a .jsonl or .csv file of clean, corrupt, answer, wrong, as text or as "
+        "token ids (default: the toy model's own task)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="folder with tokenizer.json (default: the model's own folder)"
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="METRIC",
+        help=f"logit_diff, prob_diff, logit_margin, nll or kl (default: {metric})",
+    )
+    parser.add_argument("--n", type=positive, metavar="N", help="prompt pairs (default: 64, or all of a file)")
+    parser.add_argument("--seed", type=integer, default=0, help="of the prompt pairs that are drawn")
+    parser.add_argument(
+        "--batch-size", type=batch_size, default="auto", metavar="B", help="pairs at a time, or auto by memory"
+    )
+    add_placement(parser)
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", help="float64, float32, bfloat16 or float16 (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """The options that say how edges are scored; `score` reads them."""
+    parser.add_argument(
+        "--method",
+        metavar="METHOD",
+        help="eap, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop or atp-star (default: eap)",
+    )
+    parser.add_argument("--gradient-at", metavar="RUN", help="of eap: clean or corrupt (default: clean)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="M",
+        help="of integrated gradients: points from corrupt to clean (default: 4 for eap-ig, 5 for eap-ig-activations)",
+    )
+    parser.add_argument(
+        "--points",
+        type=points,
+        metavar="POINTS",
+        help="of the same: left, right, midpoint, gauss, or your own as POINT:WEIGHT, corrupt 0 to clean 1, e.g. "
+        "0.5:0.5,1:0.5 (default: gauss for eap-ig, right for eap-ig-activations)",
+    )
+    parser.add_argument(
+        "--rules",
+        type=rules,
+        metavar="RULES",
+        help="of relp: norm=frozen, activation=identity, attention=frozen, some of them with commas in between, the "
+        "others by their gradient (default: all three)",
+    )
+    parser.add_argument(
+        "--storage", metavar="HOW", help="dense, or factored: less memory for large models (default: auto)"
+    )
+    parser.add_argument("--impl", metavar="IMPL", help="kernels: reference, cpp or triton (default: auto)")
+
+
+def add_ablation(parser: argparse.ArgumentParser) -> None:
+    """The options that say what an ablated edge carries; `find_ablation` reads them."""
+    parser.add_argument("--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean or mean-positional")
+    parser.add_argument(
+        "--reference-task", metavar="TASK", help="whose prompts a mean is taken over (default: the task itself)"
+    )
+
+
+def at_least(text: str, least: int, form: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
+    return value
+
+
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    return at_least(text, 1, "an integer of at least 1")
+
+
+def at_least_two(text: str) -> int:
+    return at_least(text, 2, "an integer of at least 2")
+
+
+def count(text: str) -> int:
+    return at_least(text, 0, "an integer of at least 0")
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else at_least(text, 1, "auto or an integer of at least 1")
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def points(text: str) -> str | list[tuple[float, float]]:
+    """A rule's name, or (α, weight) of each point."""
+    if ":" not in text:
+        return text
+    try:
+        found = [(float(at), float(weight)) for at, weight in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(x) for pair in found for x in pair):
+        raise argparse.ArgumentTypeError(f"must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got {text!r}")
+    return found
+
+
+def rules(text: str) -> dict[str, str]:
+    """The fields of `rules.Rules`, from norm=frozen,activation=identity,…"""
+    found = dict.fromkeys(("norm", "activation", "attention"), "")
+    for part in text.split(","):
+        name, _, rule = (word.strip() for word in part.partition("="))
+        if found.get(name) != "" or rule not in ("gradient", "identity" if name == "activation" else "frozen"):
+            raise argparse.ArgumentTypeError(
+                f"must be some of norm=frozen, activation=identity and attention=frozen, with commas in between (or "
+                f"gradient in their place), got {text!r}"
+            )
+        found[name] = rule
+    return {name: rule for name, rule in found.items() if rule}
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an option that takes one or more, with commas in between."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+_RULE = "trapezoid, lower (steps), upper (steps) or pareto"
+_TOP = "(default: 50, or all edges of a smaller graph)"
+
+
+class _Command(Protocol):
+    def __call__(
+        self, name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser: ...
+
+
+def add_commands(command: _Command) -> None:
+    """Add the commands, each made by `command(name, function, text)`."""
+    patch = command("patch", _patch, "Measure what corrupting each edge, or node, really does to the metric.")
+    acdc = command("acdc", _acdc, "Search for a circuit by exact patching from the logits back.")
+    path = command("path", _path, "Patch along chosen paths and measure the metric.")
+    evaluate = command(
+        "evaluate", _evaluate, "Judge edge scores: faithfulness over sizes, CPR and CMD, ROC, a circuit."
+    )
+    verify = command("verify", _verify, "Patch the edges that a method ranks highest, and say how far it was right.")
+    for sub in (patch, acdc, path, evaluate, verify):
+        add_task(sub, metric="kl" if sub is acdc else "the task's own, logit_diff for a file")
+        add_ablation(sub)
+    for sub, what in ((patch, "the edges"), (acdc, "where the search starts")):
+        group = sub.add_mutually_exclusive_group()
+        group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
+        group.add_argument(
+            "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
+        )
+    for sub in (evaluate, verify):
+        sub.add_argument(
+            "--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)"
+        )
+        add_method(sub)
+
+    patch.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
+    patch.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
+    patch.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
+    patch.add_argument("--show", type=count, default=15, metavar="N", help="how many of the largest effects to print")
+    patch.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep what is done in this file, and go on from it (default: off)"
+    )
+    patch.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: effects.safetensors, with --nodes effects.json)",
+    )
+
+    acdc.set_defaults(metric="kl")
+    sizes = acdc.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--top-n", type=several(positive), metavar="N,…", help="with --scores: how many edges (default: none)"
+    )
+    sizes.add_argument(
+        "--score-threshold",
+        type=several(number),
+        metavar="X,…",
+        help="with --scores, instead: all edges with |score| at least X (default: none)",
+    )
+    acdc.add_argument(
+        "--threshold",
+        type=several(number),
+        required=True,
+        metavar="X,…",
+        help="an edge goes where its loss is less than X; of several starts or thresholds each with each is searched",
+    )
+    acdc.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
+    acdc.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the circuit file to write, of several searches a .json of them all (default: circuit.json, of several "
+        "sweep.json)",
+    )
+
+    path.add_argument(
+        "--path",
+        action="append",
+        metavar="PATH",
+        help="e.g. 'a0.h1->a1.h0<q>->logits'; may be given again (default: by --senders and --receivers)",
+    )
+    path.add_argument("--senders", type=_names, metavar="A,B", help="instead: from these senders … (default: none)")
+    path.add_argument(
+        "--receivers", type=_names, metavar="A,B", help="… to these receivers, and on from there (default: none)"
+    )
+    path.add_argument(
+        "--through", type=_names, metavar="A,B", help="components that may lie in between (default: none)"
+    )
+    _add_out(path, "path.json", "the file to write")
+
+    evaluate.add_argument(
+        "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
+    )
+    evaluate.add_argument(
+        "--true-circuit", type=Path, metavar="FILE", help="also the ROC against this circuit's edges (default: none)"
+    )
+    evaluate.add_argument(
+        "--true-top",
+        type=positive,
+        metavar="N",
+        help="also the ROC against exact patching's top N edges (default: off)",
+    )
+    evaluate.add_argument("--rule", metavar="RULE", help=f"of the ROC's area: {_RULE} (default: trapezoid)")
+    evaluate.add_argument("--selection", default="top_n", metavar="HOW", help="top_n, or greedy from the logits back")
+    evaluate.add_argument(
+        "--bootstrap",
+        type=at_least_two,
+        metavar="N",
+        help="also draw the prompts again N times, for the scores' stability (default: off)",
+    )
+    evaluate.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {_TOP}")
+    _add_out(evaluate, "evaluation.json", "the file to write")
+
+    verify.add_argument("--top-n", type=positive, metavar="N", help=f"how many edges to patch {_TOP}")
+    verify.add_argument(
+        "--curve",
+        action="append",
+        metavar="EDGE",
+        help="also the metric on the way from clean to corrupt at this edge; may be given again (default: none)",
+    )
+    verify.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
+    verify.add_argument("--resume", type=Path, metavar="FILE", help="as for patch (default: off)")
+    _add_out(verify, "verification.json", "the file to write")
+
+
+def _add_out(parser: argparse.ArgumentParser, default: str, text: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help=text)

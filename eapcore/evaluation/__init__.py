@@ -1,0 +1,1 @@
+"""Judging scores and circuits: faithfulness, completeness, ROC, agreement, stability, exact effects."""

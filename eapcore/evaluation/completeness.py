@@ -1,0 +1,149 @@
+"""What a circuit lacks, and which of its edges it could do without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eapcore.execution.progress import Progress
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import write_json
+from eapcore.graph.scores import EdgeScores, sign_text
+from eapcore.models.model import Model
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.record import Question
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import Metric
+
+# Completeness and minimality
+
+
+@dataclass(frozen=True, slots=True)
+class Completeness:
+    """The metric's mean without some edges K: [n] of the circuit, [n] of the whole model, and their gap in absolute
+    value. A complete circuit has small gaps for every K."""
+
+    removed: list[str]
+    circuit: list[float]
+    model: list[float]
+    gap: list[float]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, "completeness", self)
+
+
+def completeness(
+    model: Model,
+    task: PromptPairs,
+    metric: str | Metric,
+    circuit: Circuit,
+    *,
+    n_random: int = 10,
+    seed: int = 0,
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> Completeness:
+    """Take the same edges K out of the circuit and out of the whole model, and compare what is left.
+
+        gap(K) = |m(circuit ∖ K) − m(model ∖ K)|
+
+    K is nothing; for each component of the circuit all that it reads and sends; and random halves of the circuit's
+    edges.
+
+    Args:
+        model, task, metric, ablation, reference, batch_size, progress: as `faithfulness`.
+        circuit: of the model's graph, with at least one edge.
+        n_random: how many random halves.
+        seed: of their draw.
+
+    Raises:
+        ValueError: an empty circuit, or one of another graph.
+
+    Source: Wang et al. 2022, section 4.1.
+    """
+    _check_circuit(model, circuit)
+    graph = model.graph
+    full, mask = graph.edge_mask(), circuit.mask
+    removed = {"nothing": torch.zeros_like(mask)}
+    for r in range(graph.n_receivers):
+        component = graph.component(r)
+        if component is not None and bool(mask[:, r].any() | mask[component].any()):
+            name = graph.sender_names[component]
+            removed.setdefault(name, torch.zeros_like(mask))[:, r] = True
+            removed[name][component] = True
+    generator = torch.Generator().manual_seed(seed)
+    edges = mask.flatten().nonzero().squeeze(1)
+    for i in range(n_random):
+        chosen = torch.zeros(mask.numel(), dtype=torch.bool, device="cpu")
+        chosen[edges[torch.randperm(len(edges), generator=generator, device="cpu")[: len(edges) // 2]]] = True
+        removed[f"random half {i}"] = chosen.view_as(mask)
+    circuits = [Circuit(base & ~k, graph) for k in removed.values() for base in (mask, full)]
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    values = metric_on(model, task, metric, circuits, progress=progress, **options)
+    inside, whole = values[::2], values[1::2]
+    question = Question.of(model, task, metric, ablation, reference)
+    method = {"name": "completeness", "n_random": n_random, "seed": seed, "ablation": question.ablation}
+    sign = "gap = |circuit − model|, both without the same edges; 0 = the circuit lacks nothing that they do"
+    meta = {**question.describe(), "sign": sign, "method": method, "circuit": dict(circuit.meta)}
+    return Completeness(list(removed), inside, whole, [abs(a - b) for a, b in zip(inside, whole, strict=True)], meta)
+
+
+def minimality(
+    model: Model,
+    task: PromptPairs,
+    metric: str | Metric,
+    circuit: Circuit,
+    *,
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> EdgeScores:
+    """What each edge of a circuit does for it: the change of the metric when it alone is taken out.
+
+        score[s, r] = m(circuit ∖ (s, r)) − m(circuit)
+
+    A circuit is minimal where every one is clearly negative; edges near 0 could go. Arguments as `completeness`.
+
+    Returns:
+        EdgeScores, 0 outside the circuit.
+
+    Raises:
+        ValueError: an empty circuit, or one of another graph.
+
+    Source: Wang et al. 2022, section 4.2, at the level of edges.
+    """
+    _check_circuit(model, circuit)
+    graph, edges = model.graph, circuit.mask.nonzero()
+    without = []
+    for s, r in edges.tolist():
+        mask = circuit.mask.clone()
+        mask[s, r] = False
+        without.append(Circuit(mask, graph))
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    whole, *values = metric_on(model, task, metric, [circuit, *without], progress=progress, **options)
+    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64, device="cpu")
+    scores[edges[:, 0], edges[:, 1]] = torch.tensor(values, dtype=torch.float64, device="cpu") - whole
+    question = Question.of(model, task, metric, ablation, reference)
+    meta = {
+        **question.describe(),
+        "sign": sign_text("score", "measured", "the edge alone is taken out of the circuit"),
+        "metric": {"name": question.metric_name, "circuit": whole},
+        "method": {"name": "minimality", "exact": True, "ablation": question.ablation, "edges": circuit.edges},
+        "circuit": dict(circuit.meta),
+    }
+    return EdgeScores(scores, graph, meta)
+
+
+def _check_circuit(model: Model, circuit: Circuit) -> None:
+    if circuit.graph != model.graph:
+        raise ValueError(f"the circuit must belong to {model.graph}, got one of {circuit.graph}")
+    if not circuit.n_edges:
+        raise ValueError("the circuit has no edges: there is nothing to judge")

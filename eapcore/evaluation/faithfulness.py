@@ -1,0 +1,197 @@
+"""Judging scores and circuits by running the model: faithfulness, completeness, minimality, exact effects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eapcore.evaluation.agreement import RANKINGS, check_scores
+from eapcore.evaluation.roc import area
+from eapcore.execution.progress import Progress
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import write_json
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.model import Model
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.record import Question
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import Metric
+
+MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SELECTIONS = ("top_n", "greedy")
+_FAITHFUL = (
+    "faithfulness = (value − ablated) / (clean − ablated), 1 = as the model, 0 = as the model with every edge ablated; "
+    "cpr: higher = better; cmd: lower = better"
+)
+
+
+# Faithfulness
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Faithfulness over circuit sizes.
+
+    fractions: [P] of all edges, as asked for. sizes: [P] edges chosen. values: [P] the metric's mean. faithfulness: [P]
+    (value − ablated) / (clean − ablated). cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
+    trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
+    which there is no area.
+    """
+
+    fractions: list[float]
+    sizes: list[int]
+    values: list[float]
+    faithfulness: list[float]
+    clean: float
+    ablated: float
+    cpr: float
+    cmd: float
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, "faithfulness", self)
+
+
+def faithfulness(
+    model: Model,
+    task: PromptPairs,
+    metric: str | Metric,
+    scores: EdgeScores,
+    *,
+    sizes: Sequence[float | int] = MIB_FRACTIONS,
+    ranking: str = "absolute",
+    selection: str = "top_n",
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> Curve:
+    """How much of the metric the circuits of several sizes keep, all sizes in one forward.
+
+        f(circuit) = (m(circuit) − m(ablated)) / (m(model) − m(ablated)),  m = mean of the metric over the pairs
+        CPR = ∫ f dx,  CMD = ∫ |1 − f| dx,  x = fraction of the edges
+
+    Args:
+        model, task, metric: what is judged. Higher is better.
+        scores: of the model's edges.
+        sizes: fractions of all edges (floats, rounded down to whole edges) or numbers of edges (integers), ascending.
+        ranking: "absolute" by |score|, "signed" by usefulness −score.
+        selection: "top_n", or "greedy" from the logits back.
+        ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `patch.run_circuit`. It
+            may be another than that of the scores, which only rank; the result's `meta["method"]` names both.
+        batch_size: pairs at a time.
+        progress: called with (runs done, runs in all), one for each circuit and pair.
+
+    Returns:
+        Curve. By the MIB benchmark's convention CPR is read from the signed and CMD from the absolute ranking, see
+        `mib`; the axis is linear and nothing is added between 0 and the first fraction.
+
+    Raises:
+        ValueError: scores of another graph; sizes outside the graph or not ascending; an unknown ranking or selection;
+            a metric that the ablation does not change.
+
+    Source: Mueller et al. 2025 (MIB), section 4.
+    """
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    return _curves(model, task, metric, scores, sizes, [ranking], selection, progress=progress, **options)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Mib:
+    """The MIB benchmark's two numbers, CPR from the edges by usefulness and CMD from the edges by |score|, and their
+    curves."""
+
+    cpr: float
+    cmd: float
+    signed: Curve
+    absolute: Curve
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, "mib", self)
+
+
+def mib(
+    model: Model,
+    task: PromptPairs,
+    metric: str | Metric,
+    scores: EdgeScores,
+    *,
+    sizes: Sequence[float | int] = MIB_FRACTIONS,
+    selection: str = "top_n",
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> Mib:
+    """CPR (higher is better) and CMD (lower is better) at MIB's ten sizes; arguments as `faithfulness`."""
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    rankings = ["signed", "absolute"]
+    curves = _curves(model, task, metric, scores, sizes, rankings, selection, progress=progress, **options)
+    return Mib(curves[0].cpr, curves[1].cmd, *curves)
+
+
+def _curves(
+    model: Model,
+    task: PromptPairs,
+    metric: str | Metric,
+    scores: EdgeScores,
+    sizes: Sequence[float | int],
+    rankings: list[str],
+    selection: str,
+    *,
+    ablation: str,
+    reference: PromptPairs | None,
+    batch_size: int | str,
+    progress: Progress | None,
+) -> list[Curve]:
+    graph = model.graph
+    check_scores(scores, model.graph)
+    for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
+        if value not in known:
+            raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")
+    fractions, counts = _sizes(sizes, graph.n_edges)
+    pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
+    circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
+    ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    clean, ablated, *values = metric_on(model, task, metric, [*ends, *circuits], progress=progress, **options)
+    if clean == ablated:
+        raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
+    question = Question.of(model, task, metric, ablation, reference)
+    described = question.describe()
+    curves = []
+    for i, ranking in enumerate(rankings):
+        mine = slice(i * len(counts), (i + 1) * len(counts))
+        f = [(value - ablated) / (clean - ablated) for value in values[mine]]
+        gap = [abs(1 - x) for x in f]
+        method = {"name": "faithfulness", "ranking": ranking, "selection": selection, "area": "trapezoid, linear axis"}
+        carried = {"ablation": question.ablation, "ablation_of_scores": _ablation_of(scores)}
+        meta = {**described, "sign": _FAITHFUL, "method": {**method, **carried}, "scores": dict(scores.meta)}
+        sizes_found = [c.n_edges for c in circuits[mine]]
+        cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
+        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta))
+    return curves
+
+
+def _sizes(sizes: Sequence[float | int], n_edges: int) -> tuple[list[float], list[int]]:
+    """Fractions and numbers of edges from a mixture of both, checked."""
+    given = sizes if isinstance(sizes, Sequence) else ()
+    known = all(isinstance(x, float | int) and not isinstance(x, bool) and math.isfinite(x) for x in given)
+    fractions = [x if isinstance(x, float) else x / n_edges for x in given] if known else []
+    if not fractions or fractions[0] < 0 or fractions[-1] > 1 or sorted(fractions) != fractions:
+        raise ValueError(
+            f"sizes must ascend from 0 to at most the {n_edges} edges, as fractions (floats) or numbers of edges "
+            f"(integers), got {sizes!r}"
+        )
+    return fractions, [int(x * n_edges) if isinstance(x, float) else x for x in given]
+
+
+def _ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
+    """What an edge carried when scores were made; None where they do not say."""
+    found = (scores.meta.get("method") or {}).get("ablation")
+    return None if found is None else dict(found)

@@ -1,0 +1,124 @@
+"""Screen, then measure: the edges that scores rank highest, patched exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.agreement import RANKINGS, Agreement, agreement, check_scores
+from eapcore.evaluation.faithfulness import _ablation_of
+from eapcore.execution.experiment import Task, as_pairs
+from eapcore.execution.progress import Count, Progress
+from eapcore.graph.files import write_json
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.model import Model
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.interpolate import CURVE_POINTS, Interpolation, interpolate
+from eapcore.patching.record import Question
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import Metric
+
+# Agreement with exact patching
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Exact effects of the edges that a method ranks highest.
+
+    edges, estimates, effects: [n], from the most important down. agreement: over these edges. worst: the edges where
+    the two differ most, (edge, estimate, effect). exact: the effects as EdgeScores. curves: where they were asked for,
+    the way of single edges from clean to corrupt.
+    """
+
+    edges: list[str]
+    estimates: list[float]
+    effects: list[float]
+    agreement: Agreement
+    worst: list[tuple[str, float, float]]
+    exact: EdgeScores
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    curves: Sequence[Interpolation] = ()
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, "verification", self)
+
+
+def verify(
+    model: Model,
+    task: Task,
+    metric: str | Metric = "logit_diff",
+    scores: EdgeScores | None = None,
+    n: int | None = None,
+    *,
+    ranking: str = "absolute",
+    n_worst: int = 10,
+    curves: Sequence[str] = (),
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    **screening: Any,
+) -> Verification:
+    """Screen, then measure: patch the n edges that the scores rank highest exactly, and say how far they were right.
+
+    Args:
+        model, task, metric, ablation, reference, batch_size, resume: as `patch_edges`.
+        scores: of all edges, from any method; None makes them by `attribute`.
+        n: how many edges to patch; None is 50, or all of a smaller graph.
+        ranking: "absolute" by |score|, "signed" by −score.
+        n_worst: how many of the largest disagreements to name.
+        curves: edges to follow from clean to corrupt, beside the line of their score, see `interpolate`.
+        progress: called with (runs done, runs in all), one for each pair and each edge that is patched, each of a
+            curve's points, and the scores where they are made here.
+        screening: where no scores are given, `method` and all other options of `attribute`.
+
+    Raises:
+        ValueError: scores of another model, metric, ablation or graph; n outside 1..n_edges; as `patch_edges`.
+    """
+    if ranking not in RANKINGS:
+        raise ValueError(f"ranking must be {' or '.join(RANKINGS)}, got {ranking!r}")
+    n = min(50, model.graph.n_edges) if n is None else n
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= model.graph.n_edges:
+        raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n!r}")
+    for edge in curves:
+        model.graph.edge(edge)  # an unknown name is refused before the work
+    n_pairs, made_here = len(as_pairs(task)), scores is None
+    count = Count(progress, n_pairs * (n + CURVE_POINTS * len(curves) + made_here))
+    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
+    if scores is None:
+        scores = attribute(model, task, metric, progress=count.stage(n_pairs), **options, **screening)
+    elif screening:
+        raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
+    check_scores(scores, model.graph)
+    made = scores.meta.get("model") or {}
+    if made.get("content_hash", model.content_hash) != model.content_hash:
+        raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")
+    question = Question.of(model, task, metric, ablation, reference)
+    scored = (scores.meta.get("metric") or {}).get("name", question.metric_name)
+    if scored != question.metric_name:
+        raise ValueError(
+            f"the scores estimate the metric {scored}, but {question.metric_name} was to be measured: use the same"
+        )
+    if _ablation_of(scores) not in (None, question.ablation):
+        raise ValueError(
+            f"the scores estimate the ablation {_ablation_of(scores)}, but {question.ablation} was to be measured: use "
+            "the same"
+        )
+    chosen = scores.top_n(n, signed=ranking == "signed")
+    exact = patch_edges(model, task, metric, chosen, progress=count.stage(n * n_pairs), resume=resume, **options)
+    followed = []
+    for edge in curves:
+        stage = count.stage(CURVE_POINTS * n_pairs)
+        followed.append(interpolate(model, task, metric, edge, score=scores[edge], progress=stage, **options))
+    names = [edge for edge, _ in scores.top(n, signed=ranking == "signed")]
+    rows = [(edge, scores[edge], exact[edge]) for edge in names]
+    worst = sorted(rows, key=lambda row: -abs(row[1] - row[2]))[:n_worst]
+    meta = {"sign": exact.meta["sign"], "scores": dict(scores.meta), "n": n, "ranking": ranking}
+    compared = agreement(scores, exact, chosen.mask)
+    return Verification(
+        names, [row[1] for row in rows], [row[2] for row in rows], compared, worst, exact, meta, followed
+    )

@@ -1,0 +1,116 @@
+"""Batches of one shape recorded as a CUDA graph and replayed: small kernels take less time than their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from eapcore.execution.batch import Window
+from eapcore.execution.prefetch import Tensors, _log, tensors, with_tensors
+
+_MOST = 16  # shapes that are recorded: each keeps its results
+# Windows of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model,
+# and to record it twice that: 2 replays pay for it where the device needs no time at all, and 4 where it needs half of
+# the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
+# to the driver, which later batches ask for it again, and makes a graph of what was launched.
+_WORTH = 16
+Work = Callable[[Tensors], Tensors]
+
+
+class Recorder(Protocol):
+    """Records work on tensors of one shape: the result does it again on others, and returns the same results anew.
+
+    What it returns is overwritten by the next replay of any recording.
+    """
+
+    def capture(self, work: Work, given: Tensors) -> Work: ...
+
+
+class CudaRecorder:
+    """CUDA graphs whose memory is one pool: they run one after the other, and what they keep is read in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Memory of a pool goes back to the stream that it was taken on: recordings share it on one stream alone.
+        self.device, self.pool, self.side = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def capture(self, work: Work, given: Tensors) -> Work:
+        held = [x.clone() for x in given]
+        with torch.cuda.device(self.device):
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            try:
+                with torch.cuda.stream(self.side):  # libraries make their workspaces for a stream at its first use
+                    work(held)
+                main.wait_stream(self.side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                    results = work(held)
+            finally:
+                torch.cuda.set_stream(main)  # `torch.cuda.graph` stays on the other where ending the capture fails
+
+        def replay(given: Tensors) -> Tensors:
+            for to, x in zip(held, given, strict=True):
+                to.copy_(x, non_blocking=True)
+            graph.replay()
+            return results
+
+        return replay
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """What records on a device; None where there is nothing to gain."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Replays:
+    """Runs work on windows: as it is the first time that a shape comes, recorded and replayed from the second on.
+
+    Args:
+        by: None to run everything as it is.
+        strict: record every shape that comes again, and raise what goes wrong. Else only shapes that come often enough
+            to gain. There, and where the memory does not suffice, work goes on without, and a warning is logged.
+    """
+
+    def __init__(self, by: Recorder | None, *, strict: bool) -> None:
+        self.by, self.strict = by, strict
+        self.seen: set[object] = set()
+        self.recorded: dict[object, Work] = {}
+
+    def run(self, window: Window, work: Callable[[Window], Tensors], alike: Callable[[Window], int]) -> Tensors:
+        """What `work` returns for a window; it may be overwritten by the next call.
+
+        work: depends on the window's shape and tensors alone, and never looks at a tensor's values on the host.
+        alike: how many windows of this one's shape are to come, itself included.
+        """
+        if self.by is None:
+            return work(window)
+        given = tensors(window)
+        key = (window.start, window.stop, *(x.shape for x in given))
+        if key in self.recorded:
+            return self.recorded[key](given)
+        if key not in self.seen or len(self.recorded) == _MOST or not (self.strict or alike(window) >= _WORTH):
+            self.seen.add(key)
+            return work(window)
+        try:
+            replay = self.by.capture(lambda held: work(with_tensors(window, held)), given)
+        except RuntimeError as error:
+            if self.strict and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.drop()
+            _log.warning("batches cannot be recorded as CUDA graphs, going on without: %s", error)
+            return work(window)
+        self.recorded[key] = replay
+        return replay(given)
+
+    def clear(self) -> None:
+        """Forget what is recorded, as the memory that it works in goes."""
+        self.recorded.clear()
+
+    def drop(self) -> bool:
+        """Record nothing more and free what is recorded; whether that was anything."""
+        held = bool(self.recorded)
+        self.by = None
+        self.clear()
+        return held

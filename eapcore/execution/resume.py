@@ -1,0 +1,168 @@
+"""What a long patching run has done so far, in a file from which it can go on, on this device or another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapcore.graph.files import replacing
+from eapcore.patching.record import Question
+
+_FORMAT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What is done: of some pairs all edges, and of the batch under way some of them.
+
+    It depends neither on which pairs run together from here on nor on how many edges go through the model at once, so
+    neither on the device.
+
+    sums: float64 [S, R], the sum over pairs of each edge's effect, before `found`. values: float64 [2, N], the metric
+    on the clean and the corrupt run of the pairs that were begun. pairs: bool [N], those of which all edges are done.
+    batch: the pairs under way, by number. edges: bool [S, R], the edges of which these are done, before `found`. found:
+    (senders, receivers, their effects' sum over the batch under way) of those that were measured since.
+    """
+
+    sums: Tensor
+    values: Tensor
+    pairs: Tensor
+    edges: Tensor
+    batch: Sequence[int] = ()
+    found: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
+
+    def folded(self) -> Done:
+        """The same with `found` in the sums and among the edges."""
+        sums, edges = self.sums.clone(), self.edges.clone()
+        for senders, receivers, effects in self.found[:]:
+            sums[senders, receivers] += effects
+            edges[senders, receivers] = True
+        return replace(self, sums=sums, edges=edges, found=[])
+
+    def begin(self, batch: Sequence[int], ends: Tensor) -> Done:
+        """A batch is under way, whose metric is `ends` [2, B]; where it is the one that was, its edges stay done."""
+        if list(batch) == list(self.batch):
+            return self
+        values = self.values.clone()
+        values[:, list(batch)] = ends.cpu()
+        return replace(self, values=values, batch=list(batch), edges=torch.zeros_like(self.edges))
+
+    def end(self) -> Done:
+        """All edges of the batch under way are done."""
+        folded, pairs = self.folded(), self.pairs.clone()
+        pairs[list(self.batch)] = True
+        return replace(folded, pairs=pairs, batch=(), edges=torch.zeros_like(self.edges))
+
+
+class Partial:
+    """A patching run's `done` and the file that keeps it.
+
+    `done` is replaced in one assignment, and an effect joins it in one append: an interruption between any two steps
+    leaves it whole.
+    """
+
+    def __init__(self, path: str | Path | None, question: Question, mask: Tensor, batch_size: int) -> None:
+        """Open the file, or begin with nothing done where there is none, or no path.
+
+        Raises:
+            ValueError: the file is no partial result, or one of something else.
+            OSError: the file cannot be read, or its folder not be written to.
+        """
+        self.path = None if path is None else Path(path)
+        self.identity = _identity(question, mask)
+        nothing = torch.zeros_like(mask)
+        count = len(question.pairs)
+        self.done = Done(
+            sums=nothing.double(),
+            values=torch.zeros(2, count, dtype=torch.float64, device="cpu"),
+            pairs=torch.zeros(count, dtype=torch.bool, device="cpu"),
+            edges=nothing,
+        )
+        if self.path is None:
+            return
+        if self.path.is_dir():
+            raise IsADirectoryError(f"resume must be a file for what is done so far, but {path} is a folder")
+        if not self.path.exists():
+            self.save()  # a folder that cannot be written to is refused before the work
+            return
+        self.done = self._read(self.path)
+        self._check_metric(question, batch_size)
+
+    def _read(self, path: Path) -> Done:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["eapcore-partial"])
+                found = dict(header["identity"])
+                changed = [name for name, value in self.identity.items() if found.get(name) != value]
+                if not changed:
+                    tensors = {name: file.get_tensor(name) for name in ("sums", "values", "pairs", "edges", "batch")}
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} must be a partial result of patching, but it cannot be read: {error}") from error
+        if changed:
+            raise ValueError(
+                f"{path} belongs to another {' and another '.join(changed)}: delete it, or choose another resume file"
+            )
+        batch = tensors.pop("batch").tolist()
+        return Done(**tensors, batch=batch)
+
+    def _check_metric(self, question: Question, batch_size: int) -> None:
+        """A callable's name says little: what it makes of the runs that were begun must be what it made of them."""
+        begun = self.done.pairs.clone()
+        begun[list(self.done.batch)] = True
+        if not bool(begun.any()):
+            return
+        now = self.done.values.clone()
+        for batch in question.batches(batch_size, pairs=begun):
+            now[:, batch.index.cpu()] = question.ends(batch).cpu()
+        before, now = self.done.values[:, begun], now[:, begun]
+        # Other batches or another device round otherwise.
+        allowed = torch.finfo(question.model.dtype).eps ** 0.5 * float(before.abs().max())
+        if (gap := float((now - before).abs().max())) > allowed:
+            raise ValueError(
+                f"{self.path} belongs to another metric {question.metric_name}: on the clean and corrupt runs it "
+                f"differs by up to {gap:.3g} from what was measured: delete it, or choose another resume file"
+            )
+
+    def save(self) -> None:
+        """Write the file anew, if there is to be one."""
+        if self.path is None:
+            return
+        from safetensors.torch import save_file
+
+        done = self.done.folded()
+        tensors = {name: getattr(done, name) for name in ("sums", "values", "pairs", "edges")}
+        tensors["batch"] = torch.tensor(list(done.batch), dtype=torch.int64, device="cpu")
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"eapcore-partial": json.dumps({"identity": self.identity})})
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _identity(question: Question, mask: Tensor) -> dict[str, Any]:
+    """What a partial result must agree in before it is gone on with."""
+    pairs, mean = question.pairs, question.reference
+    return {
+        "format of partial results": _FORMAT,
+        "model": question.model.content_hash,
+        "dtype": str(question.model.dtype),
+        "task": _digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
+        "metric": question.metric_name,
+        "edges": _digest(mask),
+        # The prompts of a mean rather than the mean, which rounds otherwise on another device.
+        "ablation": [question.ablation, "" if mean is None else _digest(mean.clean, mean.lengths)],
+    }

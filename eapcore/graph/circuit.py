@@ -1,0 +1,114 @@
+"""A set of edges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from eapcore.graph.files import (
+    FORMAT_VERSION,
+    _check_version,
+    _graph,
+    _NewerFormat,
+    _reason,
+    finite,
+    replacing,
+    write_text,
+)
+from eapcore.graph.graph import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """A set of edges: bool mask [S, R] over a graph, with what is known of where it comes from."""
+
+    mask: Annotated[Tensor, "bool S R"]
+    graph: Graph
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def edges(self) -> list[str]:
+        """Names of the edges, by receiver, then by sender."""
+        senders, receivers = self.graph.sender_names, self.graph.receiver_names
+        return [f"{senders[s]}->{receivers[r]}" for r, s in self.mask.T.nonzero().tolist()]
+
+    @staticmethod
+    def from_edges(graph: Graph, edges: list[str], meta: Mapping[str, Any] | None = None) -> Circuit:
+        """The circuit of these edge names; ValueError for a name that is no edge of the graph."""
+        mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool, device="cpu")
+        for name in edges:
+            mask[graph.edge(name)] = True
+        return Circuit(mask, graph, dict(meta or {}))
+
+    def as_json(self) -> dict[str, Any]:
+        """What a result's file holds of it: the names of its edges, and meta."""
+        return {"edges": self.edges, "meta": self.meta}
+
+    def prune(self) -> Circuit:
+        """Only the edges that lie on a path from `embed` to `logits`; `meta` says how many there were and are.
+
+        A head is passed through from any of its q, k and v inputs. One sweep in each direction is the fixpoint, since
+        senders and receivers are in topological order.
+        """
+        graph = self.graph
+        from_embed = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
+        from_embed[0] = True
+        to_logits = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
+        components = [graph.component(r) for r in range(graph.n_receivers)]
+        for r, component in enumerate(components):
+            if component is not None and bool((self.mask[:, r] & from_embed).any()):
+                from_embed[component] = True
+        live = torch.zeros(graph.n_receivers, dtype=torch.bool, device="cpu")
+        for r in reversed(range(graph.n_receivers)):
+            component = components[r]
+            live[r] = component is None or bool(to_logits[component])
+            if live[r]:
+                to_logits |= self.mask[:, r]
+        kept = self.mask & from_embed[:, None] & live
+        counts = {"edges_before_pruning": self.n_edges, "edges_after_pruning": int(kept.sum())}
+        return replace(self, mask=kept, meta={**self.meta, **counts})
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit as JSON: format, graph, meta, and the names of the edges; ValueError if some are none."""
+        if n_others := int((self.mask & ~self.graph.edge_mask()).sum()):
+            raise ValueError(f"a circuit has edges of {self.graph}, but {n_others} places of its mask are none")
+        content = {
+            "format": "eapcore-circuit",
+            "format_version": FORMAT_VERSION,
+            "graph": asdict(self.graph),
+            "meta": finite(self.meta),
+            "n_edges": self.n_edges,
+            "edges": self.edges,
+        }
+        with replacing(path) as temporary:
+            write_text(temporary, content)
+
+    @staticmethod
+    def load(path: str | Path) -> Circuit:
+        """Read a circuit that `save` wrote; ValueError if the file is another or of a newer format."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("format") != "eapcore-circuit":
+                raise ValueError("it is no circuit")
+            _check_version(path, content.get("format_version"))
+            circuit = Circuit.from_edges(_graph(content["graph"]), content["edges"], content["meta"])
+            if circuit.n_edges != content["n_edges"]:
+                raise ValueError(f"it names {circuit.n_edges} edges, but says {content['n_edges']}")
+        except _NewerFormat:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} must be a circuit file that eapcore wrote, but it cannot be read: {_reason(error)}"
+            ) from error
+        return circuit

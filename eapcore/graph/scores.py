@@ -1,0 +1,305 @@
+"""What a method returns: scores of edges, nodes and neurons, and how edges are selected from them."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import (
+    FORMAT_VERSION,
+    _check_version,
+    _graph,
+    _NewerFormat,
+    _reason,
+    finite,
+    replacing,
+)
+from eapcore.graph.graph import Graph
+
+Scores = TypeVar("Scores")
+_PARTS = ("per_pair", "per_position")
+
+
+def sign_text(name: str, kind: str, when: str) -> str:
+    """How a result's convention is written into its file."""
+    return f"{name} = {kind} change of the metric (higher = better) when {when}; negative = needed"
+
+
+EDGE_WHEN = "the edge is ablated"
+EDGE_SIGN = sign_text("score", "predicted", EDGE_WHEN)  # where the scores do not say otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeScores:
+    """One score for every edge, [S, R] on the CPU, exactly 0 where there is none; `meta` says how they were made.
+
+    score[s, r] is the predicted change of the metric, higher = better, when the edge is corrupted: a negative score is
+    an edge that the behaviour needs; where it is another number, `meta["sign"]` says which. float64 for a float64
+    model, float32 for all others. per_pair [N, S, R] is there where it was asked for, with scores its mean;
+    per_position [T, S, R] likewise, with scores its sum.
+    """
+
+    scores: Annotated[Tensor, "S R"]
+    graph: Graph
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    per_pair: Annotated[Tensor, "N S R"] | None = None
+    per_position: Annotated[Tensor, "T S R"] | None = None
+
+    def __post_init__(self) -> None:
+        expected = (self.graph.n_senders, self.graph.n_receivers)
+        if self.scores.shape != expected:
+            raise ValueError(f"scores must be [S, R] = {list(expected)}, got {list(self.scores.shape)}")
+        for name in _PARTS:
+            part = getattr(self, name)
+            if part is not None and (part.ndim != 3 or part.shape[1:] != expected):
+                raise ValueError(
+                    f"{name} must be [., S, R] = [., {expected[0]}, {expected[1]}], got {list(part.shape)}"
+                )
+
+    @property
+    def mask(self) -> Annotated[Tensor, "bool S R"]:
+        """bool [S, R], True where there is an edge."""
+        return self.graph.edge_mask()
+
+    def __getitem__(self, edge: str) -> float:
+        """The score of an edge by name, e.g. scores["a3.h7->a5.h2<q>"]."""
+        return float(self.scores[self.graph.edge(edge)])
+
+    def as_json(self) -> dict[str, Any]:
+        """What a result's file holds of them: meta, and scores of the edges that `meta["method"]["edges"]` names."""
+        edges = (self.meta.get("method") or {}).get("edges")
+        return {"meta": self.meta} | ({"scores": {e: self[e] for e in edges}} if isinstance(edges, list) else {})
+
+    def ranking(self, *, signed: bool = False) -> tuple[Annotated[Tensor, "int64 E"], Annotated[Tensor, "E"]]:
+        """All edges from the most to the least important: (flat indices s·R + r, usefulness).
+
+        Usefulness is |score|, or with signed=True −score: what the behaviour needs comes first, what hinders it last.
+        Ties keep the order of the flat index.
+        """
+        edges = self.mask.flatten().nonzero().squeeze(1)
+        values = self.scores.flatten()[edges]
+        check_ranked("edges", values)
+        usefulness, order = (-values if signed else values.abs()).sort(descending=True, stable=True)
+        return edges[order], usefulness
+
+    def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
+        """Names and scores of the n most important edges."""
+        flat = self.ranking(signed=signed)[0][:n].tolist()
+        names = (self.graph.sender_names, self.graph.receiver_names)
+        pairs = [divmod(i, self.graph.n_receivers) for i in flat]
+        return [(f"{names[0][s]}->{names[1][r]}", float(self.scores[s, r])) for s, r in pairs]
+
+    def top_n(self, n: int, *, signed: bool = False) -> Circuit:
+        """The circuit of the n most important edges."""
+        self._check_n(n)
+        return self._circuit(self.ranking(signed=signed)[0][:n], {"selection": "top_n", "n": n, "signed": signed})
+
+    def threshold(self, threshold: float, *, signed: bool = False) -> Circuit:
+        """The circuit of the edges whose |score| (with signed=True: −score) is at least `threshold`."""
+        if not threshold == threshold:
+            raise ValueError("threshold must be a number, got NaN")
+        flat, usefulness = self.ranking(signed=signed)
+        meta = {"selection": "threshold", "threshold": threshold, "signed": signed}
+        return self._circuit(flat[usefulness >= threshold], meta)
+
+    def greedy(self, n: int, *, signed: bool = False) -> Circuit:
+        """n edges grown from the logits back: always the most important edge into a component that is already in.
+
+        Every edge of the result reaches the logits; fewer than n come back only where no more are reachable.
+        """
+        self._check_n(n)
+        graph = self.graph
+        check_ranked("edges", self.scores[self.mask])
+        usefulness = (-self.scores if signed else self.scores.abs()).tolist()
+        receivers: dict[int | None, list[int]] = {}
+        for r in range(graph.n_receivers):
+            receivers.setdefault(graph.component(r), []).append(r)
+        heap: list[tuple[float, int, int]] = []
+        opened: set[int | None] = set()
+
+        def open_component(component: int | None) -> None:
+            if component in opened:
+                return
+            opened.add(component)
+            for r in receivers.get(component, []):
+                for s in range(graph.senders_before(r)):
+                    heapq.heappush(heap, (-usefulness[s][r], s, r))
+
+        open_component(None)
+        chosen: list[int] = []
+        while heap and len(chosen) < n:
+            _, s, r = heapq.heappop(heap)
+            chosen.append(s * graph.n_receivers + r)
+            open_component(s)
+        meta = {"selection": "greedy", "n": n, "signed": signed}
+        return self._circuit(torch.tensor(chosen, dtype=torch.int64, device="cpu"), meta)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair` and `per_position`, and
+        one JSON header (README, "Files")."""
+        from safetensors.torch import save_file
+
+        header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": EDGE_SIGN, **self.meta}
+        tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
+        tensors |= {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"eapcore": json.dumps(finite(header))})
+
+    @staticmethod
+    def load(path: str | Path, *, content_hash: str | None = None) -> EdgeScores:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+            content_hash: `model.content_hash` of the model that the scores shall belong to; None does not check.
+
+        Raises:
+            ValueError: another file, a newer format, or scores of another model.
+            OSError: the file cannot be opened.
+        """
+
+        def build(tensors: Mapping[str, Tensor], graph: Graph, header: Mapping[str, Any]) -> EdgeScores:
+            if not torch.equal(tensors["mask"], graph.edge_mask()):
+                raise ValueError("its mask is not the edge mask of its graph")
+            parts = {name: tensors[name] for name in _PARTS if name in tensors}
+            return EdgeScores(tensors["scores"], graph, header, **parts)
+
+        return read_scores(path, build, content_hash)
+
+    def _check_n(self, n: int) -> None:
+        if not 0 <= n <= self.graph.n_edges:
+            raise ValueError(f"n must be between 0 and the {self.graph.n_edges} edges of this graph, got {n}")
+
+    def _circuit(self, flat: Tensor, meta: dict[str, Any]) -> Circuit:
+        mask = torch.zeros(self.scores.shape, dtype=torch.bool, device="cpu")
+        mask.view(-1)[flat] = True
+        return Circuit(mask, self.graph, {**self.meta, **meta})
+
+
+def read_scores(
+    path: str | Path,
+    build: Callable[[Mapping[str, Tensor], Graph, Mapping[str, Any]], Scores],
+    content_hash: str | None = None,
+) -> Scores:
+    """Read a score file: its tensors, its graph and its header as `build` makes an object of them; see `load`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"a score file was expected at {path}, but there is none")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["eapcore"])
+            _check_version(path, header.pop("format_version"))
+            graph = _graph(header.pop("graph"))
+            if not isinstance(header["sign"], str):
+                raise ValueError(f"its sign is {header['sign']!r}")
+            scores = build({name: file.get_tensor(name) for name in file.keys()}, graph, header)  # noqa: SIM118
+        model = {} if header.get("model") is None else dict(header["model"])
+    except _NewerFormat:
+        raise
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be a score file that eapcore wrote, but it cannot be read: {_reason(error)}"
+        ) from error
+    if content_hash is not None and model.get("content_hash") != content_hash:
+        raise ValueError(
+            f"{path} holds scores of {model.get('name')!r} (content hash {model.get('content_hash')}), but the "
+            f"model here has the content hash {content_hash}: score this model, or load that one"
+        )
+    return scores
+
+
+def check_ranked(what: str, scores: Annotated[Tensor, "..."]) -> None:
+    """ValueError where edges or nodes shall be ranked by scores that are NaN."""
+    if n_nan := int(scores.isnan().sum()):
+        raise ValueError(f"{what} are ranked by their scores, but {n_nan} of {len(scores)} scores are NaN")
+
+
+KINDS = ("scores", "units", "dimensions")
+NODE_WHEN = "all that the node (its output dimension, the hidden unit) sends is ablated"
+NODE_SIGN = sign_text("score", "predicted", NODE_WHEN)
+_PARTS = ("per_pair", "per_position")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeScores:
+    """First-order scores of what a model's senders send.
+
+    scores: [S], one for each sender. units: [L, M], one for each MLP hidden unit, and dimensions: [S, D], one for each
+    output dimension of each sender, which add up to scores; None but at level "neuron". A score is the predicted change
+    of the metric (higher = better) when what is sent is ablated: negative = needed. meta: model, task, metric, method.
+    per_pair, per_position: the same by name, "scores" and so on, with an axis of pairs (of which the scores are the
+    mean) or of positions (the sum) in front; empty where they were not asked for.
+    """
+
+    scores: Annotated[Tensor, "S"]
+    graph: Graph
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    units: Annotated[Tensor, "L M"] | None = None
+    dimensions: Annotated[Tensor, "S D"] | None = None
+    per_pair: Mapping[str, Annotated[Tensor, "N S | N L M | N S D"]] = field(default_factory=dict)
+    per_position: Mapping[str, Annotated[Tensor, "T S | T L M | T S D"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = self.graph.n_senders
+        if self.scores.shape != (n,):
+            raise ValueError(f"scores must be [S] = [{n}], got {list(self.scores.shape)}")
+        if self.units is not None and (self.units.ndim != 2 or len(self.units) != self.graph.n_layers):
+            raise ValueError(f"units must be [L, M] = [{self.graph.n_layers}, .], got {list(self.units.shape)}")
+        if self.dimensions is not None and (self.dimensions.ndim != 2 or len(self.dimensions) != n):
+            raise ValueError(f"dimensions must be [S, D] = [{n}, .], got {list(self.dimensions.shape)}")
+        for part in _PARTS:
+            for kind, tensor in getattr(self, part).items():
+                whole = getattr(self, kind) if kind in KINDS else None
+                if whole is None or tensor.shape[1:] != whole.shape:
+                    expected = "one of the scores that are there" if whole is None else f"[., *{list(whole.shape)}]"
+                    raise ValueError(f"{part}[{kind!r}] must be {expected}, got {list(tensor.shape)}")
+
+    def __getitem__(self, node: str) -> float:
+        """The score of a sender by name, e.g. scores["a3.h7"]."""
+        return float(self.scores[self.graph.sender(node)])
+
+    def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
+        """Names and scores of the n senders with the largest |score|, with signed=True the most negative ones."""
+        check_ranked("nodes", self.scores)
+        usefulness = -self.scores if signed else self.scores.abs()
+        order = usefulness.sort(descending=True, stable=True).indices[:n].tolist()
+        names = self.graph.sender_names
+        return [(names[s], float(self.scores[s])) for s in order]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: what is there of `scores`, `units`, `dimensions` and their parts ("per_pair.scores"
+        and so on), and one JSON header (README, "Files")."""
+        from safetensors.torch import save_file
+
+        header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": NODE_SIGN, **self.meta}
+        tensors = {kind: tensor.clone() for kind in KINDS if (tensor := getattr(self, kind)) is not None}
+        tensors |= {f"{part}.{kind}": tensor for part in _PARTS for kind, tensor in getattr(self, part).items()}
+        with replacing(path) as temporary:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata={"eapcore": json.dumps(finite(header))})
+
+    @staticmethod
+    def load(path: str | Path, *, content_hash: str | None = None) -> NodeScores:
+        """Read a file that `save` wrote; arguments and errors as `EdgeScores.load`."""
+
+        def build(tensors: Mapping[str, Tensor], graph: Graph, header: Mapping[str, Any]) -> NodeScores:
+            parts = {
+                part: {kind: tensors[f"{part}.{kind}"] for kind in KINDS if f"{part}.{kind}" in tensors}
+                for part in _PARTS
+            }
+            return NodeScores(
+                tensors["scores"], graph, header, tensors.get("units"), tensors.get("dimensions"), **parts
+            )
+
+        return read_scores(path, build, content_hash)

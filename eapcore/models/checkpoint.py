@@ -1,0 +1,301 @@
+"""Checkpoint files: a folder or the Hub → the tensors that it stores, by name, none of them read yet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model_final.pth",
+)
+# The Hub's own ids of GPT-2, each at a revision whose content cannot change under a published result.
+PINNED = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+_PINNED_OWNER = "openai-community/"
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LFS_POINTER = b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"  # torch files from before 1.6 are no zip archives and cannot be mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that a checkpoint stores. dtype: torch's name of it, or the file's own where no model has it here."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+def stored(name: str, tensor: object, where: str) -> Stored:
+    """A tensor that is in memory already."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where} must hold tensors by name, got a {type(tensor).__name__} for {name!r}")
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} of {where} is on the meta device, without values: load the model whole, not offloaded"
+        )
+    detached = tensor.detach()
+    return Stored(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: detached)
+
+
+# A folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, as a mapping."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: a model's folder holds config.json and its weights file")
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(config).__name__}")
+    return config
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights file of a folder: the first of WEIGHT_FILES that it has, else the only one of another name."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    if len(others) == 1:
+        return others[0]
+    found = f"several others ({', '.join(path.name for path in others)})" if others else "none"
+    raise FileNotFoundError(f"{folder} must hold one weights file, {', '.join(WEIGHT_FILES)}: found {found}")
+
+
+def read_weights(path: Path) -> list[Stored]:
+    """The tensors of a weights file, or of all the shards that an index lists."""
+    return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
+
+
+def _read_shards(index: Path) -> list[Stored]:
+    weight_map, found = _weight_map(index), dict[str, str]()
+    tensors = []
+    for shard in dict.fromkeys(weight_map.values()):
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent / shard} is missing, which {index.name} lists: fetch it again")
+        for tensor in _read_file(index.parent / shard):
+            if tensor.name in found:
+                raise ValueError(f"{tensor.name} is in two shards of {index}: {found[tensor.name]} and {shard}")
+            found[tensor.name] = shard
+            tensors.append(tensor)
+    for name, shard in weight_map.items():
+        if found.get(name) != shard:
+            raise ValueError(f"{index} says that {name} is in {shard}, found it in {found.get(name, 'no shard')}")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} must hold a 'weight_map' from tensor names to shards")
+    for name, shard in weight_map.items():
+        # A checkpoint may come from anyone: it must not name files outside its own folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard):
+            raise ValueError(f"{index} must list plain names of .safetensors or .bin files, got {shard!r} for {name}")
+    return weight_map
+
+
+def _read_json(path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            names = [name for name, _ in pairs]
+            double = next(name for name in mapping if names.count(name) > 1)
+            raise ValueError(f"{double!r} occurs twice")
+        return mapping
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{path} must be valid JSON: {error}") from error
+
+
+def _read_file(path: Path) -> list[Stored]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if size == 0:
+        raise ValueError(f"{path} is empty: fetch it again")
+    if start == _LFS_POINTER:
+        raise ValueError(f"{path} is a git-lfs pointer of {size} bytes, not the weights: run `git lfs pull` there")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, size)
+    return _read_pickle(path, size, mapped=start.startswith(_ZIP))
+
+
+def _read_safetensors(path: Path, size: int) -> list[Stored]:
+    try:
+        handle = safe_open(path, framework="pt")
+        slices = {name: handle.get_slice(name) for name in list(handle.keys())}
+    except SafetensorError as error:
+        _refuse_file(path, size, "safetensors", error)
+    return [
+        Stored(
+            name,
+            tuple(part.get_shape()),
+            _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
+            partial(handle.get_tensor, name),
+        )
+        for name, part in slices.items()
+    ]
+
+
+def _read_pickle(path: Path, size: int, mapped: bool) -> list[Stored]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} ({size} bytes) holds more than tensors, or is no torch file; nothing in it was run: "
+            f"get the weights as safetensors ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # the unpickler meets damage with whatever its next step raises
+        _refuse_file(path, size, "torch", error)
+    for key in ("state_dict", "model_state_dict", "model"):  # training loops save the weights beside other things
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} must hold tensors by name, got a {type(loaded).__name__}")
+    return [stored(str(name), tensor, str(path)) for name, tensor in loaded.items()]
+
+
+def _refuse_file(path: Path, size: int, kind: str, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"{path} ({size} bytes) is not a whole {kind} file ({_first_line(error)}): its download may have been cut "
+        "short, fetch it again"
+    ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
+
+
+# The Hub
+
+
+def hub_id(source: str) -> str:
+    """A model's id on the Hub; ValueError for a text that is neither such an id nor a folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = _PINNED_OWNER + source if source in PINNED else source
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if "/" not in name:
+        raise ValueError(
+            f"unknown model {source!r}: expected a folder that exists, one of {', '.join(PINNED)}, "
+            "or an owner/name on the Hub"
+        )
+    return name
+
+
+def fetch_weights(repo: str, *, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """The weights file of a Hub model, beside its config.json: from the cache where it holds both, else from the Hub.
+
+    revision: a branch, tag or commit; None is the pinned commit of a GPT-2 and `main` of others.
+    """
+    pinned = PINNED.get(repo.removeprefix(_PINNED_OWNER)) if repo.startswith(_PINNED_OWNER) else None
+    revision = revision or pinned
+    # Other tools cache the GPT-2s under their old ids, without an owner.
+    for name in [repo, repo.removeprefix(_PINNED_OWNER)] if pinned else [repo]:
+        config = _cached(name, "config.json", revision, cache_dir)
+        if config is not None:
+            commit = config.parent.name
+            for file in WEIGHT_FILES:
+                path = _cached(name, file, commit, cache_dir)
+                if path is not None and all(_cached(name, shard, commit, cache_dir) for shard in _shards(path)):
+                    return path
+    _log.info("%s is not cached as a whole: asking the Hub, which takes half a minute to fail without a network", repo)
+    config = _fetch(repo, "config.json", revision, cache_dir)
+    if config is None:
+        raise FileNotFoundError(f"{repo} on the Hub has no config.json: is it a model that transformers can load?")
+    commit = config.parent.name  # the same for all files, even if the branch moves while they come
+    for file in WEIGHT_FILES:
+        path = _fetch(repo, file, commit, cache_dir)
+        if path is not None:
+            for shard in _shards(path):
+                if _fetch(repo, shard, commit, cache_dir) is None:
+                    raise FileNotFoundError(f"{repo} on the Hub has no {shard}, which its {file} lists")
+            return path
+    raise FileNotFoundError(f"{repo} on the Hub has no weights file; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def _shards(path: Path) -> list[str]:
+    return list(dict.fromkeys(_weight_map(path).values())) if path.name.endswith(".index.json") else []
+
+
+def fetch_tokenizer(repo: str, folder: Path) -> Path | None:
+    """The folder with the tokenizer.json of the commit whose model lies in `folder`; None if it has none."""
+    path = _fetch(repo, "tokenizer.json", folder.name, None)
+    return None if path is None else path.parent
+
+
+def _cached(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _fetch(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
+    """A file from the cache or the Hub; None if the Hub says that the model has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f"{repo} at revision {revision or 'main'}"
+    path = _cached(repo, file, revision, cache_dir)
+    if path is not None:
+        return path
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{file} of {at} is not cached and the Hub cannot be reached: connect to a network (and unset "
+            "HF_HUB_OFFLINE), or give a folder that holds the model"
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo} is gated: accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repo!r} is neither a folder here nor a public model on the Hub") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} on the Hub has no revision {revision!r}") from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # the transport's own classes differ between releases of huggingface_hub
+        raise ConnectionError(f"{file} of {at} could not be fetched: {_first_line(error)}") from error

@@ -1,0 +1,163 @@
+"""Checkpoints → Model, whatever form the model comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eapcore.models.checkpoint import Stored, fetch_weights, find_weights, hub_id, read_config, read_weights, stored
+from eapcore.models.config import DTYPES, ModelConfig
+from eapcore.models.families import layout_of
+from eapcore.models.families.names import build_weights
+from eapcore.models.model import Model
+from eapcore.models.weights import Weights
+
+TOYS = {f"toy-{name}": Path(__file__).parents[1] / "toys" / name for name in ("ioi", "induction")}
+
+
+def load(
+    source: str | Path | torch.nn.Module | Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Model:
+    """Load a model: a built-in toy by name, or whatever `weights.load_weights` takes.
+
+    Args:
+        source: "toy-ioi" or "toy-induction"; a folder; a Hub id such as "gpt2"; a transformers GPT2LMHeadModel; or a
+            TransformerLens-named state dict with its `config`.
+        config: the configuration of a state dict, or instead of a folder's config.json.
+        revision: of a Hub id.
+        dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
+        device: e.g. "cuda"; None keeps a model's own, and is the CPU for files.
+
+    Raises:
+        ValueError: a damaged checkpoint or an unsupported architecture, by name.
+        OSError: files that are missing, or neither cached nor reachable.
+    """
+    toy = TOYS.get(source) if isinstance(source, str) else None
+    loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device)
+    name = source if toy is not None and isinstance(source, str) else loaded.model_id
+    return Model(loaded.config, loaded.weights, name, loaded.folder)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model. folder: where its files lie, None for one that came from memory."""
+
+    config: ModelConfig
+    weights: Weights
+    model_id: str
+    folder: Path | None
+
+
+def load_weights(
+    source: str | Path | nn.Module | Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Loaded:
+    """Load a GPT-2-architecture or attention-only model from wherever it is.
+
+    Files are memory-mapped and tensors that need no conversion stay views of them, so that no second copy is made: do
+    not overwrite the files while the model is in use. The weights of a model or a state dict in memory are shared with
+    it in the same way.
+
+    Args:
+        source: a folder with config.json and its weights; a model's id on the Hub, of which `gpt2`, `gpt2-medium`,
+            `gpt2-large` and `gpt2-xl` need no owner; a transformers GPT2LMHeadModel; or a state dict.
+        config: fields of a transformers or TransformerLens configuration, in place of the source's own; a state dict
+            needs it.
+        revision: of the Hub: a branch, tag or commit. None is a pinned commit for GPT-2, `main` for others.
+        dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
+        device: None keeps the device of a model or a state dict, and is the CPU for files.
+        cache_dir: the Hub's cache; None is huggingface_hub's own.
+
+    Raises:
+        ValueError: a checkpoint that is damaged, or of a model that is not supported.
+        FileNotFoundError, ConnectionError, PermissionError: files that are not there or cannot be fetched.
+        RuntimeError: a device that is not there.
+    """
+    folder = None
+    if isinstance(source, str | Path):
+        model_id, folder, path = _locate(source, revision, cache_dir)
+        layout = layout_of(read_config(folder) if config is None else config)  # refused before the weights are opened
+        tensors = read_weights(path or find_weights(folder))
+    else:
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for models on the Hub, not for one in memory")
+        model_id, raw, tensors = _in_memory(source, config)
+        layout = layout_of(raw)
+    weights = build_weights(layout, tensors, dtype=_dtype(dtype), device=_device(device))
+    return Loaded(layout.config, weights, model_id, folder)
+
+
+def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[str, Path, Path | None]:
+    """(model id, its folder, its weights file where the Hub said which)."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for models on the Hub, but {source} is a folder here")
+        return folder.resolve().name, folder, None
+    if isinstance(source, Path) or folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
+        found = "a file" if folder.exists() else "nothing"
+        raise FileNotFoundError(
+            f"expected a folder with config.json and a weights file at {source}, found {found} there"
+        )
+    repo = hub_id(source)
+    path = fetch_weights(repo, revision=revision, cache_dir=cache_dir)
+    return repo, path.parent, path
+
+
+def _in_memory(
+    source: nn.Module | Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> tuple[str, Mapping[str, Any], list[Stored]]:
+    if not isinstance(source, nn.Module | Mapping):
+        raise ValueError(
+            f"expected a folder, a Hub id, a GPT2LMHeadModel or a state dict, got a {type(source).__name__}"
+        )
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("a state dict does not say what it is of: give config=, e.g. TransformerLens's cfg fields")
+        model_id = str(config.get("model_name") or "state_dict")
+        return model_id, config, [stored(key, tensor, "the state dict") for key, tensor in source.items()]
+    own: Any = getattr(source, "config", None)
+    name = type(source).__name__
+    if config is None and not hasattr(own, "to_dict"):
+        raise ValueError(
+            f"expected a transformers GPT2LMHeadModel, got a {name} without config: give its state_dict() and config="
+        )
+    raw: dict[str, Any] = dict(own.to_dict() if config is None else config)
+    state = source.state_dict()
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    if head is not None and embedding is not None:  # what it computes with counts, not what its configuration says
+        raw["tie_word_embeddings"] = head.data_ptr() == embedding.data_ptr()
+    return getattr(own, "name_or_path", "") or name, raw, [stored(key, tensor, name) for key, tensor in state.items()]
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise RuntimeError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""Exact patching of edges, nodes, paths and circuits, each by running the model rather than by its gradient."""

@@ -1,0 +1,145 @@
+"""Exact patching: circuits, edges, nodes and paths, each by running the model rather than by its gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eapcore.execution.experiment import Task
+from eapcore.execution.progress import Count, Progress
+from eapcore.execution.resume import Partial
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores, sign_text
+from eapcore.models.model import Model
+from eapcore.models.torch_modes import own_modes
+from eapcore.patching.one_receiver import Readers
+from eapcore.patching.record import Batch, Question
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import Metric
+
+Edges = Circuit | Sequence[str] | None
+_SAVE_SECONDS = 10.0  # between two writes of a partial result
+
+
+@own_modes
+@torch.no_grad()
+def patch_edges(
+    model: Model,
+    task: Task,
+    metric: str | Metric = "logit_diff",
+    edges: Edges = None,
+    *,
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> EdgeScores:
+    """Measure what corrupting each edge does to the metric, one edge at a time, many in one forward.
+
+        effect[s, r] = mean over pairs of metric(run with v[r] + e_corrupt[s] − e_clean[s] at r alone) − metric(clean)
+
+    The run is clean up to r, which alone reads the change; everything behind r follows. So only r's own head or MLP is
+    computed again in its layer, then the later layers, from the first position where clean and corrupt differ, and the
+    last layer at the answer alone.
+
+    Args:
+        model: the model.
+        task: prompt pairs, or (clean, corrupt) tokens int64 [N, T] read at their last position.
+        metric: a name out of `metrics.METRICS`, or a callable. Higher is better.
+        edges: a circuit or names of edges; None is all edges of the graph.
+        ablation: what the edge carries: "corrupt", "zero", "mean" or "mean-positional", as `run_circuit`.
+        reference: the prompts of a mean; None is the task's own.
+        batch_size: pairs at a time; the effects do not depend on it.
+        progress: called with (effects measured, effects in all), one for each edge and pair.
+        resume: a file for what is done so far, written every 10 seconds and on an interruption; where it exists, the
+            work goes on from there, on this device or another. A callable metric is known by its name and by its
+            values on the clean and corrupt runs, which are measured again.
+
+    Returns:
+        EdgeScores with the sign of `attribute`: negative means that the behaviour needs the edge. Edges that were not
+        asked for are 0; `meta["method"]["edges"]` names those that were, or is "all".
+
+    Raises:
+        ValueError: prompts, metric or edges that do not fit; a resume file of another model, task, metric, ablation or
+            set of edges; NaN or infinite activations, or such a metric.
+
+    Source: Syed, Rager, Conmy 2023, eq. 1.
+    """
+    question = Question.of(model, task, metric, ablation, reference)
+    graph, pairs = model.graph, question.pairs
+    mask = _edge_set(graph, edges)
+    size, n_edges = question.batch_size(batch_size), int(mask.sum())
+    partial = Partial(resume, question, mask, size)
+    done = partial.done
+    left = done.pairs.logical_not()
+    left[list(done.batch)] = False
+    groups = question.groups(size, 1 + n_edges // model.config.n_layers, left)
+    seen = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum())
+    count = Count(progress, n_edges * len(pairs), seen)
+    if seen:
+        count.add(0)
+    saved = time.monotonic()
+    try:
+        for group in [done.batch, *groups] if done.batch else groups:
+            batch = question.batch(group)
+            ends = question.ends(batch)
+            partial.done = partial.done.begin(group, ends)
+            delta = batch.other.senders - batch.clean.senders
+            for chunk, logits in _patched(model, batch, mask & ~partial.done.edges, delta):
+                change = question.values(logits, batch) - ends[0]
+                senders, receivers = (list(side) for side in zip(*chunk, strict=True))
+                partial.done.found.append((senders, receivers, change.sum(1).cpu()))
+                count.add(len(group) * len(chunk))
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    partial.save()
+                    saved = time.monotonic()
+            partial.done = partial.done.end()
+    finally:
+        partial.save()
+    effects = question.mean(partial.done.sums)
+    names = "all" if edges is None else Circuit(mask, graph).edges
+    clean, corrupt = partial.done.values.mean(1).tolist()
+    meta = {
+        **question.describe(),
+        "sign": sign_text("score", "measured", "the edge alone is ablated"),
+        "metric": {"name": question.metric_name, "clean": clean, "corrupt": corrupt},
+        "method": {"name": "patch", "exact": True, "ablation": question.ablation, "edges": names},
+    }
+    return EdgeScores(effects.to(torch.float64 if model.dtype == torch.float64 else torch.float32), graph, meta)
+
+
+def _edge_set(graph: Graph, edges: Edges) -> Tensor:
+    """bool [S, R] of the edges that are asked for."""
+    if edges is None:
+        return graph.edge_mask()
+    if isinstance(edges, str):
+        raise ValueError(f"edges must be a circuit or a list of names, got the text {edges!r}")
+    circuit = edges if isinstance(edges, Circuit) else Circuit.from_edges(graph, list(edges))
+    if circuit.graph != graph:
+        raise ValueError(f"the edges must belong to {graph}, got some of {circuit.graph}")
+    if not circuit.n_edges:
+        raise ValueError("at least one edge is needed")
+    if n_others := int((circuit.mask & ~graph.edge_mask()).sum()):
+        raise ValueError(f"edges must be edges of {graph}, but {n_others} places of the circuit's mask are none")
+    return circuit.mask
+
+
+def _patched(model: Model, batch: Batch, mask: Tensor, delta: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """Edges (sender, receiver) that go through the model together, into one layer or into the logits, and the batch's
+    logits [C, B, .] with one of them patched in each copy; delta is [S, B, T, D]."""
+    graph = model.graph
+    for index in range(model.config.n_layers + 1):
+        start = index * graph.receivers_per_layer
+        found = [(s, start + r) for r, s in mask[:, start : start + graph.receivers_per_layer].T.nonzero().tolist()]
+        if not found:
+            continue
+        readers = Readers.of(model, batch, index, delta, found)
+        copies = batch.copies(model, at_read=index == model.config.n_layers)
+        for i in range(0, len(found), copies):
+            yield found[i : i + copies], readers.logits(found[i : i + copies])

@@ -1,0 +1,248 @@
+"""ACDC: search for a circuit from the logits back, removing every edge whose corruption costs less than a threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapcore.execution.experiment import Task
+from eapcore.execution.progress import Progress
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
+from eapcore.graph.paths import needed, reached
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.model import Model
+from eapcore.models.torch_modes import own_modes
+from eapcore.patching.masked import Changes, run_masked
+from eapcore.patching.record import Batch, Question
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import Metric
+
+ORDERS = ("latest", "earliest")
+
+
+@own_modes
+@torch.no_grad()
+def acdc(
+    model: Model,
+    task: Task,
+    metric: str | Metric = "kl",
+    *,
+    threshold: float,
+    start: Circuit | None = None,
+    order: str | EdgeScores = "latest",
+    ablation: str = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> Circuit:
+    """Remove every edge whose corruption, on top of those removed before it, costs less than a threshold.
+
+        remove (s, r) if  m(circuit) − m(circuit without (s, r)) < threshold,  m = mean over pairs of the metric
+
+    With the metric kl, m is −KL(P_clean ‖ P), so that an edge goes where the KL rises by less than the threshold. The
+    receivers come from the logits back: the logits, then for each layer from the last its MLP, v, k and q inputs, in
+    each the highest head first. An edge into a component that has lost its way to the logits goes without a forward.
+
+    The candidates of one receiver are evaluated together as if each of them were to be removed; what was evaluated
+    behind the first that stays is evaluated again. So the decisions are those of a search that takes one at a time.
+    What every sender sends is kept for all pairs, 3·S·N·T·D numbers: tens of pairs rather than thousands.
+
+    Args:
+        model: the model.
+        task: prompt pairs, or (clean, corrupt) tokens int64 [N, T] read at their last position.
+        metric: a name out of `metrics.METRICS`, or a callable. Higher is better.
+        threshold: positive, in the metric's unit.
+        start: the circuit to prune, e.g. `scores.top_n(n)`; None is all edges.
+        order: of the senders of a receiver: "latest" first, "earliest" first, or edge scores, least |score| first.
+        ablation: what a removed edge carries, and reference the prompts of a mean, as `patch.run_circuit`.
+        batch_size: pairs at a time.
+        progress: called with (edges decided, edges in all).
+
+    Returns:
+        Circuit; `meta["metric"]` has the metric on the clean, corrupt and circuit runs, `meta["forwards"]` how many
+        edges were decided by a forward ("decided", what a search that takes one at a time would run), how many copies
+        of the model were run ("evaluated"), and in how many launches.
+
+    Raises:
+        ValueError: a threshold that is not positive and finite; a start, scores, prompts or a metric that do not fit.
+
+    Source: Conmy et al. 2023, algorithm 1; with start, Syed, Rager, Conmy 2023, section 5.2.
+    """
+    question = Question.of(model, task, metric, ablation, reference)
+    graph = model.graph
+    if isinstance(threshold, bool) or not isinstance(threshold, float | int) or not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
+    if start is not None and start.graph != graph:
+        raise ValueError(f"start must be a circuit of {graph}, got one of {start.graph}")
+    if start is not None and bool((start.mask & ~graph.edge_mask()).any()):
+        raise ValueError(f"start must be edges of {graph}, but some places of its mask are none")
+    keys = _keys(graph, order)
+    mask = (graph.edge_mask() if start is None else start.mask).clone()
+    search = _Search(question, mask, question.batch_size(batch_size))
+    total, seen = int(mask.sum()), 0
+    for r in reversed(range(graph.n_receivers)):
+        present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
+        senders = [s for _, s in sorted((keys[s][r], s) for s in present)]
+        component = graph.component(r)
+        if component is not None and not bool(needed(graph, mask)[component]):
+            mask[:, r] = False
+        else:
+            search.decide(r, senders, threshold)
+        seen += len(senders)
+        if progress is not None and senders:
+            progress(seen, total)
+    meta = {
+        **question.describe(),
+        "method": {
+            "name": "acdc",
+            "threshold": threshold,
+            "order": order if isinstance(order, str) else "scores",
+            "ablation": question.ablation,
+            "start": "all edges" if start is None else {"n_edges": start.n_edges, **start.meta},
+        },
+        "metric": {"name": question.metric_name, **search.ends, "circuit": search.value},
+        "forwards": {"decided": search.decided, "evaluated": search.evaluated, "launches": search.launches},
+    }
+    return Circuit(mask, graph, meta)
+
+
+def prune_sweep(
+    model: Model,
+    task: Task,
+    scores: EdgeScores,
+    sizes: Sequence[int] | None,
+    thresholds: Sequence[float],
+    metric: str | Metric = "kl",
+    *,
+    score_thresholds: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[Circuit]:
+    """EAP followed by ACDC: prune each start with each threshold, the starts outermost.
+
+    Args:
+        model, task, metric: as `acdc`; so are options.
+        scores: their most important edges by |score| are the starts.
+        sizes: numbers of edges to start from; None with score_thresholds.
+        thresholds: of ACDC.
+        score_thresholds: instead of sizes, the edges with |score| of at least each of these.
+        progress: called with (edges decided, edges in all), over all searches.
+
+    Returns:
+        The circuits. `meta["method"]["start"]` says how each start was selected: "selection" is "top_n" with its "n",
+        or "threshold" with its "threshold".
+
+    Raises:
+        ValueError: both sizes and score_thresholds, or neither; as `acdc`.
+
+    Source: Syed, Rager, Conmy 2023, section 5.2.
+    """
+    if (sizes is None) == (score_thresholds is None):
+        raise ValueError("the starts are given by sizes or by score_thresholds: one of the two, got both or neither")
+    starts = [scores.top_n(n) for n in sizes or ()] + [scores.threshold(t) for t in score_thresholds or ()]
+    total, before, found = len(thresholds) * sum(start.n_edges for start in starts), 0, []
+
+    def of_all(seen: int, _: int) -> None:
+        if progress is not None:
+            progress(before + seen, total)
+
+    for start in starts:
+        for threshold in thresholds:
+            found.append(acdc(model, task, metric, threshold=threshold, start=start, progress=of_all, **options))
+            before += start.n_edges
+    return found
+
+
+def _keys(graph: Graph, order: str | EdgeScores) -> list[list[float]]:
+    """[S][R], by which the senders of a receiver are tried, the smallest first."""
+    if isinstance(order, EdgeScores):
+        if order.graph != graph:
+            raise ValueError(f"the scores that give the order must belong to {graph}, got some of {order.graph}")
+        return order.scores.abs().tolist()
+    if order not in ORDERS:
+        raise ValueError(f"order must be {', '.join(ORDERS)} or edge scores, got {order!r}")
+    sign = -1.0 if order == "latest" else 1.0
+    return [[sign * s] * graph.n_receivers for s in range(graph.n_senders)]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A batch, and how every sender's output in the current circuit differs from the ablated one."""
+
+    batch: Batch
+    now: Changes
+
+
+class _Search:
+    """The current circuit, run: what a candidate does not change is not computed again."""
+
+    def __init__(self, question: Question, mask: Tensor, batch_size: int) -> None:
+        self.question, self.model, self.mask = question, question.model, mask
+        self.decided, self.evaluated, self.launches, self.guess = 0, 0, 0, 4
+        graph = self.model.graph
+        embedding = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
+        embedding[0] = True
+        again = needed(graph, mask) & ~embedding
+        self.states = []
+        values = torch.zeros(3, dtype=torch.float64, device="cpu")
+        for batch in question.batches(batch_size):
+            present = again & reached(graph, mask, embedding) if batch.other.layers else again
+            now = Changes.between(self.model, batch, batch.clean.senders, batch.other.senders)
+            for pool in (now.everywhere, now.at_read):
+                pool[1:] = 0
+            logits, own = run_masked(self.model, batch, batch.other, mask[None], now, present)
+            _store(now, own, present, 0)
+            self.states.append(_State(batch, now))
+            values += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
+        clean, corrupt, self.value = question.mean(values).tolist()
+        self.ends = {"clean": clean, "corrupt": corrupt}
+
+    def decide(self, receiver: int, senders: list[int], threshold: float) -> None:
+        """Take the edges into a receiver out of the mask, in the order of the senders, where that costs too little."""
+        graph, mask = self.model.graph, self.mask
+        component = graph.component(receiver)
+        again = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
+        if component is not None:
+            again[component] = True
+            again = reached(graph, mask, again) & needed(graph, mask)
+        limit = min(state.batch.copies(self.model, senders=1 + int(again.sum())) for state in self.states)
+        while senders:
+            part = senders[: min(self.guess, limit)]
+            masks = mask[None].repeat(len(part), 1, 1)
+            for j, s in enumerate(part):
+                masks[j:, s, receiver] = False
+            values = torch.zeros(len(part), dtype=torch.float64, device="cpu")
+            made = []
+            for state in self.states:
+                logits, own = run_masked(self.model, state.batch, state.batch.other, masks, state.now, again)
+                values += self.question.values(logits, state.batch).sum(1).cpu()
+                made.append(own)
+            self.launches += 1
+            self.evaluated += len(part)
+            removed = 0
+            for value in self.question.mean(values).tolist():
+                if not self.value - value < threshold:
+                    break
+                self.value = value
+                removed += 1
+            if removed:
+                mask[part[:removed], receiver] = False
+                for state, own in zip(self.states, made, strict=True):
+                    _store(state.now, own, again, removed - 1)
+            stayed = removed < len(part)
+            self.guess = max(1, removed) if stayed else 2 * self.guess
+            self.decided += removed + stayed
+            senders = senders[removed + stayed :]
+
+
+def _store(now: Changes, own: Changes, senders: Tensor, copy: int) -> None:
+    """Take over one copy's changes of some senders, bool [S]."""
+    index = senders.nonzero().squeeze(1).to(now.at_read.device)
+    now.at_read[index] = own.at_read[copy]
+    now.everywhere[index[: own.everywhere.shape[1]]] = own.everywhere[copy]

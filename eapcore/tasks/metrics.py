@@ -1,0 +1,167 @@
+"""Metrics: one number a prompt pair from the logits at its answer position. Higher is better, always.
+
+A metric is any callable that takes the logits, float64 [B, V] at the answer positions, and if it has a second required
+parameter also a `MetricBatch`, and returns one value a pair, [B]. The named ones are in METRICS; they also take the
+logits of several runs of the batch, [C, B, V], and return [C, B].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+Metric = Callable[..., Annotated[Tensor, "B"]]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricBatch:
+    """What a metric may look at besides the logits.
+
+    answers, wrong: int64 [B, A], [B, W], padded with −1. clean_logits, corrupt_logits: [B, V] of the unpatched runs;
+    for a named metric that reads no other tokens, those of the answers alone. index: int64 [B], which pairs of the task
+    these are.
+    """
+
+    answers: Annotated[Tensor, "int64 B A"]
+    wrong: Annotated[Tensor, "int64 B W"]
+    clean_logits: Annotated[Tensor, "float64 B V | B V'"]
+    corrupt_logits: Annotated[Tensor, "float64 B V | B V'"]
+    index: Annotated[Tensor, "int64 B"]
+
+
+def _set_sum(values: Tensor, ids: Tensor) -> Tensor:
+    """Σ of values [..., B, V] over the token sets ids [B, A], padding left out: [..., B]."""
+    return (_chosen(values, ids) * (ids >= 0)).sum(-1)
+
+
+def _set_mean(values: Tensor, ids: Tensor) -> Tensor:
+    return _set_sum(values, ids) / (ids >= 0).sum(-1)
+
+
+def _chosen(values: Tensor, ids: Tensor) -> Tensor:
+    """values [..., B, V] at the tokens ids [B, A], anything where there is none: [..., B, A]."""
+    return values.gather(-1, ids.clamp_min(0).expand(*values.shape[:-2], -1, -1))
+
+
+def logit_diff(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
+    """mean logit of the answers − mean logit of the wrong answers (one token each in IOI)."""
+    return _set_mean(logits, batch.answers) - _set_mean(logits, batch.wrong)
+
+
+def prob_diff(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
+    """Σ P(answers) − Σ P(wrong answers), as in Greater-Than."""
+    probabilities = logits.softmax(-1)
+    return _set_sum(probabilities, batch.answers) - _set_sum(probabilities, batch.wrong)
+
+
+def logit_margin(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
+    """mean logit of the answers − the largest logit of the wrong answers, as in Docstring."""
+    wrong = _chosen(logits, batch.wrong).masked_fill(batch.wrong < 0, -torch.inf)
+    return _set_mean(logits, batch.answers) - wrong.amax(-1)
+
+
+def nll(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
+    """−(negative log-probability) = log Σ P(answers): with its sign turned, so that higher is better here too."""
+    chosen = _chosen(logits.log_softmax(-1), batch.answers)
+    return chosen.masked_fill(batch.answers < 0, -torch.inf).logsumexp(-1)
+
+
+def kl(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
+    """−KL(P_clean ‖ P): with its sign turned, so that higher is better here too. Its gradient at the clean run is 0."""
+    reference = batch.clean_logits.log_softmax(-1)
+    return (reference.exp() * (logits.log_softmax(-1) - reference)).sum(-1)
+
+
+METRICS: dict[str, Metric] = {
+    "logit_diff": logit_diff,
+    "prob_diff": prob_diff,
+    "logit_margin": logit_margin,
+    "nll": nll,
+    "kl": kl,
+}
+# float64 [B, V] that a metric holds besides the logits and their gradient; of a caller's own metric nobody knows.
+_HOLDS = {prob_diff: 2, nll: 2, kl: 4}
+_NEEDS_WRONG = ("logit_diff", "prob_diff", "logit_margin")
+_NEEDS_ANSWERS = (*_NEEDS_WRONG, "nll")
+_READS_ANSWERS = (logit_diff, logit_margin)  # and wrong answers, and no other token's logit
+
+
+def find_metric(
+    metric: str | Metric, answers: Annotated[Tensor, "int64 N A"], wrong: Annotated[Tensor, "int64 N W"]
+) -> tuple[str, Metric]:
+    """The name and the callable of a metric, checked against a task's answers [N, A] and wrong answers [N, W].
+
+    Raises:
+        ValueError: an unknown name, or a metric that needs answers or wrong answers where a pair has none.
+    """
+    if not callable(metric):
+        if not isinstance(metric, str) or metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)} or a callable, got {metric!r}")
+        metric = METRICS[metric]
+    name = next((n for n, m in METRICS.items() if m is metric), getattr(metric, "__qualname__", type(metric).__name__))
+    if METRICS.get(name) is not metric:
+        return name, metric
+    if name in _NEEDS_WRONG and (pair := _first_without(wrong)) is not None:
+        raise ValueError(f"the metric {name} needs wrong answers, but pair {pair} has none: nll needs none")
+    if name in _NEEDS_ANSWERS and (pair := _first_without(answers)) is not None:
+        raise ValueError(f"the metric {name} needs answers, but pair {pair} has none: give PromptPairs, or a callable")
+    return name, metric
+
+
+def _first_without(ids: Tensor) -> int | None:
+    """The first pair that has no token in its set of ids [N, A], None if every pair has one."""
+    without = (ids >= 0).any(1).logical_not().nonzero()
+    return int(without[0]) if len(without) else None
+
+
+def tokens_read(
+    metric: Metric, answers: Annotated[Tensor, "int64 B A"], wrong: Annotated[Tensor, "int64 B W"], d_vocab: int
+) -> tuple[Annotated[Tensor, "int64 B V'"], Annotated[Tensor, "int64 B A"], Annotated[Tensor, "int64 B W"]] | None:
+    """Where a metric reads the logits of the answers and wrong answers alone, which tokens these are.
+
+    Returns:
+        (tokens int64 [B, A + W], and answers [B, A] and wrong [B, W] as places among them); None for any other metric,
+        and for so many tokens that their columns of the unembedding would be more than all of it.
+    """
+    if metric not in _READS_ANSWERS or len(answers) * (answers.shape[1] + wrong.shape[1]) > d_vocab:
+        return None
+    tokens = torch.cat([answers, wrong], 1)
+    places = torch.arange(tokens.shape[1], device=tokens.device).where(tokens >= 0, -1)
+    return tokens.clamp_min(0), places[:, : answers.shape[1]], places[:, answers.shape[1] :]
+
+
+def vocabularies_held(metric: Metric) -> int:
+    """How many float64 [B, V] a named metric holds besides its logits and their gradient; 0 for any other."""
+    return next((n for known, n in _HOLDS.items() if known is metric), 0)
+
+
+def evaluate(
+    metric: Metric, logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch
+) -> Annotated[Tensor, "B"]:
+    """The metric's value for each pair, [B]; of a named metric also for several runs, [C, B] from [C, B, V].
+
+    Whether it is finite is not looked at: that would wait for a GPU.
+
+    Raises:
+        ValueError: the metric returned no tensor, or a wrong shape.
+    """
+    values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:-1]:
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"a metric must return one value a pair, [B] = {list(logits.shape[:-1])}, got {got}")
+    return values
+
+
+def _takes_batch(metric: Metric) -> bool:
+    try:
+        parameters = inspect.signature(metric).parameters.values()
+    except ValueError:
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    return len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

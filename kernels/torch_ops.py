@@ -1,0 +1,142 @@
+"""The contraction and the receivers' gradients for people with hooks of their own: torch, numpy, DLPack, torch.compile.
+
+Importing this module registers `torch.ops.eapcore.edge_scores` and `torch.ops.eapcore.receiver_grads`. The functions
+below take what they are given without a copy, call those ops, and return numpy for numpy and torch for everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from eapcore.kernels import checks
+from torch import Tensor
+
+from eapcore import kernels
+
+_KINDS = "torch tensors, numpy arrays or objects with __dlpack__"
+
+
+@torch.library.custom_op("eapcore::edge_scores", mutates_args=())
+def _edge_scores(
+    delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None, precision: str, impl: str
+) -> Tensor:
+    return kernels.edge_scores(
+        delta, grads, mask=mask, reduce=reduce, rows=rows, precision=precision, impl=impl
+    ).contiguous()
+
+
+@_edge_scores.register_fake
+def _(
+    delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None, precision: str, impl: str
+) -> Tensor:
+    checks.edge_scores(delta, grads, mask, reduce, rows)
+    lead = {"all": (), "pair": (delta.shape[1],), "position": (delta.shape[2],)}[reduce]
+    return delta.new_empty((*lead, delta.shape[0], grads.shape[0]), dtype=checks.output_dtype(delta.dtype))
+
+
+@torch.library.custom_op("eapcore::receiver_grads", mutates_args=())
+def _receiver_grads(
+    g: Tensor,
+    act: Tensor,
+    weight: Tensor,
+    kind: str,
+    x_hat: Tensor | None,
+    rstd: Tensor | None,
+    gamma: Tensor | None,
+    w_gamma: Tensor | None,
+    offset: Tensor | None,
+    impl: str,
+) -> Tensor:
+    norm = kernels.Norm(kind, x_hat, rstd, gamma)
+    return kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=impl).contiguous()
+
+
+@_receiver_grads.register_fake
+def _(
+    g: Tensor,
+    act: Tensor,
+    weight: Tensor,
+    kind: str,
+    x_hat: Tensor | None,
+    rstd: Tensor | None,
+    gamma: Tensor | None,
+    w_gamma: Tensor | None,
+    offset: Tensor | None,
+    impl: str,
+) -> Tensor:
+    checks.receiver_grads(g, act, weight, kernels.Norm(kind, x_hat, rstd, gamma), w_gamma, offset)
+    return g.new_empty((g.shape[0], g.shape[1], g.shape[2], weight.shape[1]))
+
+
+def edge_scores(
+    delta: Annotated[Any, "S B T D"],
+    grads: Annotated[Any, "R B T D"],
+    *,
+    mask: Annotated[Any, "bool S R"] = None,
+    reduce: str = "all",
+    rows: Annotated[Any, "int64 N"] = None,
+    precision: str = "ieee",
+    impl: str = "auto",
+) -> Annotated[Any, "S R | B S R | T S R"]:
+    """`kernels.edge_scores` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
+
+        scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
+
+    Args, raises: as `kernels.edge_scores`. Arrays are read in place; only what torch cannot view, read-only or reversed
+    arrays, is copied.
+
+    Returns:
+        [S, R], [B, S, R] or [T, S, R]: a numpy array if delta is one, else a tensor.
+    """
+    tensors = [as_tensor(value, name) for name, value in (("delta", delta), ("grads", grads))]
+    optional = [None if value is None else as_tensor(value, name) for name, value in (("mask", mask), ("rows", rows))]
+    scores = torch.ops.eapcore.edge_scores(*tensors, optional[0], reduce, optional[1], precision, impl)
+    return scores.detach().numpy() if isinstance(delta, np.ndarray) else scores
+
+
+def receiver_grads(
+    g: Annotated[Any, "C B T K"],
+    act: Annotated[Any, "C B T K"],
+    weight: Annotated[Any, "C D K"],
+    *,
+    norm: kernels.Norm,
+    w_gamma: Annotated[Any, "C K"] = None,
+    offset: Annotated[Any, "C K"] = None,
+    impl: str = "auto",
+) -> Annotated[Any, "C B T D"]:
+    """`kernels.receiver_grads` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
+
+        ∂metric/∂v = rstd · ( γ∘(W g) − c1·1 − c2·x̂ )      c1 = ⟨g, Wᵀγ⟩/D      c2 = ⟨g, a − b − Wᵀβ⟩/D
+
+    Args, raises: as `kernels.receiver_grads`; the arrays in `norm` too.
+
+    Returns:
+        [C, B, T, D]: a numpy array if g is one, else a tensor.
+    """
+    given = {"g": g, "act": act, "weight": weight, "norm.x_hat": norm.x_hat, "norm.rstd": norm.rstd}
+    given |= {"norm.gamma": norm.gamma, "w_gamma": w_gamma, "offset": offset}
+    t = {name: None if value is None else as_tensor(value, name) for name, value in given.items()}
+    statistics = (norm.kind, t["norm.x_hat"], t["norm.rstd"], t["norm.gamma"], t["w_gamma"], t["offset"])
+    grads = torch.ops.eapcore.receiver_grads(t["g"], t["act"], t["weight"], *statistics, impl)
+    return grads.detach().numpy() if isinstance(g, np.ndarray) else grads
+
+
+def as_tensor(value: Any, name: str) -> Annotated[Tensor, "..."]:
+    """A tensor over a torch tensor's, a numpy array's or a DLPack object's own memory.
+
+    Raises:
+        ValueError: another object, or an array of a dtype that torch does not have.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, np.ndarray):
+            viewable = value.flags.writeable and all(stride >= 0 for stride in value.strides)
+            return torch.from_numpy(value if viewable else value.copy())
+        if hasattr(value, "__dlpack__"):
+            return torch.from_dlpack(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise ValueError(f"{name} cannot be read as a tensor: {str(error).splitlines()[0]}") from error
+    raise ValueError(f"{name} must be one of {_KINDS}, got a {type(value).__name__}")
