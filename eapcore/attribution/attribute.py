@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from eapcore.attribution.factored import FactoredStore
 from eapcore.attribution.methods import Options, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Passes, choose_storage, fitting_batch_size, fitting_chunk
-from eapcore.attribution.score_batch import score_window
+from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Store, Sums
-from eapcore.execution.ablation import find_values
-from eapcore.execution.batch import Window
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.batch import Batch, in_order
 from eapcore.execution.cuda_graphs import Replays, recorder
-from eapcore.execution.experiment import Task, as_pairs, check_finite, check_pairs, describe
-from eapcore.execution.memory import budget
+from eapcore.execution.experiment import Experiment, Task, check_batch_size, describe, result_dtype
+from eapcore.execution.memory import budget, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
 from eapcore.execution.progress import Progress
 from eapcore.graph.scores import EdgeScores, NodeScores
@@ -30,9 +30,9 @@ from eapcore.models.backward_rules import Rules
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.tasks import PromptPairs
 from eapcore.tasks.metrics import METRICS as OWN_METRICS
-from eapcore.tasks.metrics import Metric, find_metric, tokens_read, vocabularies_held
+from eapcore.tasks.metrics import Metric, tokens_read, vocabularies_held
+from eapcore.tasks.pairs import PromptPairs
 
 STORAGES = ("auto", "dense", "factored")
 # A metric whose gradient is zero by cancellation leaves the rounding of its float64 arithmetic on logits of order 10.
@@ -40,43 +40,19 @@ _ZERO_GRADIENT = 1e-13
 _log = logging.getLogger("eapcore")
 
 
-class _Others(TypedDict, total=False):
-    """The options of `attribute` besides `level`."""
-
-    method: str
-    gradient_at: str | None
-    steps: int | None
-    points: str | Points | None
-    rules: Rules | None
-    ablation: str
-    reference: PromptPairs | None
-    reduce: str
-    storage: str
-    batch_size: int | str
-    impl: str
-    graphs: bool | str
-    progress: Progress | None
-
-
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["edge"] = ..., **others: Unpack[_Others]
+    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["edge"] = ..., **options: Any
 ) -> EdgeScores: ...
-
-
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["node", "neuron"], **others: Unpack[_Others]
+    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["node", "neuron"], **options: Any
 ) -> NodeScores: ...
-
-
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: str, **others: Unpack[_Others]
+    model: Model, task: Task, metric: str | Metric = ..., *, level: str, **options: Any
 ) -> EdgeScores | NodeScores: ...
-
-
-@own_modes
+@own_modes  # type: ignore[misc]  # the options stand here alone
 def attribute(
     model: Model,
     task: Task,
@@ -88,7 +64,7 @@ def attribute(
     steps: int | None = None,
     points: str | Points | None = None,
     rules: Rules | None = None,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     reduce: str = "all",
     storage: str = "auto",
@@ -122,7 +98,7 @@ def attribute(
             gradients at all receivers.
             "relp": one backward pass at the clean run by relevance rules, see `rules`: LayerNorm's σ frozen, the
             identity rule for the activation function, the attention pattern frozen, so that q and k edges score 0.
-            "qk-fix": "eap", but the pattern that an edge into q or k makes is computed exactly, see `softmax`.
+            "qk-fix": "eap", but the pattern that an edge into q or k makes is computed exactly, see `exact_patterns`.
             "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
             (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
             "atp-star": "grad-drop" with the exact patterns of "qk-fix".
@@ -132,15 +108,13 @@ def attribute(
         steps: m, of "eap-ig" (4 by default) and "eap-ig-activations" (5, as published).
         points: of the same: "left" k/m for k = 0…m−1, "right" for k = 1…m (the default of "eap-ig-activations", as
             published), "midpoint" (k + ½)/m, "gauss" the Gauss–Legendre nodes and weights (the default of "eap-ig"), or
-            [(α, weight), …] with weights that sum to 1. R² = 1 − Σ(exact − score)²/Σ(exact − mean)² against exact
-            patching of every edge, the lowest of two toy models and three draws of prompts (bench/bench_ig.py, seeds
-            0, 1, 2): "gauss" 4 and "left" 3 .915, "right" 3 and "midpoint" 4 .913, "right" 5 .903, "left" 5 .900, one
-            gradient at 0.75 .870, "midpoint" 2 .829, "gauss" 5 .816, "gauss" 3 .445; "eap" .206, which ranks the many
-            small effects of one of the models better than most (bench/RESULTS.md).
+            [(α, weight), …] with weights that sum to 1. Which rule is nearest to exact patching:
+            bench/RESULTS.md.
         rules: of "relp", other rules, e.g. `Rules("frozen", "identity")` without the frozen attention pattern, the
-            default of its authors' code: R² as above .867, with it .606.
+            default of its authors' code.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
-            "mean" over reference prompts and their positions; "mean-positional" over them for each position.
+            "mean" over reference prompts and their positions; "mean-positional" over them for each position. Or an
+            `Ablation` that was made before.
         reference: whose clean prompts a mean is taken over; None for those of the task.
         reduce: "all"; "pair" or "position" also keep the scores of each pair or position in the result. On a GPU a
             position's pairs that are read there are added, in float64, in any order: the last bits may differ between
@@ -175,21 +149,19 @@ def attribute(
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
-    pairs = as_pairs(task)
+    ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
     options = Options(gradient_at, steps, points, rules)
-    how = recipe(method, model.graph, options, ablation=ablation, level=level, reduce=reduce)
-    check_pairs(model, pairs, ablation)
-    metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
-    values = find_values(model, pairs, ablation, reference)
-    sized = _as_read(model, pairs, metric)
-    groups = len(model.weights.layers[0].w_qkv)
-    planned = replace(how.planned(ablation, reduce), metric=vocabularies_held(metric))
+    how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    pairs, values = experiment.pairs, experiment.ablation.values
+    sized = _as_read(experiment)
+    groups = len(model.attentions[0].w_qkv)
+    planned = replace(how.planned(ablation_name, reduce), metric=vocabularies_held(experiment.metric))
     storage = _storage(model, sized, pairs, how, level, storage, planned)
     within = budget(model.device)
     size = fitting_batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
-    if batch_size != "auto":
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size must be 'auto' or a positive integer, got {batch_size!r}")
+    check_batch_size(batch_size)
+    if isinstance(batch_size, int):
         size = batch_size
 
     shapes = _shapes(model, level)
@@ -199,73 +171,57 @@ def attribute(
     }
     measured = torch.zeros(2, len(pairs), dtype=torch.float64, device=model.device)  # of the clean, of the corrupt runs
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
-    # Pairs that share a long prefix go together: what a batch shares is computed once.
-    first = pairs.first_difference()
-    order = sorted(range(len(pairs)), key=lambda i: (int(first[i]), int(pairs.positions[i])))
-    feed = Feed(pairs, order, model.device, shared=values is None, copy=pinned_copy(model.device))
-    replays = _replays(model, metric, graphs, recordable=storage == "dense" or level != "edge")
+    feed = Feed(pairs, in_order(pairs), model.device, shared=experiment.shared, copy=pinned_copy(model.device))
+    replays = _replays(model, experiment.metric, graphs, recordable=storage == "dense" or level != "edge")
     memory = torch.empty(0, dtype=model.dtype, device=model.device)
 
-    def rows(window: Window) -> int:
-        """Token rows a chunk of the contraction of factors."""
-        where = (*window.shape, model.dtype, model.device)
-        return fitting_chunk(sized, *where, within, impl=impl, passes=planned)
-
-    def score(window: Window) -> Tensors:
-        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
-        sums = Sums(shapes, window, reduce, impl, absolute=how.absolute)
-        store: Store
+    def store_of(batch: Batch) -> Store:
         if level != "edge":
-            store = NodeStore(model, window, units=level == "neuron")
-        else:
-            store = (
-                DenseStore(model, window, memory) if storage == "dense" else FactoredStore(model, window, rows(window))
-            )
-        step = score_window(
-            model, window, metric, store, sums, how.passes, planned, within, values=values, units=level == "neuron"
-        )
-        return [step.values, step.largest, *sums.result().values()]
+            return NodeStore(model, batch, units=level == "neuron")
+        if storage == "dense":
+            return DenseStore(model, batch, memory)
+        where = (*batch.shape, model.dtype, model.device)
+        return FactoredStore(model, batch, fitting_chunk(sized, *where, within, impl=impl, passes=planned))
+
+    def score(batch: Batch) -> Tensors:
+        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
+        sums, store = Sums(shapes, batch, reduce, impl, absolute=how.absolute), store_of(batch)
+        what = (model, batch, experiment.metric, store, sums, how.passes, planned, within)
+        found = score_batch(*what, values=values, units=level == "neuron")
+        return [found.values, found.largest, *sums.result().values()]
 
     while feed.left:
-        window = feed.window(size)
+        batch = feed.batch(size)
         try:
-            if storage == "dense" and memory.numel() < DenseStore.size(model, window):
+            if storage == "dense" and memory.numel() < DenseStore.size(model, batch):
                 replays.clear()
                 memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
-                memory = torch.empty(DenseStore.size(model, window), dtype=model.dtype, device=model.device)
-            measured_here, largest_here, *parts = replays.run(window, score, feed.alike)
+                memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
+            measured_here, largest_here, *parts = replays.run(batch, score, feed.alike)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if replays.drop():
                 _log.warning("out of memory: going on without CUDA graphs")
                 continue
-            if len(window.pairs) == 1:
+            if len(batch.pairs) == 1:
                 raise
-            size = len(window.pairs) // 2
-            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(window.pairs), size)
+            size = len(batch.pairs) // 2
+            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(batch.pairs), size)
             continue
-        feed.advance(window)
-        measured[:, window.index] = measured_here
+        feed.advance(batch)
+        measured[:, batch.index] = measured_here
         largest = torch.maximum(largest, largest_here)
         for total, part in zip(scores.values(), parts, strict=True):
             if reduce == "pair":
-                total[window.index] = part
+                total[batch.index] = part
             else:
-                (total if reduce == "all" else total[: window.stop]).add_(part)
+                (total if reduce == "all" else total[: batch.stop]).add_(part)
         if model.device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
-            check_finite(model, pairs, measured)
+            experiment.check_finite(measured)
         if progress is not None:
             progress(feed.done, len(pairs))
-    if not bool(largest.isfinite()):
-        raise ValueError(f"the gradient of the metric {metric_name} is NaN or infinite where its value is finite")
-    if not all(bool(x.isfinite().all()) for x in scores.values()):
-        raise ValueError(f"the gradients overflow in {model.dtype}: use a wider dtype, e.g. float32")
-    if float(largest) <= _ZERO_GRADIENT:
-        raise ValueError(
-            f"the gradient of the metric {metric_name} is zero on every pair, so every score would be: a divergence "
-            "from the clean run has its minimum there; use another metric"
-        )
+    _check_gradients(experiment, largest, scores)
     if how.absolute:
         for name, x in scores.items():
             x /= _reached(model, how, name).to(model.device)
@@ -273,12 +229,26 @@ def attribute(
     meta = {
         **describe(model, pairs),
         "sign": how.sign,
-        "method": how.described | ({} if values is None else {"ablation": dict(values.meta)}),
-        "metric": {"name": metric_name, "clean": clean, "corrupt": corrupt},
+        "method": how.described | {"ablation": dict(experiment.ablation.meta)},
+        "metric": {"name": experiment.metric_name, "clean": clean, "corrupt": corrupt},
         "impl": kernels.choose("edge_scores", device=model.device, dtype=model.dtype) if impl == "auto" else impl,
         "storage": storage,
     }
     return _result(model, scores, meta, level, reduce, len(pairs))
+
+
+def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, Tensor]) -> None:
+    """ValueError for gradients that are not finite, or zero everywhere; largest: max |∂metric/∂logits|."""
+    name, dtype = experiment.metric_name, experiment.model.dtype
+    if not bool(largest.isfinite()):
+        raise ValueError(f"the gradient of the metric {name} is NaN or infinite where its value is finite")
+    if not all(bool(x.isfinite().all()) for x in scores.values()):
+        raise ValueError(f"the gradients overflow in {dtype}: use a wider dtype, e.g. float32")
+    if float(largest) <= _ZERO_GRADIENT:
+        raise ValueError(
+            f"the gradient of the metric {name} is zero on every pair, so every score would be: a divergence from the "
+            "clean run has its minimum there; use another metric"
+        )
 
 
 def _storage(
@@ -307,14 +277,15 @@ def _storage(
         return "dense"
     if storage != "auto":
         return storage
-    groups = len(model.weights.layers[0].w_qkv)
+    groups = len(model.attentions[0].w_qkv)
     return choose_storage(config, pairs, model.dtype, model.device, groups=groups, passes=planned)
 
 
-def _as_read(model: Model, pairs: PromptPairs, metric: Metric) -> ModelConfig:
-    """The model's sizes for the planner, with a vocabulary of as many tokens as the metric reads for a pair."""
-    read = tokens_read(metric, pairs.answers, pairs.wrong, model.config.d_vocab)
-    return model.config if read is None else replace(model.config, d_vocab=read[0].shape[1])
+def _as_read(experiment: Experiment) -> ModelConfig:
+    """The model's sizes for the plan, with a vocabulary of as many tokens as the metric reads for a pair."""
+    config, pairs = experiment.model.config, experiment.pairs
+    read = tokens_read(experiment.metric, pairs.answers, pairs.wrong, config.d_vocab)
+    return config if read is None else replace(config, d_vocab=read[0].shape[1])
 
 
 def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bool) -> Replays:
@@ -350,8 +321,7 @@ def _reached(model: Model, how: Recipe, name: str) -> Tensor:
     if name == "dimensions":
         return passes[:-1, None]
     if how.described["level"] == "edge":
-        components = [graph.component(r) for r in range(graph.n_receivers)]
-        return passes[[-1 if component is None else component for component in components]]
+        return passes[[next(iter(graph.senders_behind(r)), -1) for r in range(graph.n_receivers)]]
     return passes[:-1]
 
 
@@ -359,7 +329,7 @@ def _result(
     model: Model, scores: dict[str, Tensor], meta: dict[str, Any], level: str, reduce: str, n_pairs: int
 ) -> EdgeScores | NodeScores:
     """The mean over pairs, with the parts that were asked for."""
-    keep = torch.float64 if model.dtype == torch.float64 else torch.float32
+    keep = result_dtype(model.dtype)
     whole = scores if reduce == "all" else {name: x.sum(0) for name, x in scores.items()}
     whole = {name: (x / n_pairs).to(keep).cpu() for name, x in whole.items()}
     parts: dict[str, Tensor] = {}
@@ -381,10 +351,3 @@ def _result(
         per_position=parts if reduce == "position" else {},
         **whole,
     )
-
-
-def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether memory did not suffice: for torch on either device, for the C++ ops, or for oneDNN inside torch."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "could not create a", "could not execute a"))

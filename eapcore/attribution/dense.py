@@ -11,12 +11,13 @@ import eapcore.kernels as kernels
 from eapcore.attribution.exact_patterns import exact_scores
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.plan import workspace_pairs
-from eapcore.attribution.sums import Sums, _at, over_steps
-from eapcore.execution.batch import Window
-from eapcore.models.activations import LayerSaved, accumulate_dtype
-from eapcore.models.attention import head_outputs
-from eapcore.models.backward import Channels, Sink, backward
+from eapcore.attribution.sums import Sums, over_steps, rows_at
+from eapcore.execution.batch import Batch
+from eapcore.models.attention import Channels
+from eapcore.models.backward import Sink, backward
+from eapcore.models.forward import StageSaved
 from eapcore.models.model import Model
+from eapcore.models.tensors import accumulate_dtype
 
 
 class DenseStore:
@@ -29,21 +30,24 @@ class DenseStore:
 
     steps = True
 
-    def __init__(self, model: Model, window: Window, memory: Tensor) -> None:
-        self.model, self.read = model, window.read
-        (rows, tokens), width, graph = window.shape, model.config.d_model, model.graph
-        before = graph.heads(model.config.n_layers - 1).start
+    def __init__(self, model: Model, batch: Batch, memory: Tensor) -> None:
+        self.model, self.read = model, batch.read
+        (rows, tokens), width, graph = batch.shape, model.config.d_model, model.graph
+        before, reads = graph.senders_everywhere.stop, self.read.shape[1]
         cut = before * rows * tokens * width
-        end = cut + graph.n_senders * rows * width
+        end = cut + graph.n_senders * rows * reads * width
         self.everywhere = memory[:cut].view(before, rows, tokens, width)
-        self.at_read = memory[cut:end].view(graph.n_senders, rows, 1, width)
+        self.at_read = memory[cut:end].view(graph.n_senders, rows, reads, width)
 
     @staticmethod
-    def size(model: Model, window: Window) -> int:
-        """Elements of memory that a window's buffer takes."""
-        rows, tokens = window.shape
-        before = model.graph.heads(model.config.n_layers - 1).start
-        return (before * tokens + model.graph.n_senders) * rows * model.config.d_model
+    def size(model: Model, batch: Batch) -> int:
+        """Elements of memory that a batch's buffer takes."""
+        (rows, tokens), graph = batch.shape, model.graph
+        return (
+            (graph.senders_everywhere.stop * tokens + graph.n_senders * batch.read.shape[1])
+            * rows
+            * model.config.d_model
+        )
 
     def rows(self, at_read: bool) -> Tensor:
         return self.at_read if at_read else self.everywhere
@@ -52,22 +56,22 @@ class DenseStore:
         self.everywhere[0] = delta
 
     def set_heads(self, index: int, dz: Tensor) -> None:
-        last = index == self.model.config.n_layers - 1
+        graph, last = self.model.graph, self.model.graph.is_last(index)
         if last:
-            self.at_read[: len(self.everywhere)] = _at(self.everywhere, self.read)
-        rows = self.rows(last)
-        head_outputs(dz, self.model.weights.layers[index].w_o, out=rows[self.model.graph.heads(index)])
+            self.at_read[: len(self.everywhere)] = rows_at(self.everywhere, self.read)
+        self.model.attentions[index].send(dz, out=self.rows(last)[graph.heads(index)])
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
-        self.rows(index == self.model.config.n_layers - 1)[self.model.graph.mlp(index)] = delta
+        graph = self.model.graph
+        self.rows(graph.is_last(index))[graph.mlp(index)] = delta
 
-    def moved(self, component: str) -> Tensor:
-        index, graph = int(component[1:]), self.model.graph
-        rows = self.rows(index == self.model.config.n_layers - 1)
-        return rows[graph.heads(index)].sum(0) if component[0] == "a" else rows[graph.mlp(index)]
+    def moved(self, name: str) -> Tensor:
+        index, graph = int(name[1:]), self.model.graph
+        rows = self.rows(graph.is_last(index))
+        return rows[graph.heads(index)].sum(0) if name[0] == "a" else rows[graph.mlp(index)]
 
     def contract(
-        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+        self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         runs = len(grad) // len(self.read)
         edges, read = _Edges(self, sums, step, runs), self.read.repeat(runs, 1)
@@ -90,16 +94,18 @@ class _Edges(Sink):
         # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
         self.mlp: Tensor | None = None
 
-    def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
-        index = receiver // self.graph.receivers_per_layer
-        if at_read or receiver == self.graph.logits or f"a{index}" in self.step.rules.cut:
+    def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
+        if at_read or name == "logits" or f"a{name[1:]}" in self.step.rules.cut:
             self.add(grad[None], slice(receiver, receiver + 1), at_read)
             return
-        self.mlp, heads = grad, self.graph.heads(index)  # those between the layer's q, k and v and its MLP
-        self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=heads)
+        self.mlp = grad
+        # The heads of a stage before the MLP's own, which the layer's q, k and v do not read.
+        between = slice(self.graph.heads(int(name[1:])).start, self.graph.senders_before(receiver))
+        if between.start < between.stop:
+            self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=between)
 
     def channels(self, part: Channels) -> Tensor:
-        heads, by_gradient = self.store.model.config.n_heads, part.channels
+        heads, by_gradient = part.attention.n_heads, part.channels
         if self.step.exact_softmax:  # v alone
             by_gradient = slice(max(part.channels.start, 2 * heads), part.channels.stop)
             for start in range(part.channels.start, min(part.channels.stop, 2 * heads), heads):

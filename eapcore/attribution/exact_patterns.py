@@ -12,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eapcore.attribution.plan import EXACT_CHUNK
-from eapcore.models.activations import accumulate_dtype
-from eapcore.models.attention import attention_pattern, project, with_past
-from eapcore.models.backward import Channels
-from eapcore.models.norm import normalise
+from eapcore.execution.limits import limits
+from eapcore.models.attention import Channels
+from eapcore.models.tensors import accumulate_dtype
 
 
 def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) -> Tensor:
@@ -31,31 +29,22 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     Returns:
         [S, H] or [B, S, H], in float32 at least.
     """
-    model = part.model
-    queries = channels.start == 0
-    k, v = with_past(part.run.kv, part.past)
-    q = part.run.q.transpose(1, 2)  # [B, H, Q, K]
-    before = k.shape[2] - part.run.kv.shape[1]
-    pattern = attention_pattern(model, part.index, q, k, before, part.read)  # [B, H, Q, P + T]
+    attention, queries = part.attention, channels.start == 0
+    q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, part.read)
+    before = k.shape[2] - part.saved.kv.shape[1]
+    pattern = attention.pattern(q, k, before, part.read)  # [B, H, Q, P + T]
     d_pattern = (part.dz.transpose(1, 2) @ v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
     size = max(pattern.numel(), delta[0].numel())
     scores = []
-    for some in delta.split(max(1, EXACT_CHUNK.get(model.device.type, 1 << 20) // size)):
-        changed = _activations(part, channels, some)  # [C, B, H, T, K]
+    for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
+        n, _ = attention.norm.forward((part.norm_in.x + some).flatten(0, 1))
+        changed = attention.project(n, channels).unflatten(0, some.shape[:2]).transpose(2, 3)  # [C, B, H, T, K]
         if queries:
-            other = attention_pattern(model, part.index, changed, k, before, part.read)
+            other = attention.pattern(attention.turn_queries(changed, before, part.read), k, before, part.read)
         else:
             front = k[:, :, :before].expand(len(some), -1, -1, -1, -1)
-            keys = torch.cat([front, changed], 3)  # [C, B, H, P + T, K]
-            other = attention_pattern(model, part.index, q, keys, before, part.read)
+            keys = torch.cat([front, attention.turn_keys(changed, before)], 3)  # [C, B, H, P + T, K]
+            other = attention.pattern(q, keys, before, part.read)
         scores.append(torch.einsum("cbhqt,bhqt->bch", other - pattern, d_pattern))
     joined = torch.cat(scores, 1)  # [B, S, H]
     return joined if reduce == "pair" else joined.sum(0)
-
-
-def _activations(part: Channels, channels: slice, delta: Tensor) -> Tensor:
-    """The channels' activations [C, B, H, T, K] where their input has delta [C, B, T, D] more."""
-    layer = part.model.weights.layers[part.index]
-    n, _ = normalise((part.norm_in.x + delta).flatten(0, 1), layer.ln1, part.model.config.eps)
-    act = project(layer, n, channels)  # [C·B, T, H, K]
-    return act.unflatten(0, delta.shape[:2]).transpose(2, 3)

@@ -10,13 +10,14 @@ from torch.nn import functional
 
 import eapcore.kernels as kernels
 from eapcore.attribution.methods import Pass
-from eapcore.attribution.sums import Sums, _at
-from eapcore.execution.batch import Window
-from eapcore.models.activations import LayerSaved, at_positions
-from eapcore.models.attention import channel_groups
-from eapcore.models.backward import Channels, Sink, backward
+from eapcore.attribution.sums import Sums, rows_at
+from eapcore.execution.batch import Batch
+from eapcore.models.attention import Channels
+from eapcore.models.backward import Sink, backward
+from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
+from eapcore.models.tensors import at_positions
 
 
 class FactoredStore:
@@ -24,9 +25,9 @@ class FactoredStore:
 
     steps = False
 
-    def __init__(self, model: Model, window: Window, chunk: int | None = None) -> None:
-        self.model, self.read, self.chunk = model, window.read, chunk
-        config, (rows, tokens) = model.config, window.shape
+    def __init__(self, model: Model, batch: Batch, chunk: int | None = None) -> None:
+        self.model, self.read, self.chunk = model, batch.read, chunk
+        config, (rows, tokens) = model.config, batch.shape
         like = model.weights.w_e
         # Zero in the last layer but at the answer, where alone it is needed.
         self.dz = like.new_zeros(config.n_layers, rows, tokens, config.n_heads, config.d_head)
@@ -45,30 +46,32 @@ class FactoredStore:
 
     def _place(self, index: int) -> Any:
         """Where in [B, T] a layer's Δ belongs."""
-        if index < self.model.config.n_layers - 1:
+        if not self.model.graph.is_last(index):
             return ...
         return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
 
-    def moved(self, component: str) -> Tensor:
-        index = int(component[1:])
-        read = self.read if index == self.model.config.n_layers - 1 else None
-        if component[0] == "a":
+    def moved(self, name: str) -> Tensor:
+        index = int(name[1:])
+        read = self.read if self.model.graph.is_last(index) else None
+        if name[0] == "a":
             dz = at_positions(self.dz[index], read)
-            return product(dz.flatten(2), self.model.weights.layers[index].w_o.flatten(0, 1))
+            return product(dz.flatten(2), self.model.attentions[index].w_o.flatten(0, 1))
         assert self.mlp is not None
         return at_positions(self.mlp[index], read)
 
     def contract(
-        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+        self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
-        factors = _Factors(self.model, self.read, saved[-1].kv)
+        like = next(run.attention for run in reversed(saved) if run.attention is not None)
+        factors = _Factors(self.model, self.read, like.kv)
+        del like
         backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
-        w_o = [layer.w_o for layer in self.model.weights.layers]
+        w_o = [attention.w_o for attention in self.model.attentions]
         for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
             embed, mlp, dz = self.embed, self.mlp, self.dz
             if at_read:
                 embed = at_positions(embed, self.read)
-                dz, mlp = _at(dz, self.read), None if mlp is None else _at(mlp, self.read)
+                dz, mlp = rows_at(dz, self.read), None if mlp is None else rows_at(mlp, self.read)
             senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
             reduce = sums.reduction(at_read)
             block = kernels.edge_scores_factored(
@@ -96,33 +99,33 @@ class _Factors(Sink):
         self.logits = kv.new_zeros(0)
         self.layers: dict[bool, dict[int, tuple[Tensor, Tensor, kernels.Norm, list[Tensor]]]] = {False: {}, True: {}}
 
-    def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
+    def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
         mlp = self.mlp[at_read]
-        if receiver == self.model.graph.logits:
+        if name == "logits":
             self.logits = grad
         elif mlp is not None:
-            mlp[receiver // self.model.graph.receivers_per_layer] = grad
+            mlp[int(name[1:])] = grad
 
     def channels(self, part: Channels) -> Tensor:
         g, norm, groups = part.factors()
-        act, count = part.act, 3 * self.model.config.n_heads
+        act, count = part.act, 3 * part.attention.n_heads
         missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
         if any(channels.start < channels.stop for channels in missing):
             g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))
-            before, behind = (channel_groups(self.model.weights.layers[part.index], channels) for channels in missing)
+            before, behind = (part.attention.groups(channels) for channels in missing)
             groups = [*before, *groups, *behind]
         self.layers[part.at_read][part.index] = (g, act, norm, groups)
         return part.total()
 
     def receivers(self, at_read: bool) -> kernels.FactoredReceivers:
         """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""
-        config, weights, layers = self.model.config, self.model.weights, self.layers[at_read]
-        channels, shape = slice(0, 3 * config.n_heads), (len(self.like), self.tokens[at_read])
-        nothing = self.like.new_zeros(1).expand(*shape, channels.stop, config.d_head)
-        for index, layer in enumerate(weights.layers):
-            layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(layer.w_qkv)))
+        config, attentions, layers = self.model.config, self.model.attentions, self.layers[at_read]
+        shape = (len(self.like), self.tokens[at_read])
+        nothing = self.like.new_zeros(1).expand(*shape, 3 * config.n_heads, config.d_head)
+        for index, attention in enumerate(attentions):
+            layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(attention.w_qkv)))
         ordered = [layers.pop(index) for index in range(config.n_layers)]
-        constants = [self.model.closed_form(index, channels) for index in range(config.n_layers)]
+        constants = self.model.closed_forms
         return kernels.FactoredReceivers(
             g=[g.permute(2, 0, 1, 3) for g, _, _, _ in ordered],
             act=[act.permute(2, 0, 1, 3) for _, act, _, _ in ordered],

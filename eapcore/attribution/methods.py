@@ -29,7 +29,7 @@ class Pass:
 
     alpha: the component's output is corrupt + α (clean − corrupt) and everything behind it follows: for "embed" α = 1
     is the clean run. component: "embed", "a{l}" all heads of a layer, or "m{l}". rules: how the gradient goes back.
-    exact_softmax: q and k edges by the attention pattern that they would make, see `softmax`.
+    exact_softmax: q and k edges by the attention pattern that they would make, see `exact_patterns`.
     """
 
     alpha: float

@@ -10,12 +10,12 @@ from torch import Tensor
 from eapcore.attribution.factored import FactoredStore
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Sums, over_steps
-from eapcore.execution.batch import Window
-from eapcore.models.activations import LayerSaved, accumulate_dtype, at_positions
-from eapcore.models.attention import head_outputs
+from eapcore.execution.batch import Batch
 from eapcore.models.backward import Sink, backward
+from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
+from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
 class NodeStore(FactoredStore):
@@ -23,8 +23,8 @@ class NodeStore(FactoredStore):
 
     steps = True
 
-    def __init__(self, model: Model, window: Window, *, units: bool) -> None:
-        super().__init__(model, window)
+    def __init__(self, model: Model, batch: Batch, *, units: bool) -> None:
+        super().__init__(model, batch)
         self.units: dict[int, Tensor] | None = {} if units else None
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
@@ -33,7 +33,7 @@ class NodeStore(FactoredStore):
             self.units[index] = units
 
     def contract(
-        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+        self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         read = self.read.repeat(len(grad) // len(self.read), 1)
         backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=read)
@@ -45,26 +45,24 @@ class _Nodes(Sink):
     def __init__(self, store: NodeStore, sums: Sums, step: Pass) -> None:
         self.store, self.sums, self.step = store, sums, step
 
-    def behind(self, senders: slice, grad: Tensor, at_read: bool) -> None:
+    def behind(self, name: str, senders: slice, grad: Tensor, at_read: bool) -> None:
         model, store = self.store.model, self.store
         read = store.read if at_read else None
-        layer, place = divmod(senders.start - 1, model.graph.senders_per_layer)
-        component = "embed" if senders.start == 0 else f"{'m' if place == model.config.n_heads else 'a'}{layer}"
-        if self.sums.absolute and component in self.step.rules.cut:
+        if self.sums.absolute and name in self.step.rules.cut:
             return
         grad = over_steps(grad, 0, len(store.read)).to(model.dtype)
-        if component[0] == "a":
-            w_o, dz = model.weights.layers[layer].w_o, at_positions(store.dz[layer], read)
+        if name[0] == "a":
+            attention, dz = model.attentions[int(name[1:])], at_positions(store.dz[int(name[1:])], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
-                d_z = product(grad, w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])
+                d_z = product(grad, attention.w_o.flatten(0, 1).T).unflatten(-1, attention.w_o.shape[:2])
                 self.add("scores", "bthk,bthk->{}h", dz, d_z, (senders,), at_read)
                 return
-            delta = head_outputs(dz, w_o)  # [H, B, T, D]
-        elif component == "embed":
+            delta = attention.send(dz)  # [H, B, T, D]
+        elif name == "embed":
             delta = store.embed[None]
         else:
             assert store.mlp is not None
-            delta = at_positions(store.mlp[layer], read)[None]
+            delta = at_positions(store.mlp[int(name[1:])], read)[None]
         self.add("scores", "sbtd,btd->{}s", delta, grad, (senders,), at_read)
         if store.units is not None:
             self.add("dimensions", "sbtd,btd->{}sd", delta, grad, (senders, slice(None)), at_read)

@@ -9,23 +9,11 @@ from functools import lru_cache, partial
 import torch
 
 import eapcore.kernels as kernels
+from eapcore.execution.limits import LEAST_CHUNK, limits
 from eapcore.execution.memory import budget
 from eapcore.graph.graph import Graph
 from eapcore.models.config import ModelConfig
-from eapcore.tasks import PromptPairs
-
-# Pairs are batched up to this many tokens: on a CPU larger batches leave the cache and gain nothing, a GPU wants more.
-_TOKENS = {"cpu": 512, "cuda": 8192}
-# Steps of an integral go through the model together up to this many tokens: by then products have enough rows to be
-# fast and launches cost little (bench/bench_ig.py --together).
-_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
-# One layer's receivers at a time: on a CPU they should stay in a cache until they are contracted, but each call turns
-# the weights round once (8 MiB cost 3 % more time than 20 at GPT-2 small's size); a GPU wants long calls.
-_WORKSPACE = {"cpu": 20 << 20, "cuda": 1 << 30}
-# A chunk of fewer token rows is not halved: for 16 rows a head's weights are read that are four times what is made.
-_LEAST_CHUNK = 16
-# Numbers of one chunk's attention patterns, or of its residual streams, that `softmax` holds at once.
-EXACT_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+from eapcore.tasks.pairs import PromptPairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +57,7 @@ def workspace_pairs(
 ) -> int:
     """How many of a batch's pairs have one layer's receivers, [3H + 1, B, T, D], in memory at a time, evenly."""
     one = (3 * config.n_heads + (not config.attn_only)) * tokens * config.d_model * dtype.itemsize
-    at_once = max(1, _WORKSPACE.get(torch.device(device).type, _WORKSPACE["cpu"]) // one)
+    at_once = max(1, limits(device).workspace // one)
     return -(-pairs // -(-pairs // at_once))
 
 
@@ -113,7 +101,7 @@ def dense_bytes(
     Prompts are taken to differ from their first token on. Scores of every pair that are the result, [N, S, R], are not
     a batch's and not counted.
     """
-    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    graph = config.graph
     sizes, width = _sizes(config, batch, tokens, dtype), dtype.itemsize
     buffer = (graph.heads(config.n_layers - 1).start * tokens + graph.n_senders) * batch * config.d_model * width
     buffer += _sum_bytes(graph, batch, tokens, passes)
@@ -146,7 +134,7 @@ def _back_bytes(
     reduce: str,
 ) -> int:
     """Bytes that come and go while gradients go back and are contracted with the sender buffer."""
-    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    graph = config.graph
     sizes, width, several = _sizes(config, batch, tokens, dtype), dtype.itemsize, config.n_layers > 1
     senders = graph.heads(max(config.n_layers - 2, 0)).start
     at_once = workspace_pairs(config, batch, tokens, dtype, device)
@@ -180,8 +168,8 @@ def _exact_bytes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtyp
     """At most the bytes that exact patterns take: of as many senders at a time as `softmax` makes."""
     wide, stream = max(dtype.itemsize, 4), batch * tokens * config.d_model
     pattern, heads = batch * config.n_heads * tokens**2, batch * tokens * config.n_heads * config.d_head
-    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
-    at_once = min(graph.n_senders, max(1, EXACT_CHUNK.get(device.type, 1 << 20) // max(pattern, stream)))
+    graph = config.graph
+    at_once = min(graph.n_senders, max(1, limits(device).exact_numbers // max(pattern, stream)))
     inputs = (2 if wide == dtype.itemsize else 4) * stream + 2 * heads
     each = at_once * max(inputs, 3 * heads + 3 * pattern)
     return (each + 3 * pattern + 2 * batch * graph.n_senders * config.n_heads) * wide
@@ -287,7 +275,7 @@ def _factored_bytes(
     config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, passes: Passes
 ) -> tuple[int, int]:
     """Peak bytes of factored mode up to the contraction, and those that are still there when it begins."""
-    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    graph = config.graph
     sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
     differences = config.n_layers * (sizes.heads + mlps * sizes.stream) + sizes.stream
     differences += _sum_bytes(graph, batch, tokens, passes)
@@ -331,7 +319,7 @@ def _chunk_bytes(
     chunk: int | None,
 ) -> int:
     """What contracting in chunks takes besides the factors: its workspace and the scores."""
-    graph = Graph(config.n_layers, config.n_heads, not config.attn_only)
+    graph = config.graph
     # Nearly all edges are contracted at all positions, the rest at one.
     workspace = max(
         kernels.workspace_bytes(
@@ -377,7 +365,7 @@ def fitting_chunk(
     needed = partial(_chunk_bytes, config, batch, tokens, dtype, device, impl, passes)
     rows = min(fast, max(1, batch * tokens))
     workspace = needed(rows)
-    while before + workspace > budget and workspace > before and rows >= 2 * _LEAST_CHUNK:
+    while before + workspace > budget and workspace > before and rows >= 2 * LEAST_CHUNK:
         half = needed(rows // 2)
         if 4 * half > 3 * workspace:
             break
@@ -431,7 +419,7 @@ def fitting_batch_size(
 
 
 def _useful(tokens: int, device: torch.device) -> int:
-    return max(1, _TOKENS.get(device.type, 512) // tokens)
+    return max(1, limits(device).batch_tokens // tokens)
 
 
 def steps_together(
@@ -445,7 +433,7 @@ def steps_together(
     passes: Passes = ONE_GRADIENT,
 ) -> int:
     """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
-    useful = _STEP_TOKENS.get(device.type, 1024) // (batch * tokens)
+    useful = limits(device).step_tokens // (batch * tokens)
     if useful < 4:  # each alone has tokens enough
         return 1
     needed = partial(dense_bytes, config, batch, tokens, dtype, device=device, passes=passes)

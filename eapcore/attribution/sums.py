@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution.methods import Pass
-from eapcore.execution.batch import Window
-from eapcore.models.activations import LayerSaved
+from eapcore.execution.batch import Batch
+from eapcore.models.forward import StageSaved
 
 
 class Sums:
@@ -27,11 +27,11 @@ class Sums:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], window: Window, reduce: str, impl: str, *, absolute: bool = False
+        self, shapes: Mapping[str, tuple[int, ...]], batch: Batch, reduce: str, impl: str, *, absolute: bool = False
     ) -> None:
-        self.reduce, self.impl, self.read, self.start = reduce, impl, window.pairs.positions, window.start
+        self.reduce, self.impl, self.read, self.start = reduce, impl, batch.pairs.positions, batch.start
         self.absolute, self.inner = absolute, "pair" if absolute else reduce
-        size = {"all": (), "pair": (len(window.pairs),), "position": (window.stop,)}[self.inner]
+        size = {"all": (), "pair": (len(batch.pairs),), "position": (batch.stop,)}[self.inner]
         self.scores = {
             name: torch.zeros((*size, *shape), dtype=torch.float64, device=self.read.device)
             for name, shape in shapes.items()
@@ -71,7 +71,7 @@ class Sums:
 
 
 class Store(Protocol):
-    """Where a window's differences e_corrupt − e_clean are kept until gradients meet them.
+    """Where a batch's differences e_corrupt − e_clean are kept until gradients meet them.
 
     steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
     """
@@ -87,11 +87,11 @@ class Store(Protocol):
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
 
-    def moved(self, component: str) -> Tensor:
+    def moved(self, name: str) -> Tensor:
         """Δ of what all heads of a layer "a{l}" or its MLP "m{l}" send together, [B, T, D], of the last [B, Q, D]."""
 
     def contract(
-        self, sums: Sums, saved: list[LayerSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
+        self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
 
@@ -101,6 +101,6 @@ def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
     return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
 
 
-def _at(x: Tensor, read: Tensor) -> Tensor:
+def rows_at(x: Tensor, read: Tensor) -> Tensor:
     """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D]."""
     return x[:, torch.arange(x.shape[1], device=x.device)[:, None], read]

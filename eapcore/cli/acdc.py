@@ -1,4 +1,4 @@
-"""eapcore acdc"""
+"""eapcore acdc: search for a circuit by exact patching from the logits back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,45 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import _load_circuit, _load_scores, check_number, find_ablation, prepare
-from eapcore.cli.output import Progress, _runs, _table, _write, check_out, heading
+from eapcore.cli.inputs import check_number, find_ablation, load_circuit, load_scores, prepare
+from eapcore.cli.options import Command, add_edges, add_task, number, positive, several
+from eapcore.cli.output import Progress, check_out, heading, runs, table, write
 
 if TYPE_CHECKING:
     from eapcore.graph.circuit import Circuit
+
+
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("acdc", run, "Search for a circuit by exact patching from the logits back.")
+    add_task(parser, metric="kl")
+    add_edges(parser, "where the search starts")
+    parser.set_defaults(metric="kl")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--top-n", type=several(positive), metavar="N,…", help="with --scores: how many edges (default: none)"
+    )
+    sizes.add_argument(
+        "--score-threshold",
+        type=several(number),
+        metavar="X,…",
+        help="with --scores, instead: all edges with |score| at least X (default: none)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=several(number),
+        required=True,
+        metavar="X,…",
+        help="an edge goes where its loss is less than X; of several starts or thresholds each with each is searched",
+    )
+    parser.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the circuit file to write, of several searches a .json of them all (default: circuit.json, of several "
+        "sweep.json)",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +62,8 @@ class _Sweep:
         write_json(path, "sweep", self)
 
 
-def _acdc(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Search, from each start with each threshold."""
     from eapcore.search.acdc import acdc, prune_sweep
 
     chosen, thresholds = args.top_n or args.score_threshold, args.threshold
@@ -41,16 +76,17 @@ def _acdc(args: argparse.Namespace) -> None:
     args.out = args.out or Path("circuit.json" if single else "sweep.json")
     check_out(args)
     model, pairs, metric = prepare(args)
-    start, scores = _load_circuit(args, "circuit", model), None
+    start, scores = load_circuit(args, "circuit", model), None
     sizes = [model.graph.n_edges if start is None else start.n_edges]
     if args.scores is not None:
-        scores = _load_scores(args.scores, model)
+        scores = load_scores(args.scores, model)
         sizes = args.top_n or [scores.threshold(x).n_edges for x in chosen]
     for asked, size in zip(chosen or [], sizes, strict=False):
         check_number("--top-n", size, model)
         if not size:
             raise ValueError(f"--score-threshold {asked:g} leaves no edge to start from")
-    options = {"order": args.order, **find_ablation(args, model), "batch_size": args.batch_size}
+    ablation = find_ablation(args, model, pairs)
+    options = {"order": args.order, "ablation": ablation, "batch_size": args.batch_size}
     began, total = time.perf_counter(), sum(sizes) * len(thresholds)
     found: list[Circuit] = []
     if scores is not None:
@@ -61,6 +97,7 @@ def _acdc(args: argparse.Namespace) -> None:
         with Progress(f"searching at {threshold:g}", sizes[0], "edge") as progress:
             found.append(acdc(model, pairs, metric, threshold=threshold, start=start, progress=progress, **options))
     seconds = time.perf_counter() - began
+    write(found[0] if single else _Sweep(found), args.out)
     print(heading(model, pairs, metric))
     counts = {key: sum(c.meta["forwards"][key] for c in found) for key in ("decided", "evaluated", "launches")}
     print(
@@ -72,11 +109,11 @@ def _acdc(args: argparse.Namespace) -> None:
             (start, threshold, c.n_edges, c.prune().n_edges, c.meta["metric"]["circuit"])
             for c, (start, threshold) in zip(found, product(sizes, thresholds), strict=True)
         ]
-        print(_table(("start", "threshold", "edges", "connected", metric), rows))
-        _write(_Sweep(found), args.out)
+        print(table(("start", "threshold", "edges", "connected", metric), rows))
+        print(f"\nwrote    {args.out}")
         return
     (circuit,) = found
     values = circuit.meta["metric"]
     print(f"circuit  {circuit.n_edges} edges; {circuit.prune().n_edges} connect embed to the logits")
-    print(_runs(args, metric, {name: values[name] for name in ("clean", "circuit", "corrupt")}))
-    _write(circuit, args.out)
+    print(runs(args, metric, {name: values[name] for name in ("clean", "circuit", "corrupt")}))
+    print(f"\nwrote    {args.out}")

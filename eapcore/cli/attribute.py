@@ -1,39 +1,57 @@
-"""eapcore attribute"""
+"""eapcore attribute: score every edge, node or neuron."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, prepare, score
-from eapcore.cli.output import _heading, _score_table, check_out
-
-if TYPE_CHECKING:
-    pass
+from eapcore.cli.options import Command, add_method, add_out, add_task, count, number
+from eapcore.cli.output import check_out, score_table, scored_heading, write
 
 
-def _attribute(args: argparse.Namespace) -> None:
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("attribute", run, "Score every edge and write the scores.")
+    add_task(parser)
+    add_method(parser)
+    parser.add_argument(
+        "--level", default="edge", metavar="WHAT", help="edge, node, or neuron: also MLP units and output dimensions"
+    )
+    parser.add_argument(
+        "--reduce", default="all", metavar="HOW", help="all, or pair or position: the file has each one's scores too"
+    )
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument(
+        "--top-n", type=count, metavar="N", help="also print the N most important edges or nodes (default: none)"
+    )
+    printed.add_argument(
+        "--threshold", type=number, metavar="X", help="also print those with |score| at least X (default: none)"
+    )
+    add_out(parser, "scores.safetensors", "the score file to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score, write, and print what was asked for."""
     from eapcore.graph.scores import EdgeScores
 
     check_out(args)
     model, pairs, metric = prepare(args)
     check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
-    how = {**find_ablation(args, model), "level": args.level, "reduce": args.reduce}
+    ablation = find_ablation(args, model, pairs)
     start = time.perf_counter()
-    scores = score(args, model, pairs, metric, how)
+    scores = score(args, model, pairs, metric, ablation=ablation, level=args.level, reduce=args.reduce)
     seconds = time.perf_counter() - start
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    scores.save(args.out)
-    print(_heading(model, pairs, scores, seconds))
+    write(scores, args.out)
+    print(scored_heading(model, pairs, scores, seconds))
     shown = args.top_n
     if args.threshold is not None:
         among = scores.scores[scores.mask] if isinstance(scores, EdgeScores) else scores.scores
         shown = int((among.abs() >= args.threshold).sum())
     if shown:
-        print(_score_table("edge" if args.level == "edge" else "node", scores.top(shown)))
+        print(score_table("edge" if args.level == "edge" else "node", scores.top(shown)))
     if shown and not isinstance(scores, EdgeScores) and scores.units is not None:
         largest = scores.units.flatten().abs().sort(descending=True, stable=True).indices[:shown].tolist()
         places = [divmod(i, scores.units.shape[1]) for i in largest]
-        print(_score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
+        print(score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
     print(f"wrote    {args.out}")

@@ -1,29 +1,61 @@
-"""The commands that check and judge: eapcore patch | acdc | path | evaluate | verify."""
+"""eapcore evaluate: judge edge scores by faithfulness over sizes, CPR and CMD, ROC, and a circuit."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import _find_scores, _load_circuit, _top, check_number, find_ablation, prepare
-from eapcore.cli.output import Progress, _table, _write, check_out, heading
-from eapcore.cli.patch import _EACH, _RUN
+from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, prepare, top
+from eapcore.cli.options import RUN, TOP, Command, add_out, add_scores, add_task, at_least_two, positive
+from eapcore.cli.output import Progress, check_out, heading, table, write
 
 if TYPE_CHECKING:
-    from eapcore.evaluation.completeness import Completeness
-    from eapcore.evaluation.roc import Roc
-    from eapcore.evaluation.stability import Stability
+    from eapcore.evaluation.evaluate import Evaluation
+    from eapcore.graph.circuit import Circuit
     from eapcore.graph.scores import EdgeScores
+
+_RULE = "trapezoid, lower (steps), upper (steps) or pareto"
+
+
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("evaluate", run, "Judge edge scores: faithfulness over sizes, CPR and CMD, ROC, a circuit.")
+    add_task(parser)
+    add_scores(parser)
+    parser.add_argument(
+        "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
+    )
+    parser.add_argument(
+        "--true-circuit", type=Path, metavar="FILE", help="also the ROC against this circuit's edges (default: none)"
+    )
+    parser.add_argument(
+        "--true-top",
+        type=positive,
+        metavar="N",
+        help="also the ROC against exact patching's top N edges (default: off)",
+    )
+    parser.add_argument("--rule", metavar="RULE", help=f"of the ROC's area: {_RULE} (default: trapezoid)")
+    parser.add_argument("--selection", default="top_n", metavar="HOW", help="top_n, or greedy from the logits back")
+    parser.add_argument(
+        "--bootstrap",
+        type=at_least_two,
+        metavar="N",
+        help="also draw the prompts again N times, for the scores' stability (default: off)",
+    )
+    parser.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {TOP}")
+    add_out(parser, "evaluation.json")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Judge the scores of a file, or those that the method's options make."""
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from eapcore.evaluation.completeness import completeness, minimality
-    from eapcore.evaluation.evaluate import Evaluation
-    from eapcore.evaluation.faithfulness import SELECTIONS, mib
-    from eapcore.evaluation.roc import RULES, roc
-    from eapcore.evaluation.stability import stability
+    from eapcore.evaluation.evaluate import evaluate
+    from eapcore.evaluation.faithfulness import SELECTIONS
+    from eapcore.evaluation.roc import RULES
     from eapcore.kernels.checks import one_of
-    from eapcore.patching.edges import patch_edges
 
     check_out(args)
     if args.top_n is not None and args.bootstrap is None:
@@ -34,67 +66,83 @@ def _evaluate(args: argparse.Namespace) -> None:
     one_of("rule", rule, RULES)
     one_of("selection", args.selection, SELECTIONS)
     model, pairs, metric = prepare(args)
-    top, n_edges = _top(args, model), model.graph.n_edges
+    n, n_edges = top(args, model), model.graph.n_edges
     check_number("--true-top", args.true_top, model)
-    circuit, truth = (_load_circuit(args, option, model) for option in ("circuit", "true_circuit"))
+    circuit, truth = (load_circuit(args, option, model) for option in ("circuit", "true_circuit"))
     if n_edges in (args.true_top, 0 if truth is None else truth.n_edges):
         raise ValueError(f"a ROC needs true and false edges, but all {n_edges} edges of {model.name} would be true")
     if args.bootstrap is not None and args.scores is None and len(pairs) < 2:
         raise ValueError("--bootstrap needs at least 2 prompt pairs to draw from, got 1")
-    how = find_ablation(args, model)
-    options = {**how, "batch_size": args.batch_size}
-    scores = _find_scores(args, model, pairs, metric, how, "all" if args.bootstrap is None else "pair")
+    ablation = find_ablation(args, model, pairs)
+    scores = find_scores(args, model, pairs, metric, ablation, "all" if args.bootstrap is None else "pair")
     if args.bootstrap is not None and (scores.per_pair is None or len(scores.per_pair) < 2):
         raise ValueError(
             f"--bootstrap needs the scores of each pair, at least 2, which {args.scores} does not hold: write it by "
             "eapcore attribute --reduce pair"
         )
-    references = [] if truth is None else [(str(args.true_circuit), truth)]
-    with Progress("running circuits", None, _RUN) as progress:
-        judged = mib(model, pairs, metric, scores, selection=args.selection, progress=progress, **options)
+    drawn = {"top_n": n, "n_resamples": args.bootstrap, "seed": args.seed}
+    with Progress("evaluating", None, RUN) as progress:
+        judged = evaluate(
+            model,
+            pairs,
+            metric,
+            scores,
+            selection=args.selection,
+            circuit=circuit,
+            truths=[] if truth is None else [truth],
+            true_top=args.true_top,
+            rule=rule,
+            resamples=None if args.bootstrap is None else drawn,
+            batch_size=args.batch_size,
+            progress=progress,
+            ablation=ablation,
+        )
+    write(judged, args.out)
     print(heading(model, pairs, metric))
-    signed, absolute = judged.signed, judged.absolute
+    _print_faithfulness(judged, scores)
+    names = [str(args.true_circuit)] if truth is not None else []
+    names += [f"exact patching's top {args.true_top}"] if args.true_top is not None else []
+    for found, name in zip(judged.rocs, names, strict=True):
+        edges = found.edge_set
+        print(
+            f"AUC {found.auc:.4f} ({rule}) against {name}: {edges['n_true']} true of {edges['n_edges']} edges "
+            f"({edges['name']})"
+        )
+    if circuit is not None:
+        _print_circuit(judged, circuit)
+    if judged.stability is not None:
+        _print_stability(judged, scores.top_n(n), args.bootstrap)
+    print(f"\nwrote    {args.out}")
+
+
+def _print_faithfulness(judged: Evaluation, scores: EdgeScores) -> None:
+    signed, absolute = judged.mib.signed, judged.mib.absolute
     made, judging = (signed.meta["method"][name] for name in ("ablation_of_scores", "ablation"))
     by = f", of the ablation {made['name']}" if made not in (None, judging) else ""
     print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}{by}")
     points = zip(signed.fractions, signed.sizes, signed.faithfulness, absolute.faithfulness, strict=True)
     rows = [(f"{100 * x:g} %", n, f, g) for x, n, f, g in points]
-    print(_table(("size", "edges", "f, by −score", "f, by |score|"), rows))
-    print(f"\nCPR {judged.cpr:.4f} (by −score)   CMD {judged.cmd:.4f} (by |score|)")
-    rocs: list[Roc] = []
-    complete: Completeness | None = None
-    minimal: EdgeScores | None = None
-    if args.true_top is not None:
-        with Progress("patching", model.graph.n_edges * len(pairs), _EACH) as progress:
-            exact = patch_edges(model, pairs, metric, progress=progress, **options)
-        references.append((f"exact patching's top {args.true_top}", exact.top_n(args.true_top)))
-    for name, reference in references:
-        rocs.append(roc(scores, reference, rule=rule))
-        found = rocs[-1].edge_set
-        print(
-            f"AUC {rocs[-1].auc:.4f} ({rule}) against {name}: {found['n_true']} true of {found['n_edges']} edges "
-            f"({found['name']})"
-        )
-    if circuit is not None:
-        with Progress("completeness", None, _RUN) as progress:
-            complete = completeness(model, pairs, metric, circuit, progress=progress, **options)
-        with Progress("minimality", None, _RUN) as progress:
-            minimal = minimality(model, pairs, metric, circuit, progress=progress, **options)
-        widest = complete.gap.index(max(complete.gap))
-        least = max(circuit.edges, key=minimal.__getitem__)
-        print(
-            f"circuit  {circuit.n_edges} edges: largest completeness gap {complete.gap[widest]:.6g} (without "
-            f"{complete.removed[widest]}); least needed edge {least} ({minimal[least]:+.6g})"
-        )
-    stable: Stability | None = None
-    if scores.per_pair is not None and args.bootstrap is not None:
-        drawn = {"n_resamples": args.bootstrap, "seed": args.seed, "meta": scores.meta}
-        stable = stability(scores.per_pair, model.graph, top_n=top, **drawn)
-        chosen = scores.top_n(top).mask
-        sure = (stable.low[chosen] > 0) | (stable.high[chosen] < 0)
-        print(
-            f"stable   two resamples share {100 * stable.overlap:.1f} % of their top {top} edges; the top {top} keep "
-            f"their sign in {100 * float(stable.sign_consistency[chosen].mean()):.1f} % of {args.bootstrap} resamples, "
-            f"and {int(sure.sum())} of them have a 95 % confidence interval without 0"
-        )
-    _write(Evaluation(judged, rocs, complete, minimal, stable), args.out)
+    print(table(("size", "edges", "f, by −score", "f, by |score|"), rows))
+    print(f"\nCPR {judged.mib.cpr:.4f} (by −score)   CMD {judged.mib.cmd:.4f} (by |score|)")
+
+
+def _print_circuit(judged: Evaluation, circuit: Circuit) -> None:
+    complete, minimal = judged.completeness, judged.minimality
+    assert complete is not None and minimal is not None
+    widest = complete.gap.index(max(complete.gap))
+    least = max(circuit.edges, key=minimal.__getitem__)
+    print(
+        f"circuit  {circuit.n_edges} edges: largest completeness gap {complete.gap[widest]:.6g} (without "
+        f"{complete.removed[widest]}); least needed edge {least} ({minimal[least]:+.6g})"
+    )
+
+
+def _print_stability(judged: Evaluation, top_edges: Circuit, resamples: int) -> None:
+    stable, chosen, n = judged.stability, top_edges.mask, top_edges.n_edges
+    assert stable is not None
+    sure = (stable.low[chosen] > 0) | (stable.high[chosen] < 0)
+    print(
+        f"stable   two resamples share {100 * stable.overlap:.1f} % of their top {n} edges; the top {n} keep "
+        f"their sign in {100 * float(stable.sign_consistency[chosen].mean()):.1f} % of {resamples} resamples, "
+        f"and {int(sure.sum())} of them have a 95 % confidence interval without 0"
+    )

@@ -1,4 +1,4 @@
-"""eapcore info"""
+"""eapcore info: what runs here, and a model's dimensions and the memory that it needs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import argparse
 import sys
 
 from eapcore.cli.inputs import load_model
+from eapcore.cli.options import Command, add_placement, positive
+from eapcore.cli.output import mib
 
 
-def _info(args: argparse.Namespace) -> None:
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("info", run, "Print what runs here, and a model's dimensions and the memory that it needs.")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model, as for --model of run (default: none)")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="B", help="pairs a batch, for the memory")
+    parser.add_argument("--tokens", type=positive, default=20, metavar="T", help="tokens a prompt, for the memory")
+    add_placement(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What runs here, and a model's sizes."""
     import torch
 
     import eapcore.kernels as kernels
@@ -36,16 +48,12 @@ def _info(args: argparse.Namespace) -> None:
     )
     parameters = {t.data_ptr(): t.numel() for _, t in model.weights.named()}
     size = sum(parameters.values())
-    print(f"         {size:,} parameters, {_mib(size * model.dtype.itemsize)}")
+    print(f"         {size:,} parameters, {mib(size * model.dtype.itemsize)}")
     print(f"graph    {graph.n_senders} senders × {graph.n_receivers} receivers, {graph.n_edges:,} edges")
     chosen = kernels.choose("edge_scores", device=model.device, dtype=model.dtype)
     print(f"kernels  auto takes {chosen}")
     tokens = min(args.tokens, config.n_ctx)
-    groups = len(model.weights.layers[0].w_qkv)
+    groups = len(model.attentions[0].w_qkv)
     needed = dense_bytes(config, args.batch_size, tokens, model.dtype, device=model.device, groups=groups)
     free = free_bytes(model.device)
-    print(f"memory   a batch of {args.batch_size} pairs × {tokens} tokens needs {_mib(needed)}; {_mib(free)} are free")
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+    print(f"memory   a batch of {args.batch_size} pairs × {tokens} tokens needs {mib(needed)}; {mib(free)} are free")

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eapcore.cli.options import METHOD
 from eapcore.cli.output import Progress
 
 if TYPE_CHECKING:
+    from eapcore.execution.ablation import Ablation
     from eapcore.graph.circuit import Circuit
     from eapcore.graph.scores import EdgeScores, NodeScores
     from eapcore.models.model import Model
-    from eapcore.tasks import PromptPairs
-
-
-METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+    from eapcore.tasks.pairs import PromptPairs
 
 
 def load_model(args: argparse.Namespace, source: str) -> Model:
@@ -47,9 +46,9 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
 
 def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list[int]] | None:
     """The tokenizer that was named, the toy's own, that of the model's folder, or that of its repository on the Hub."""
+    from eapcore.models.checkpoint import fetch_tokenizer
     from eapcore.tasks import TASKS
     from eapcore.tasks.text import encoder
-    from eapcore.weights import fetch_tokenizer
 
     if args.tokenizer is not None:
         named = encoder(args.tokenizer)
@@ -82,15 +81,16 @@ def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list
     return encode
 
 
-def find_ablation(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """The keywords `ablation` and `reference` that the options name."""
+def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> Ablation:
+    """The ablation that the options name; a mean is made here, once."""
+    from eapcore.execution.ablation import Ablation
     from eapcore.tasks import TASKS, find_pairs
 
-    task = args.reference_task
-    if task is None:
-        return {"ablation": args.ablation}
-    encode = None if task in TASKS else find_encoder(args, model)
-    return {"ablation": args.ablation, "reference": find_pairs(task, n=args.n, seed=args.seed, encode=encode)}
+    task, reference = args.reference_task, None
+    if task is not None:
+        encode = None if task in TASKS else find_encoder(args, model)
+        reference = find_pairs(task, n=args.n, seed=args.seed, encode=encode)
+    return Ablation.of(model, pairs, args.ablation, reference)
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,13 +102,13 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(
-    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any]
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, **options: Any
 ) -> EdgeScores | NodeScores:
     """First-order scores by the method's options, and by other keywords of `attribute`."""
     from eapcore.attribution.attribute import attribute
 
     with Progress("scoring", len(pairs)) as progress:
-        options = {**method_options(args), **how, "batch_size": args.batch_size, "progress": progress}
+        options = {**method_options(args), **options, "batch_size": args.batch_size, "progress": progress}
         return attribute(model, pairs, metric, **options)
 
 
@@ -125,17 +125,17 @@ def check_number(option: str, number: int | None, model: Model, what: str = "edg
         raise ValueError(f"{option} must be at most the {most} {what} of {model.name}, got {number}")
 
 
-def _selection(args: argparse.Namespace, model: Model) -> Circuit | None:
+def selection(args: argparse.Namespace, model: Model) -> Circuit | None:
     """The circuit that --circuit, or --scores and --top-n name; None is all edges."""
     if (args.scores is None) != (args.top_n is None):
         raise ValueError("--scores and --top-n go together: which edges of which file")
     check_number("--top-n", args.top_n, model)
     if args.circuit is not None:
-        return _load_circuit(args, "circuit", model)
-    return None if args.scores is None else _load_scores(args.scores, model).top_n(args.top_n)
+        return load_circuit(args, "circuit", model)
+    return None if args.scores is None else load_scores(args.scores, model).top_n(args.top_n)
 
 
-def _load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
+def load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
     """The circuit whose file an option names, if it is one of the model's graph, and not empty."""
     from eapcore.graph.circuit import Circuit
 
@@ -153,28 +153,28 @@ def _load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circui
     return circuit
 
 
-def _top(args: argparse.Namespace, model: Model) -> int:
+def top(args: argparse.Namespace, model: Model) -> int:
     """--top-n where it has a default."""
     check_number("--top-n", args.top_n, model)
     return args.top_n or min(50, model.graph.n_edges)
 
 
-def _load_scores(path: Path, model: Model) -> EdgeScores:
+def load_scores(path: Path, model: Model) -> EdgeScores:
     from eapcore.graph.scores import EdgeScores
 
     return EdgeScores.load(path, content_hash=model.content_hash)
 
 
-def _find_scores(
-    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, how: dict[str, Any], reduce: str = "all"
+def find_scores(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, ablation: Ablation, reduce: str = "all"
 ) -> EdgeScores:
     """The score file that --scores names, or scores by the method's options."""
     from eapcore.graph.scores import EdgeScores
 
     if args.scores is None:
-        found = score(args, model, pairs, metric, {**how, "reduce": reduce})
+        found = score(args, model, pairs, metric, ablation=ablation, reduce=reduce)
         assert isinstance(found, EdgeScores)
         return found
     if options := given(args, *METHOD):
         raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
-    return _load_scores(args.scores, model)
+    return load_scores(args.scores, model)

@@ -1,4 +1,4 @@
-"""What the commands share: the options that say what runs on what, how they are read, and what is printed of it."""
+"""The options that the commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from eapcore.cli.acdc import _acdc
-from eapcore.cli.evaluate import _evaluate
-from eapcore.cli.patch import _patch
-from eapcore.cli.path import _names, _path
-from eapcore.cli.verify import _verify
-
 _DEFAULT_MODEL = "toy-ioi"
+EACH, RUN = "edge × pair", "circuit × pair"  # what patching, and running circuits, counts
+TOP = "(default: 50, or all edges of a smaller graph)"
+METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+
+
+class Command(Protocol):
+    """Adds a command: its name, what runs it, and what it does."""
+
+    def __call__(
+        self, name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser: ...
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -28,7 +33,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, logit_diff for a file") -> None:
-    """The options for model, task and metric, and where and how they run; metric says which is the default."""
+    """The options for model, task, metric and ablation, and where and how they run; metric: which is the default."""
     parser.add_argument(
         "--model",
         default=_DEFAULT_MODEL,
@@ -56,6 +61,7 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         "--batch-size", type=batch_size, default="auto", metavar="B", help="pairs at a time, or auto by memory"
     )
     add_placement(parser)
+    add_ablation(parser)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -182,130 +188,28 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 
-_RULE = "trapezoid, lower (steps), upper (steps) or pareto"
-_TOP = "(default: 50, or all edges of a smaller graph)"
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-class _Command(Protocol):
-    def __call__(
-        self, name: str, function: Callable[[argparse.Namespace], None], text: str
-    ) -> argparse.ArgumentParser: ...
+def add_out(parser: argparse.ArgumentParser, default: str, text: str = "the file to write", what: str = "FILE") -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), metavar=what, help=text)
 
 
-def add_commands(command: _Command) -> None:
-    """Add the commands, each made by `command(name, function, text)`."""
-    patch = command("patch", _patch, "Measure what corrupting each edge, or node, really does to the metric.")
-    acdc = command("acdc", _acdc, "Search for a circuit by exact patching from the logits back.")
-    path = command("path", _path, "Patch along chosen paths and measure the metric.")
-    evaluate = command(
-        "evaluate", _evaluate, "Judge edge scores: faithfulness over sizes, CPR and CMD, ROC, a circuit."
-    )
-    verify = command("verify", _verify, "Patch the edges that a method ranks highest, and say how far it was right.")
-    for sub in (patch, acdc, path, evaluate, verify):
-        add_task(sub, metric="kl" if sub is acdc else "the task's own, logit_diff for a file")
-        add_ablation(sub)
-    for sub, what in ((patch, "the edges"), (acdc, "where the search starts")):
-        group = sub.add_mutually_exclusive_group()
-        group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
-        group.add_argument(
-            "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
-        )
-    for sub in (evaluate, verify):
-        sub.add_argument(
-            "--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)"
-        )
-        add_method(sub)
-
-    patch.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
-    patch.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
-    patch.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
-    patch.add_argument("--show", type=count, default=15, metavar="N", help="how many of the largest effects to print")
-    patch.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keep what is done in this file, and go on from it (default: off)"
-    )
-    patch.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the file to write (default: effects.safetensors, with --nodes effects.json)",
-    )
-
-    acdc.set_defaults(metric="kl")
-    sizes = acdc.add_mutually_exclusive_group()
-    sizes.add_argument(
-        "--top-n", type=several(positive), metavar="N,…", help="with --scores: how many edges (default: none)"
-    )
-    sizes.add_argument(
-        "--score-threshold",
-        type=several(number),
-        metavar="X,…",
-        help="with --scores, instead: all edges with |score| at least X (default: none)",
-    )
-    acdc.add_argument(
-        "--threshold",
-        type=several(number),
-        required=True,
-        metavar="X,…",
-        help="an edge goes where its loss is less than X; of several starts or thresholds each with each is searched",
-    )
-    acdc.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
-    acdc.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the circuit file to write, of several searches a .json of them all (default: circuit.json, of several "
-        "sweep.json)",
-    )
-
-    path.add_argument(
-        "--path",
-        action="append",
-        metavar="PATH",
-        help="e.g. 'a0.h1->a1.h0<q>->logits'; may be given again (default: by --senders and --receivers)",
-    )
-    path.add_argument("--senders", type=_names, metavar="A,B", help="instead: from these senders … (default: none)")
-    path.add_argument(
-        "--receivers", type=_names, metavar="A,B", help="… to these receivers, and on from there (default: none)"
-    )
-    path.add_argument(
-        "--through", type=_names, metavar="A,B", help="components that may lie in between (default: none)"
-    )
-    _add_out(path, "path.json", "the file to write")
-
-    evaluate.add_argument(
-        "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
-    )
-    evaluate.add_argument(
-        "--true-circuit", type=Path, metavar="FILE", help="also the ROC against this circuit's edges (default: none)"
-    )
-    evaluate.add_argument(
-        "--true-top",
-        type=positive,
-        metavar="N",
-        help="also the ROC against exact patching's top N edges (default: off)",
-    )
-    evaluate.add_argument("--rule", metavar="RULE", help=f"of the ROC's area: {_RULE} (default: trapezoid)")
-    evaluate.add_argument("--selection", default="top_n", metavar="HOW", help="top_n, or greedy from the logits back")
-    evaluate.add_argument(
-        "--bootstrap",
-        type=at_least_two,
-        metavar="N",
-        help="also draw the prompts again N times, for the scores' stability (default: off)",
-    )
-    evaluate.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {_TOP}")
-    _add_out(evaluate, "evaluation.json", "the file to write")
-
-    verify.add_argument("--top-n", type=positive, metavar="N", help=f"how many edges to patch {_TOP}")
-    verify.add_argument(
-        "--curve",
-        action="append",
-        metavar="EDGE",
-        help="also the metric on the way from clean to corrupt at this edge; may be given again (default: none)",
-    )
-    verify.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
-    verify.add_argument("--resume", type=Path, metavar="FILE", help="as for patch (default: off)")
-    _add_out(verify, "verification.json", "the file to write")
+def add_resume(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--resume", type=Path, metavar="FILE", help=f"{text} (default: off)")
 
 
-def _add_out(parser: argparse.ArgumentParser, default: str, text: str) -> None:
-    parser.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help=text)
+def add_scores(parser: argparse.ArgumentParser) -> None:
+    """A score file, or the method's options that make one."""
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)")
+    add_method(parser)
+
+
+def add_edges(parser: argparse.ArgumentParser, what: str) -> None:
+    """A circuit file, or a score file whose top edges are taken."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
+    group.add_argument(
+        "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
+    )

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores, NodeScores
     from eapcore.models.model import Model
-    from eapcore.tasks import PromptPairs
+    from eapcore.tasks.pairs import PromptPairs
 
 
-def _heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeScores, seconds: float) -> str:
+def scored_heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeScores, seconds: float) -> str:
     from eapcore.graph.scores import EdgeScores
 
     graph = model.graph
@@ -29,7 +29,7 @@ def _heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeScores, 
     )
 
 
-def _score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
+def score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
     width = max(len(what), *(len(name) for name, _ in rows))
     lines = [f"\n{'rank':>6}  {what:<{width}}  {'score':>12}"]
     lines += [f"{rank:>6}  {name:<{width}}  {score:>12.6g}" for rank, (name, score) in enumerate(rows, 1)]
@@ -96,17 +96,17 @@ def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
     )
 
 
-class _Saved(Protocol):
+class Saved(Protocol):
     def save(self, path: Path) -> None: ...
 
 
-def _write(result: _Saved, path: Path) -> None:
+def write(result: Saved, path: Path) -> None:
+    """Write a result, before anything is printed of it: what prints may fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
-    print(f"\nwrote    {path}")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -> str:
     """Rows under a header, text on the left, numbers on the right."""
     cells = [[f"{c:.6g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(header, *cells, strict=True)]
@@ -120,7 +120,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -
     return "\n".join(["", *(line(row) for row in [header, *cells])])
 
 
-def _runs(args: argparse.Namespace, metric: str, values: dict[str, float]) -> str:
+def runs(args: argparse.Namespace, metric: str, values: dict[str, float]) -> str:
     """The metric on each run; the corrupt one is no end of the scale where another ablation is."""
     shown = [(name, value) for name, value in values.items() if name != "corrupt" or args.ablation == "corrupt"]
-    return _table(("run", metric), shown)
+    return table(("run", metric), shown)
+
+
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"

@@ -1,4 +1,4 @@
-"""eapcore patch"""
+"""eapcore patch: what corrupting each edge, or node, really does to the metric."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import argparse
 import time
 from pathlib import Path
 
-from eapcore.cli.inputs import _selection, find_ablation, given, prepare
-from eapcore.cli.output import Progress, _table, _write, check_out, heading
+from eapcore.cli.inputs import find_ablation, given, prepare, selection
+from eapcore.cli.options import EACH, Command, add_edges, add_resume, add_task, count, positive
+from eapcore.cli.output import Progress, check_out, heading, table, write
 
-_EACH, _RUN = "edge × pair", "circuit × pair"  # what patching, and running circuits, counts
+
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("patch", run, "Measure what corrupting each edge, or node, really does to the metric.")
+    add_task(parser)
+    add_edges(parser, "the edges")
+    parser.add_argument("--top-n", type=positive, metavar="N", help="with --scores: how many edges (default: none)")
+    parser.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
+    parser.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
+    parser.add_argument("--show", type=count, default=15, metavar="N", help="how many of the largest effects to print")
+    add_resume(parser, "keep what is done in this file, and go on from it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: effects.safetensors, with --nodes effects.json)",
+    )
 
 
-def _patch(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Patch edges, or nodes, and print the largest effects."""
     from eapcore.patching.edges import patch_edges
     from eapcore.patching.nodes import patch_nodes
 
@@ -24,28 +42,30 @@ def _patch(args: argparse.Namespace) -> None:
         args.out = Path("effects.json" if args.nodes else "effects.safetensors")
     check_out(args)
     model, pairs, metric = prepare(args)
-    options = {**find_ablation(args, model), "batch_size": args.batch_size}
-    edges = _selection(args, model)
+    edges = selection(args, model)
+    options = {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
     start = time.perf_counter()
     if args.nodes:
         with Progress("patching", model.graph.n_senders * len(pairs), "node × pair") as progress:
             nodes = patch_nodes(model, pairs, metric, per_position=args.per_position, progress=progress, **options)
+        write(nodes, args.out)
         print(heading(model, pairs, metric))
         print(f"patched  {len(nodes.nodes)} nodes in {time.perf_counter() - start:.2f} s")
         if args.per_position:
             named = zip(nodes.nodes, nodes.effects.tolist(), strict=True)
             places = [(name, t, effect) for name, row in named for t, effect in enumerate(row)]
-            print(_table(("node", "position", "effect"), sorted(places, key=lambda row: -abs(row[2]))[: args.show]))
+            print(table(("node", "position", "effect"), sorted(places, key=lambda row: -abs(row[2]))[: args.show]))
         else:
             rows = sorted(zip(nodes.nodes, nodes.effects.tolist(), strict=True), key=lambda row: -abs(row[1]))
-            print(_table(("node", "effect"), rows[: args.show]))
-        _write(nodes, args.out)
+            print(table(("node", "effect"), rows[: args.show]))
+        print(f"\nwrote    {args.out}")
         return
     n_edges = model.graph.n_edges if edges is None else edges.n_edges
-    with Progress("patching", n_edges * len(pairs), _EACH) as progress:
+    with Progress("patching", n_edges * len(pairs), EACH) as progress:
         effects = patch_edges(model, pairs, metric, edges, progress=progress, resume=args.resume, **options)
+    write(effects, args.out)
     print(heading(model, pairs, metric))
     print(f"patched  {n_edges} edges in {time.perf_counter() - start:.2f} s")
     if args.show:
-        print(_table(("edge", "effect"), effects.top(min(args.show, n_edges))))
-    _write(effects, args.out)
+        print(table(("edge", "effect"), effects.top(min(args.show, n_edges))))
+    print(f"\nwrote    {args.out}")

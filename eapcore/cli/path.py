@@ -1,18 +1,36 @@
-"""eapcore path"""
+"""eapcore path: patch along chosen paths and measure the metric."""
 
 from __future__ import annotations
 
 import argparse
 
 from eapcore.cli.inputs import find_ablation, prepare
-from eapcore.cli.output import Progress, _runs, _write, check_out, heading
+from eapcore.cli.options import Command, add_out, add_task, names
+from eapcore.cli.output import Progress, check_out, heading, runs, write
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("path", run, "Patch along chosen paths and measure the metric.")
+    add_task(parser)
+    parser.add_argument(
+        "--path",
+        action="append",
+        metavar="PATH",
+        help="e.g. 'a0.h1->a1.h0<q>->logits'; may be given again (default: by --senders and --receivers)",
+    )
+    parser.add_argument("--senders", type=names, metavar="A,B", help="instead: from these senders … (default: none)")
+    parser.add_argument(
+        "--receivers", type=names, metavar="A,B", help="… to these receivers, and on from there (default: none)"
+    )
+    parser.add_argument(
+        "--through", type=names, metavar="A,B", help="components that may lie in between (default: none)"
+    )
+    add_out(parser, "path.json")
 
 
-def _path(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Patch along the paths."""
     from eapcore.patching.paths import path_patch, routes
 
     check_out(args)
@@ -25,10 +43,11 @@ def _path(args: argparse.Namespace) -> None:
         senders, edges = list(dict.fromkeys(path.split("->")[0] for path in args.path)), args.path
     else:
         senders, edges = args.senders, routes(model.graph, args.senders, args.receivers, through=args.through or ())
-    options = {**find_ablation(args, model), "batch_size": args.batch_size}
+    options = {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
     with Progress("patching", len(pairs)) as progress:
         result = path_patch(model, pairs, metric, senders, edges, progress=progress, **options)
+    write(result, args.out)
     print(heading(model, pairs, metric))
     print(f"patched  {', '.join(result.senders)} along {result.edges.n_edges} edges: effect {result.effect:.6g}")
-    print(_runs(args, metric, {"clean": result.clean, "patched": result.patched, "corrupt": result.corrupt}))
-    _write(result, args.out)
+    print(runs(args, metric, {"clean": result.clean, "patched": result.patched, "corrupt": result.corrupt}))
+    print(f"\nwrote    {args.out}")

@@ -1,4 +1,4 @@
-"""eapcore run"""
+"""eapcore run: score every edge, pick a circuit, run it, and write all three."""
 
 from __future__ import annotations
 
@@ -6,98 +6,96 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, prepare, score
-from eapcore.cli.output import Progress, _heading, _score_table, check_writable
+from eapcore.cli.options import Command, add_method, add_out, add_task, count, number
+from eapcore.cli.output import Progress, check_writable, score_table, scored_heading
 
 if TYPE_CHECKING:
-    from eapcore.graph.circuit import Circuit
+    from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
+    from eapcore.search.smallest import Tried
 
 
-def _run(args: argparse.Namespace) -> None:
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("run", run, "Score every edge, pick a circuit, run it, and write scores, edges and circuit.")
+    add_task(parser)
+    add_method(parser)
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument(
+        "--faithfulness",
+        type=number,
+        default=0.8,
+        metavar="F",
+        help="the circuit is the smallest of a row of sizes that keeps this share of the behaviour",
+    )
+    selection.add_argument("--top-n", type=count, metavar="N", help="instead: the top N edges (default: none)")
+    selection.add_argument(
+        "--threshold", type=number, metavar="X", help="instead: all edges with |score| at least X (default: none)"
+    )
+    parser.add_argument("--show", type=count, default=15, metavar="N", help="how many of the top edges to print")
+    add_out(parser, "eapcore-out", "where the files go", "FOLDER")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The main job: scores, a circuit from them, and what it keeps of the behaviour."""
+    from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
-    from eapcore.patching.circuits import metric_on
 
     check_writable(args.out)
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
-    how = find_ablation(args, model)
+    experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs))
     start = time.perf_counter()
-    scores = score(args, model, pairs, name, how)
+    scores = score(args, model, pairs, name, ablation=experiment.ablation)
     assert isinstance(scores, EdgeScores)
     seconds = time.perf_counter() - start
-    metric = scores.meta["metric"]
-
-    def measure(circuit: Circuit) -> float:
-        return metric_on(model, pairs, name, [circuit], batch_size=args.batch_size, **how)[0]
-
+    tried, rule, ablated = _circuits(args, experiment, scores)
+    chosen, metric = tried[-1], dict(scores.meta["metric"])
     if args.ablation != "corrupt":
-        metric = {**metric, args.ablation: measure(scores.top_n(0))}
-    clean, ablated = metric["clean"], metric[args.ablation]
-
-    def kept(value: float) -> float:
-        return (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
-
-    tried = _circuits(args, scores, measure, kept)
-    rule, circuit, pruned, value = tried[-1]
-    pruned = _with_meta(pruned, {"metric": {**metric, "circuit": value}})
+        metric[args.ablation] = ablated
+    meta = {**chosen.circuit.meta, "metric": {**metric, "circuit": chosen.value}}
+    circuit = replace(chosen.circuit, meta=meta)
     args.out.mkdir(parents=True, exist_ok=True)
     scores.save(args.out / "scores.safetensors")
     _write_edges(scores, args.out / "edges.csv")
-    pruned.save(args.out / "circuit.json")
+    circuit.save(args.out / "circuit.json")
 
-    print(_heading(model, pairs, scores, seconds))
+    print(scored_heading(model, pairs, scores, seconds))
     if args.show:
-        print(_score_table("edge", scores.top(args.show)))
-    print(f"\ncircuit  {rule}; {pruned.n_edges} of {circuit.n_edges} connect embed to the logits")
+        print(score_table("edge", scores.top(args.show)))
+    print(f"\ncircuit  {rule}; {circuit.n_edges} of {chosen.selected.n_edges} connect embed to the logits")
     print(f"\n{'run':<24}{metric['name']:>12}{'faithfulness':>15}")
-    results = [("clean", clean)]
-    results += [(f"top {part.n_edges} edges", result) for _, part, _, result in tried[:-1]]
-    results += [(f"circuit, {pruned.n_edges} edges", value), (args.ablation, ablated)]
-    for run, result in results:
-        print(f"{run:<24}{result:>12.4f}{'–' if math.isnan(kept(result)) else format(kept(result), '.3f'):>15}")
+    same = metric["clean"] == ablated
+    rows = [("clean", metric["clean"], math.nan if same else 1.0)]
+    rows += [(f"top {each.selected.n_edges} edges", each.value, each.faithfulness) for each in tried[:-1]]
+    rows += [(f"circuit, {circuit.n_edges} edges", chosen.value, chosen.faithfulness)]
+    rows += [(args.ablation, ablated, math.nan if same else 0.0)]
+    for what, value, kept in rows:
+        print(f"{what:<24}{value:>12.4f}{'–' if math.isnan(kept) else format(kept, '.3f'):>15}")
     print(f"\nwrote    {args.out}/scores.safetensors, edges.csv, circuit.json")
 
 
-_SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # of all edges
+def _circuits(args: argparse.Namespace, experiment: Experiment, scores: EdgeScores) -> tuple[list[Tried], str, float]:
+    """The circuits that were run, the chosen one last; how it was selected; the metric with every edge ablated."""
+    from eapcore.patching.record import Recordings
+    from eapcore.search.smallest import run_until, selections
 
-
-def _circuits(
-    args: argparse.Namespace,
-    scores: EdgeScores,
-    measure: Callable[[Circuit], float],
-    kept: Callable[[float], float],
-) -> list[tuple[str, Circuit, Circuit, float]]:
-    """The circuits that were tried, the chosen one last: how it was selected, it, what is connected, its metric."""
-
-    def run(rule: str, circuit: Circuit) -> tuple[str, Circuit, Circuit, float]:
-        pruned = circuit.prune()
-        return rule, circuit, pruned, measure(pruned)
-
+    recordings, least = Recordings(experiment, args.batch_size), math.inf
     if args.threshold is not None:
-        return [run(f"edges with |score| ≥ {args.threshold:g}", scores.threshold(args.threshold))]
-    if args.top_n is not None:
-        return [run(f"top {args.top_n} edges by |score|", scores.top_n(args.top_n))]
-    tried: list[tuple[str, Circuit, Circuit, float]] = []
-    sizes = sorted({max(1, round(share * scores.graph.n_edges)) for share in _SIZES})
-    with Progress("running circuits", len(sizes), "circuit") as progress:
-        for n in sizes:
-            rule = f"top {n} edges by |score|, the first size that keeps {args.faithfulness:g}"
-            tried.append(run(rule, scores.top_n(n)))
-            progress(len(tried), len(sizes))
-            if kept(tried[-1][3]) >= args.faithfulness:
-                break
-    return tried
-
-
-def _with_meta(circuit: Circuit, more: dict[str, object]) -> Circuit:
-    from dataclasses import replace
-
-    return replace(circuit, meta={**circuit.meta, **more})
+        rule, circuits = f"edges with |score| ≥ {args.threshold:g}", [scores.threshold(args.threshold)]
+    elif args.top_n is not None:
+        rule, circuits = f"top {args.top_n} edges by |score|", [scores.top_n(args.top_n)]
+    else:
+        circuits, least = selections(scores), args.faithfulness
+        rule = "top {} edges by |score|, the first size that keeps " + f"{args.faithfulness:g}"
+    with Progress("running circuits", len(circuits), "circuit") as progress:
+        tried, _, ablated = run_until(experiment, recordings, circuits, least, progress=progress)
+    return tried, rule.format(tried[-1].selected.n_edges), ablated
 
 
 def _write_edges(scores: EdgeScores, path: Path) -> None:

@@ -1,27 +1,47 @@
-"""eapcore verify"""
+"""eapcore verify: patch the edges that a method ranks highest, and say how far it was right."""
 
 from __future__ import annotations
 
 import argparse
 
-from eapcore.cli.inputs import _find_scores, _top, find_ablation, prepare
-from eapcore.cli.output import Progress, _table, _write, check_out, heading
+from eapcore.cli.inputs import find_ablation, find_scores, prepare, top
+from eapcore.cli.options import TOP, Command, add_out, add_resume, add_scores, add_task, count, positive
+from eapcore.cli.output import Progress, check_out, heading, table, write
 
 
-def _verify(args: argparse.Namespace) -> None:
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("verify", run, "Patch the edges that a method ranks highest, and say how far it was right.")
+    add_task(parser)
+    add_scores(parser)
+    parser.add_argument("--top-n", type=positive, metavar="N", help=f"how many edges to patch {TOP}")
+    parser.add_argument(
+        "--curve",
+        action="append",
+        metavar="EDGE",
+        help="also the metric on the way from clean to corrupt at this edge; may be given again (default: none)",
+    )
+    parser.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
+    add_resume(parser, "as for patch")
+    add_out(parser, "verification.json")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score or read scores, patch the top edges, and say how they agree."""
     from eapcore.evaluation.verify import verify
 
     check_out(args)
     model, pairs, metric = prepare(args)
-    n, curves = _top(args, model), args.curve or []
+    n, curves = top(args, model), args.curve or []
     for edge in curves:
         model.graph.edge(edge)  # an unknown name is refused before the work
-    how = find_ablation(args, model)
-    options = {**how, "batch_size": args.batch_size}
-    scores = _find_scores(args, model, pairs, metric, how)
+    ablation = find_ablation(args, model, pairs)
+    scores = find_scores(args, model, pairs, metric, ablation)
     with Progress("verifying", None, "run × pair") as progress:
-        options |= {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
+        options = {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
+        options |= {"ablation": ablation, "batch_size": args.batch_size}
         found = verify(model, pairs, metric, scores, n, **options)
+    write(found, args.out)
     agreement = found.agreement
     print(heading(model, pairs, metric))
     print(f"patched  the top {n} edges by |score| of {(scores.meta.get('method') or {}).get('name', 'unnamed')}")
@@ -30,9 +50,9 @@ def _verify(args: argparse.Namespace) -> None:
         f"{agreement.spearman:.4f}, same sign {100 * agreement.signs:.1f} %"
     )
     if args.show:
-        print(_table(("edges that differ most", "score", "exact"), found.worst))
+        print(table(("edges that differ most", "score", "exact"), found.worst))
     for curve in found.curves:
         rows = zip(curve.points, curve.effects, curve.estimate or [], strict=True)
         print(f"\n{curve.edge}: from clean (0) to corrupt (1)")
-        print(_table(("λ", "exact", "linear"), list(rows)))
-    _write(found, args.out)
+        print(table(("λ", "exact", "linear"), list(rows)))
+    print(f"\nwrote    {args.out}")

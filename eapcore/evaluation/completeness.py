@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
+from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, sign_text
 from eapcore.models.model import Model
-from eapcore.patching.circuits import metric_on
-from eapcore.patching.record import Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.circuits import measure_circuits
+from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 # Completeness and minimality
 
@@ -45,7 +48,7 @@ def completeness(
     *,
     n_random: int = 10,
     seed: int = 0,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -68,16 +71,31 @@ def completeness(
 
     Source: Wang et al. 2022, section 4.1.
     """
-    _check_circuit(model, circuit)
-    graph = model.graph
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    recordings = record(experiment, batch_size)
+    return measure_completeness(experiment, recordings, circuit, n_random=n_random, seed=seed, progress=progress)
+
+
+def measure_completeness(
+    experiment: Experiment,
+    recordings: Iterable[Recording],
+    circuit: Circuit,
+    *,
+    n_random: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Completeness:
+    """`completeness` for an experiment whose batches are recorded."""
+    graph = experiment.model.graph
+    _check_circuit(graph, circuit)
     full, mask = graph.edge_mask(), circuit.mask
     removed = {"nothing": torch.zeros_like(mask)}
     for r in range(graph.n_receivers):
-        component = graph.component(r)
-        if component is not None and bool(mask[:, r].any() | mask[component].any()):
-            name = graph.sender_names[component]
-            removed.setdefault(name, torch.zeros_like(mask))[:, r] = True
-            removed[name][component] = True
+        for component in graph.senders_behind(r):
+            if bool(mask[:, r].any() | mask[component].any()):
+                name = graph.sender_names[component]
+                removed.setdefault(name, torch.zeros_like(mask))[:, r] = True
+                removed[name][component] = True
     generator = torch.Generator().manual_seed(seed)
     edges = mask.flatten().nonzero().squeeze(1)
     for i in range(n_random):
@@ -85,13 +103,12 @@ def completeness(
         chosen[edges[torch.randperm(len(edges), generator=generator, device="cpu")[: len(edges) // 2]]] = True
         removed[f"random half {i}"] = chosen.view_as(mask)
     circuits = [Circuit(base & ~k, graph) for k in removed.values() for base in (mask, full)]
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    values = metric_on(model, task, metric, circuits, progress=progress, **options)
+    values = measure_circuits(experiment, circuits, recordings, progress=progress)
     inside, whole = values[::2], values[1::2]
-    question = Question.of(model, task, metric, ablation, reference)
-    method = {"name": "completeness", "n_random": n_random, "seed": seed, "ablation": question.ablation}
+    ablation = dict(experiment.ablation.meta)
+    method = {"name": "completeness", "n_random": n_random, "seed": seed, "ablation": ablation}
     sign = "gap = |circuit − model|, both without the same edges; 0 = the circuit lacks nothing that they do"
-    meta = {**question.describe(), "sign": sign, "method": method, "circuit": dict(circuit.meta)}
+    meta = {**experiment.describe(), "sign": sign, "method": method, "circuit": dict(circuit.meta)}
     return Completeness(list(removed), inside, whole, [abs(a - b) for a, b in zip(inside, whole, strict=True)], meta)
 
 
@@ -101,7 +118,7 @@ def minimality(
     metric: str | Metric,
     circuit: Circuit,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -120,30 +137,37 @@ def minimality(
 
     Source: Wang et al. 2022, section 4.2, at the level of edges.
     """
-    _check_circuit(model, circuit)
-    graph, edges = model.graph, circuit.mask.nonzero()
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    return measure_minimality(experiment, record(experiment, batch_size), circuit, progress=progress)
+
+
+def measure_minimality(
+    experiment: Experiment, recordings: Iterable[Recording], circuit: Circuit, *, progress: Progress | None = None
+) -> EdgeScores:
+    """`minimality` for an experiment whose batches are recorded."""
+    graph, edges = experiment.model.graph, circuit.mask.nonzero()
+    _check_circuit(graph, circuit)
     without = []
     for s, r in edges.tolist():
         mask = circuit.mask.clone()
         mask[s, r] = False
         without.append(Circuit(mask, graph))
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    whole, *values = metric_on(model, task, metric, [circuit, *without], progress=progress, **options)
+    whole, *values = measure_circuits(experiment, [circuit, *without], recordings, progress=progress)
     scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64, device="cpu")
     scores[edges[:, 0], edges[:, 1]] = torch.tensor(values, dtype=torch.float64, device="cpu") - whole
-    question = Question.of(model, task, metric, ablation, reference)
+    ablation = dict(experiment.ablation.meta)
     meta = {
-        **question.describe(),
+        **experiment.describe(),
         "sign": sign_text("score", "measured", "the edge alone is taken out of the circuit"),
-        "metric": {"name": question.metric_name, "circuit": whole},
-        "method": {"name": "minimality", "exact": True, "ablation": question.ablation, "edges": circuit.edges},
+        "metric": {"name": experiment.metric_name, "circuit": whole},
+        "method": {"name": "minimality", "exact": True, "ablation": ablation, "edges": circuit.edges},
         "circuit": dict(circuit.meta),
     }
     return EdgeScores(scores, graph, meta)
 
 
-def _check_circuit(model: Model, circuit: Circuit) -> None:
-    if circuit.graph != model.graph:
-        raise ValueError(f"the circuit must belong to {model.graph}, got one of {circuit.graph}")
+def _check_circuit(graph: Graph, circuit: Circuit) -> None:
+    if circuit.graph != graph:
+        raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
     if not circuit.n_edges:
         raise ValueError("the circuit has no edges: there is nothing to judge")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 
 from eapcore.evaluation.agreement import RANKINGS, check_scores
 from eapcore.evaluation.roc import area
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
-from eapcore.patching.circuits import metric_on
-from eapcore.patching.record import Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.circuits import measure_circuits
+from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SELECTIONS = ("top_n", "greedy")
@@ -66,7 +68,7 @@ def faithfulness(
     sizes: Sequence[float | int] = MIB_FRACTIONS,
     ranking: str = "absolute",
     selection: str = "top_n",
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -82,7 +84,7 @@ def faithfulness(
         sizes: fractions of all edges (floats, rounded down to whole edges) or numbers of edges (integers), ascending.
         ranking: "absolute" by |score|, "signed" by usefulness −score.
         selection: "top_n", or "greedy" from the logits back.
-        ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `patch.run_circuit`. It
+        ablation: what edges outside the circuit carry, and reference the prompts of a mean, as `run_circuit`. It
             may be another than that of the scores, which only rank; the result's `meta["method"]` names both.
         batch_size: pairs at a time.
         progress: called with (runs done, runs in all), one for each circuit and pair.
@@ -97,8 +99,9 @@ def faithfulness(
 
     Source: Mueller et al. 2025 (MIB), section 4.
     """
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    return _curves(model, task, metric, scores, sizes, [ranking], selection, progress=progress, **options)[0]
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    recordings = record(experiment, batch_size)
+    return _curves(experiment, recordings, scores, sizes, [ranking], selection, progress)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,34 +126,43 @@ def mib(
     *,
     sizes: Sequence[float | int] = MIB_FRACTIONS,
     selection: str = "top_n",
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
 ) -> Mib:
     """CPR (higher is better) and CMD (lower is better) at MIB's ten sizes; arguments as `faithfulness`."""
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    rankings = ["signed", "absolute"]
-    curves = _curves(model, task, metric, scores, sizes, rankings, selection, progress=progress, **options)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    return measure_mib(
+        experiment, record(experiment, batch_size), scores, sizes=sizes, selection=selection, progress=progress
+    )
+
+
+def measure_mib(
+    experiment: Experiment,
+    recordings: Iterable[Recording],
+    scores: EdgeScores,
+    *,
+    sizes: Sequence[float | int] = MIB_FRACTIONS,
+    selection: str = "top_n",
+    progress: Progress | None = None,
+) -> Mib:
+    """`mib` for an experiment whose batches are recorded."""
+    curves = _curves(experiment, recordings, scores, sizes, ["signed", "absolute"], selection, progress)
     return Mib(curves[0].cpr, curves[1].cmd, *curves)
 
 
 def _curves(
-    model: Model,
-    task: PromptPairs,
-    metric: str | Metric,
+    experiment: Experiment,
+    recordings: Iterable[Recording],
     scores: EdgeScores,
     sizes: Sequence[float | int],
     rankings: list[str],
     selection: str,
-    *,
-    ablation: str,
-    reference: PromptPairs | None,
-    batch_size: int | str,
     progress: Progress | None,
 ) -> list[Curve]:
-    graph = model.graph
-    check_scores(scores, model.graph)
+    graph = experiment.model.graph
+    check_scores(scores, graph)
     for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
         if value not in known:
             raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")
@@ -158,19 +170,17 @@ def _curves(
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    clean, ablated, *values = metric_on(model, task, metric, [*ends, *circuits], progress=progress, **options)
+    clean, ablated, *values = measure_circuits(experiment, [*ends, *circuits], recordings, progress=progress)
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
-    question = Question.of(model, task, metric, ablation, reference)
-    described = question.describe()
+    described = experiment.describe()
     curves = []
     for i, ranking in enumerate(rankings):
         mine = slice(i * len(counts), (i + 1) * len(counts))
         f = [(value - ablated) / (clean - ablated) for value in values[mine]]
         gap = [abs(1 - x) for x in f]
         method = {"name": "faithfulness", "ranking": ranking, "selection": selection, "area": "trapezoid, linear axis"}
-        carried = {"ablation": question.ablation, "ablation_of_scores": _ablation_of(scores)}
+        carried = {"ablation": dict(experiment.ablation.meta), "ablation_of_scores": ablation_of(scores)}
         meta = {**described, "sign": _FAITHFUL, "method": {**method, **carried}, "scores": dict(scores.meta)}
         sizes_found = [c.n_edges for c in circuits[mine]]
         cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
@@ -191,7 +201,7 @@ def _sizes(sizes: Sequence[float | int], n_edges: int) -> tuple[list[float], lis
     return fractions, [int(x * n_edges) if isinstance(x, float) else x for x in given]
 
 
-def _ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
+def ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
     """What an edge carried when scores were made; None where they do not say."""
     found = (scores.meta.get("method") or {}).get("ablation")
     return None if found is None else dict(found)

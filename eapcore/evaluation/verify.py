@@ -9,17 +9,17 @@ from typing import Any
 
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import RANKINGS, Agreement, agreement, check_scores
-from eapcore.evaluation.faithfulness import _ablation_of
-from eapcore.execution.experiment import Task, as_pairs
+from eapcore.evaluation.faithfulness import ablation_of
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
-from eapcore.patching.edges import patch_edges
-from eapcore.patching.interpolate import CURVE_POINTS, Interpolation, interpolate
-from eapcore.patching.record import Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.edges import measure_edges
+from eapcore.patching.interpolate import CURVE_POINTS, Interpolation, follow_edge
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 # Agreement with exact patching
 
@@ -56,7 +56,7 @@ def verify(
     ranking: str = "absolute",
     n_worst: int = 10,
     curves: Sequence[str] = (),
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -86,34 +86,23 @@ def verify(
         raise ValueError(f"n must be between 1 and the {model.graph.n_edges} edges of this graph, got {n!r}")
     for edge in curves:
         model.graph.edge(edge)  # an unknown name is refused before the work
-    n_pairs, made_here = len(as_pairs(task)), scores is None
-    count = Count(progress, n_pairs * (n + CURVE_POINTS * len(curves) + made_here))
-    options: dict[str, Any] = {"ablation": ablation, "reference": reference, "batch_size": batch_size}
-    if scores is None:
-        scores = attribute(model, task, metric, progress=count.stage(n_pairs), **options, **screening)
-    elif screening:
+    if scores is not None and screening:
         raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
-    check_scores(scores, model.graph)
-    made = scores.meta.get("model") or {}
-    if made.get("content_hash", model.content_hash) != model.content_hash:
-        raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")
-    question = Question.of(model, task, metric, ablation, reference)
-    scored = (scores.meta.get("metric") or {}).get("name", question.metric_name)
-    if scored != question.metric_name:
-        raise ValueError(
-            f"the scores estimate the metric {scored}, but {question.metric_name} was to be measured: use the same"
-        )
-    if _ablation_of(scores) not in (None, question.ablation):
-        raise ValueError(
-            f"the scores estimate the ablation {_ablation_of(scores)}, but {question.ablation} was to be measured: use "
-            "the same"
-        )
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    n_pairs = len(experiment)
+    count = Count(progress, n_pairs * (n + CURVE_POINTS * len(curves) + (scores is None)))
+    if scores is None:
+        screening |= {"batch_size": batch_size, "progress": count.stage(n_pairs)}
+        found = attribute(model, experiment.pairs, metric, ablation=experiment.ablation, **screening)
+        check_scores(found, model.graph)
+        scores = found
+    _check_origin(experiment, scores)
     chosen = scores.top_n(n, signed=ranking == "signed")
-    exact = patch_edges(model, task, metric, chosen, progress=count.stage(n * n_pairs), resume=resume, **options)
+    exact = measure_edges(experiment, chosen, batch_size=batch_size, progress=count.stage(n * n_pairs), resume=resume)
     followed = []
     for edge in curves:
         stage = count.stage(CURVE_POINTS * n_pairs)
-        followed.append(interpolate(model, task, metric, edge, score=scores[edge], progress=stage, **options))
+        followed.append(follow_edge(experiment, edge, score=scores[edge], batch_size=batch_size, progress=stage))
     names = [edge for edge, _ in scores.top(n, signed=ranking == "signed")]
     rows = [(edge, scores[edge], exact[edge]) for edge in names]
     worst = sorted(rows, key=lambda row: -abs(row[1] - row[2]))[:n_worst]
@@ -122,3 +111,22 @@ def verify(
     return Verification(
         names, [row[1] for row in rows], [row[2] for row in rows], compared, worst, exact, meta, followed
     )
+
+
+def _check_origin(experiment: Experiment, scores: EdgeScores) -> None:
+    """ValueError for scores of another graph, model, metric or ablation than an experiment's."""
+    model = experiment.model
+    check_scores(scores, model.graph)
+    made = scores.meta.get("model") or {}
+    if made.get("content_hash", model.content_hash) != model.content_hash:
+        raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")
+    scored = (scores.meta.get("metric") or {}).get("name", experiment.metric_name)
+    if scored != experiment.metric_name:
+        raise ValueError(
+            f"the scores estimate the metric {scored}, but {experiment.metric_name} was to be measured: use the same"
+        )
+    ablation = dict(experiment.ablation.meta)
+    if ablation_of(scores) not in (None, ablation):
+        raise ValueError(
+            f"the scores estimate the ablation {ablation_of(scores)}, but {ablation} was to be measured: use the same"
+        )

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from eapcore.kernels.checks import one_of
-from eapcore.models.forward import check_tokens, embed, run_layers
-from eapcore.models.mlp import activation
+from eapcore.models.forward import check_tokens, embed, run_stages
 from eapcore.models.model import Model
-from eapcore.tasks import PromptPairs
+from eapcore.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean", "mean-positional")
 
@@ -23,14 +22,15 @@ class Values:
     """What every sender sends instead, for each position or [1, ..] for all of them.
 
     embed: [T, D]. z: [L, T, H, K], so that head h of layer l sends z[l, :, h] @ w_o[l][h]. mlp: [L, T, D], units:
-    [L, T, M] the hidden units that it is made of; None without MLPs.
+    [L, T, M] the hidden units that it is made of; None without MLPs. of_tokens: embed takes the place of the tokens'
+    embedding alone and leaves that of the positions.
     """
 
     embed: Annotated[Tensor, "T D"]
     z: Annotated[Tensor, "L T H K"]
     mlp: Annotated[Tensor, "L T D"] | None
     units: Annotated[Tensor, "L T M"] | None
-    meta: Mapping[str, Any]
+    of_tokens: bool = False
 
     @staticmethod
     def at(
@@ -41,6 +41,77 @@ class Values:
             return x
         return x[:stop] if read is None else x[read]
 
+    def senders(self, model: Model) -> Annotated[Tensor, "S T D"]:
+        """The same as rows of the sender buffer."""
+        senders = model.weights.w_e.new_empty(model.graph.n_senders, *self.embed.shape)
+        senders[0] = self.embed
+        for stage in model.stages:
+            if stage.attention is not None:
+                w_o = stage.attention.component.w_o
+                senders[stage.attention.senders] = torch.einsum("thk,hkd->htd", self.z[stage.index], w_o)
+            if stage.mlp is not None and self.mlp is not None:
+                senders[stage.mlp.senders] = self.mlp[stage.index]
+        return senders
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """An ablation, made once: every function that takes the name of one takes this too.
+
+    meta: what a file says of it. values: None where a sender sends what it sends on the corrupt prompts. reference: the
+    prompts of a mean, None for any other. model: whose senders these are; None for any model.
+    """
+
+    meta: Mapping[str, Any]
+    values: Values | None = None
+    reference: PromptPairs | None = None
+    model: Model | None = None
+
+    @property
+    def name(self) -> str:
+        """Out of ABLATIONS."""
+        return str(self.meta["name"])
+
+    @staticmethod
+    def of(
+        model: Model, pairs: PromptPairs, ablation: str | Ablation = "corrupt", reference: PromptPairs | None = None
+    ) -> Ablation:
+        """The ablation of a name, or one that is there; reference: the prompts of a mean, None for the task's own.
+
+        Raises:
+            ValueError: an unknown ablation, or one of another model; a reference that is not used; prompts that are too
+                short for a mean for each position.
+        """
+        if isinstance(ablation, Ablation):
+            if reference is not None and reference is not ablation.reference:
+                raise ValueError("a reference task belongs to an ablation by name, but this one is already made")
+            if ablation.model is not None and ablation.model.weights is not model.weights:
+                raise ValueError(f"the ablation was made for {ablation.model.name!r}, not for the weights here")
+            reference, name = ablation.reference, ablation.name
+        else:
+            one_of("ablation", ablation, ABLATIONS)
+            if not ablation.startswith("mean"):
+                if reference is not None:
+                    raise ValueError(
+                        f"a reference task belongs to the ablations mean and mean-positional, got {ablation!r}"
+                    )
+                zero = ablation == "zero"
+                return Ablation({"name": ablation}, zeros(model) if zero else None, None, model if zero else None)
+            reference, name = pairs if reference is None else reference, ablation
+            if not isinstance(reference, PromptPairs):
+                raise ValueError(f"reference must be PromptPairs, got {type(reference).__name__}")
+        longest, needed = 0 if reference is None else int(reference.lengths.max()), int(pairs.positions.max()) + 1
+        if name == "mean-positional" and longest < needed:
+            raise ValueError(
+                f"a mean for each position needs reference prompts as long as the task's, {needed} tokens, but the "
+                f"longest has {longest}"
+            )
+        if isinstance(ablation, Ablation):
+            return ablation
+        assert reference is not None
+        meta = {"name": name, "reference": reference.name, "n_prompts": len(reference), "prompts": "clean"}
+        return Ablation(meta, means(model, reference, per_position=name == "mean-positional"), reference, model)
+
 
 def zeros(model: Model) -> Values:
     """Nothing is sent; an MLP's output bias is part of what it sends."""
@@ -49,7 +120,7 @@ def zeros(model: Model) -> Values:
     mlp = None if config.d_mlp is None else like.new_zeros(layers, 1, config.d_model)
     units = None if config.d_mlp is None else like.new_zeros(layers, 1, config.d_mlp)
     z = like.new_zeros(layers, 1, config.n_heads, config.d_head)
-    return Values(like.new_zeros(1, config.d_model), z, mlp, units, {"name": "zero"})
+    return Values(like.new_zeros(1, config.d_model), z, mlp, units)
 
 
 @torch.no_grad()
@@ -92,55 +163,16 @@ def means(model: Model, reference: PromptPairs, *, per_position: bool, batch_siz
         for name in ("z", "mlp", "units")
     )
     assert z is not None
-    name = "mean-positional" if per_position else "mean"
-    meta = {"name": name, "reference": reference.name, "n_prompts": len(reference), "prompts": "clean"}
-    return Values(mean["embed"], z, mlp, units, meta)
+    return Values(mean["embed"], z, mlp, units)
 
 
 def _sent(model: Model, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What the senders are made of, [B, T, ..] by name, a layer at a time."""
+    """What the senders are made of, [B, T, ..] by name, a stage at a time."""
     x = embed(model, tokens)
     yield "embed", x
-    for index, run in enumerate(run_layers(model, x)):
-        yield f"z{index}", run.z
-        if run.mlp is not None and run.saved.hidden is not None and model.config.act_fn is not None:
-            yield f"mlp{index}", run.mlp
-            yield f"units{index}", activation(model.config.act_fn, run.saved.hidden)
-
-
-def find_values(model: Model, pairs: PromptPairs, ablation: str, reference: PromptPairs | None) -> Values | None:
-    """The values of an ablation by name, None for the corrupt prompts.
-
-    Raises:
-        ValueError: an unknown ablation; a reference that is not used, or is too short for a mean for each position.
-    """
-    one_of("ablation", ablation, ABLATIONS)
-    if not ablation.startswith("mean"):
-        if reference is not None:
-            raise ValueError(f"a reference task belongs to the ablations mean and mean-positional, got {ablation!r}")
-        return zeros(model) if ablation == "zero" else None
-    reference = pairs if reference is None else reference
-    if not isinstance(reference, PromptPairs):
-        raise ValueError(f"reference must be PromptPairs, got {type(reference).__name__}")
-    longest, needed = int(reference.lengths.max()), int(pairs.positions.max()) + 1
-    if ablation == "mean-positional" and longest < needed:
-        raise ValueError(
-            f"a mean for each position needs reference prompts as long as the task's, {needed} tokens, but the longest "
-            f"has {longest}"
-        )
-    return means(model, reference, per_position=ablation == "mean-positional")
-
-
-def ablated_senders(
-    model: Model, pairs: PromptPairs, ablation: str, reference: PromptPairs | None
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """What senders send under an ablation, see `Question`, and what a file says of it."""
-    values = find_values(model, pairs, ablation, reference)
-    if values is None:
-        return None, {"name": ablation}
-    senders = [values.embed[None]]
-    for index, layer in enumerate(model.weights.layers):
-        senders.append(torch.einsum("thk,hkd->htd", values.z[index], layer.w_o))
-        if values.mlp is not None:
-            senders.append(values.mlp[index][None])
-    return torch.cat(senders), dict(values.meta)
+    for run in run_stages(model, x):
+        if run.attention is not None:
+            yield f"z{run.stage.index}", run.attention.z
+        if run.stage.mlp is not None and run.mlp is not None:
+            yield f"mlp{run.stage.index}", run.mlp.sent
+            yield f"units{run.stage.index}", run.stage.mlp.component.units(run.mlp.saved)

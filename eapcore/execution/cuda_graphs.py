@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from eapcore.execution.batch import Window
-from eapcore.execution.prefetch import Tensors, _log, tensors, with_tensors
+import eapcore.execution.limits as limits
+from eapcore.execution.batch import Batch
+from eapcore.execution.prefetch import Tensors, tensors, with_tensors
 
-_MOST = 16  # shapes that are recorded: each keeps its results
-# Windows of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model,
-# and to record it twice that: 2 replays pay for it where the device needs no time at all, and 4 where it needs half of
-# the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
-# to the driver, which later batches ask for it again, and makes a graph of what was launched.
-_WORTH = 16
+_log = logging.getLogger("eapcore")
 Work = Callable[[Tensors], Tensors]
 
 
@@ -65,7 +62,7 @@ def recorder(device: torch.device) -> Recorder | None:
 
 
 class Replays:
-    """Runs work on windows: as it is the first time that a shape comes, recorded and replayed from the second on.
+    """Runs work on batches: as it is the first time that a shape comes, recorded and replayed from the second on.
 
     Args:
         by: None to run everything as it is.
@@ -78,29 +75,33 @@ class Replays:
         self.seen: set[object] = set()
         self.recorded: dict[object, Work] = {}
 
-    def run(self, window: Window, work: Callable[[Window], Tensors], alike: Callable[[Window], int]) -> Tensors:
-        """What `work` returns for a window; it may be overwritten by the next call.
+    def run(self, batch: Batch, work: Callable[[Batch], Tensors], alike: Callable[[Batch], int]) -> Tensors:
+        """What `work` returns for a batch; it may be overwritten by the next call.
 
-        work: depends on the window's shape and tensors alone, and never looks at a tensor's values on the host.
-        alike: how many windows of this one's shape are to come, itself included.
+        work: depends on the batch's shape and tensors alone, and never looks at a tensor's values on the host.
+        alike: how many batches of this one's shape are to come, itself included.
         """
         if self.by is None:
-            return work(window)
-        given = tensors(window)
-        key = (window.start, window.stop, *(x.shape for x in given))
+            return work(batch)
+        given = tensors(batch)
+        key = (batch.start, batch.stop, *(x.shape for x in given))
         if key in self.recorded:
             return self.recorded[key](given)
-        if key not in self.seen or len(self.recorded) == _MOST or not (self.strict or alike(window) >= _WORTH):
+        if (
+            key not in self.seen
+            or len(self.recorded) == limits.GRAPH_SHAPES
+            or not (self.strict or alike(batch) >= limits.GRAPH_WORTH)
+        ):
             self.seen.add(key)
-            return work(window)
+            return work(batch)
         try:
-            replay = self.by.capture(lambda held: work(with_tensors(window, held)), given)
+            replay = self.by.capture(lambda held: work(with_tensors(batch, held)), given)
         except RuntimeError as error:
             if self.strict and not isinstance(error, torch.OutOfMemoryError):
                 raise
             self.drop()
             _log.warning("batches cannot be recorded as CUDA graphs, going on without: %s", error)
-            return work(window)
+            return work(batch)
         self.recorded[key] = replay
         return replay(given)
 

@@ -1,24 +1,131 @@
-"""What is asked of a model: prompt pairs, a metric and an ablation, checked to fit each other."""
+"""What is asked of a model: prompt pairs, a metric and an ablation, checked once to fit each other."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+import eapcore.execution.limits as limits
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.batch import Batch, cut, in_order, spans
 from eapcore.models.forward import check_tokens, first_non_finite
 from eapcore.models.model import Model
-from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, evaluate, find_metric
+from eapcore.tasks.pairs import PromptPairs
 
 Task = PromptPairs | tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int64 N T"]]
 
 
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A model, prompt pairs, a metric by name and as a callable, and an ablation."""
+
+    model: Model
+    pairs: PromptPairs
+    metric_name: str
+    metric: Metric
+    ablation: Ablation
+
+    @staticmethod
+    def of(
+        model: Model,
+        task: Task,
+        metric: str | Metric = "logit_diff",
+        ablation: str | Ablation = "corrupt",
+        reference: PromptPairs | None = None,
+    ) -> Experiment:
+        """The experiment of a function's arguments; a mean ablation is made here, once.
+
+        Raises:
+            ValueError: prompts, positions or answers that do not fit the model, a metric that does not fit the task, or
+                nothing to ablate with.
+        """
+        pairs = as_pairs(task)
+        check_pairs(model, pairs, ablation if isinstance(ablation, str) else ablation.name)
+        metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
+        return Experiment(model, pairs, metric_name, metric, Ablation.of(model, pairs, ablation, reference))
+
+    def __len__(self) -> int:
+        """How many prompt pairs it has."""
+        return len(self.pairs)
+
+    @property
+    def shared(self) -> bool:
+        """Whether clean and ablated are the same before the first difference of the prompts."""
+        return self.ablation.values is None
+
+    def groups(self, size: int, copies: int, pairs: Annotated[Tensor, "bool N"] | None = None) -> list[list[int]]:
+        """Which pairs go together in exact patching, of some or of all; copies: how many of a batch go through a
+        layer."""
+        left = None if pairs is None else set(pairs.nonzero().squeeze(1).tolist())
+        order = [i for i in in_order(self.pairs) if left is None or i in left]
+        first, stop = (x[order] for x in spans(self.pairs, shared=self.shared))
+        # A batch is worth its own launches with so many tokens; a tenth of them may be run for nothing.
+        one_more = limits.limits(self.model.device).copy_work / (10 * copies * self.model.config.d_model**2)
+        groups = []
+        for count in cut(first, stop, size, one_more, prefix_share=0.0):
+            groups.append(order[:count])
+            order = order[count:]
+        return groups
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """These pairs as one batch."""
+        return Batch.of(self.pairs, index, self.model.device, shared=self.shared)
+
+    def values(self, logits: Annotated[Tensor, "C B V"], reference: MetricBatch) -> Annotated[Tensor, "float64 C B"]:
+        """The metric on each copy of a batch."""
+        if self.metric not in METRICS.values():  # a caller's own knows no copies
+            return torch.stack([evaluate(self.metric, row, reference).double() for row in logits])
+        some = logits.split(max(1, limits.EVALUATED // logits[0].numel()))
+        return torch.cat([evaluate(self.metric, part, reference).double() for part in some])
+
+    def ends(self, reference: MetricBatch) -> Annotated[Tensor, "float64 2 B"]:
+        """The metric on the clean and on the corrupt run of a batch; ValueError where it is not finite."""
+        values = self.values(torch.stack([reference.clean_logits, reference.corrupt_logits]), reference)
+        found = torch.zeros(2, len(self.pairs), dtype=torch.float64, device="cpu")
+        found[:, reference.index.cpu()] = values.cpu()
+        self.check_finite(found)
+        return values
+
+    def mean(self, sums: Tensor) -> Tensor:
+        """Sums of the metric over all pairs as means; ValueError where they are not finite."""
+        if not bool(sums.isfinite().all()):
+            raise ValueError(
+                f"the metric {self.metric_name} is NaN or infinite on a patched run in {self.model.dtype}: use a wider "
+                "dtype, or a metric that is finite there"
+            )
+        return sums / len(self.pairs)
+
+    def check_finite(self, values: Annotated[Tensor, "2 N"]) -> None:
+        """ValueError where the metric is not finite, naming the layer if it is the activations' fault."""
+        bad = values.isfinite().all(0).logical_not().nonzero()
+        if not len(bad):
+            return
+        model, pairs = self.model, self.pairs
+        for pair in bad[:, 0].tolist():
+            length = int(pairs.lengths[pair])
+            prompts = torch.stack([pairs.clean[pair, :length], pairs.corrupt[pair, :length]])
+            where = first_non_finite(model, prompts.to(model.device))
+            if where is not None:
+                raise ValueError(
+                    f"{where} has NaN or infinite activations on pair {pair}: are the weights damaged, or is "
+                    f"{model.dtype} too narrow for this model?"
+                )
+        raise ValueError(f"the metric is NaN or infinite on pair {int(bad[0])}: it must be finite on every pair")
+
+    def describe(self) -> dict[str, Any]:
+        """What a file says of the model, the task, the metric, and what ran."""
+        return {**describe(self.model, self.pairs), "metric": {"name": self.metric_name}}
+
+
 def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:
     """What a file says of the model, the task, and what ran: the part of `meta` that all methods share."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         own = version("eapcore")
     except PackageNotFoundError:
@@ -58,18 +165,12 @@ def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
         pairs.check_corrupt()
 
 
-def check_finite(model: Model, pairs: PromptPairs, values: Tensor) -> None:
-    """Raise ValueError where a metric's value is not finite, naming the layer if it is the activations' fault."""
-    bad = values.isfinite().all(0).logical_not().nonzero()
-    if not len(bad):
-        return
-    for pair in bad[:, 0].tolist():
-        length = int(pairs.lengths[pair])
-        prompts = torch.stack([pairs.clean[pair, :length], pairs.corrupt[pair, :length]])
-        where = first_non_finite(model, prompts.to(model.device))
-        if where is not None:
-            raise ValueError(
-                f"{where} has NaN or infinite activations on pair {pair}: are the weights damaged, or is "
-                f"{model.dtype} too narrow for this model?"
-            )
-    raise ValueError(f"the metric is NaN or infinite on pair {int(bad[0])}: it must be finite on every pair")
+def check_batch_size(size: int | str) -> None:
+    """ValueError for what is neither "auto" nor a number of pairs."""
+    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"batch_size must be 'auto' or a positive integer, got {size!r}")
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores and effects are kept: float64 for a float64 model, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

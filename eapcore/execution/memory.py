@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-_SHARE = 0.5  # of the free memory that a batch may take
+from eapcore.execution.limits import limits
 
 
 def free_bytes(device: torch.device) -> int:
@@ -23,5 +23,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that a batch may take: half of those that are free."""
-    return int(_SHARE * free_bytes(device))
+    """Bytes that a batch may take."""
+    return int(limits(device).share * free_bytes(device))
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory did not suffice: for torch on either device, for the C++ ops, or for oneDNN inside torch."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "could not create a", "could not execute a"))

@@ -1,10 +1,7 @@
-"""A task batch by batch, as a GPU wants it: prompts that are there before they are needed, and batches of one shape
-recorded as a CUDA graph and replayed, since a small model's kernels take less time than their launches.
-"""
+"""A task batch by batch, as a GPU wants it: prompts that are there before they are needed."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -12,26 +9,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eapcore.execution.batch import _BATCH_TOKENS, _PREFIX_SHARE, Window
-from eapcore.tasks import PromptPairs
+from eapcore.execution.batch import Batch, cut, spans
+from eapcore.execution.limits import limits
+from eapcore.tasks.pairs import PromptPairs
 
-_log = logging.getLogger("eapcore")
 Tensors = list[Tensor]
 
 
-def tensors(window: Window) -> Tensors:
-    """What is different in windows of one shape."""
-    pairs = window.pairs
-    prompts = [pairs.clean[:, : window.stop], pairs.corrupt[:, : window.stop]]
-    return [*prompts, pairs.lengths, pairs.positions, pairs.answers, pairs.wrong, window.index]
+def tensors(batch: Batch) -> Tensors:
+    """What is different in batches of one shape."""
+    pairs = batch.pairs
+    prompts = [pairs.clean[:, : batch.stop], pairs.corrupt[:, : batch.stop]]
+    return [*prompts, pairs.lengths, pairs.positions, pairs.answers, pairs.wrong, batch.index]
 
 
-def with_tensors(window: Window, given: Tensors) -> Window:
-    """A window of the same shape with other tensors."""
+def with_tensors(batch: Batch, given: Tensors) -> Batch:
+    """A batch of the same shape with other tensors."""
     *parts, index = given
     names = ("clean", "corrupt", "lengths", "positions", "answers", "wrong")
     fields: dict[str, Any] = dict(zip(names, parts, strict=True))
-    return replace(window, pairs=replace(window.pairs, **fields), index=index)
+    return replace(batch, pairs=replace(batch.pairs, **fields), index=index)
 
 
 class Copy(Protocol):
@@ -66,28 +63,23 @@ def pinned_copy(device: torch.device) -> Copy | None:
 
 
 class Feed:
-    """A task's windows in a given order; with a copy, each is on its way while the one before it is scored.
-
-    A window is cut short where the pairs behind the cut, or those before it, have so much more in common among
-    themselves, a longer prefix or an earlier end, that it outweighs one batch more.
+    """A task's batches in a given order; with a copy, each is on its way while the one before it is scored.
 
     Args:
         pairs: the task, on the CPU.
-        order: which pairs, in the order of their windows.
-        device: where the windows are wanted.
-        shared: as `Window.of`.
-        copy: None to have each window copied as it is asked for.
+        order: which pairs, in the order of their batches.
+        device: where the batches are wanted.
+        shared: as `Batch.of`.
+        copy: None to have each batch copied as it is asked for.
     """
 
     def __init__(
         self, pairs: PromptPairs, order: Sequence[int], device: torch.device, *, shared: bool, copy: Copy | None
     ) -> None:
         self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
-        first = pairs.first_difference()[self.order]
-        first = first if shared else torch.zeros_like(first)
-        self.first, self.stop = first, pairs.positions[self.order] + 1
+        self.first, self.stop = (x[self.order] for x in spans(pairs, shared=shared))
         self.done = 0
-        self.ahead: tuple[list[int], Window] | None = None
+        self.ahead: tuple[list[int], Batch] | None = None
         self.size, self.cuts = 0, [0]
         self.shapes: list[tuple[int, int, int]] = []
 
@@ -96,57 +88,41 @@ class Feed:
         """How many pairs are still to be scored."""
         return len(self.order) - self.done
 
-    def window(self, size: int) -> Window:
-        """The window of the next pairs, at most `size` of them; asked again before `advance`, it is of the same."""
+    def batch(self, size: int) -> Batch:
+        """The batch of the next pairs, at most `size` of them; asked again before `advance`, it is of the same."""
         if size != self.size:
             self._cut(size)
         chosen, following = self._pairs(0), self._pairs(1)
         if self.copy is None:
-            return Window.of(self.pairs, torch.tensor(chosen, device="cpu"), self.device, shared=self.shared)
+            return Batch.of(self.pairs, chosen, self.device, shared=self.shared)
         here = self.ahead[1] if self.ahead is not None and self.ahead[0] == chosen else self._start(chosen)
         self.copy.finish(tensors(here))
         self.ahead = (following, self._start(following)) if following else None
         return here
 
-    def alike(self, window: Window) -> int:
-        """How many windows of this one's shape are to come, itself included."""
+    def alike(self, batch: Batch) -> int:
+        """How many batches of this one's shape are to come, itself included."""
         at = self.cuts.index(self.done)
-        return self.shapes[at:].count((window.start, window.stop, len(window.pairs)))
+        return self.shapes[at:].count((batch.start, batch.stop, len(batch.pairs)))
 
     def _cut(self, size: int) -> None:
-        """Where the windows of the pairs that are left begin, at most `size` pairs apart, and what shapes they have."""
+        """Where the batches of the pairs that are left begin, at most `size` pairs apart, and what shapes they have."""
         self.size, self.cuts, self.shapes = size, [self.done], []
-        while (begin := self.cuts[-1]) < len(self.order):
-            first, stop = (x[begin : begin + size] for x in (self.first, self.stop))
-            count = self._together(first, stop)
-            self.shapes.append((int(first[:count].min()), int(stop[:count].max()), count))
-            self.cuts.append(begin + count)
-
-    def _together(self, first: Tensor, stop: Tensor) -> int:
-        """How many of some pairs make one window, where those that are left make the next."""
-        pairs = len(first)
-        count = torch.arange(1, pairs + 1, device="cpu")
-
-        def tokens(first: Tensor, stop: Tensor) -> Tensor:
-            """For each number of pairs from the beginning on, what they cost as one batch."""
-            longest, shortest = stop.cummax(0).values, first.cummin(0).values
-            return count * (longest - (1 - _PREFIX_SHARE) * shortest)
-
-        cost = tokens(first, stop)
-        behind = tokens(first.flip(0), stop.flip(0)).flip(0)  # [i]: of the pairs from i on
-        cost[:-1] += behind[1:] + _BATCH_TOKENS.get(self.device.type, 32)
-        return pairs - int(cost.flip(0).argmin())
+        for count in cut(self.first[self.done :], self.stop[self.done :], size, limits(self.device).one_more_batch):
+            part = slice(self.cuts[-1], self.cuts[-1] + count)
+            self.shapes.append((int(self.first[part].min()), int(self.stop[part].max()), count))
+            self.cuts.append(part.stop)
 
     def _pairs(self, further: int) -> list[int]:
-        """The pairs of the window that is next, or so many windows behind it."""
+        """The pairs of the batch that is next, or so many batches behind it."""
         begin, end = (self.cuts.index(self.done) + further + i for i in (0, 1))
         return self.order[self.cuts[begin] : self.cuts[end]] if end < len(self.cuts) else []
 
-    def advance(self, window: Window) -> None:
-        """A window is scored."""
-        self.done += len(window.pairs)
+    def advance(self, batch: Batch) -> None:
+        """A batch is scored."""
+        self.done += len(batch.pairs)
 
-    def _start(self, chosen: list[int]) -> Window:
+    def _start(self, chosen: list[int]) -> Batch:
         assert self.copy is not None
-        window = Window.of(self.pairs, torch.tensor(chosen, device="cpu"), torch.device("cpu"), shared=self.shared)
-        return with_tensors(window, self.copy.start(tensors(window)))
+        batch = Batch.of(self.pairs, chosen, torch.device("cpu"), shared=self.shared)
+        return with_tensors(batch, self.copy.start(tensors(batch)))

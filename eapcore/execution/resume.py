@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eapcore.execution.experiment import Experiment
 from eapcore.graph.files import replacing
-from eapcore.patching.record import Question
 
 _FORMAT = 3
 
@@ -68,7 +68,7 @@ class Partial:
     leaves it whole.
     """
 
-    def __init__(self, path: str | Path | None, question: Question, mask: Tensor, batch_size: int) -> None:
+    def __init__(self, path: str | Path | None, experiment: Experiment, mask: Tensor) -> None:
         """Open the file, or begin with nothing done where there is none, or no path.
 
         Raises:
@@ -76,9 +76,9 @@ class Partial:
             OSError: the file cannot be read, or its folder not be written to.
         """
         self.path = None if path is None else Path(path)
-        self.identity = _identity(question, mask)
+        self.identity = _identity(experiment, mask)
         nothing = torch.zeros_like(mask)
-        count = len(question.pairs)
+        count = len(experiment)
         self.done = Done(
             sums=nothing.double(),
             values=torch.zeros(2, count, dtype=torch.float64, device="cpu"),
@@ -93,7 +93,6 @@ class Partial:
             self.save()  # a folder that cannot be written to is refused before the work
             return
         self.done = self._read(self.path)
-        self._check_metric(question, batch_size)
 
     def _read(self, path: Path) -> Done:
         from safetensors import SafetensorError, safe_open
@@ -114,21 +113,26 @@ class Partial:
         batch = tensors.pop("batch").tolist()
         return Done(**tensors, batch=batch)
 
-    def _check_metric(self, question: Question, batch_size: int) -> None:
-        """A callable's name says little: what it makes of the runs that were begun must be what it made of them."""
+    def check_metric(self, measure: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        """A callable's name says little: what it makes of the runs that were begun must be what it made of them.
+
+        Args:
+            measure: the metric on the clean and corrupt runs of some pairs, bool [N], float64 [2, N].
+            dtype: the model's.
+
+        Raises:
+            ValueError: the file belongs to another metric.
+        """
         begun = self.done.pairs.clone()
         begun[list(self.done.batch)] = True
         if not bool(begun.any()):
             return
-        now = self.done.values.clone()
-        for batch in question.batches(batch_size, pairs=begun):
-            now[:, batch.index.cpu()] = question.ends(batch).cpu()
-        before, now = self.done.values[:, begun], now[:, begun]
+        before, now = self.done.values[:, begun], measure(begun)[:, begun]
         # Other batches or another device round otherwise.
-        allowed = torch.finfo(question.model.dtype).eps ** 0.5 * float(before.abs().max())
+        allowed = torch.finfo(dtype).eps ** 0.5 * float(before.abs().max())
         if (gap := float((now - before).abs().max())) > allowed:
             raise ValueError(
-                f"{self.path} belongs to another metric {question.metric_name}: on the clean and corrupt runs it "
+                f"{self.path} belongs to another metric {self.identity['metric']}: on the clean and corrupt runs it "
                 f"differs by up to {gap:.3g} from what was measured: delete it, or choose another resume file"
             )
 
@@ -153,16 +157,16 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _identity(question: Question, mask: Tensor) -> dict[str, Any]:
+def _identity(experiment: Experiment, mask: Tensor) -> dict[str, Any]:
     """What a partial result must agree in before it is gone on with."""
-    pairs, mean = question.pairs, question.reference
+    pairs, mean = experiment.pairs, experiment.ablation.reference
     return {
         "format of partial results": _FORMAT,
-        "model": question.model.content_hash,
-        "dtype": str(question.model.dtype),
+        "model": experiment.model.content_hash,
+        "dtype": str(experiment.model.dtype),
         "task": _digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
-        "metric": question.metric_name,
+        "metric": experiment.metric_name,
         "edges": _digest(mask),
         # The prompts of a mean rather than the mean, which rounds otherwise on another device.
-        "ablation": [question.ablation, "" if mean is None else _digest(mean.clean, mean.lengths)],
+        "ablation": [dict(experiment.ablation.meta), "" if mean is None else _digest(mean.clean, mean.lengths)],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from eapcore.graph.files import (
     write_text,
 )
 from eapcore.graph.graph import Graph
+from eapcore.graph.paths import connected
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +56,8 @@ class Circuit:
         return {"edges": self.edges, "meta": self.meta}
 
     def prune(self) -> Circuit:
-        """Only the edges that lie on a path from `embed` to `logits`; `meta` says how many there were and are.
-
-        A head is passed through from any of its q, k and v inputs. One sweep in each direction is the fixpoint, since
-        senders and receivers are in topological order.
-        """
-        graph = self.graph
-        from_embed = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-        from_embed[0] = True
-        to_logits = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-        components = [graph.component(r) for r in range(graph.n_receivers)]
-        for r, component in enumerate(components):
-            if component is not None and bool((self.mask[:, r] & from_embed).any()):
-                from_embed[component] = True
-        live = torch.zeros(graph.n_receivers, dtype=torch.bool, device="cpu")
-        for r in reversed(range(graph.n_receivers)):
-            component = components[r]
-            live[r] = component is None or bool(to_logits[component])
-            if live[r]:
-                to_logits |= self.mask[:, r]
-        kept = self.mask & from_embed[:, None] & live
+        """Only the edges that lie on a path from `embed` to `logits`; `meta` says how many there were and are."""
+        kept = connected(self.graph, self.mask)
         counts = {"edges_before_pruning": self.n_edges, "edges_after_pruning": int(kept.sum())}
         return replace(self, mask=kept, meta={**self.meta, **counts})
 
@@ -85,7 +68,7 @@ class Circuit:
         content = {
             "format": "eapcore-circuit",
             "format_version": FORMAT_VERSION,
-            "graph": asdict(self.graph),
+            "graph": self.graph.as_dict(),
             "meta": finite(self.meta),
             "n_edges": self.n_edges,
             "edges": self.edges,

@@ -86,7 +86,9 @@ def _graph(fields: Mapping[str, Any]) -> Graph:
     """The graph of a file's header; ValueError for what is none."""
     graph = Graph(**fields)
     sizes = (graph.n_layers, graph.n_heads)
-    if not all(type(size) is int and size > 0 for size in sizes) or type(graph.has_mlp) is not bool:
+    if not all(type(size) is int and size > 0 for size in sizes) or {type(graph.has_mlp), type(graph.parallel)} != {
+        bool
+    }:
         raise ValueError(f"its graph is {fields}")
     return graph
 

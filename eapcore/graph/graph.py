@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,11 +16,12 @@ _RECEIVER = re.compile(r"a(\d+)\.h(\d+)<([qkv])>|m(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """The edges of a sequential transformer.
+    """The edges of a transformer.
 
     Senders: `embed`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`: S = 1 + L(H+1), without MLPs 1 + LH.
     Receivers: for each layer `a{l}.h{h}<q>` for all heads, then all <k>, all <v>, then `m{l}`; last `logits`:
-    R = L(3H+1) + 1, or 3LH + 1. The senders of a receiver are always a prefix of all senders.
+    R = L(3H+1) + 1, or 3LH + 1. The senders of a receiver are always a prefix of all senders: those of the stages
+    before its own. parallel: a layer's heads and MLP are one stage, so that no edge leads from the heads to the MLP.
 
     >>> graph = Graph(n_layers=12, n_heads=12, has_mlp=True)
     >>> graph.n_senders, graph.n_receivers, graph.n_edges
@@ -31,6 +33,12 @@ class Graph:
     n_layers: int
     n_heads: int
     has_mlp: bool
+    parallel: bool = False
+
+    def as_dict(self) -> dict[str, int | bool]:
+        """Its fields as files hold them."""
+        fields: dict[str, int | bool] = {"n_layers": self.n_layers, "n_heads": self.n_heads, "has_mlp": self.has_mlp}
+        return fields | ({"parallel": True} if self.parallel else {})
 
     @property
     def senders_per_layer(self) -> int:
@@ -75,6 +83,15 @@ class Graph:
         """The receiver that is the logits' input."""
         return self.n_receivers - 1
 
+    def is_last(self, layer: int) -> bool:
+        """Whether a layer is the last, behind whose attention only the positions that a metric reads matter."""
+        return layer == self.n_layers - 1
+
+    @property
+    def senders_everywhere(self) -> slice:
+        """The senders whose output something reads at other positions than the metric: those before the last layer."""
+        return slice(0, self.heads(max(self.n_layers - 1, 0)).start)
+
     @property
     def read_receivers(self) -> list[int]:
         """The receivers whose gradient is zero but where the metric reads: the last layer's q and MLP, the logits."""
@@ -88,14 +105,22 @@ class Graph:
         layer, place = divmod(receiver, self.receivers_per_layer)
         if layer == self.n_layers:
             return self.n_senders
-        return self.heads(layer).start + (self.n_heads if place == 3 * self.n_heads else 0)
+        behind_heads = place == 3 * self.n_heads and not self.parallel
+        return self.heads(layer).start + (self.n_heads if behind_heads else 0)
 
-    def component(self, receiver: int) -> int | None:
-        """The sender that is the same head or MLP as a receiver; None for the logits."""
+    def senders_behind(self, receiver: int) -> range:
+        """The senders that are made of what a receiver reads: its own head or MLP; none for the logits."""
         layer, place = divmod(receiver, self.receivers_per_layer)
         if layer == self.n_layers:
-            return None
-        return self.mlp(layer) if place == 3 * self.n_heads else self.heads(layer).start + place % self.n_heads
+            return range(0)
+        own = self.mlp(layer) if place == 3 * self.n_heads else self.heads(layer).start + place % self.n_heads
+        return range(own, own + 1)
+
+    def members(self, senders: Iterable[int]) -> Annotated[Tensor, "bool S"]:
+        """bool [S], True for these senders."""
+        found = torch.zeros(self.n_senders, dtype=torch.bool, device="cpu")
+        found[list(senders)] = True
+        return found
 
     def edge_mask(self) -> Annotated[Tensor, "bool S R"]:
         """bool [S, R], True where there is an edge."""

@@ -1,6 +1,11 @@
-"""What reaches the logits, and what is reached from some senders."""
+"""Which senders and receivers lie on paths: what reaches the logits, and what is reached from some senders.
+
+Senders and receivers are in topological order, so that one sweep finds everything.
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -8,27 +13,38 @@ from torch import Tensor
 from eapcore.graph.graph import Graph
 
 
-def needed(graph: Graph, mask: Tensor) -> Tensor:
-    """bool [S], the senders with a path to the logits in mask [S, R]."""
-    to_logits = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-    for r in reversed(range(graph.n_receivers)):
-        component = graph.component(r)
-        if component is None or bool(to_logits[component]):
-            to_logits |= mask[:, r]
-    return to_logits
+def reached(
+    graph: Graph, mask: Annotated[Tensor, "bool S R"], origins: Annotated[Tensor, "bool S"]
+) -> Annotated[Tensor, "bool S"]:
+    """The senders with a path from one of the origins along the edges of a mask; the origins among them.
 
-
-def reached(graph: Graph, mask: Tensor, origins: Tensor) -> Tensor:
-    """bool [S], the senders with a path from one of the origins, bool [S], in mask [S, R]; the origins among them."""
+    A head is passed through from any of its q, k and v inputs.
+    """
     found = origins.clone()
-    for r in range(graph.n_receivers - 1):
-        component = graph.component(r)
-        if component is not None and bool((mask[:, r] & found).any()):
-            found[component] = True
+    for r in range(graph.n_receivers):
+        behind = graph.senders_behind(r)
+        if behind and bool((mask[:, r] & found).any()):
+            found[behind.start : behind.stop] = True
     return found
 
 
-def _members(graph: Graph, senders: set[int]) -> Tensor:
-    found = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-    found[list(senders)] = True
-    return found
+def needed(graph: Graph, mask: Annotated[Tensor, "bool S R"]) -> Annotated[Tensor, "bool S"]:
+    """The senders with a path to the logits along the edges of a mask."""
+    return _to_logits(graph, mask)[0]
+
+
+def connected(graph: Graph, mask: Annotated[Tensor, "bool S R"]) -> Annotated[Tensor, "bool S R"]:
+    """The edges of a mask that lie on a path from `embed` to the logits."""
+    return mask & reached(graph, mask, graph.members([0]))[:, None] & _to_logits(graph, mask)[1]
+
+
+def _to_logits(graph: Graph, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The senders, bool [S], and the receivers, bool [R], with a path to the logits."""
+    senders = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
+    receivers = torch.zeros(graph.n_receivers, dtype=torch.bool, device="cpu")
+    for r in reversed(range(graph.n_receivers)):
+        behind = graph.senders_behind(r)
+        receivers[r] = not behind or bool(senders[behind.start : behind.stop].any())
+        if receivers[r]:
+            senders |= mask[:, r]
+    return senders, receivers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -119,26 +119,26 @@ class EdgeScores:
         graph = self.graph
         check_ranked("edges", self.scores[self.mask])
         usefulness = (-self.scores if signed else self.scores.abs()).tolist()
-        receivers: dict[int | None, list[int]] = {}
+        into: dict[int, list[int]] = {s: [] for s in range(graph.n_senders)}
         for r in range(graph.n_receivers):
-            receivers.setdefault(graph.component(r), []).append(r)
+            for s in graph.senders_behind(r):
+                into[s].append(r)
         heap: list[tuple[float, int, int]] = []
-        opened: set[int | None] = set()
+        opened: set[int] = set()
 
-        def open_component(component: int | None) -> None:
-            if component in opened:
-                return
-            opened.add(component)
-            for r in receivers.get(component, []):
-                for s in range(graph.senders_before(r)):
-                    heapq.heappush(heap, (-usefulness[s][r], s, r))
+        def open_receivers(receivers: list[int]) -> None:
+            for r in receivers:
+                if r not in opened:
+                    opened.add(r)
+                    for s in range(graph.senders_before(r)):
+                        heapq.heappush(heap, (-usefulness[s][r], s, r))
 
-        open_component(None)
+        open_receivers([graph.logits])
         chosen: list[int] = []
         while heap and len(chosen) < n:
             _, s, r = heapq.heappop(heap)
             chosen.append(s * graph.n_receivers + r)
-            open_component(s)
+            open_receivers(into[s])
         meta = {"selection": "greedy", "n": n, "signed": signed}
         return self._circuit(torch.tensor(chosen, dtype=torch.int64, device="cpu"), meta)
 
@@ -147,7 +147,7 @@ class EdgeScores:
         one JSON header (README, "Files")."""
         from safetensors.torch import save_file
 
-        header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": EDGE_SIGN, **self.meta}
+        header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": EDGE_SIGN, **self.meta}
         tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
         tensors |= {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -282,7 +282,7 @@ class NodeScores:
         and so on), and one JSON header (README, "Files")."""
         from safetensors.torch import save_file
 
-        header = {"format_version": FORMAT_VERSION, "graph": asdict(self.graph), "sign": NODE_SIGN, **self.meta}
+        header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": NODE_SIGN, **self.meta}
         tensors = {kind: tensor.clone() for kind in KINDS if (tensor := getattr(self, kind)) is not None}
         tensors |= {f"{part}.{kind}": tensor for part in _PARTS for kind, tensor in getattr(self, part).items()}
         with replacing(path) as temporary:

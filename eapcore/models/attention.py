@@ -1,172 +1,457 @@
-"""Attention: projections, pattern, mixtures and outputs, and the gradients of its q, k and v."""
+"""Attention: what its heads read and send, the gradients of its q, k and v inputs, and its patched forms.
+
+Letters: H heads, C = 3H channels (the q, then the k, then the v heads), K d_head, P positions of a past, T tokens
+behind it, Q of them that are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eapcore.models.activations import LayerSaved, accumulate_dtype, at_positions
+import eapcore.kernels as kernels
+from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
-from eapcore.models.model import Model
-from eapcore.models.norm import normalise
-from eapcore.models.weights import LayerWeights
+from eapcore.models.norm import Norm, NormInput
+from eapcore.models.rotary import Rotary
+from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions
 
 
-def channel_groups(layer: LayerWeights, channels: slice) -> list[Tensor]:
-    """The weights [C_i, D, K] of some of a layer's 3H channels, as views."""
-    groups, start = [], 0
-    for w in layer.w_qkv:
-        first, last = max(channels.start - start, 0), min(channels.stop - start, w.shape[0])
-        if first < last:
-            groups.append(w[first:last])
-        start += w.shape[0]
-    return groups
+@dataclass(frozen=True, slots=True)
+class AttentionSaved:
+    """What the way back needs: what the normalisation read, and the activations of the channels.
+
+    qkv: [B, T, 3H, K]; where only Q positions are read, q [B, Q, H, K] and the others [B, T, 2H, K] apart.
+    """
+
+    norm_in: NormInput
+    qkv: tuple[Tensor, ...]
+
+    @property
+    def q(self) -> Annotated[Tensor, "B Q H K"]:
+        return self.qkv[0] if len(self.qkv) == 2 else self.qkv[0][:, :, : self.qkv[0].shape[2] // 3]
+
+    @property
+    def kv(self) -> Annotated[Tensor, "B T 2H K"]:
+        """The k and then the v heads."""
+        return self.qkv[1] if len(self.qkv) == 2 else self.qkv[0][:, :, self.qkv[0].shape[2] // 3 :]
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> AttentionSaved:
+        """The same of what `take` takes of each tensor."""
+        return AttentionSaved(self.norm_in.of(take), tuple(take(t) for t in self.qkv))
 
 
-def project(layer: LayerWeights, n: Tensor, channels: slice) -> Tensor:
-    """Some of the q, k and v channels, [B, T, C, K] from the normalised stream n [B, T, D]."""
-    parts, first = [], channels.start
-    for w in channel_groups(layer, channels):
-        bias, matrix = layer.b_qkv[first : first + len(w)], as_matrix(w)
-        first += len(w)
-        if matrix is not None:
-            part = product(n, matrix, bias.flatten()).unflatten(-1, (w.shape[0], w.shape[2]))
-        else:
-            part = (n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2]) + bias
-        parts.append(part)  # [B, T, C_i, K]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+@dataclass(frozen=True, slots=True)
+class AttentionRun:
+    """saved, and z [B, Q, H, K], the heads' mixtures of v in float32 at least: head h sends z[:, :, h] @ w_o[h]."""
+
+    saved: AttentionSaved
+    z: Annotated[Tensor, "B Q H K"]
 
 
-def as_matrix(w: Tensor) -> Tensor | None:
-    """A channel group [C, D, K] as a matrix [D, C·K] without a copy, or None where its strides do not allow it."""
-    channels, d_model, d_head = w.shape
-    if w.stride(2) != 1 or w.stride(0) != d_head:
-        return None
-    return w.as_strided((d_model, channels * d_head), (w.stride(1), 1))
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """All heads of a layer, which read one normalised stream n.
+
+        q, k, v = n W + b        z = softmax(q kᵀ · scale, causal) v        head h sends z_h W_O[h]
+
+    norm: what they read through. w_qkv: channel groups [C', D, K] that together are the q, the k and the v heads in
+    that order: one group where a checkpoint stores them as one matrix, three where it stores three; strided views will
+    do. b_qkv: [3H, K]. w_o: [H, K, D]. b_o: [D]. scale: of q·k. rotary: what turns q and k between their projection and
+    the pattern; receivers' activations and gradients are those before. None is what a model does not have.
+    """
+
+    norm: Norm
+    w_qkv: tuple[Annotated[Tensor, "C' D K"], ...]
+    b_qkv: Annotated[Tensor, "C K"] | None
+    w_o: Annotated[Tensor, "H K D"]
+    b_o: Annotated[Tensor, "D"] | None
+    scale: float
+    rotary: Rotary | None = None
+
+    @property
+    def n_heads(self) -> int:
+        return self.w_o.shape[0]
+
+    def named(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Its own weights, without those of its normalisation."""
+        yield from ((f"w_qkv.{i}", w) for i, w in enumerate(self.w_qkv))
+        yield from (("b_qkv", self.b_qkv), ("w_o", self.w_o), ("b_o", self.b_o))
+
+    # Forward
+
+    def groups(self, channels: slice) -> list[Annotated[Tensor, "C' D K"]]:
+        """The weights of some channels, as views."""
+        groups, start = [], 0
+        for w in self.w_qkv:
+            first, last = max(channels.start - start, 0), min(channels.stop - start, w.shape[0])
+            if first < last:
+                groups.append(w[first:last])
+            start += w.shape[0]
+        return groups
+
+    def project(self, n: Annotated[Tensor, "B T D"], channels: slice) -> Annotated[Tensor, "B T C' K"]:
+        """The activations of some channels."""
+        parts, first = [], channels.start
+        for w in self.groups(channels):
+            bias = None if self.b_qkv is None else self.b_qkv[first : first + len(w)]
+            first += len(w)
+            matrix = as_matrix(w)
+            if matrix is not None:
+                part = product(n, matrix, None if bias is None else bias.flatten()).unflatten(-1, (len(w), w.shape[2]))
+            else:
+                part = (n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2])
+                part = part if bias is None else part + bias
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def read(self, x: Annotated[Tensor, "B T D"], read: Annotated[Tensor, "int64 B Q"] | None = None) -> AttentionSaved:
+        """The activations of all channels from the residual stream; of q at the positions read alone."""
+        heads = self.n_heads
+        n, norm_in = self.norm.forward(x)
+        if read is None:
+            return AttentionSaved(norm_in, (self.project(n, slice(0, 3 * heads)),))
+        q = self.project(at_positions(n, read), slice(0, heads))
+        return AttentionSaved(norm_in, (q, self.project(n, slice(heads, 3 * heads))))
+
+    def forward(
+        self,
+        x: Annotated[Tensor, "B T D"],
+        past: Annotated[Tensor, "B P 2H K"] | None = None,
+        read: Annotated[Tensor, "int64 B Q"] | None = None,
+    ) -> AttentionRun:
+        """What the heads make of the residual stream; keys and values alone at positions that are not read."""
+        saved = self.read(x, read)
+        return AttentionRun(saved, self.mix(saved.q, saved.kv, past, read))
+
+    def mix(
+        self, q: Tensor, kv: Tensor, past: Tensor | None = None, read: Tensor | None = None
+    ) -> Annotated[Tensor, "B Q H K"]:
+        """The heads' mixtures of v from q [B, Q, H, K] and kv [B, T, 2H, K]; also of some heads alone."""
+        return self.mixtures(*self.heads(q, kv, past, read), kv.shape[1], read).transpose(1, 2)
+
+    def heads(
+        self, q: Tensor, kv: Tensor, past: Tensor | None, read: Tensor | None
+    ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H P+T K"], Annotated[Tensor, "B H P+T K"]]:
+        """q, k and v as the pattern takes them: heads first, k and v behind their past, q and k turned.
+
+        Several runs of the same prompts one after the other along B share one past.
+        """
+        both = kv
+        if past is not None:
+            before = past.shape[1]
+            both = kv.new_empty(len(kv), before + kv.shape[1], *kv.shape[2:])
+            both[:, :before].unflatten(0, (-1, len(past))).copy_(past)
+            both[:, before:] = kv
+        k, v = both.transpose(1, 2).chunk(2, 1)
+        before = k.shape[2] - kv.shape[1]
+        return self.turn_queries(q.transpose(1, 2), before, read), self.turn_keys(k, 0), v
+
+    def turn_queries(self, q: Tensor, before: int, read: Tensor | None) -> Tensor:
+        """Queries [..., H, Q, K] behind `before` positions, turned."""
+        return q if self.rotary is None else self.rotary.turn(q, _query_positions(q, before, read))
+
+    def turn_keys(self, k: Tensor, before: int) -> Tensor:
+        """Keys [..., H, T, K] behind `before` positions, turned."""
+        return k if self.rotary is None else self.rotary.turn(k, _positions(k, before))
+
+    def mixtures(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, read: Tensor | None) -> Tensor:
+        """softmax(..) v [B, H, Q, K] from q [B, H, Q, K], k and v [B, H, P + T, K]; tokens is T.
+
+        In float32 at least and not rounded to half precision, so that mixtures can be subtracted before they are.
+        """
+        q, k, v = (x.to(accumulate_dtype(x.dtype)) for x in (q, k, v))
+        if q.shape[2] == 0:
+            return q
+        before = k.shape[2] - tokens
+        if before == 0 and read is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        visible = ~_future(tokens, before, read, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
+
+    def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """softmax of the causal scores in float32 at least, from q [.., H, Q, K] and k [.., H, P + T, K] as `heads`
+        gives them; before is P."""
+        hidden = _future(k.shape[-2] - before, before, read, q.device)
+        scores = (q @ k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * self.scale
+        return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+
+    def added(self, run: AttentionRun) -> Annotated[Tensor, "B Q D"]:
+        """What all heads add to the residual stream together, the bias included."""
+        return self.added_by(run.z)
+
+    def added_by(self, z: Annotated[Tensor, "B Q H K"]) -> Annotated[Tensor, "B Q D"]:
+        """The same from their mixtures."""
+        return product(z.flatten(2).to(self.w_o.dtype), self.w_o.flatten(0, 1), self.b_o)
+
+    def send(
+        self, z: Annotated[Tensor, "B Q H K"], out: Annotated[Tensor, "H B Q D"] | None = None
+    ) -> Annotated[Tensor, "H B Q D"]:
+        """What each head sends, z_h W_O[h], written into `out` where it is given."""
+        rows = z.to(self.w_o.dtype).flatten(0, 1).transpose(0, 1)  # [H, B·Q, K]
+        if out is None:
+            return (rows @ self.w_o).unflatten(1, z.shape[:2])
+        torch.bmm(rows, self.w_o, out=out.view(self.n_heads, -1, self.w_o.shape[2]))
+        return out
+
+    # Backward
+
+    def closed_form(self) -> tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]]:
+        """(Wᵀγ, b + Wᵀβ) of all channels: constants of the weights in the receivers' gradients."""
+        sizes = [len(w) for w in self.w_qkv]
+        biases = [None] * len(sizes) if self.b_qkv is None else self.b_qkv.split(sizes)
+        norm = self.norm
+        groups = [
+            kernels.receiver_constants(w, b, norm.gamma, norm.beta) for w, b in zip(self.w_qkv, biases, strict=True)
+        ]
+        return torch.cat([g for g, _ in groups]), torch.cat([o for _, o in groups])
+
+    def backward(
+        self,
+        saved: AttentionSaved,
+        grad: Annotated[Tensor, "B Q D"],
+        constants: tuple[Tensor, Tensor],
+        *,
+        index: int,
+        receivers: slice,
+        past: Tensor | None,
+        read: Tensor | None,
+        rules: Rules,
+    ) -> Iterator[Channels]:
+        """The channels with a gradient, from that of the residual stream behind the layer's attention.
+
+        In one piece if they have it at the same positions; the last piece is always one at all positions. constants: of
+        `closed_form`. index, receivers: the layer's, and its q, k and v receivers'.
+        """
+        dz = product(grad.to(self.w_o.dtype), self.w_o.flatten(0, 1).T).unflatten(-1, self.w_o.shape[:2])
+        del grad  # which its caller has done with
+        heads = self.n_heads
+
+        def piece(channels: slice, act: Tensor, g: Tensor, at_read: bool = False) -> Channels:
+            norm_in = saved.norm_in.at(read) if at_read else saved.norm_in
+            place = slice(receivers.start + channels.start, receivers.start + channels.stop)
+            return Channels(
+                self, constants, index, channels, place, norm_in, act, g, at_read, rules, saved, dz, past, read
+            )
+
+        if rules.attention == "frozen":
+            q, k, v = self.heads(saved.q, saved.kv, past, read)
+            before = k.shape[2] - saved.kv.shape[1]
+            pattern = self.pattern(q, k, before, read)
+            dv = _value_grad(pattern, dz.transpose(1, 2), before).transpose(1, 2)
+            del pattern, q, k, v
+            yield piece(slice(2 * heads, 3 * heads), saved.kv[:, :, heads:], dv)
+            return
+        dq, dk, dv = self.grads(saved, dz, past, read)
+        if read is None:
+            g = torch.cat([dq, dk, dv], 1).transpose(1, 2)
+            del dq, dk, dv
+            yield piece(slice(0, 3 * heads), saved.qkv[0], g)
+            return
+        yield piece(slice(0, heads), saved.q, dq.transpose(1, 2), at_read=True)
+        g = torch.cat([dk, dv], 1).transpose(1, 2)
+        del dq, dk, dv
+        yield piece(slice(heads, 3 * heads), saved.kv, g)
+
+    def grads(
+        self, saved: AttentionSaved, dz: Annotated[Tensor, "B Q H K"], past: Tensor | None, read: Tensor | None
+    ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
+        """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before they are turned, from dz = ∂metric/∂z.
+
+        With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The
+        pattern is computed again, so that no [B, H, Q, T] outlives its layer.
+        """
+        q, k, v = self.heads(saved.q, saved.kv, past, read)
+        dz = dz.transpose(1, 2)  # [B, H, Q, K]
+        before, wide = k.shape[2] - saved.kv.shape[1], accumulate_dtype(q.dtype)
+        pattern = self.pattern(q, k, before, read)
+        dv = _value_grad(pattern, dz, before)
+        dp = (dz @ v.transpose(-1, -2)).to(wide)
+        ds = (torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * self.scale).to(dz.dtype)
+        dq, dk = ds @ k, ds[..., before:].transpose(-1, -2) @ q
+        if self.rotary is None:
+            return dq, dk, dv
+        return (
+            self.rotary.back(dq, _query_positions(dq, before, read)),
+            self.rotary.back(dk, _positions(dk, before)),
+            dv,
+        )
+
+    # Patched
+
+    def one_head(
+        self,
+        channel: int,
+        n: Annotated[Tensor, "C B Q' D"],
+        saved: AttentionSaved,
+        past: Tensor | None,
+        read: Tensor | None,
+    ) -> Annotated[Tensor, "C B Q K"]:
+        """The mixtures of a channel's head in C copies of a run, where this channel alone reads other normalised
+        streams.
+
+        n: at the positions read for q, at all others. saved: of the run, at all positions.
+        """
+        part, head = divmod(channel, self.n_heads)
+        (w,) = self.groups(slice(channel, channel + 1))
+        bias = None if self.b_qkv is None else self.b_qkv[channel]
+        changed = product(n, w[0], bias).transpose(0, 1)  # [B, C, Q', K], the copies in the heads' place
+        qkv = []
+        for p in range(3):
+            x = saved.qkv[0][:, :, p * self.n_heads + head, None].transpose(1, 2)  # [B, 1, T, K]
+            if p == 0 and read is not None:
+                x = x.gather(2, read[:, None, :, None].expand(-1, 1, -1, x.shape[-1]))
+            x = changed if p == part else x
+            if p > 0 and past is not None:
+                before = past[:, :, (p - 1) * self.n_heads + head, None].transpose(1, 2)
+                x = torch.cat([before.expand(-1, x.shape[1], -1, -1), x], 2)
+            qkv.append(x.expand(-1, len(n), -1, -1))
+        q, k, v = qkv
+        tokens = saved.qkv[0].shape[1]
+        q, k = self.turn_queries(q, k.shape[2] - tokens, read), self.turn_keys(k, 0)
+        return self.mixtures(q, k, v, tokens, read).transpose(0, 1)
+
+    def each_channel(
+        self, channels: Sequence[int], v: Annotated[Tensor, "N C' B Q D"]
+    ) -> Annotated[Tensor, "N·B Q C' K"]:
+        """The activations of some channels in N copies, each from a residual stream of its own."""
+        weight = torch.stack([self.groups(slice(c, c + 1))[0][0] for c in channels])  # [C', D, K]
+        n = self.norm.forward(v)[0].transpose(0, 1).flatten(1, 3)  # [C', N·B·Q, D]
+        act = torch.bmm(n, weight).unflatten(1, (v.shape[0] * v.shape[2], v.shape[3])).permute(1, 2, 0, 3)
+        return act if self.b_qkv is None else act + self.b_qkv[list(channels)]
+
+    def mix_at_read(
+        self, x: Annotated[Tensor, "N T D"], past: Tensor | None, read: Annotated[Tensor, "int64 N 1"]
+    ) -> Annotated[Tensor, "N 1 H K"]:
+        """The heads' mixtures at one position that is read, without the keys and values of all positions.
+
+            scores = q·(W_kᵀ n + b_k) = (W_k q)·n + q·b_k
+            mixtures = Σ_t p_t (W_vᵀ n_t + b_v) = W_vᵀ Σ_t p_t n_t + b_v Σ_t p_t
+
+        In half precision, and where keys are turned, they are made, and rounded as the model does.
+        """
+        if accumulate_dtype(x.dtype) != x.dtype or self.rotary is not None:
+            return self.forward(x, past, read).z
+        heads, tokens = self.n_heads, x.shape[1]
+        n = self.norm.forward(x)[0]
+        q = self.project(at_positions(n, read), slice(0, heads))[:, 0].transpose(0, 1)  # [H, N, K]
+        w_k, w_v = torch.cat(self.groups(slice(heads, 3 * heads))).chunk(2)  # [H, D, K]
+        scores = torch.bmm(torch.bmm(q, w_k.transpose(1, 2)).transpose(0, 1), n.transpose(1, 2))  # [N, H, T]
+        b_v = None
+        if self.b_qkv is not None:
+            b_k, b_v = self.b_qkv[heads:, None].chunk(2)  # [H, 1, K]
+            scores += (q * b_k).sum(-1).T[..., None]
+        if past is not None:
+            before = past.permute(0, 2, 3, 1)  # [B, 2H, K, P]
+            by_prompt = q.unflatten(1, (-1, len(past))).permute(2, 0, 1, 3)  # [B, H, N/B, K]
+            earlier = (by_prompt @ before[:, :heads]).permute(2, 0, 1, 3).flatten(0, 1)  # [N, H, P]
+            scores = torch.cat([earlier, scores], 2)
+        hidden = _future(tokens, scores.shape[2] - tokens, read, x.device)[:, 0]
+        pattern = (scores * self.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
+        here = pattern[:, :, -tokens:]
+        z = torch.bmm(torch.bmm(here, n).transpose(0, 1), w_v)  # [H, N, K]
+        if b_v is not None:
+            z = z + here.sum(-1).T[..., None] * b_v
+        if past is not None:
+            by_prompt = pattern[:, :, :-tokens].unflatten(0, (-1, len(past))).permute(1, 2, 0, 3)  # [B, H, N/B, P]
+            z += (by_prompt @ before[:, heads:].transpose(2, 3)).permute(1, 2, 0, 3).flatten(1, 2)
+        return z.transpose(0, 1)[:, None]
 
 
-def future(tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Some of a layer's q, k and v receivers, and what their gradients are made of.
+
+    constants: (Wᵀγ, b + Wᵀβ) of all of the layer's. index: the layer. channels: which of its 3H; receivers: which of
+    the graph's. norm_in: what their normalisation read. act, g: [B, T, C', K] their activations and ∂metric/∂ of them.
+    With
+    at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
+    layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past, read: as the layer's attention was given.
+    """
+
+    attention: Attention
+    constants: tuple[Tensor, Tensor]
+    index: int
+    channels: slice
+    receivers: slice
+    norm_in: NormInput
+    act: Tensor
+    g: Tensor
+    at_read: bool
+    rules: Rules
+    saved: AttentionSaved
+    dz: Tensor
+    past: Tensor | None
+    read: Tensor | None
+
+    def of(self, pairs: slice | Tensor) -> Channels:
+        """The same of some of the batch's pairs, of a slice as views; without what the layer's attention was given."""
+        return replace(self, norm_in=self.norm_in.of(lambda x: x[pairs]), act=self.act[pairs], g=self.g[pairs])
+
+    def grads(self, impl: str, workspace: Tensor | None = None) -> Annotated[Tensor, "C' B T D"]:
+        """∂metric/∂v of each of them, in the first elements of a workspace where there is one."""
+        g, norm, groups = self.factors()
+        shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
+        grads = g.new_empty(shape) if workspace is None else workspace[: math.prod(shape)].view(shape)
+        start = 0
+        for w in groups:
+            part = slice(start, start + w.shape[0])
+            inside = slice(self.channels.start + part.start, self.channels.start + part.stop)
+            w_gamma, offset = (constant[inside] for constant in self.constants)
+            # [B, T, C, K] → [C, B, T, K]
+            views = (g[:, :, part].permute(2, 0, 1, 3), self.act[:, :, part].permute(2, 0, 1, 3))
+            kernels.receiver_grads(*views, w, norm=norm, w_gamma=w_gamma, offset=offset, out=grads[part], impl=impl)
+            start = part.stop
+        return grads
+
+    def total(self) -> Annotated[Tensor, "B T D"]:
+        """Σ over them of ∂metric/∂v, in float32 at least, without making them one by one."""
+        dn, start = None, 0
+        for w in self.attention.groups(self.channels):  # Σ_c W_c g_c
+            part = self.g[:, :, start : start + w.shape[0]]
+            matrix = as_matrix(w)
+            if matrix is not None:
+                more = product(part.flatten(2), matrix.T)
+            else:
+                more = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, self.g.shape[:2])
+            dn = more if dn is None else dn + more
+            start += w.shape[0]
+        assert dn is not None
+        return self.attention.norm.backward(dn, self.norm_in, self.rules.norm).to(accumulate_dtype(dn.dtype))
+
+    def factors(self) -> tuple[Annotated[Tensor, "B T C' K"], kernels.Norm, list[Annotated[Tensor, "C'' D K"]]]:
+        """(g, norm, channel groups) from which the kernels make the gradients."""
+        norm, groups = self.attention.norm, self.attention.groups(self.channels)
+        if norm.kind == "none" or self.rules.norm != "frozen":
+            return self.g, norm.for_kernels(self.norm_in), groups
+        assert self.norm_in.rstd is not None
+        scaled = (self.g * self.norm_in.rstd[..., None]).to(self.g.dtype)
+        return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]
+
+
+def _future(tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
     """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read [B, Q]."""
     keys = torch.arange(-past, tokens, device=device)
     queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
     return keys > queries
 
 
-def with_past(kv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """k and v as [B, H, P + T, K], from kv [B, T, 2H, K] and what came before it, [B, P, 2H, K].
-
-    Several runs of the same prompts one after the other along B share one past.
-    """
-    both = kv
-    if past is not None:
-        before = past.shape[1]
-        both = kv.new_empty(len(kv), before + kv.shape[1], *kv.shape[2:])
-        both[:, :before].unflatten(0, (-1, len(past))).copy_(past)
-        both[:, before:] = kv
-    k, v = both.transpose(1, 2).chunk(2, 1)
-    return k, v
+def _positions(x: Tensor, before: int) -> Tensor:
+    """int64 [T], the positions of x [..., T, K] behind `before` others."""
+    return torch.arange(before, before + x.shape[-2], device=x.device)
 
 
-def attend(
-    model: Model, index: int, q: Tensor, kv: Tensor, past: Tensor | None = None, read: Tensor | None = None
-) -> Tensor:
-    """The heads' mixtures of v, [B, Q, H, K] in float32 at least, from q [B, Q, H, K] and kv [B, T, 2H, K].
-
-    Otherwise as in `run_layers`.
-    """
-    qkv = (q.transpose(1, 2), *with_past(kv, past))
-    return mixtures(model, index, qkv, kv.shape[1], read).transpose(1, 2)
+def _query_positions(q: Tensor, before: int, read: Tensor | None) -> Tensor:
+    """int64 [Q] or [B, 1, Q], the positions of queries [..., B, H, Q, K]."""
+    return _positions(q, before) if read is None else before + read[:, None]
 
 
-def mixtures(model: Model, index: int, qkv: Sequence[Tensor], tokens: int, read: Tensor | None) -> Tensor:
-    """The same as [B, H, Q, K] from q [B, H, Q, K], k and v [B, H, P + T, K], the past among them; tokens is T.
-
-    Not rounded to half precision, so that mixtures can be subtracted before they are.
-    """
-    q, k, v = (x.to(accumulate_dtype(x.dtype)) for x in qkv)
-    if q.shape[2] == 0:
-        return q
-    scale, before = model.config.score_scale(index), k.shape[2] - tokens
-    if before == 0 and read is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    visible = ~future(tokens, before, read, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-
-
-def head_outputs(z: Tensor, w_o: Tensor, out: Tensor | None = None) -> Tensor:
-    """What each head sends, [H, B, T, D] = z[:, :, h] @ w_o[h], written into `out` where it is given."""
-    n_heads, _, d_model = w_o.shape
-    rows = z.to(w_o.dtype).flatten(0, 1).transpose(0, 1)  # [H, B·T, K]
-    if out is None:
-        return (rows @ w_o).unflatten(1, z.shape[:2])
-    torch.bmm(rows, w_o, out=out.view(n_heads, -1, d_model))
-    return out
-
-
-def attention_output(layer: LayerWeights, z: Tensor) -> Tensor:
-    """What all heads of a layer add to the residual stream together, bias included: [B, T, D]."""
-    return product(z.flatten(2).to(layer.w_o.dtype), layer.w_o.flatten(0, 1), layer.b_o)
-
-
-def layer_qkv(model: Model, index: int, x: Tensor, read: Tensor | None) -> LayerSaved:
-    """What a layer's attention reads and the q, k and v of it; with `read`, q at these positions alone."""
-    layer, n_heads = model.weights.layers[index], model.config.n_heads
-    n, attn_in = normalise(x, layer.ln1, model.config.eps)
-    if read is None:
-        return LayerSaved(attn_in, (project(layer, n, slice(0, 3 * n_heads)),))
-    q = project(layer, at_positions(n, read), slice(0, n_heads))
-    return LayerSaved(attn_in, (q, project(layer, n, slice(n_heads, 3 * n_heads))))
-
-
-def attention_pattern(model: Model, index: int, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Tensor:
-    """softmax of the masked scores, [.., H, Q, P + T] in float32 at least, from q [.., H, Q, K], k [.., H, P + T, K].
-
-    before: P, how many of the keys lie in front of the first query. read: [B, Q], the queries' positions among the T;
-    None for all.
-    """
-    hidden = future(k.shape[-2] - before, before, read, q.device)
-    scores = (q @ k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * model.config.score_scale(index)
-    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-
-
-def value_grad(pattern: Tensor, dz: Tensor, before: int) -> Tensor:
+def _value_grad(pattern: Tensor, dz: Tensor, before: int) -> Tensor:
     """∂metric/∂v [B, H, T, K] = Pᵀ dz from the pattern [B, H, Q, P + T] and dz [B, H, Q, K]."""
     return pattern[..., before:].to(dz.dtype).transpose(-1, -2) @ dz
-
-
-def attention_grad(
-    model: Model, index: int, q: Tensor, kv: Tensor, dz: Tensor, past: Tensor | None, read: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂metric/∂q [B, H, Q, K] and ∂metric/∂k, ∂metric/∂v [B, H, T, K], from dz = ∂metric/∂z [B, Q, H, K].
-
-    With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The pattern
-    is computed again, so that no [B, H, Q, T] outlives its layer.
-    """
-    k, v = with_past(kv, past)
-    q, dz = q.transpose(1, 2), dz.transpose(1, 2)  # [B, H, Q, K]
-    before, wide = k.shape[2] - kv.shape[1], accumulate_dtype(q.dtype)
-    pattern = attention_pattern(model, index, q, k, before, read)  # [B, H, Q, P + T]
-    dv = value_grad(pattern, dz, before)
-    dp = (dz @ v.transpose(-1, -2)).to(wide)
-    scale = model.config.score_scale(index)
-    ds = (torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * scale).to(dz.dtype)
-    return ds @ k, ds[..., before:].transpose(-1, -2) @ q, dv
-
-
-def unproject(groups: list[Tensor], g: Tensor) -> Tensor:
-    """Σ_c W_c g_c, the gradient [B, T, D] of the normalised stream that channels read, from their g [B, T, C, K]."""
-    total, start = None, 0
-    for w in groups:
-        part = g[:, :, start : start + w.shape[0]]
-        matrix = as_matrix(w)
-        if matrix is not None:
-            dn = product(part.flatten(2), matrix.T)
-        else:
-            dn = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, g.shape[:2])
-        total = dn if total is None else total + dn
-        start += w.shape[0]
-    assert total is not None
-    return total

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-ACTIVATIONS = ("gelu_new", "gelu", "relu")
+from eapcore.graph.graph import Graph
+from eapcore.models.rotary import Rotary
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+NORMALIZATIONS = ("layernorm", "rmsnorm", None)
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -19,8 +23,10 @@ DTYPES = {
 class ModelConfig:
     """Dimensions and conventions of a decoder-only transformer, by TransformerLens's names.
 
-    d_mlp and act_fn are None for an attention-only model. normalization is "layernorm" or None (LayerNorm absent);
-    attn_scale divides the attention scores, in layer l also by l + 1 with scale_attn_by_inverse_layer_idx.
+    d_mlp and act_fn are None for an attention-only model. normalization is "layernorm", "rmsnorm" or None (absent);
+    attn_scale divides the attention scores, in layer l also by l + 1 with scale_attn_by_inverse_layer_idx. parallel: a
+    layer's MLP reads the stream that its heads read. rotary_frequencies: radians a position of the pairs of dimensions
+    of each head that are turned, see `rotary.Rotary`.
     """
 
     n_layers: int
@@ -35,6 +41,8 @@ class ModelConfig:
     normalization: str | None = "layernorm"
     eps: float = 1e-5
     scale_attn_by_inverse_layer_idx: bool = False
+    parallel: bool = False
+    rotary_frequencies: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
@@ -45,13 +53,24 @@ class ModelConfig:
             raise ValueError(f"d_mlp and act_fn go together, got d_mlp={self.d_mlp!r}, act_fn={self.act_fn!r}")
         if self.act_fn is not None and self.act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn must be one of {', '.join(ACTIVATIONS)}, got {self.act_fn!r}")
-        if self.normalization not in ("layernorm", None):
-            raise ValueError(f"normalization must be 'layernorm' or None, got {self.normalization!r}")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be 'layernorm', 'rmsnorm' or None, got {self.normalization!r}")
 
     @property
     def attn_only(self) -> bool:
         return self.d_mlp is None
 
+    @property
+    def graph(self) -> Graph:
+        """The senders, receivers and edges of a model of these dimensions."""
+        return Graph(self.n_layers, self.n_heads, not self.attn_only, self.parallel)
+
     def score_scale(self, layer: int) -> float:
         """What multiplies q·k in a layer."""
         return 1.0 / (self.attn_scale * (layer + 1 if self.scale_attn_by_inverse_layer_idx else 1))
+
+    def rotary(self) -> Rotary | None:
+        """What turns queries and keys."""
+        if not self.rotary_frequencies:
+            return None
+        return Rotary(torch.tensor(self.rotary_frequencies, dtype=torch.float64, device="cpu"))

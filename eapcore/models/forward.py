@@ -1,67 +1,117 @@
-"""The explicit transformer, a layer at a time: no modules, no hooks, no autograd graph."""
+"""The explicit transformer, a stage at a time: no modules, no hooks, no autograd graph.
+
+`run_stages` yields what each stage made, and whoever iterates decides what to keep. `backward.backward` goes back
+through it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from eapcore.models.activations import LayerRun, LayerSaved, NormInput, at_positions
-from eapcore.models.attention import attend, attention_output, head_outputs, layer_qkv
+from eapcore.models.attention import AttentionRun, AttentionSaved
 from eapcore.models.matmul import product
-from eapcore.models.mlp import run_mlp
-from eapcore.models.model import Model
-from eapcore.models.norm import normalise
+from eapcore.models.mlp import MlpRun, MlpSaved
+from eapcore.models.model import Model, Stage
+from eapcore.models.norm import NormInput
+from eapcore.models.tensors import at_positions
 from eapcore.models.torch_modes import own_modes
 
 
+@dataclass(frozen=True, slots=True)
+class StageSaved:
+    """What the way back needs of a stage; None for a component that it does not have."""
+
+    attention: AttentionSaved | None
+    mlp: MlpSaved | None
+
+    @property
+    def stream(self) -> Tensor:
+        """The residual stream that the stage read: [B, T, D], or [B, Q, D] where nothing else is needed any more."""
+        part = self.attention or self.mlp
+        assert part is not None
+        return part.norm_in.x
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> StageSaved:
+        """The same of what `take` takes of each tensor."""
+        attention, mlp = self.attention, self.mlp
+        return StageSaved(None if attention is None else attention.of(take), None if mlp is None else mlp.of(take))
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What a stage's components made, and the residual stream behind it, out [B, Q, D]."""
+
+    stage: Stage
+    attention: AttentionRun | None
+    mlp: MlpRun | None
+    out: Tensor
+
+    @property
+    def saved(self) -> StageSaved:
+        attention, mlp = self.attention, self.mlp
+        return StageSaved(None if attention is None else attention.saved, None if mlp is None else mlp.saved)
+
+    def write(self, senders: Annotated[Tensor, "S B Q D"]) -> None:
+        """Write what its senders add to the residual stream into their rows of the sender buffer."""
+        stage = self.stage
+        if stage.attention is not None and self.attention is not None:
+            stage.attention.component.send(self.attention.z, out=senders[stage.attention.senders])
+        if stage.mlp is not None and self.mlp is not None:
+            senders[stage.mlp.senders] = self.mlp.sent
+
+
 def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
-    """What the sender `embed` writes, token + position: [B, T, D] from tokens [B, T] at the positions from start on."""
-    return model.weights.w_e[tokens] + model.weights.w_pos[start : start + tokens.shape[1]]
+    """What the sender `embed` writes: [B, T, D] from tokens [B, T] at the positions from start on."""
+    w_pos = model.weights.w_pos
+    of_tokens = embed_tokens(model, tokens)
+    return of_tokens if w_pos is None else of_tokens + w_pos[start : start + tokens.shape[1]]
 
 
-def run_layers(
+def embed_tokens(model: Model, tokens: Tensor) -> Tensor:
+    """The part of it that depends on the tokens."""
+    return model.weights.w_e[tokens]
+
+
+def run_stages(
     model: Model, x: Tensor, *, first: int = 0, past: Sequence[Tensor] | None = None, read: Tensor | None = None
-) -> Iterator[LayerRun]:
-    """Run the layers on the residual stream x [B, T, D], one at a time, and yield what each made.
+) -> Iterator[StageRun]:
+    """Run the stages on the residual stream x [B, T, D], one at a time, and yield what each made.
 
     Args:
         model: the model.
-        x: [B, T, D] the residual stream that enters the layer `first`: for 0 what `embed` made.
-        first: the layer to begin with.
+        x: [B, T, D] the residual stream that enters the stage `first`: for 0 what `embed` made.
+        first: the stage to begin with.
         past: for each layer the k and v heads [B, P, 2H, K] of P positions that come before x; None for none. x may
             hold several runs of the same prompts, [n·B, T, D], which share it.
         read: int64 [B, Q], the positions of x whose last residual stream is needed; None for all. The last layer makes
             its keys and values everywhere and everything else at these positions alone.
     """
-    last = model.config.n_layers - 1
-    for index in range(first, model.config.n_layers):
-        before = None if past is None else past[index]
-        run = run_layer(model, index, x, before, read if index == last else None)
+    for stage in model.stages[first:]:
+        before = None if past is None else past[stage.index]
+        run = run_stage(stage, x, before, read if stage.last else None)
         x = run.out
         yield run
-        del run  # whoever iterates decides what is kept while the next layer runs
+        del run  # whoever iterates decides what is kept while the next stage runs
 
 
-def run_layer(model: Model, index: int, x: Tensor, past: Tensor | None, read: Tensor | None) -> LayerRun:
-    """Run one layer; past is its own, and with `read` it makes only keys and values at all positions."""
-    saved = layer_qkv(model, index, x, read)
-    z = attend(model, index, saved.q, saved.kv, past, read)
-    sent = attention_output(model.weights.layers[index], z)
-    return behind_attention(model, index, saved, z, at_positions(x, read) + sent)
-
-
-def behind_attention(model: Model, index: int, saved: LayerSaved, z: Tensor, x: Tensor) -> LayerRun:
-    """The rest of a layer, from the residual stream x [B, Q, D] behind its attention on."""
-    layer = model.weights.layers[index]
-    if layer.w_in is None:
-        return LayerRun(saved, z, None, x)
-    n, mlp_in = normalise(x, layer.ln2, model.config.eps)
-    mlp, hidden = run_mlp(model.config, layer, n)
-    return LayerRun(replace(saved, mlp_in=mlp_in, hidden=hidden), z, mlp, x + mlp)
+def run_stage(stage: Stage, x: Tensor, past: Tensor | None = None, read: Tensor | None = None) -> StageRun:
+    """Run one stage; past is its layer's, and with `read` its heads make only keys and values at all positions."""
+    attention = mlp = None
+    out = stream = x
+    if stage.attention is not None:
+        heads = stage.attention.component
+        attention = heads.forward(x, past, read)
+        stream = at_positions(x, read)
+        out = stream + heads.added(attention)
+    if stage.mlp is not None:
+        mlp = stage.mlp.component.forward(stream)
+        out = out + mlp.sent
+    return StageRun(stage, attention, mlp, out)
 
 
 def prefix(model: Model, tokens: Tensor) -> list[Tensor] | None:
@@ -69,15 +119,16 @@ def prefix(model: Model, tokens: Tensor) -> list[Tensor] | None:
     if tokens.shape[1] == 0:
         return None
     nothing = torch.empty(len(tokens), 0, dtype=torch.int64, device=tokens.device)
-    return [run.saved.kv for run in run_layers(model, embed(model, tokens), read=nothing)]
+    runs = (run.attention for run in run_stages(model, embed(model, tokens), read=nothing))
+    return [run.saved.kv for run in runs if run is not None]
 
 
 def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, NormInput]:
-    """Logits [..., V] from the last residual stream x [..., D] through the final LayerNorm.
+    """Logits [..., V] from the last residual stream x [..., D] through the final normalisation.
 
     With tokens int64 [B, n] those alone, [C·B, n], where x [C·B, D] is of C runs of B prompts.
     """
-    n, norm_in = normalise(x, model.weights.ln_final, model.config.eps)
+    n, norm_in = model.weights.ln_final.forward(x)
     b_u = model.weights.b_u
     if tokens is None:
         return product(n, model.weights.w_u, b_u), norm_in
@@ -148,12 +199,9 @@ def run_with_senders(
         )
     elif not senders.is_contiguous():
         raise ValueError(f"senders must be contiguous, got strides {senders.stride()}")
-    x = embed(model, tokens)
-    senders[0] = x
-    for index, run in enumerate(run_layers(model, x)):
-        head_outputs(run.z, model.weights.layers[index].w_o, out=senders[model.graph.heads(index)])
-        if run.mlp is not None:
-            senders[model.graph.mlp(index)] = run.mlp
+    x = senders[0] = embed(model, tokens)
+    for run in run_stages(model, x):
+        run.write(senders)
         x = run.out
     return unembed(model, x)[0], senders
 
@@ -162,21 +210,23 @@ def forward(model: Model, tokens: Annotated[Tensor, "int64 B T"]) -> Annotated[T
     """Logits [B, T, V] of tokens int64 [B, T]; differentiable in the weights, keeps nothing else."""
     check_tokens(model, tokens)
     x = embed(model, tokens)
-    for run in run_layers(model, x):
+    for run in run_stages(model, x):
         x = run.out
     return unembed(model, x)[0]
 
 
+@torch.no_grad()
 def first_non_finite(model: Model, tokens: Tensor) -> str | None:
     """Where a run on tokens first has a NaN or an infinity, for a message; None if nowhere."""
-    with torch.no_grad():
-        x = embed(model, tokens)
-        if not bool(x.isfinite().all()):
-            return "the embedding"
-        for index, run in enumerate(run_layers(model, x)):
-            between = run.out if run.saved.mlp_in is None else run.saved.mlp_in.x
-            for part, value in (("attention", run.z), ("attention", between), ("MLP", run.mlp), ("output", run.out)):
-                if value is not None and not bool(value.isfinite().all()):
-                    return f"the {part} of layer {index}"
-            x = run.out
-        return None if bool(unembed(model, x)[0].isfinite().all()) else "the logits"
+    x = embed(model, tokens)
+    if not bool(x.isfinite().all()):
+        return "the embedding"
+    for run in run_stages(model, x):
+        parts = [("output" if run.attention is None else "attention", run.out)]
+        parts = parts if run.mlp is None else [("MLP", run.mlp.sent), *parts]
+        parts = parts if run.attention is None else [("attention", run.attention.z), *parts]
+        for part, value in parts:
+            if not bool(value.isfinite().all()):
+                return f"the {part} of layer {run.stage.index}"
+        x = run.out
+    return None if bool(unembed(model, x)[0].isfinite().all()) else "the logits"

@@ -28,7 +28,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
-    """Load a model: a built-in toy by name, or whatever `weights.load_weights` takes.
+    """Load a model: a built-in toy by name, or whatever `load_weights` takes.
 
     Args:
         source: "toy-ioi" or "toy-induction"; a folder; a Hub id such as "gpt2"; a transformers GPT2LMHeadModel; or a

@@ -1,59 +1,127 @@
-"""The MLP: forward and backward."""
+"""The MLP: what it reads and sends, and the gradients of its hidden units and of its input."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eapcore.models.activations import LayerSaved, accumulate_dtype
 from eapcore.models.backward_rules import GRADIENT, Rules
-from eapcore.models.config import ModelConfig
 from eapcore.models.matmul import product
-from eapcore.models.model import Model
-from eapcore.models.norm import norm_grad
-from eapcore.models.weights import LayerWeights
+from eapcore.models.norm import Norm, NormInput
+from eapcore.models.tensors import accumulate_dtype
 
-APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
+_APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
 
 
 def activation(name: str, hidden: Tensor) -> Tensor:
-    return F.relu(hidden) if name == "relu" else F.gelu(hidden, approximate=APPROXIMATE[name])
-
-
-def run_mlp(config: ModelConfig, layer: LayerWeights, n: Tensor) -> tuple[Tensor, Tensor]:
-    """What the MLP sends [B, T, D] and its hidden units before the activation function [B, T, M]."""
-    assert layer.w_in is not None and layer.b_in is not None and config.act_fn is not None
-    assert layer.w_out is not None and layer.b_out is not None
-    hidden = product(n, layer.w_in, layer.b_in)
-    return product(activation(config.act_fn, hidden), layer.w_out, layer.b_out), hidden
+    """An activation function by name, out of `config.ACTIVATIONS`."""
+    if name in _APPROXIMATE:
+        return F.gelu(hidden, approximate=_APPROXIMATE[name])
+    return F.relu(hidden) if name == "relu" else F.silu(hidden)
 
 
 def activation_grad(name: str, grad: Tensor, hidden: Tensor, rule: str = "gradient") -> Tensor:
-    """grad = ∂metric/∂act(hidden) taken through the activation function to ∂metric/∂hidden."""
+    """grad = ∂metric/∂act(hidden) taken through the activation function to ∂metric/∂hidden; rule as in `Rules`."""
     if name == "relu":
         return grad * (hidden > 0)  # relu(h)/h and its derivative are the same
     if rule == "gradient":
-        return torch.ops.aten.gelu_backward(grad, hidden, approximate=APPROXIMATE[name])
+        if name == "silu":
+            return torch.ops.aten.silu_backward(grad, hidden)
+        return torch.ops.aten.gelu_backward(grad, hidden, approximate=_APPROXIMATE[name])
     wide = hidden.to(accumulate_dtype(hidden.dtype))
     # act(h)/h without the division, which has no value at h = 0.
-    if APPROXIMATE[name] == "none":
+    if name == "silu":
+        share = wide.sigmoid()
+    elif name == "gelu":
         share = torch.special.ndtr(wide)
     else:
         share = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
     return grad * share.to(grad.dtype)
 
 
-def units_grad(layer: LayerWeights, total: Tensor) -> Tensor:
-    """The gradient [B, Q, M] of the MLP's hidden units behind the activation, from that behind the layer [B, Q, D]."""
-    assert layer.w_out is not None
-    return product(total, layer.w_out.T)
+@dataclass(frozen=True, slots=True)
+class MlpSaved:
+    """What the way back needs: what the normalisation read, n W_in + b_in, and n W_up + b_up where there is a W_up."""
+
+    norm_in: NormInput
+    hidden: Annotated[Tensor, "B T M"]
+    up: Annotated[Tensor, "B T M"] | None = None
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> MlpSaved:
+        """The same of what `take` takes of each tensor."""
+        return MlpSaved(self.norm_in.of(take), take(self.hidden), None if self.up is None else take(self.up))
 
 
-def mlp_receiver_grad(model: Model, index: int, run: LayerSaved, units: Tensor, rules: Rules = GRADIENT) -> Tensor:
-    """The residual-stream gradient of a layer's MLP receiver, [B, Q, D], from that of its hidden units [B, Q, M]."""
-    layer, act_fn = model.weights.layers[index], model.config.act_fn
-    assert layer.w_in is not None and act_fn is not None
-    assert run.hidden is not None and run.mlp_in is not None
-    d_hidden = activation_grad(act_fn, units, run.hidden, rules.activation)
-    return norm_grad(product(d_hidden, layer.w_in.T), layer.ln2, run.mlp_in, rules.norm)
+@dataclass(frozen=True, slots=True)
+class MlpRun:
+    """saved, and what the MLP sends, its bias included."""
+
+    saved: MlpSaved
+    sent: Annotated[Tensor, "B T D"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """units = act(n W_in + b_in), gated act(n W_in + b_in) ∘ (n W_up + b_up); it sends units W_out + b_out.
+
+    norm: what it reads through. w_in, w_up: [D, M]. w_out: [M, D]. act_fn: out of `config.ACTIVATIONS`. None is what a
+    model does not have.
+    """
+
+    norm: Norm
+    w_in: Annotated[Tensor, "D M"]
+    b_in: Annotated[Tensor, "M"] | None
+    w_out: Annotated[Tensor, "M D"]
+    b_out: Annotated[Tensor, "D"] | None
+    act_fn: str
+    w_up: Annotated[Tensor, "D M"] | None = None
+    b_up: Annotated[Tensor, "M"] | None = None
+
+    def named(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Its own weights, without those of its normalisation."""
+        for name in ("w_in", "b_in", "w_out", "b_out", "w_up", "b_up"):
+            yield name, getattr(self, name)
+
+    # Forward
+
+    def read(self, x: Annotated[Tensor, "B T D"]) -> MlpSaved:
+        """What the hidden units are made of, from the residual stream."""
+        n, norm_in = self.norm.forward(x)
+        hidden = product(n, self.w_in, self.b_in)
+        return MlpSaved(norm_in, hidden, None if self.w_up is None else product(n, self.w_up, self.b_up))
+
+    def units(self, saved: MlpSaved, dtype: torch.dtype | None = None) -> Annotated[Tensor, "B T M"]:
+        """The hidden units, in another dtype where one is given."""
+        dtype = saved.hidden.dtype if dtype is None else dtype
+        units = activation(self.act_fn, saved.hidden.to(dtype))
+        return units if saved.up is None else units * saved.up.to(dtype)
+
+    def forward(self, x: Annotated[Tensor, "B T D"]) -> MlpRun:
+        """What the MLP makes of the residual stream; `patched` is the same with another stream."""
+        saved = self.read(x)
+        return MlpRun(saved, product(self.units(saved), self.w_out, self.b_out))
+
+    def added(self, run: MlpRun) -> Annotated[Tensor, "B T D"]:
+        """What it adds to the residual stream."""
+        return run.sent
+
+    # Backward
+
+    def units_grad(self, grad: Annotated[Tensor, "B T D"]) -> Annotated[Tensor, "B T M"]:
+        """∂metric/∂units from the gradient of the residual stream behind the MLP, in the weights' dtype."""
+        return product(grad.to(self.w_out.dtype), self.w_out.T)
+
+    def backward(
+        self, saved: MlpSaved, units: Annotated[Tensor, "B T M"], rules: Rules = GRADIENT
+    ) -> Annotated[Tensor, "B T D"]:
+        """∂metric/∂v of the MLP's receiver, from ∂metric/∂units."""
+        through = units if saved.up is None else units * saved.up
+        dn = product(activation_grad(self.act_fn, through, saved.hidden, rules.activation), self.w_in.T)
+        if self.w_up is not None:
+            dn = dn + product(units * activation(self.act_fn, saved.hidden), self.w_up.T)
+        return self.norm.backward(dn, saved.norm_in, rules.norm)

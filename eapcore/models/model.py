@@ -1,20 +1,48 @@
-"""A configuration with its weights."""
+"""A configuration with its weights, and its stages: what every loop over a model goes through."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-import eapcore.kernels as kernels
 from eapcore.graph.graph import Graph
+from eapcore.models.attention import Attention
 from eapcore.models.config import ModelConfig
+from eapcore.models.mlp import Mlp
 from eapcore.models.weights import Weights
+
+C = TypeVar("C", Attention, Mlp, Attention | Mlp)
+
+
+@dataclass(frozen=True, slots=True)
+class Place(Generic[C]):
+    """A component where it stands: its name, "a{l}" all heads of a layer or "m{l}" its MLP, and its place in the
+    graph."""
+
+    component: C
+    name: str
+    senders: slice
+    receivers: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Components of a layer that read the same stream; what they send is added behind it.
+
+    index: of the layer. last: in the last layer, behind whose attention only the positions that a metric reads matter.
+    """
+
+    index: int
+    last: bool
+    attention: Place[Attention] | None
+    mlp: Place[Mlp] | None
 
 
 @dataclass(frozen=True)
@@ -31,7 +59,7 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        return Graph(self.config.n_layers, self.config.n_heads, not self.config.attn_only)
+        return self.config.graph
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,6 +68,35 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.weights.w_e.device
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in order."""
+        return tuple(self._stages())
+
+    def _stages(self) -> Iterator[Stage]:
+        graph = self.graph
+        for index, layer in enumerate(self.weights.layers):
+            mlp_at = graph.mlp_receiver(index)
+            for components in layer:
+                attention: Place[Attention] | None = None
+                mlp: Place[Mlp] | None = None
+                for component in components:
+                    if isinstance(component, Attention):
+                        attention = Place(component, f"a{index}", graph.heads(index), graph.qkv(index))
+                    else:
+                        senders = slice(graph.mlp(index), graph.mlp(index) + 1)
+                        mlp = Place(component, f"m{index}", senders, slice(mlp_at, mlp_at + 1))
+                yield Stage(index, index == graph.n_layers - 1, attention, mlp)
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Each layer's attention."""
+        return tuple(stage.attention.component for stage in self.stages if stage.attention is not None)
+
+    def stages_from(self, layer: int) -> tuple[Stage, ...]:
+        """The stages of a layer and of all behind it."""
+        return tuple(stage for stage in self.stages if stage.index >= layer)
 
     @cached_property
     def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
@@ -52,20 +109,11 @@ class Model:
         """The weights' hash together with what changes the numbers beside them, as 16 hex digits."""
         c = self.config
         beside = f"{c.act_fn} {c.attn_scale:.9g} {c.scale_attn_by_inverse_layer_idx} {c.eps:.9g}"
+        beside += " rmsnorm" * (c.normalization == "rmsnorm") + " parallel" * c.parallel
+        beside += f" {c.rotary_frequencies}" * bool(c.rotary_frequencies)
         return hashlib.sha256(f"{self.weights.content_hash()} {beside}".encode()).hexdigest()[:16]
 
     @cached_property
-    def _constants(self) -> list[tuple[Tensor, Tensor]]:
-        """(Wᵀγ, b + Wᵀβ), each [3H, K], of each layer: constants of the weights in the receivers' gradients."""
-        constants = []
-        for layer in self.weights.layers:
-            gamma, beta = layer.ln1 or (None, None)
-            biases = layer.b_qkv.split([w.shape[0] for w in layer.w_qkv])
-            groups = [kernels.receiver_constants(w, b, gamma, beta) for w, b in zip(layer.w_qkv, biases, strict=True)]
-            constants.append((torch.cat([g for g, _ in groups]), torch.cat([o for _, o in groups])))
-        return constants
-
-    def closed_form(self, index: int, channels: slice) -> tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]]:
-        """(Wᵀγ, b + Wᵀβ), each [C, K], for some of a layer's q, k and v channels."""
-        w_gamma, offset = self._constants[index]
-        return w_gamma[channels], offset[channels]
+    def closed_forms(self) -> tuple[tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]], ...]:
+        """(Wᵀγ, b + Wᵀβ) of each layer's channels: constants of the weights in the receivers' gradients."""
+        return tuple(attention.closed_form() for attention in self.attentions)

@@ -1,63 +1,60 @@
-"""A model's weights in the one layout that the forward and the backward read."""
+"""A model's weights, as layers of stages of components: what every loop over a model goes through."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from eapcore.models.attention import Attention
+from eapcore.models.mlp import Mlp
+from eapcore.models.norm import NO_NORM, Norm
+
 _HASH_BYTES = 1 << 24  # a strided view of a large matrix is copied this much at a time
 
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer's weights; any of them may be a strided view of a checkpoint's own tensor.
-
-    w_qkv: channel groups [C_i, D, K] that together are the q heads, the k heads and the v heads in that order: one
-    group where a checkpoint stores them as one matrix, three where it stores three. b_qkv: [3H, K]. w_o: [H, K, D].
-    b_o: [D]. ln1, ln2: (γ, β), each [D], None without LayerNorm. w_in: [D, M]. b_in: [M]. w_out: [M, D]. b_out: [D].
-    """
-
-    w_qkv: tuple[Annotated[Tensor, "C' D K"], ...]
-    b_qkv: Annotated[Tensor, "3H K"]
-    w_o: Annotated[Tensor, "H K D"]
-    b_o: Annotated[Tensor, "D"]
-    ln1: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
-    ln2: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
-    w_in: Annotated[Tensor, "D M"] | None = None
-    b_in: Annotated[Tensor, "M"] | None = None
-    w_out: Annotated[Tensor, "M D"] | None = None
-    b_out: Annotated[Tensor, "D"] | None = None
+Component = Attention | Mlp
+Layer = tuple[tuple[Component, ...], ...]
+"""Stages one after the other; the components of a stage read the same stream, and what they send is added behind it:
+GPT-2's and Llama's ((attention,), (mlp,)), GPT-NeoX's parallel ((attention, mlp),), attention-only's
+((attention,),)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a model. w_e: [V, D]. w_pos: [n_ctx, D]. w_u: [D, V], a view of w_e where the head is tied.
+    """All weights of a model; any of them may be a strided view of a checkpoint's own tensor.
 
-    b_u: [V] or None. ln_final: (γ, β), None without LayerNorm.
+    w_e: [V, D]. w_pos: [n_ctx, D], None for other positions. w_u: [D, V], a view of w_e where the head is tied. b_u:
+    [V] or None. ln_final: what the logits read through.
     """
 
     w_e: Annotated[Tensor, "V D"]
-    w_pos: Annotated[Tensor, "n_ctx D"]
-    layers: tuple[LayerWeights, ...]
+    w_pos: Annotated[Tensor, "n_ctx D"] | None
+    layers: tuple[Layer, ...]
     w_u: Annotated[Tensor, "D V"]
     b_u: Annotated[Tensor, "V"] | None = None
-    ln_final: tuple[Annotated[Tensor, "D"], Annotated[Tensor, "D"]] | None = None
+    ln_final: Norm = NO_NORM
 
     def named(self) -> Iterator[tuple[str, Annotated[Tensor, "..."]]]:
         """Every tensor with its name here, in a fixed order."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "layers":
-                yield from _named(field.name, value)
-                continue
-            for index, layer in enumerate(self.layers):
-                for inner in fields(layer):
-                    yield from _named(f"layers.{index}.{inner.name}", getattr(layer, inner.name))
+        for name, value in self._named():
+            if value is not None:
+                yield name, value
+
+    def _named(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from (("w_e", self.w_e), ("w_pos", self.w_pos))
+        for index, layer in enumerate(self.layers):
+            at, components = f"layers.{index}", [component for stage in layer for component in stage]
+            own = [list(component.named()) for component in components]
+            yield from ((f"{at}.{name}", value) for name, value in own[0])
+            for number, component in enumerate(components, 1):
+                yield from _of_norm(f"{at}.ln{number}", component.norm)
+            yield from ((f"{at}.{name}", value) for part in own[1:] for name, value in part)
+        yield from (("w_u", self.w_u), ("b_u", self.b_u))
+        yield from _of_norm("ln_final", self.ln_final)
 
     def content_hash(self) -> str:
         """SHA-256 over names, shapes, dtypes and values, as 16 hex digits.
@@ -78,9 +75,5 @@ class Weights:
         return digest.hexdigest()[:16]
 
 
-def _named(name: str, value: Tensor | tuple[Tensor, ...] | None) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif value is not None:
-        for index, tensor in enumerate(value):
-            yield f"{name}.{index}", tensor
+def _of_norm(name: str, norm: Norm) -> Iterator[tuple[str, Tensor | None]]:
+    yield from ((f"{name}.0", norm.gamma), (f"{name}.1", norm.beta))

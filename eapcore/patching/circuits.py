@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from eapcore.execution.ablation import ablated_senders
-from eapcore.execution.experiment import check_pairs
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.paths import needed, reached
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
-from eapcore.patching.record import Batch, Question, make_batch
-from eapcore.tasks import PromptPairs
+from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 
 @own_modes
@@ -27,7 +27,7 @@ def run_circuit(
     batch: PromptPairs,
     circuit: Circuit | Sequence[Circuit],
     *,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
 ) -> Annotated[Tensor, "float64 B V | C B V"]:
     """Logits at the answer positions with every edge outside the circuit carrying the corrupt prompt's activation.
@@ -43,7 +43,8 @@ def run_circuit(
         batch: prompt pairs, all run in one batch.
         circuit: one, or several, of the same graph as the model.
         ablation: what edges outside the circuit carry: "corrupt", "zero", "mean" over the reference's clean prompts and
-            their positions, or "mean-positional" over its prompts for each position.
+            their positions, or "mean-positional" over its prompts for each position; or an `Ablation` that was made
+            before.
         reference: the prompts of a mean; None is the task's own.
 
     Returns:
@@ -53,21 +54,23 @@ def run_circuit(
         ValueError: a circuit belongs to another graph; the prompts do not fit the model; an unknown ablation.
     """
     circuits = list(circuit) if isinstance(circuit, Sequence) else [circuit]
-    check_pairs(model, batch, ablation)
-    other, _ = ablated_senders(model, batch, ablation, reference)
-    logits = circuit_logits(model, make_batch(model, batch, torch.arange(len(batch), device="cpu"), other), circuits)
+    experiment = Experiment.of(model, batch, _all_logits, ablation, reference)
+    logits = circuit_logits(Recording.of(experiment, range(len(batch))), circuits)
     return logits[0] if isinstance(circuit, Circuit) else logits
+
+
+def _all_logits(logits: Tensor) -> Tensor:
+    """A metric that reads all logits, for those who want them."""
+    return logits.sum(-1)
 
 
 @torch.no_grad()
 def circuit_logits(
-    model: Model, batch: Batch, circuits: Sequence[Circuit], count: Count | None = None
+    recording: Recording, circuits: Sequence[Circuit], count: Count | None = None
 ) -> Annotated[Tensor, "float64 C B V | C B V'"]:
-    """The batch's logits, float64 [C, B, V] or [C, B, n], for several circuits; see `run_circuit`.
-
-    count: of circuits × pairs.
-    """
-    graph = model.graph
+    """A batch's logits, float64 [C, B, V] or [C, B, n], for several circuits, see `run_circuit`; count: of circuits ×
+    pairs."""
+    graph = recording.model.graph
     if not circuits:
         raise ValueError("at least one circuit is needed")
     for circuit in circuits:
@@ -76,19 +79,18 @@ def circuit_logits(
         if circuit.graph != graph:
             raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
     masks = torch.stack([circuit.mask for circuit in circuits])
-    embedding = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-    embedding[0] = True
+    embedding = graph.members([0])
     union = masks.any(0)
     again = needed(graph, union) & ~embedding
-    if batch.other.layers:  # a run: what nothing new reaches sends what it sends there, which is no change
+    if recording.ablated.stages:  # a run: what nothing new reaches sends what it sends there, which is no change
         again &= reached(graph, union, embedding)
     masks = masks & (embedding | again)[:, None]
-    fixed = Changes.between(model, batch, batch.clean.senders, batch.other.senders)
+    fixed = Changes.between(recording, recording.clean.senders, recording.ablated.senders)
     logits = []
-    for part in masks.split(batch.copies(model, senders=1 + int(again.sum()))):
-        logits.append(run_masked(model, batch, batch.other, part, fixed, again)[0])
+    for part in masks.split(recording.copies(senders=1 + int(again.sum()))):
+        logits.append(run_masked(recording, recording.ablated, part, fixed, again)[0])
         if count is not None:
-            count.add(len(part) * len(batch.pairs))
+            count.add(len(part) * len(recording.batch.pairs))
     return torch.cat(logits)
 
 
@@ -99,7 +101,7 @@ def metric_on(
     metric: str | Metric,
     circuits: Sequence[Circuit],
     *,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -111,10 +113,23 @@ def metric_on(
     Raises:
         ValueError: as `run_circuit`; a metric that does not fit the task, or is NaN or infinite on a run.
     """
-    question = Question.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    return measure_circuits(experiment, circuits, record(experiment, batch_size), progress=progress)
+
+
+@own_modes
+def measure_circuits(
+    experiment: Experiment,
+    circuits: Sequence[Circuit],
+    recordings: Iterable[Recording],
+    *,
+    progress: Progress | None = None,
+) -> list[float]:
+    """`metric_on` for an experiment whose batches are recorded."""
     sums = torch.zeros(len(circuits), dtype=torch.float64, device="cpu")
-    count = Count(progress, len(circuits) * len(question.pairs))
-    for batch in question.batches(question.batch_size(batch_size)):
-        question.ends(batch)
-        sums += question.values(circuit_logits(model, batch, circuits, count), batch).sum(1).cpu()
-    return question.mean(sums).tolist()
+    count = Count(progress, len(circuits) * len(experiment))
+    for recording in recordings:
+        experiment.ends(recording.reference)
+        logits = circuit_logits(recording, circuits, count)
+        sums += experiment.values(logits, recording.reference).sum(1).cpu()
+    return experiment.mean(sums).tolist()

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eapcore.execution.experiment import Task
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task, result_dtype
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Partial
 from eapcore.graph.circuit import Circuit
@@ -17,10 +18,10 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, sign_text
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.one_receiver import Readers
-from eapcore.patching.record import Batch, Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.one_receiver import Readers, reader_of
+from eapcore.patching.record import Recording, useful_size
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 Edges = Circuit | Sequence[str] | None
 _SAVE_SECONDS = 10.0  # between two writes of a partial result
@@ -34,7 +35,7 @@ def patch_edges(
     metric: str | Metric = "logit_diff",
     edges: Edges = None,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -71,15 +72,30 @@ def patch_edges(
 
     Source: Syed, Rager, Conmy 2023, eq. 1.
     """
-    question = Question.of(model, task, metric, ablation, reference)
-    graph, pairs = model.graph, question.pairs
-    mask = _edge_set(graph, edges)
-    size, n_edges = question.batch_size(batch_size), int(mask.sum())
-    partial = Partial(resume, question, mask, size)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    return measure_edges(experiment, edges, batch_size=batch_size, progress=progress, resume=resume)
+
+
+@own_modes
+@torch.no_grad()
+def measure_edges(
+    experiment: Experiment,
+    edges: Edges = None,
+    *,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> EdgeScores:
+    """`patch_edges` for an experiment."""
+    model, pairs = experiment.model, experiment.pairs
+    graph, mask = model.graph, _edge_set(model.graph, edges)
+    size, n_edges = useful_size(experiment, batch_size), int(mask.sum())
+    partial = Partial(resume, experiment, mask)
+    partial.check_metric(lambda begun: _ends(experiment, size, begun), model.dtype)
     done = partial.done
     left = done.pairs.logical_not()
     left[list(done.batch)] = False
-    groups = question.groups(size, 1 + n_edges // model.config.n_layers, left)
+    groups = experiment.groups(size, 1 + n_edges // graph.n_layers, left)
     seen = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum())
     count = Count(progress, n_edges * len(pairs), seen)
     if seen:
@@ -87,12 +103,12 @@ def patch_edges(
     saved = time.monotonic()
     try:
         for group in [done.batch, *groups] if done.batch else groups:
-            batch = question.batch(group)
-            ends = question.ends(batch)
+            recording = Recording.of(experiment, group)
+            ends = experiment.ends(recording.reference)
             partial.done = partial.done.begin(group, ends)
-            delta = batch.other.senders - batch.clean.senders
-            for chunk, logits in _patched(model, batch, mask & ~partial.done.edges, delta):
-                change = question.values(logits, batch) - ends[0]
+            delta = recording.ablated.senders - recording.clean.senders
+            for chunk, logits in _patched(recording, mask & ~partial.done.edges, delta):
+                change = experiment.values(logits, recording.reference) - ends[0]
                 senders, receivers = (list(side) for side in zip(*chunk, strict=True))
                 partial.done.found.append((senders, receivers, change.sum(1).cpu()))
                 count.add(len(group) * len(chunk))
@@ -102,16 +118,24 @@ def patch_edges(
             partial.done = partial.done.end()
     finally:
         partial.save()
-    effects = question.mean(partial.done.sums)
+    effects = experiment.mean(partial.done.sums)
     names = "all" if edges is None else Circuit(mask, graph).edges
     clean, corrupt = partial.done.values.mean(1).tolist()
     meta = {
-        **question.describe(),
+        **experiment.describe(),
         "sign": sign_text("score", "measured", "the edge alone is ablated"),
-        "metric": {"name": question.metric_name, "clean": clean, "corrupt": corrupt},
-        "method": {"name": "patch", "exact": True, "ablation": question.ablation, "edges": names},
+        "metric": {"name": experiment.metric_name, "clean": clean, "corrupt": corrupt},
+        "method": {"name": "patch", "exact": True, "ablation": dict(experiment.ablation.meta), "edges": names},
     }
-    return EdgeScores(effects.to(torch.float64 if model.dtype == torch.float64 else torch.float32), graph, meta)
+    return EdgeScores(effects.to(result_dtype(model.dtype)), graph, meta)
+
+
+def _ends(experiment: Experiment, size: int, pairs: Tensor) -> Tensor:
+    """The metric on the clean and corrupt runs of some pairs, bool [N]: float64 [2, N], 0 for the others."""
+    values = torch.zeros(2, len(experiment), dtype=torch.float64, device="cpu")
+    for group in experiment.groups(size, 1, pairs):
+        values[:, group] = experiment.ends(Recording.of(experiment, group).reference).cpu()
+    return values
 
 
 def _edge_set(graph: Graph, edges: Edges) -> Tensor:
@@ -130,16 +154,14 @@ def _edge_set(graph: Graph, edges: Edges) -> Tensor:
     return circuit.mask
 
 
-def _patched(model: Model, batch: Batch, mask: Tensor, delta: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    """Edges (sender, receiver) that go through the model together, into one layer or into the logits, and the batch's
-    logits [C, B, .] with one of them patched in each copy; delta is [S, B, T, D]."""
-    graph = model.graph
-    for index in range(model.config.n_layers + 1):
-        start = index * graph.receivers_per_layer
-        found = [(s, start + r) for r, s in mask[:, start : start + graph.receivers_per_layer].T.nonzero().tolist()]
-        if not found:
-            continue
-        readers = Readers.of(model, batch, index, delta, found)
-        copies = batch.copies(model, at_read=index == model.config.n_layers)
-        for i in range(0, len(found), copies):
-            yield found[i : i + copies], readers.logits(found[i : i + copies])
+def _patched(recording: Recording, mask: Tensor, delta: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """Edges (sender, receiver) that go through the model together, into one stage or into the logits, and the batch's
+    logits with one of them patched in each copy; delta is [S, B, T, D]."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for r, s in mask.T.nonzero().tolist():
+        found.setdefault(reader_of(recording.model, r), []).append((s, r))
+    for number, edges in found.items():
+        readers = Readers.of(recording, number, delta, edges)
+        copies = recording.copies(at_read=number == len(recording.model.stages))
+        for i in range(0, len(edges), copies):
+            yield edges[i : i + copies], readers.logits(edges[i : i + copies])

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from eapcore.execution.experiment import Task
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import sign_text
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.one_receiver import Readers
-from eapcore.patching.record import Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.one_receiver import Readers, reader_of
+from eapcore.patching.record import record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 CURVE_POINTS = 11  # of an interpolation, where nobody says how many
 
@@ -52,7 +53,7 @@ def interpolate(
     *,
     points: int | Sequence[float] = CURVE_POINTS,
     score: float | None = None,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -75,26 +76,42 @@ def interpolate(
 
     Source: Syed, Rager, Conmy 2023, figure 4b.
     """
-    question = Question.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    return follow_edge(experiment, edge, points=points, score=score, batch_size=batch_size, progress=progress)
+
+
+@own_modes
+@torch.no_grad()
+def follow_edge(
+    experiment: Experiment,
+    edge: str,
+    *,
+    points: int | Sequence[float] = CURVE_POINTS,
+    score: float | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> Interpolation:
+    """`interpolate` for an experiment."""
+    model = experiment.model
     sender, receiver = model.graph.edge(edge)
-    layer = receiver // model.graph.receivers_per_layer
+    number = reader_of(model, receiver)
     places = _places(points)
     sums = torch.zeros(len(places), dtype=torch.float64, device="cpu")
-    count = Count(progress, len(places) * len(question.pairs))
-    for batch in question.batches(question.batch_size(batch_size)):
-        clean = question.ends(batch)[0]
-        delta = batch.other.senders[sender] - batch.clean.senders[sender]
-        for part in torch.arange(len(places), device="cpu").split(batch.copies(model)):
+    count = Count(progress, len(places) * len(experiment))
+    for recording in record(experiment, batch_size):
+        clean = experiment.ends(recording.reference)[0]
+        delta = recording.ablated.senders[sender] - recording.clean.senders[sender]
+        for part in torch.arange(len(places), device="cpu").split(recording.copies()):
             weights = torch.tensor(places, dtype=model.dtype, device=model.device)[part]
             reads = [(row, receiver) for row in range(len(part))]
-            readers = Readers.of(model, batch, layer, weights[:, None, None, None] * delta, reads)
-            sums[part] += (question.values(readers.logits(reads), batch) - clean).sum(1).cpu()
-            count.add(len(part) * len(batch.pairs))
-    effects = question.mean(sums).tolist()
+            readers = Readers.of(recording, number, weights[:, None, None, None] * delta, reads)
+            sums[part] += (experiment.values(readers.logits(reads), recording.reference) - clean).sum(1).cpu()
+            count.add(len(part) * len(recording.batch.pairs))
+    effects = experiment.mean(sums).tolist()
     estimate = None if score is None else [score * p for p in places]
     sign = sign_text("effect", "measured", "the edge alone goes so far from clean, point 0, to ablated, point 1")
-    method = {"name": "interpolate", "ablation": question.ablation}
-    meta = {**question.describe(), "sign": sign, "method": method}
+    method = {"name": "interpolate", "ablation": dict(experiment.ablation.meta)}
+    meta = {**experiment.describe(), "sign": sign, "method": method}
     return Interpolation(edge, places, effects, estimate, meta)
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eapcore.models.attention import attend, channel_groups, head_outputs
-from eapcore.models.mlp import run_mlp
-from eapcore.models.model import Model
-from eapcore.models.norm import normalise
-from eapcore.patching.record import Batch, Run, _logits
+from eapcore.models.attention import Attention
+from eapcore.models.model import Model, Place
+from eapcore.patching.record import Recording, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +21,15 @@ class Changes:
     at_read: Tensor
 
     @staticmethod
-    def between(model: Model, batch: Batch, new: Tensor, old: Tensor) -> Changes:
+    def between(recording: Recording, new: Tensor, old: Tensor) -> Changes:
         """From old to new, [S, B, T, D]."""
         change = new - old
-        before = model.graph.heads(model.config.n_layers - 1).start
-        return Changes(change[:before].clone(), at_read(change, batch.read))
-
-
-def at_read(x: Tensor, read: Tensor) -> Tensor:
-    """x [..., B, T, D] at read [B, 1]: [..., B, 1, D]."""
-    return x.gather(-2, read[..., None].expand(*x.shape[:-2], 1, x.shape[-1]))
+        before = recording.model.graph.senders_everywhere
+        return Changes(change[before].clone(), recording.at_read(change))
 
 
 def run_masked(
-    model: Model, batch: Batch, base: Run, masks: Tensor, fixed: Changes, recompute: Tensor
+    recording: Recording, base: Run, masks: Tensor, fixed: Changes, recompute: Tensor
 ) -> tuple[Tensor, Changes]:
     """Run copies of a batch in which every receiver reads its own choice of senders.
 
@@ -46,7 +39,7 @@ def run_masked(
     for all others it is given.
 
     Args:
-        model, batch: the model and the batch.
+        recording: the batch.
         base: the run or ablation that an absent edge carries.
         masks: [C, S, R], bool or weights.
         fixed: the change of the senders that are not computed again, the same in all copies; others are ignored.
@@ -55,71 +48,86 @@ def run_masked(
     Returns:
         (the batch's logits float64 [C, B, V] or [C, B, n], changes of the recomputed senders in order [C, n, B, ., D]).
     """
-    graph, config = model.graph, model.config
-    copies, (rows, tokens), last = len(masks), batch.shape, config.n_layers - 1
-    alike = ((masks == masks[:1]) | recompute[:, None]).all(0)  # [S, R], what all copies read alike of fixed senders
-    masks = masks.to(model.device, model.dtype)
-    held = masks * ~recompute.to(model.device)[:, None]  # what the fixed senders send
-    again: list[int] = recompute.nonzero().squeeze(1).tolist()
-    before = sum(s < graph.heads(last).start for s in again)
-    own = Changes(
-        base.out.new_empty(copies, before, rows, tokens, config.d_model),
-        base.out.new_empty(copies, len(again), rows, 1, config.d_model),
-    )
-    made = 0
+    run = _Masked(recording, base, masks, fixed, recompute)
+    for number, stage in enumerate(recording.model.stages):
+        run.enter(number)
+        if stage.attention is not None:
+            run.through_heads(stage.attention, number)
+        if stage.mlp is not None and bool(recompute[stage.mlp.senders].any()):
+            v = run.read([stage.mlp.receivers.start], base.streams[number], stage.last)[:, 0]
+            sent = stage.mlp.component.forward(v.flatten(0, 1)).sent.view_as(v)
+            run.keep(sent[:, None], [stage.mlp.senders.start], stage.last)
+    end = run.read([recording.model.graph.logits], base.streams[-1], True)[:, 0, :, 0]
+    return recording.logits(end), run.own
 
-    def read(receivers: list[int], stream: Tensor, short: bool) -> Tensor:
+
+class _Masked:
+    """The copies under way: what the senders have sent so far that are computed again."""
+
+    def __init__(self, recording: Recording, base: Run, masks: Tensor, fixed: Changes, recompute: Tensor) -> None:
+        model: Model = recording.model
+        self.recording, self.base, self.fixed, self.recompute = recording, base, fixed, recompute
+        self.model, self.copies = model, len(masks)
+        # [S, R], what all copies read alike of fixed senders
+        self.alike = ((masks == masks[:1]) | recompute[:, None]).all(0)
+        self.masks = masks.to(model.device, model.dtype)
+        self.held = self.masks * ~recompute.to(model.device)[:, None]  # what the fixed senders send
+        self.again: list[int] = recompute.nonzero().squeeze(1).tolist()
+        before = sum(s < model.graph.senders_everywhere.stop for s in self.again)
+        (rows, tokens), width = recording.batch.shape, model.config.d_model
+        like = base.senders
+        self.own = Changes(
+            like.new_empty(self.copies, before, rows, tokens, width),
+            like.new_empty(self.copies, len(self.again), rows, 1, width),
+        )
+        self.made = 0
+
+    def enter(self, number: int) -> None:
+        """A stage begins: the last layer needs what was sent at the answer positions alone."""
+        stages = self.model.stages
+        if stages[number].last and (number == 0 or not stages[number - 1].last):
+            self.own.at_read[:, : self.made] = self.recording.at_read(self.own.everywhere[:, : self.made])
+
+    def read(self, receivers: list[int], stream: Tensor, short: bool) -> Tensor:
         """What receivers read: [C, R_i, B, Q, D]; short is at the answers alone."""
-        stop = graph.senders_before(receivers[0])
-        pool, mine = (fixed.at_read, own.at_read) if short else (fixed.everywhere, own.everywhere)
-        stream = at_read(stream, batch.read) if short else stream
-        weights = held[:, :stop, receivers].transpose(1, 2)  # [C, R_i, S_i]
-        if bool(alike[:stop, receivers].all()):
+        stop = self.model.graph.senders_before(receivers[0])
+        pool, mine = (part.at_read if short else part.everywhere for part in (self.fixed, self.own))
+        stream = self.recording.at_read(stream, short)
+        weights = self.held[:, :stop, receivers].transpose(1, 2)  # [C, R_i, S_i]
+        if bool(self.alike[:stop, receivers].all()):
             weights = weights[:1]
         v = stream + (weights @ pool[:stop].flatten(1)).unflatten(2, stream.shape)
+        made = sum(s < stop for s in self.again[: self.made])
         if made:
-            weights = masks[:, again[:made]][:, :, receivers].transpose(1, 2)
+            weights = self.masks[:, self.again[:made]][:, :, receivers].transpose(1, 2)
             v = v + torch.bmm(weights, mine[:, :made].flatten(2)).unflatten(2, stream.shape)
-        return v.expand(copies, *v.shape[1:])
+        return v.expand(self.copies, *v.shape[1:])
 
-    def project(index: int, receivers: list[int], v: Tensor) -> Tensor:
-        """[C·B, Q, R_i, K]."""
-        layer = model.weights.layers[index]
-        channels = [r % graph.receivers_per_layer for r in receivers]
-        weight = torch.stack([channel_groups(layer, slice(c, c + 1))[0][0] for c in channels])  # [R_i, D, K]
-        n = normalise(v, layer.ln1, config.eps)[0].transpose(0, 1).flatten(1, 3)  # [R_i, C·B·Q, D]
-        act = torch.bmm(n, weight).unflatten(1, (copies * rows, v.shape[3])).permute(1, 2, 0, 3)
-        return act + layer.b_qkv[channels]
+    def keep(self, sent: Tensor, senders: list[int], short: bool) -> None:
+        """What some senders made, [C, n, B, Q, D]."""
+        place = self.own.at_read if short else self.own.everywhere
+        base = self.recording.at_read(self.base.senders[senders], short)
+        place[:, self.made : self.made + len(senders)] = sent - base
+        self.made += len(senders)
 
-    for index, layer in enumerate(model.weights.layers):
-        short = index == last
-        if short:
-            own.at_read[:, :made] = at_read(own.everywhere[:, :made], batch.read)
-        place = own.at_read if short else own.everywhere
-        heads = [h for h in range(config.n_heads) if bool(recompute[graph.heads(index).start + h])]
-        if heads:
-            q_at, kv_at = ([graph.qkv(index).start + p * config.n_heads + h for p in parts for h in heads]
-                           for parts in ((0,), (1, 2)))  # fmt: skip
-            q = project(index, q_at, read(q_at, base.attn_in[index], short))
-            kv = project(index, kv_at, read(kv_at, base.attn_in[index], False))
-            past = None
-            if batch.past is not None:
-                both = [*heads, *(config.n_heads + h for h in heads)]
-                past = batch.past[index][:, :, both].repeat(copies, 1, 1, 1)
-            z = attend(model, index, q, kv, past, batch.read.repeat(copies, 1) if short else None)
-            sent = head_outputs(z, layer.w_o[heads]).unflatten(1, (copies, rows))  # [h, C, B, Q, D]
-            senders = [graph.heads(index).start + h for h in heads]
-            sent = sent - _window(base.senders[senders], batch, short)[:, None]
-            place[:, made : made + len(heads)] = sent.transpose(0, 1)
-            made += len(heads)
-        if graph.has_mlp and bool(recompute[graph.mlp(index)]):
-            v = read([graph.mlp_receiver(index)], base.mlp_in[index], short)[:, 0]
-            n = normalise(v, layer.ln2, config.eps)[0]
-            place[:, made] = run_mlp(config, layer, n)[0] - _window(base.senders[graph.mlp(index)], batch, short)
-            made += 1
-    end = read([graph.logits], base.out, True)[:, 0, :, 0]
-    return _logits(model, end, batch.tokens), own
-
-
-def _window(x: Tensor, batch: Batch, short: bool) -> Tensor:
-    return at_read(x, batch.read) if short else x
+    def through_heads(self, place: Place[Attention], number: int) -> None:
+        """The heads of a stage that are computed again."""
+        recording, attention, stage = self.recording, place.component, self.model.stages[number]
+        heads = [h for h in range(attention.n_heads) if bool(self.recompute[place.senders.start + h])]
+        if not heads:
+            return
+        stream, (rows, _) = self.base.streams[number], recording.batch.shape
+        channels = [[p * attention.n_heads + h for p in parts for h in heads] for parts in ((0,), (1, 2))]
+        q, kv = (
+            attention.each_channel(mine, self.read([place.receivers.start + c for c in mine], stream, short))
+            for mine, short in zip(channels, (stage.last, False), strict=True)
+        )
+        past = recording.before(stage.index)
+        if past is not None:
+            both = [*heads, *(attention.n_heads + h for h in heads)]
+            past = past[:, :, both].repeat(self.copies, 1, 1, 1)
+        read = recording.read.repeat(self.copies, 1) if stage.last else None
+        z = attention.mix(q, kv, past, read).to(attention.w_o.dtype)  # [C·B, Q, h, K]
+        w_o = attention.w_o[heads]
+        sent = (z.flatten(0, 1).transpose(0, 1) @ w_o).unflatten(1, (self.copies, rows, z.shape[1]))  # [h, C, B, Q, D]
+        self.keep(sent.transpose(0, 1), [place.senders.start + h for h in heads], stage.last)

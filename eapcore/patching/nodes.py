@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.execution.experiment import Task
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import sign_text
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.masked import at_read
-from eapcore.patching.one_receiver import finish, through_mlp
-from eapcore.patching.record import Batch, Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.one_receiver import finish
+from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def patch_nodes(
     nodes: Sequence[str] | None = None,
     *,
     per_position: bool = False,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -66,42 +66,38 @@ def patch_nodes(
     Raises:
         ValueError: an unknown node, or as `patch_edges`.
     """
-    question = Question.of(model, task, metric, ablation, reference)
-    graph, pairs = model.graph, question.pairs
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    graph, pairs = model.graph, experiment.pairs
     names = graph.sender_names if nodes is None else list(nodes)
     senders = [graph.sender(name) for name in names]
     longest = int(pairs.positions.max()) + 1
     sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64, device="cpu")
     count = Count(progress, len(senders) * len(pairs))
-    for batch in question.batches(question.batch_size(batch_size)):
-        clean = question.ends(batch)[0]
-        tokens = batch.shape[1]
+    for recording in record(experiment, batch_size):
+        clean, batch = experiment.ends(recording.reference)[0], recording.batch
         for row, sender in enumerate(senders):
-            delta = (batch.other.senders[sender] - batch.clean.senders[sender])[None]
+            delta = (recording.ablated.senders[sender] - recording.clean.senders[sender])[None]
             if per_position:
-                delta = delta * torch.eye(tokens, dtype=delta.dtype, device=delta.device)[:, None, :, None]
-            for part in torch.arange(len(delta), device="cpu").split(batch.copies(model)):
-                change = (question.values(_send_more(model, batch, sender, delta[part]), batch) - clean).sum(1).cpu()
-                sums[row, part + (batch.start if per_position else 0)] += change
+                each = torch.eye(batch.shape[1], dtype=delta.dtype, device=delta.device)
+                delta = delta * each[:, None, :, None]
+            for part in torch.arange(len(delta), device="cpu").split(recording.copies()):
+                values = experiment.values(_send_more(recording, sender, delta[part]), recording.reference)
+                sums[row, part + (batch.start if per_position else 0)] += (values - clean).sum(1).cpu()
             count.add(len(batch.pairs))
-    effects = question.mean(sums)
-    method = {"name": "patch-nodes", "per_position": per_position, "ablation": question.ablation}
+    effects = experiment.mean(sums)
+    method = {"name": "patch-nodes", "per_position": per_position, "ablation": dict(experiment.ablation.meta)}
     where = " at the position alone" if per_position else ""
     sign = sign_text("effect", "measured", f"all that the node sends{where} is ablated")
-    meta = {**question.describe(), "sign": sign, "method": method}
+    meta = {**experiment.describe(), "sign": sign, "method": method}
     return NodeEffects(names, effects if per_position else effects[:, 0], meta)
 
 
-def _send_more(model: Model, batch: Batch, sender: int, added: Tensor) -> Tensor:
+def _send_more(recording: Recording, sender: int, added: Tensor) -> Tensor:
     """Logits [C, B, V] where a sender sends `added` [C, B, T, D] more to all that reads it."""
-    graph, last = model.graph, model.config.n_layers - 1
-    if sender == 0:
-        return finish(model, batch, 0, (batch.clean.attn_in[0] + added).flatten(0, 1))
-    index, place = divmod(sender - 1, graph.senders_per_layer)
-    head = place < graph.n_heads
-    behind = batch.clean.out if index == last else batch.clean.attn_in[index + 1]
-    stream = batch.clean.mlp_in[index] if head else behind
-    changed = (stream + added).flatten(0, 1)
-    if index == last:
-        changed = at_read(changed, batch.read.repeat(len(added), 1))
-    return finish(model, batch, index + 1, through_mlp(model, index, changed) if head else changed)
+    stages = recording.model.stages
+    places = [
+        (n, stage.last, place) for n, stage in enumerate(stages) for place in (stage.attention, stage.mlp) if place
+    ]
+    at = [(n + 1, last) for n, last, place in places if place.senders.start <= sender < place.senders.stop]
+    number, last = at[0] if at else (0, False)  # `embed` enters the first stage
+    return finish(recording, number, recording.at_read(recording.clean.streams[number] + added, last).flatten(0, 1))

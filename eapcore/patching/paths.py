@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
-from eapcore.execution.experiment import Task
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
-from eapcore.graph.paths import _members, needed, reached
+from eapcore.graph.paths import needed, reached
 from eapcore.graph.scores import sign_text
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
-from eapcore.patching.record import Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.record import record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 
 def routes(
@@ -45,14 +46,14 @@ def routes(
     chosen, passed = [graph.sender(name) for name in senders], {graph.sender(name) for name in through}
     ends = [graph.receiver(name) for name in receivers]
     edges, mask = graph.edge_mask(), torch.zeros_like(graph.edge_mask())
-    components = [graph.component(r) for r in range(graph.n_receivers)]
-    inner = [r for r, component in enumerate(components) if component in passed]
+    behind = [set(graph.senders_behind(r)) for r in range(graph.n_receivers)]
+    inner = [r for r, senders_behind in enumerate(behind) if senders_behind & passed]
     sources = sorted({*chosen, *passed})
     for r in {*inner, *ends}:
         mask[sources, r] = edges[sources, r]
     if onward:
-        behind = reached(graph, edges, _members(graph, {c for r in ends if (c := components[r]) is not None}))
-        mask[behind] |= edges[behind]
+        follow = reached(graph, edges, graph.members({s for r in ends for s in behind[r]}))
+        mask[follow] |= edges[follow]
     return Circuit(mask, graph, {"senders": list(senders), "receivers": list(receivers), "through": list(through)})
 
 
@@ -95,7 +96,7 @@ def path_patch(
     senders: Sequence[str],
     paths: Circuit | Sequence[str],
     *,
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -120,28 +121,29 @@ def path_patch(
 
     Source: Wang et al. 2022, section 3.1; Goldowsky-Dill et al. 2023.
     """
-    question = Question.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
     graph = model.graph
     if isinstance(paths, str):
         raise ValueError(f"paths must be a list of paths or a circuit, got the text {paths!r}")
     edges = paths if isinstance(paths, Circuit) else _path_edges(graph, paths)
     if edges.graph != graph:
         raise ValueError(f"the paths must belong to {graph}, got some of {edges.graph}")
-    origins = _members(graph, {graph.sender(name) for name in senders})
+    origins = graph.members(graph.sender(name) for name in senders)
     useful = needed(graph, edges.mask)
     if not bool((useful & origins).any()):
         raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
     again = reached(graph, edges.mask, origins) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    count = Count(progress, len(question.pairs))
-    for batch in question.batches(question.batch_size(batch_size)):
-        fixed = Changes.between(model, batch, batch.other.senders, batch.clean.senders)
-        logits, _ = run_masked(model, batch, batch.clean, weights[None], fixed, again)
-        sums += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
-        count.add(len(batch.pairs))
-    clean, corrupt, patched = question.mean(sums).tolist()
-    method = {"name": "path-patch", "ablation": question.ablation, **edges.meta}
+    count = Count(progress, len(experiment))
+    for recording in record(experiment, batch_size):
+        fixed = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
+        logits, _ = run_masked(recording, recording.clean, weights[None], fixed, again)
+        values = experiment.values(logits, recording.reference)
+        sums += torch.cat([experiment.ends(recording.reference), values]).sum(1).cpu()
+        count.add(len(recording.batch.pairs))
+    clean, corrupt, patched = experiment.mean(sums).tolist()
+    method = {"name": "path-patch", "ablation": dict(experiment.ablation.meta), **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
-    meta = {**question.describe(), "sign": sign, "method": method}
+    meta = {**experiment.describe(), "sign": sign, "method": method}
     return PathEffect(list(senders), edges, patched - clean, clean, corrupt, patched, meta)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapcore.execution.experiment import Task
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
@@ -19,9 +20,9 @@ from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
-from eapcore.patching.record import Batch, Question
-from eapcore.tasks import PromptPairs
+from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
 
 ORDERS = ("latest", "earliest")
 
@@ -36,7 +37,7 @@ def acdc(
     threshold: float,
     start: Circuit | None = None,
     order: str | EdgeScores = "latest",
-    ablation: str = "corrupt",
+    ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
@@ -60,7 +61,7 @@ def acdc(
         threshold: positive, in the metric's unit.
         start: the circuit to prune, e.g. `scores.top_n(n)`; None is all edges.
         order: of the senders of a receiver: "latest" first, "earliest" first, or edge scores, least |score| first.
-        ablation: what a removed edge carries, and reference the prompts of a mean, as `patch.run_circuit`.
+        ablation: what a removed edge carries, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (edges decided, edges in all).
 
@@ -74,7 +75,7 @@ def acdc(
 
     Source: Conmy et al. 2023, algorithm 1; with start, Syed, Rager, Conmy 2023, section 5.2.
     """
-    question = Question.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference)
     graph = model.graph
     if isinstance(threshold, bool) or not isinstance(threshold, float | int) or not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
@@ -84,13 +85,13 @@ def acdc(
         raise ValueError(f"start must be edges of {graph}, but some places of its mask are none")
     keys = _keys(graph, order)
     mask = (graph.edge_mask() if start is None else start.mask).clone()
-    search = _Search(question, mask, question.batch_size(batch_size))
+    search = _Search(experiment, mask, batch_size)
     total, seen = int(mask.sum()), 0
     for r in reversed(range(graph.n_receivers)):
         present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
         senders = [s for _, s in sorted((keys[s][r], s) for s in present)]
-        component = graph.component(r)
-        if component is not None and not bool(needed(graph, mask)[component]):
+        behind = graph.senders_behind(r)
+        if behind and not bool(needed(graph, mask)[behind.start : behind.stop].any()):
             mask[:, r] = False
         else:
             search.decide(r, senders, threshold)
@@ -98,15 +99,15 @@ def acdc(
         if progress is not None and senders:
             progress(seen, total)
     meta = {
-        **question.describe(),
+        **experiment.describe(),
         "method": {
             "name": "acdc",
             "threshold": threshold,
             "order": order if isinstance(order, str) else "scores",
-            "ablation": question.ablation,
+            "ablation": dict(experiment.ablation.meta),
             "start": "all edges" if start is None else {"n_edges": start.n_edges, **start.meta},
         },
-        "metric": {"name": question.metric_name, **search.ends, "circuit": search.value},
+        "metric": {"name": experiment.metric_name, **search.ends, "circuit": search.value},
         "forwards": {"decided": search.decided, "evaluated": search.evaluated, "launches": search.launches},
     }
     return Circuit(mask, graph, meta)
@@ -175,43 +176,42 @@ def _keys(graph: Graph, order: str | EdgeScores) -> list[list[float]]:
 class _State:
     """A batch, and how every sender's output in the current circuit differs from the ablated one."""
 
-    batch: Batch
+    recording: Recording
     now: Changes
 
 
 class _Search:
     """The current circuit, run: what a candidate does not change is not computed again."""
 
-    def __init__(self, question: Question, mask: Tensor, batch_size: int) -> None:
-        self.question, self.model, self.mask = question, question.model, mask
+    def __init__(self, experiment: Experiment, mask: Tensor, batch_size: int | str) -> None:
+        self.experiment, self.graph, self.mask = experiment, experiment.model.graph, mask
         self.decided, self.evaluated, self.launches, self.guess = 0, 0, 0, 4
-        graph = self.model.graph
-        embedding = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-        embedding[0] = True
-        again = needed(graph, mask) & ~embedding
+        embedding = self.graph.members([0])
+        again = needed(self.graph, mask) & ~embedding
         self.states = []
         values = torch.zeros(3, dtype=torch.float64, device="cpu")
-        for batch in question.batches(batch_size):
-            present = again & reached(graph, mask, embedding) if batch.other.layers else again
-            now = Changes.between(self.model, batch, batch.clean.senders, batch.other.senders)
+        for recording in record(experiment, batch_size):
+            ablated = recording.ablated
+            present = again & reached(self.graph, mask, embedding) if ablated.stages else again
+            now = Changes.between(recording, recording.clean.senders, ablated.senders)
             for pool in (now.everywhere, now.at_read):
                 pool[1:] = 0
-            logits, own = run_masked(self.model, batch, batch.other, mask[None], now, present)
+            logits, own = run_masked(recording, ablated, mask[None], now, present)
             _store(now, own, present, 0)
-            self.states.append(_State(batch, now))
-            values += torch.cat([question.ends(batch), question.values(logits, batch)]).sum(1).cpu()
-        clean, corrupt, self.value = question.mean(values).tolist()
+            self.states.append(_State(recording, now))
+            ends = experiment.ends(recording.reference)
+            values += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
+        clean, corrupt, self.value = experiment.mean(values).tolist()
         self.ends = {"clean": clean, "corrupt": corrupt}
 
     def decide(self, receiver: int, senders: list[int], threshold: float) -> None:
         """Take the edges into a receiver out of the mask, in the order of the senders, where that costs too little."""
-        graph, mask = self.model.graph, self.mask
-        component = graph.component(receiver)
-        again = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
-        if component is not None:
-            again[component] = True
+        graph, mask = self.graph, self.mask
+        behind = graph.senders_behind(receiver)
+        again = graph.members(behind)
+        if behind:
             again = reached(graph, mask, again) & needed(graph, mask)
-        limit = min(state.batch.copies(self.model, senders=1 + int(again.sum())) for state in self.states)
+        limit = min(state.recording.copies(senders=1 + int(again.sum())) for state in self.states)
         while senders:
             part = senders[: min(self.guess, limit)]
             masks = mask[None].repeat(len(part), 1, 1)
@@ -220,13 +220,14 @@ class _Search:
             values = torch.zeros(len(part), dtype=torch.float64, device="cpu")
             made = []
             for state in self.states:
-                logits, own = run_masked(self.model, state.batch, state.batch.other, masks, state.now, again)
-                values += self.question.values(logits, state.batch).sum(1).cpu()
+                recording = state.recording
+                logits, own = run_masked(recording, recording.ablated, masks, state.now, again)
+                values += self.experiment.values(logits, recording.reference).sum(1).cpu()
                 made.append(own)
             self.launches += 1
             self.evaluated += len(part)
             removed = 0
-            for value in self.question.mean(values).tolist():
+            for value in self.experiment.mean(values).tolist():
                 if not self.value - value < threshold:
                     break
                 self.value = value

@@ -151,9 +151,11 @@ def evaluate(
         ValueError: the metric returned no tensor, or a wrong shape.
     """
     values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:-1]:
+    # Another tool's metric may read several positions of a pair, [B, Q, V].
+    expected = logits.shape[:1] if getattr(metric, "several_positions", False) else logits.shape[:-1]
+    if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"a metric must return one value a pair, [B] = {list(logits.shape[:-1])}, got {got}")
+        raise ValueError(f"a metric must return one value a pair, [B] = {list(expected)}, got {got}")
     return values
 
 

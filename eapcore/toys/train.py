@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eapcore.graph.files import replacing
+from eapcore.models.attention import Attention
 from eapcore.models.checkpoint import Stored
 from eapcore.models.families import layout_of
 from eapcore.models.families.names import Layout, build_weights
@@ -133,7 +134,7 @@ def initial(layout: Layout, seed: int) -> dict[str, Tensor]:
     """Random parameters: matrices with standard deviation 1/√D, smaller by √(2L) where they add to the stream."""
     generator = torch.Generator().manual_seed(seed)
     config, params = layout.config, {}
-    for name, shape in layout.required.items():
+    for name, shape in layout.shapes().items():
         if _SHIFT.search(name):
             value = torch.zeros(shape)
         elif _SCALE.search(name):
@@ -172,9 +173,11 @@ def _lasso(weights: Weights) -> Tensor:
     What is not needed shrinks as a whole, so that the behaviour gathers in few components.
     """
     norms = []
-    for layer in weights.layers:
-        norms += [w.flatten(1).norm(dim=1).sum() for w in (*layer.w_qkv, layer.w_o)]
-        norms += [w.norm() for w in (layer.w_in, layer.w_out) if w is not None]
+    for component in (component for layer in weights.layers for stage in layer for component in stage):
+        if isinstance(component, Attention):
+            norms += [w.flatten(1).norm(dim=1).sum() for w in (*component.w_qkv, component.w_o)]
+        else:
+            norms += [component.w_in.norm(), component.w_out.norm()]
     return torch.stack(norms).sum()
 
 

@@ -1,8 +1,4 @@
-"""EAP-IG: its `attribute` with the same arguments and the same numbers, its graph files, and MIB's circuit files.
-
-The package's order of senders and receivers is ours, but it says `input` where we say `embed`, and it keeps rows and
-columns for the MLPs of a model without any; they are zero.
-"""
+"""EAP-IG's `attribute`: the same arguments and the same numbers, by this package's own passes."""
 
 from __future__ import annotations
 
@@ -14,36 +10,40 @@ import torch
 from torch import Tensor, nn
 
 import eapcore.kernels as kernels
-from eapcore.graph.graph import Graph
+from eapcore.attribution.dense import DenseStore
+from eapcore.attribution.methods import Pass, Recipe
+from eapcore.attribution.score_batch import score_batch
+from eapcore.attribution.sums import Sums
+from eapcore.execution.ablation import Values, means, zeros
+from eapcore.execution.batch import Batch
+from eapcore.execution.experiment import result_dtype
+from eapcore.execution.memory import budget
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop.eap_ig.names import in_their_order, their_shape
 from eapcore.interop.transformer_lens import from_hooked_transformer
 from eapcore.kernels.checks import one_of
-from eapcore.models.activations import LayerRun, LayerSaved, NormInput, accumulate_dtype, at_positions
-from eapcore.models.attention import head_outputs
-from eapcore.models.backward import Channels, Sink, backward, logits_grad
-from eapcore.models.forward import check_tokens, embed, run_layers, run_with_senders, unembed
+from eapcore.models.forward import check_tokens, embed_tokens, forward, run_with_senders
 from eapcore.models.model import Model
+from eapcore.tasks.metrics import MetricBatch
+from eapcore.tasks.pairs import PromptPairs
 
 METHODS = ("EAP", "EAP-IG-inputs", "clean-corrupted")
 INTERVENTIONS = ("patching", "zero", "mean", "mean-positional")
 AGGREGATIONS = ("sum", "mean")
 _MEAN_LENGTH = 512  # the package cuts prompts to this many tokens before it averages
 _FORMS = "a tensor of tokens int64 [B, T] or a list of B strings"
+
 Logits = Annotated[Tensor, "B T V"]
 Metric = Callable[[Logits, Logits, Annotated[Tensor, "int64 B"], Any], Annotated[Tensor, "() | B"]]
 Prompts = Annotated[Tensor, "int64 B T"] | Sequence[str]
-Batch = tuple[Prompts, Prompts, Any]
-
-
-# Scoring
+PromptBatch = tuple[Prompts, Prompts, Any]
 
 
 @torch.no_grad()
 def attribute(
     model: nn.Module | Model,
     graph: Any,
-    dataloader: Iterable[Batch],
+    dataloader: Iterable[PromptBatch],
     metric: Metric,
     method: str,
     intervention: str = "patching",
@@ -72,8 +72,8 @@ def attribute(
     The other difference is "mean": here each sender's mean over prompts and positions; there one vector for all, the
     mean over senders of what they send at a prompt's last token, divided by its length. `verbatim` takes both back.
 
-    Memory: the sender buffer [S, B, T, D] from the first difference on, one full set of logits, and what the backward
-    pass needs; the dataloader's batches are taken as they come.
+    Where a metric reads one position of each pair, which is asked of it with random logits, no other logits are made;
+    the dataloader's batches are taken as they come.
 
     Args:
         model: a HookedTransformer, or a Model where the dataloader yields tokens.
@@ -106,26 +106,26 @@ def attribute(
     one_of("aggregation", aggregation, AGGREGATIONS)
     one_of("impl", impl, kernels.IMPLS)
     _check_graph(graph, own)
-    other = None
+    values = None
     if intervention != "patching":
-        other = _ablation(own, model, intervention, intervention_dataloader, verbatim)
+        values = _values(own, model, intervention, intervention_dataloader, verbatim)
+    recipe = Recipe(tuple(Pass(alpha, weight) for alpha, weight in points), {})
     total = torch.zeros(own.graph.n_senders, own.graph.n_receivers, dtype=torch.float64, device=own.device)
-    pairs = 0
+    count = 0
     for clean, corrupt, label in _progress(dataloader, quiet):
-        batch = _read(own, model, clean, corrupt, label)
-        pairs += len(batch.lengths)
-        total += _score(own, batch, _Metric(metric, batch, verbatim), points, other, impl)
-    if pairs == 0:
+        pairs = _read(own, model, clean, corrupt)
+        count += len(pairs)
+        total += _score(own, pairs, metric, label, recipe, values, verbatim, impl)
+    if count == 0:
         raise ValueError("the dataloader is empty: at least one pair is needed")
-    scores = total / pairs
+    scores = total / count
     if aggregation == "mean":
         scores /= own.config.d_model
     if not bool(scores.isfinite().all()):
         raise ValueError(f"the scores are NaN or infinite in {own.dtype}: use a wider dtype, or look at the metric")
     graph.scores[:] = in_their_order(own.graph, scores).to(graph.scores.device)
     meta = {"method": {"name": method, "source": "EAP-IG", "points": [list(p) for p in points]}}
-    keep = torch.float64 if own.dtype == torch.float64 else torch.float32
-    return EdgeScores(scores.to(keep).cpu(), own.graph, {"model": {"name": own.name}, **meta})
+    return EdgeScores(scores.to(result_dtype(own.dtype)).cpu(), own.graph, {"model": {"name": own.name}, **meta})
 
 
 def _points(
@@ -170,7 +170,7 @@ def _check_graph(graph: Any, model: Model) -> None:
         )
 
 
-def _progress(dataloader: Iterable[Batch], quiet: bool) -> Iterable[Batch]:
+def _progress(dataloader: Iterable[PromptBatch], quiet: bool) -> Iterable[PromptBatch]:
     if quiet:
         return dataloader
     from tqdm import tqdm
@@ -178,21 +178,8 @@ def _progress(dataloader: Iterable[Batch], quiet: bool) -> Iterable[Batch]:
     return tqdm(dataloader)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """clean, corrupt: int64 [B, T]. lengths: int64 [B], of the clean prompts without padding. label: the metric's."""
-
-    clean: Tensor
-    corrupt: Tensor
-    lengths: Tensor
-    label: Any
-
-    def first_difference(self) -> int:
-        different = (self.clean != self.corrupt).any(0).nonzero()
-        return int(different[0]) if len(different) else self.clean.shape[1] - 1
-
-
-def _read(own: Model, model: nn.Module | Model, clean: Prompts, corrupt: Prompts, label: Any) -> _Batch:
+def _read(own: Model, model: nn.Module | Model, clean: Prompts, corrupt: Prompts) -> PromptPairs:
+    """A batch of the dataloader as pairs; answers are the metric's own affair."""
     tokens, lengths = tokenize(own, model, clean, "clean prompts")
     other, _ = tokenize(own, model, corrupt, "corrupt prompts")
     if tokens.shape != other.shape:
@@ -200,7 +187,8 @@ def _read(own: Model, model: nn.Module | Model, clean: Prompts, corrupt: Prompts
             f"clean and corrupt prompts of a batch must have the same number and length, got {list(tokens.shape)} and "
             f"{list(other.shape)} tokens"
         )
-    return _Batch(tokens, other, lengths, label)
+    nothing = lengths.new_full((len(tokens), 1), -1)
+    return PromptPairs(tokens, other, lengths, lengths - 1, nothing, nothing[:, :0])
 
 
 def tokenize(
@@ -238,228 +226,162 @@ def tokenize(
     return tokens.to(own.device), lengths.to(own.device)
 
 
-class _Metric:
-    """The package's form of metric, and what its gradient has to be multiplied by."""
-
-    def __init__(self, metric: Metric, batch: _Batch, verbatim: bool) -> None:
-        self.metric, self.batch, self.verbatim = metric, batch, verbatim
-        self.clean_logits: Tensor | None = None
-
-    def grad(self, logits: Tensor) -> Tensor:
-        """∂(Σ metric)/∂logits, [B, T, V] in the logits' dtype."""
-        lengths, pairs = self.batch.lengths, len(self.batch.lengths)
-        if self.clean_logits is None:
-            self.clean_logits = logits
-        with torch.enable_grad():
-            leaf = logits.detach().clone().requires_grad_()
-            value = self.metric(leaf, self.clean_logits, lengths, self.batch.label)
-            if not isinstance(value, Tensor) or value.shape not in ((), (1,), (pairs,)):
-                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"the metric must return its mean over the batch, or one value a pair, got {got}")
-            if not value.requires_grad:
-                raise ValueError("the metric has no gradient: it must be computed from the logits by torch operations")
-            if not bool(value.isfinite().all()):
-                raise ValueError("the metric is NaN or infinite: it must be finite on every batch")
-            mean = value.mean()
-            (d_logits,) = torch.autograd.grad(mean if self.verbatim else mean * pairs, leaf)
-        padding = torch.arange(logits.shape[1], device=logits.device) >= lengths[:, None]
-        if bool((d_logits.ne(0).any(-1) & padding).any()):
-            raise ValueError("the metric reads logits behind the end of a prompt, where padding is: use input_lengths")
-        return d_logits
-
-
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """The positions start…stop−1 of a run, and inside them the one of each pair that the metric reads, if it is one."""
+class _Metric:
+    """The package's form of metric as one of ours, on logits at several positions of each pair.
 
-    start: int
-    stop: int
-    read: Tensor | None
-
-    def norm(self, norm: NormInput) -> NormInput:
-        # torch.native_layer_norm_backward reads its statistics as contiguous, whatever their strides.
-        mean, rstd = (None if s is None else self(s).contiguous() for s in (norm.mean, norm.rstd))
-        return NormInput(self(norm.x), mean, rstd)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x[:, self.start : self.stop]
-
-    def saved(self, runs: list[LayerRun]) -> list[LayerSaved]:
-        """What the backward pass needs of these positions; of the last layer what is read alone."""
-        cut = []
-        for run in runs:
-            one = run.saved
-            mlp_in = None if one.mlp_in is None else self.norm(one.mlp_in)
-            hidden = None if one.hidden is None else self(one.hidden)
-            cut.append(LayerSaved(self.norm(one.attn_in), (self(one.qkv[0]),), mlp_in, hidden))
-        if self.read is not None:
-            last = cut[-1]
-            cut[-1] = replace(
-                last,
-                qkv=(at_positions(last.q, self.read), last.kv),
-                mlp_in=None if last.mlp_in is None else last.mlp_in.at(self.read),
-                hidden=None if last.hidden is None else at_positions(last.hidden, self.read),
-            )
-        return cut
-
-    def grad(self, model: Model, d_logits: Tensor, norm_in: NormInput) -> Tensor:
-        """The gradient of the logits' receiver."""
-        d_logits, norm_in = self(d_logits), self.norm(norm_in)
-        if self.read is not None:
-            d_logits, norm_in = at_positions(d_logits, self.read), norm_in.at(self.read)
-        return logits_grad(model, d_logits, norm_in)
-
-
-class _Contraction(Sink):
-    """Contracts the senders' differences with the receivers' gradients as they come.
-
-    delta: [S, B, T, D]; delta_at_read: [S, B, 1, D] where the last layer has a gradient at one position a pair alone.
+    reads: int64 [B, Q], the positions whose logits are given. base: [B, T, V] the other logits, NaN where nobody reads
+    them. clean: those of the clean run.
     """
 
-    def __init__(
-        self, graph: Graph, scores: Tensor, delta: Tensor, delta_at_read: Tensor | None, weight: float, impl: str
-    ) -> None:
-        self.graph, self.scores, self.delta, self.delta_at_read = graph, scores, delta, delta_at_read
-        self.weight, self.impl = weight, impl
+    metric: Metric
+    pairs: PromptPairs
+    label: Any
+    reads: Tensor
+    base: Tensor
+    verbatim: bool
+    several_positions = True
 
-    def receiver(self, receiver: int, grad: Tensor, at_read: bool) -> None:
-        self._add(grad[None], slice(receiver, receiver + 1), at_read)
+    def __call__(self, logits: Annotated[Tensor, "B Q V"], reference: MetricBatch) -> Annotated[Tensor, "B"]:
+        both = (self._all(logits), self._all(reference.clean_logits))
+        value = self.metric(*both, self.pairs.lengths, self.label)
+        pairs = len(self.pairs)
+        if not isinstance(value, Tensor) or value.shape not in ((), (1,), (pairs,)):
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the metric must return its mean over the batch, or one value a pair, got {got}")
+        if not bool(value.isfinite().all()):
+            raise ValueError("the metric is NaN or infinite: it must be finite on every batch")
+        return (value.mean() / (pairs if self.verbatim else 1)).expand(pairs)
 
-    def channels(self, part: Channels) -> Tensor:
-        grads = part.grads(self.impl)
-        self._add(grads, part.receivers, part.at_read)
-        return grads.sum(0, dtype=accumulate_dtype(grads.dtype))
+    def _all(self, logits: Tensor) -> Logits:
+        full, rows = self.base.clone(), torch.arange(len(self.reads), device=self.reads.device)[:, None]
+        full[rows, self.reads] = logits.to(full.dtype)
+        return full
 
-    def _add(self, grads: Tensor, receivers: slice, at_read: bool) -> None:
-        delta = self.delta_at_read if at_read and self.delta_at_read is not None else self.delta
-        senders = self.graph.senders_before(receivers.start)
-        block = kernels.edge_scores(delta[:senders], grads, impl=self.impl)
-        self.scores[:senders, receivers].add_(block, alpha=self.weight)
+
+def _reads(metric: Metric, pairs: PromptPairs, label: Any, like: Tensor) -> Tensor | None:
+    """int64 [B, Q], where a metric reads logits, by asking it with random ones, like [B, T, V]; None is everywhere.
+
+    What it has a gradient at with random logits is all that it reads if the others may as well be NaN.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, clean = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        value = metric(leaf, clean, pairs.lengths, label)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise ValueError("the metric has no gradient: it must be computed from the logits by torch operations")
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+    active = grad.ne(0).any(-1)  # [B, T]
+    padding = torch.arange(like.shape[1], device=like.device) >= pairs.lengths[:, None]
+    if bool((active & padding).any()):
+        raise ValueError("the metric reads logits behind the end of a prompt, where padding is: use input_lengths")
+    counts = active.sum(1)
+    if int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
+        return None
+    unread = ~active[..., None]
+    hidden, hidden_clean = (x.detach().masked_fill(unread, torch.nan) for x in (logits, clean))
+    with torch.no_grad():
+        if not torch.equal(metric(hidden, hidden_clean, pairs.lengths, label), value):
+            return None
+    return active.nonzero()[:, 1].view(len(pairs), -1)
 
 
 def _score(
     model: Model,
-    batch: _Batch,
-    metric: _Metric,
-    points: list[tuple[float, float]],
-    other: Callable[[int, Tensor], Tensor] | None,
+    pairs: PromptPairs,
+    metric: Metric,
+    label: Any,
+    recipe: Recipe,
+    values: _Ablated | None,
+    verbatim: bool,
     impl: str,
 ) -> Tensor:
-    """Σ over a batch's pairs of their scores, float64 [S, R].
-
-    other: (sender, tokens) → what it sends when it is ablated, to be broadcast to [., B, T, D]; None: the corrupt run.
-    """
-    config, graph = model.config, model.graph
-    clean = list(run_layers(model, embed(model, batch.clean)))
-    clean_logits, clean_norm = unembed(model, clean[-1].out)
-    d_clean = metric.grad(clean_logits)
+    """Σ over a batch's pairs of their scores, float64 [S, R]."""
+    tokens = pairs.clean.shape[1]
     # Before the first difference clean and corrupt are one run: every Δ is zero there, and needs no gradient.
-    start = batch.first_difference() if other is None else 0
-    past = [run.saved.kv[:, :start] for run in clean] if start else None
-    tokens = batch.clean.shape[1]
-    delta = torch.empty(
-        graph.n_senders, len(batch.lengths), tokens - start, config.d_model, dtype=model.dtype, device=model.device
-    )
-    ends = {1.0: (clean, clean_logits, clean_norm, d_clean, start)}
-    if other is None:
-        x = {1.0: embed(model, batch.clean[:, start:], start), 0.0: embed(model, batch.corrupt[:, start:], start)}
-        delta[0] = x[0.0] - x[1.0]
-        keep = any(alpha == 0.0 for alpha, _ in points)
-        corrupt: list[LayerRun] = []
-        for index, (a, b) in enumerate(zip(clean, run_layers(model, x[0.0], past=past), strict=True)):
-            w_o = model.weights.layers[index].w_o
-            # Subtracted before the projection: the difference of two nearly equal outputs would cancel after rounding.
-            head_outputs(b.z - a.z[:, start:], w_o, out=delta[graph.heads(index)])
-            if a.mlp is not None and b.mlp is not None:
-                delta[graph.mlp(index)] = b.mlp - a.mlp[:, start:]
-            if keep:
-                corrupt.append(b)
-    else:
-        delta[0] = other(0, batch.clean) - model.weights.w_e[batch.clean]
-        for index, run in enumerate(clean):
-            heads = graph.heads(index)
-            head_outputs(run.z, model.weights.layers[index].w_o, out=delta[heads])
-            for s in range(heads.start, heads.stop):
-                torch.sub(other(s, batch.clean), delta[s], out=delta[s])
-            if run.mlp is not None:
-                delta[graph.mlp(index)] = other(graph.mlp(index), batch.clean) - run.mlp
-    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64, device=model.device)
-    for alpha, weight in points:
-        if alpha in ends:
-            runs, _, norm_in, d_logits, first = ends.pop(alpha)
-        else:
-            runs = corrupt if alpha == 0.0 else list(run_layers(model, torch.lerp(x[0.0], x[1.0], alpha), past=past))
-            logits, norm_in = unembed(model, runs[-1].out)
-            d_logits = metric.grad(torch.cat([clean_logits[:, :start], logits], 1))[:, start:]
-            first = 0
-        active = d_logits[:, first:].ne(0).any(-1)  # [B, T']
-        reads = active.any(0).nonzero()
-        if not len(reads):
-            continue
-        length = int(reads[-1]) + 1  # behind the last position that the metric reads every gradient is zero
-        read = active[:, :length].int().argmax(1, keepdim=True) if int(active.sum(1).max()) == 1 else None
-        cut = _Cut(first, first + length, read)
-        seen = delta[:, :, :length]
-        at_read = None if read is None else seen[:, torch.arange(len(read), device=read.device)[:, None], read]
-        grad = cut.grad(model, d_logits, norm_in)
-        sink = _Contraction(model.graph, scores, seen, at_read, weight, impl)
-        backward(model, cut.saved(runs), grad, sink, past=past, read=read)
-    return scores
+    start = int(pairs.first_difference().min()) if values is None else 0
+    if values is None and not bool((pairs.clean != pairs.corrupt).any()):
+        return torch.zeros(model.graph.n_senders, model.graph.n_receivers, dtype=torch.float64, device=model.device)
+    base = torch.full((*pairs.clean.shape, model.config.d_vocab), torch.nan, dtype=model.dtype, device=model.device)
+    reads = _reads(metric, pairs, label, base)
+    if reads is None or int(reads.min()) < start:
+        reads = torch.arange(start, tokens, device=model.device).expand(len(pairs), -1)
+        base = forward(model, pairs.clean)
+    stop = int(reads.max()) + 1
+    index = torch.arange(len(pairs), device=model.device)
+    batch = Batch(pairs, index, start, stop, reads)
+    own = _Metric(metric, pairs, label, reads, base, verbatim)
+
+    def run(values: Values | None) -> Tensor:
+        sums = Sums({"scores": (model.graph.n_senders, model.graph.n_receivers)}, batch, "all", impl)
+        memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
+        planned = recipe.planned("corrupt" if values is None else "zero", "all")
+        store, within = DenseStore(model, batch, memory), budget(model.device)
+        score_batch(model, batch, own, store, sums, recipe.passes, planned, within, values=values)
+        return sums.result()["scores"]
+
+    if values is None or values.one is None:
+        return run(None if values is None else values.each)
+    # What every sender sends alike adds the same to all rows of a receiver: what it adds to the embedding's.
+    zero = run(values.each)
+    alike = run(replace(values.each, embed=values.one[None]))[0] - zero[0]
+    return zero + alike * model.graph.edge_mask().to(model.device)
 
 
-def _ablation(
+@dataclass(frozen=True, slots=True)
+class _Ablated:
+    """What each sender sends instead; with `one` [D] all of them send this besides."""
+
+    each: Values
+    one: Tensor | None = None
+
+
+def _values(
     own: Model, model: nn.Module | Model, intervention: str, prompts: Iterable[Any] | None, verbatim: bool
-) -> Callable[[int, Tensor], Tensor]:
-    """(sender, tokens) → what the sender sends instead."""
-    zero = torch.zeros((), dtype=own.dtype, device=own.device)
+) -> _Ablated:
+    """What senders send instead: the package's embedding is that of the tokens alone."""
     if intervention == "zero" or prompts is None:
-        return lambda sender, tokens: zero
+        return _Ablated(replace(zeros(own), of_tokens=True))
+    tokens, lengths = _prompts_of(own, model, prompts)
+    if intervention == "mean" and verbatim:
+        total = torch.zeros(own.config.d_model, dtype=torch.float64, device=own.device)
+        for row, length in zip(tokens, lengths.tolist(), strict=True):
+            senders = run_with_senders(own, row[None, :length])[1][:, 0, -1].double()  # [S, D]
+            senders[0] = embed_tokens(own, row[None, length - 1 : length])[0, 0]
+            total += senders.sum(0) / length
+        one = (total / len(tokens)).to(own.dtype) / their_shape(own.graph)[0]
+        return _Ablated(replace(zeros(own), of_tokens=True), one)
     positional = intervention == "mean-positional"
-    total: Tensor | None = None
-    count = 0
+    if positional and int(lengths.min()) != tokens.shape[1]:
+        raise ValueError(
+            "mean-positional over prompts of different lengths would average padding: give them one length"
+        )
+    nothing = lengths.new_full((len(tokens), 1), -1)
+    reference = PromptPairs(tokens, tokens, lengths, lengths - 1, nothing, nothing)
+    found = means(own, reference.to("cpu"), per_position=positional)
+    of_tokens = embed_tokens(own, tokens).double()  # [N, T, D]
+    if positional:
+        embedding = of_tokens.mean(0)
+    else:
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        embedding = torch.einsum("btd,bt->d", of_tokens, inside / lengths[:, None].double())[None] / len(tokens)
+    return _Ablated(replace(found, embed=embedding.to(own.dtype), of_tokens=True))
+
+
+def _prompts_of(own: Model, model: nn.Module | Model, prompts: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """All prompts of a dataloader, int64 [N, T] padded on the right, and their lengths."""
+    found: list[tuple[Tensor, Tensor]] = []
     for batch in prompts:
         given = batch[0] if isinstance(batch, tuple | list) and not isinstance(batch[0], str) else batch
-        tokens, lengths = tokenize(own, model, given, "prompts of intervention_dataloader")
-        count += len(tokens)
-        if tokens.shape[1] > _MEAN_LENGTH:
+        found.append(tokenize(own, model, given, "prompts of intervention_dataloader"))
+        if (length := found[-1][0].shape[1]) > _MEAN_LENGTH:
             raise ValueError(
-                f"a prompt that is averaged has {tokens.shape[1]} tokens: that package cuts it to {_MEAN_LENGTH}, cut "
-                "it yourself"
+                f"a prompt that is averaged has {length} tokens: that package cuts it to {_MEAN_LENGTH}, cut it "
+                "yourself"
             )
-        senders = run_with_senders(own, tokens)[1]
-        senders[0] = own.weights.w_e[tokens]
-        wide = senders.double()
-        if positional:
-            if int(lengths.min()) != tokens.shape[1]:
-                raise ValueError(
-                    "mean-positional over prompts of different lengths would average padding: give them one length"
-                )
-            here = wide.sum(1)  # [S, T, D]
-        else:
-            weight = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
-            if verbatim:
-                weight &= torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
-            here = torch.einsum("sbtd,bt->sd", wide, weight / lengths[:, None].double())
-        if total is not None and total.shape != here.shape:
-            raise ValueError(
-                f"mean-positional needs prompts of one length, got {total.shape[1]} and {here.shape[1]} tokens"
-            )
-        total = here if total is None else total + here
-    if total is None:
+    if not found:
         raise ValueError("intervention_dataloader is empty: at least one prompt is needed")
-    mean = (total / count).to(own.dtype)
-    if not positional:
-        if verbatim:
-            one = mean.sum(0) / their_shape(own.graph)[0]
-            return lambda sender, tokens: one
-        return lambda sender, tokens: mean[sender]
-
-    def at_each_position(sender: int, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] != mean.shape[1]:
-            raise ValueError(
-                f"mean-positional needs prompts as long as those that were averaged, {mean.shape[1]} tokens, got "
-                f"{tokens.shape[1]}"
-            )
-        return mean[sender]
-
-    return at_each_position
+    longest = max(tokens.shape[1] for tokens, _ in found)
+    padded = [nn.functional.pad(tokens, (0, longest - tokens.shape[1])) for tokens, _ in found]
+    return torch.cat(padded), torch.cat([lengths for _, lengths in found])

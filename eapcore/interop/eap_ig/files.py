@@ -97,9 +97,7 @@ class GraphFile:
         entered = torch.zeros(graph.n_senders, dtype=torch.bool, device="cpu")
         entered[0] = True
         for r in mask.any(0).nonzero().flatten().tolist():
-            component = graph.component(r)
-            if component is not None:
-                entered[component] = True
+            entered[list(graph.senders_behind(r))] = True
         return entered & mask.any(1)
 
     def _tensors(self) -> dict[str, Tensor]:

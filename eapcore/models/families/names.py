@@ -1,21 +1,24 @@
-"""Foreign configurations and tensor names → ModelConfig and Weights. Nothing else in eapcore knows a foreign name."""
+"""Foreign names → Weights: a family is its configuration, and a table of where each of our tensors comes from."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eapcore.models.attention import Attention
 from eapcore.models.checkpoint import Stored
 from eapcore.models.config import DTYPES, ModelConfig
-from eapcore.models.weights import Weights
+from eapcore.models.mlp import Mlp
+from eapcore.models.norm import Norm
+from eapcore.models.weights import Layer, Weights
 
-Shapes = dict[str, tuple[int, ...]]
 # Other names of the same functions: the three tanh forms differ only in how they are computed.
 _ACTIVATIONS = {
     "gelu_new": "gelu_new",
@@ -30,32 +33,47 @@ _SHOWN = 4  # tensors that an error names before it only counts
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a checkpoint stores a model: what it must hold, what it may, and how that becomes Weights."""
+class Source:
+    """Which tensors of a checkpoint one of ours is made of.
 
-    kind: str
-    config: ModelConfig
-    required: Shapes
-    optional: Shapes
-    build: Callable[[Tensors], Weights]
+    names: theirs, with {} for the number of the layer. shape: of each. view: what makes ours of them, without a copy
+    where that is possible. required: whether a checkpoint must have them.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    view: Callable[..., Tensor] = lambda x: x
+    required: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Tensors:
-    """A checkpoint's tensors by their layout's names, converted when they are read."""
+class Layout:
+    """How a checkpoint stores a model: for each tensor by its name in `Weights.named` where it comes from.
 
-    stored: Mapping[str, Stored]
-    dtype: torch.dtype | None
-    device: torch.device | None
+    kind: what it is, for messages. layer: of one layer, by the names without `layers.{l}.`; ends: of the rest. tied:
+    the head is the embedding; a `w_u` that is stored all the same must be equal to it. folded: its normalisations were
+    folded into the weights behind them, and have γ = 1 and β = 0.
+    """
 
-    def __call__(self, name: str) -> Tensor:
-        return self.stored[name].read().to(device=self.device, dtype=self.dtype)
+    kind: str
+    config: ModelConfig
+    ends: Mapping[str, Source]
+    layer: Mapping[str, Source]
+    tied: bool = False
+    folded: bool = False
 
-    def get(self, name: str) -> Tensor | None:
-        return self(name) if name in self.stored else None
+    def sources(self) -> Iterator[tuple[str, Source, str]]:
+        """(our name, where it comes from, the layer's number as text) of every tensor, in a fixed order."""
+        front = list(takewhile(lambda name: not name.startswith("ln_final"), self.ends))
+        yield from ((name, self.ends[name], "") for name in front)
+        for index in range(self.config.n_layers):
+            yield from ((f"layers.{index}.{name}", source, str(index)) for name, source in self.layer.items())
+        yield from ((name, source, "") for name, source in self.ends.items() if name not in front)
 
-    def pair(self, name: str, weight: str, bias: str) -> tuple[Tensor, Tensor]:
-        return self(name + weight), self(name + bias)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of what a checkpoint must hold."""
+        must = [(source, index) for _, source, index in self.sources() if source.required]
+        return {name.format(index): source.shape for source, index in must for name in source.names}
 
 
 def build_weights(
@@ -65,8 +83,67 @@ def build_weights(
     by_name = _match(layout, tensors)
     if dtype is None and len(kinds := sorted({tensor.dtype for tensor in by_name.values()})) > 1:
         raise ValueError(f"the checkpoint mixes {' and '.join(kinds)}: give a dtype to convert it to")
+    ours: dict[str, Tensor] = {}
+    for name, source, index in layout.sources():
+        stored = [by_name.get(their.format(index)) for their in source.names]
+        parts = [one.read().to(device=device, dtype=dtype) for one in stored if one is not None]
+        if parts:
+            ours[name] = source.view(*parts)
+    if layout.tied:
+        head = ours.get("w_u")
+        w_u = ours["w_e"].T
+        if head is not None and head.data_ptr() != w_u.data_ptr() and not torch.equal(head, w_u):
+            # Some releases of transformers compute with the embedding here, others with the head.
+            names = [layout.ends[name].names[0] for name in ("w_u", "w_e")]
+            raise ValueError(
+                f"{names[0]} differs from {names[1]} though the configuration ties them: set tie_word_embeddings to "
+                "false to use it, or remove it from the checkpoint"
+            )
+        ours["w_u"] = w_u
+    return assemble(layout.config, ours, folded=layout.folded)
 
-    return layout.build(Tensors(by_name, dtype, device))
+
+def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool = False) -> Weights:
+    """Weights of tensors by their names in `Weights.named`; folded: normalisations have γ = 1 and β = 0."""
+    kind = config.normalization or "none"
+
+    def norm(name: str) -> Norm:
+        gamma, beta = tensors.get(f"{name}.0"), tensors.get(f"{name}.1")
+        if folded:
+            gamma, beta = tensors["w_e"].new_ones(config.d_model), tensors["w_e"].new_zeros(config.d_model)
+        return Norm(kind, gamma, beta, config.eps)
+
+    layers: list[Layer] = []
+    for index in range(config.n_layers):
+        at = f"layers.{index}."
+        own = {name.removeprefix(at): tensor for name, tensor in tensors.items() if name.startswith(at)}
+        w_qkv = tuple(own[name] for name in ("w_qkv.0", "w_qkv.1", "w_qkv.2") if name in own)
+        scale = config.score_scale(index)
+        attention = Attention(
+            norm(at + "ln1"), w_qkv, own.get("b_qkv"), own["w_o"], own.get("b_o"), scale, config.rotary()
+        )
+        if config.act_fn is None:
+            layers.append(((attention,),))
+            continue
+        mlp = Mlp(
+            norm(at + "ln2"),
+            own["w_in"],
+            own.get("b_in"),
+            own["w_out"],
+            own.get("b_out"),
+            config.act_fn,
+            own.get("w_up"),
+            own.get("b_up"),
+        )
+        layers.append(((attention, mlp),) if config.parallel else ((attention,), (mlp,)))
+    return Weights(
+        w_e=tensors["w_e"],
+        w_pos=tensors.get("w_pos"),
+        layers=tuple(layers),
+        w_u=tensors["w_u"],
+        b_u=tensors.get("b_u"),
+        ln_final=norm("ln_final"),
+    )
 
 
 def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
@@ -78,8 +155,12 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
         if name in by_name:
             raise ValueError(f"the checkpoint holds {name} twice, as {by_name[name].name} and as {tensor.name}")
         by_name[name] = tensor
-    known = layout.required | layout.optional
-    missing = [f"{name} {list(shape)}" for name, shape in layout.required.items() if name not in by_name]
+    known, missing = {}, []
+    for _, source, index in layout.sources():
+        for name in (their.format(index) for their in source.names):
+            known[name] = source.shape
+            if source.required and name not in by_name:
+                missing.append(f"{name} {list(source.shape)}")
     extra = [tensor.name for name, tensor in by_name.items() if name not in known]
     if missing or extra:
         faults = [f"lacks {_some(missing)}"] if missing else []
@@ -107,7 +188,7 @@ def _some(names: list[str]) -> str:
 # Configurations
 
 
-def _integer(raw: Mapping[str, Any], *names: str) -> int:
+def integer(raw: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = raw.get(name)
         if value is not None:
@@ -117,7 +198,7 @@ def _integer(raw: Mapping[str, Any], *names: str) -> int:
     raise ValueError(f"the configuration lacks {' or '.join(names)}")
 
 
-def _positive(raw: Mapping[str, Any], *names: str, default: float) -> float:
+def positive(raw: Mapping[str, Any], *names: str, default: float) -> float:
     for name in names:
         value = raw.get(name)
         if value is not None:
@@ -127,21 +208,21 @@ def _positive(raw: Mapping[str, Any], *names: str, default: float) -> float:
     return default
 
 
-def _flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
+def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
     value = raw.get(name)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{name} of the configuration must be true or false, got {value!r}")
     return default if value is None else value
 
 
-def _activation(raw: Mapping[str, Any], name: str, default: str | None) -> str:
+def activation(raw: Mapping[str, Any], name: str, default: str | None) -> str:
     value = raw.get(name, default)
     if value not in _ACTIVATIONS:
         raise ValueError(f"{name} {value!r} is not supported: expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
 
 
-def _refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple[object, ...]]) -> None:
+def refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple[object, ...]]) -> None:
     """ValueError for a field that changes the mathematics. None stands for an absent field too."""
     for name, values in allowed.items():
         value = raw.get(name)

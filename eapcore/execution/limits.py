@@ -1,0 +1,61 @@
+"""Every constant that depends on the device: how much goes through a model together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one kind of device.
+
+    share: of the free memory that a batch may take. record_share: the same for what exact patching keeps of a batch's
+    runs, and for what its copies send.
+
+    batch_tokens: pairs are batched up to so many tokens: on a CPU larger batches leave the cache and gain nothing, a
+    GPU wants more. one_more_batch: what one batch more costs, in tokens of the batches: reading the weights once more,
+    and launches. step_tokens: steps of an integral go through the model together up to so many tokens: by then products
+    have enough rows to be fast, and launches cost little.
+
+    workspace: bytes of one layer's receivers that are made at a time: on a CPU they should stay in a cache until they
+    are contracted, but each call turns the weights round once; a GPU wants long calls. exact_numbers: of attention
+    patterns, or of residual streams, that exact patterns hold at once.
+
+    copy_tokens: tokens of all copies of a batch that go through a layer together in exact patching: more leave the
+    cache of a CPU and gain nothing. copy_work: multiply-adds of one [tokens, D] × [D, D] product of all copies, with
+    which a batch is worth its own launches.
+    """
+
+    batch_tokens: int
+    one_more_batch: int
+    step_tokens: int
+    workspace: int
+    exact_numbers: int
+    copy_tokens: int
+    copy_work: int
+    share: float = 0.5
+    record_share: float = 0.25
+
+
+# one_more_batch: on a CPU measured by bench/bench_pipeline.py; of a GPU not measured.
+TABLE = {
+    "cpu": Limits(512, 32, 1024, 20 << 20, 1 << 20, 4096, 1 << 31),
+    "cuda": Limits(8192, 4096, 8192, 1 << 30, 1 << 26, 131072, 1 << 36),
+}
+PREFIX_SHARE = 0.25  # a shared prefix goes through one forward, what is behind it through two, a backward and the rest
+LEAST_CHUNK = 16  # token rows: for fewer a head's weights are read that are four times what is made
+LOGITS = 1 << 24  # logits, in float64, that are held at once
+EVALUATED = 1 << 18  # of which a metric is made at once
+GRAPH_SHAPES = 16  # shapes of batches that are recorded as CUDA graphs: each keeps its results
+# Batches of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model,
+# and to record it twice that: 2 replays pay for it where the device needs no time at all, and 4 where it needs half of
+# the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
+# to the driver, which later batches ask for it again, and makes a graph of what was launched.
+GRAPH_WORTH = 16
+
+
+def limits(device: torch.device | str) -> Limits:
+    """Those of a device; a kind that is not in the table has a CPU's."""
+    return TABLE.get(torch.device(device).type, TABLE["cpu"])

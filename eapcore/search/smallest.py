@@ -1,0 +1,108 @@
+"""The smallest circuit, of a row of sizes, that keeps a share of the behaviour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.progress import Progress
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.model import Model
+from eapcore.models.torch_modes import own_modes
+from eapcore.patching.circuits import measure_circuits
+from eapcore.patching.record import Recording, Recordings
+from eapcore.tasks.metrics import Metric
+from eapcore.tasks.pairs import PromptPairs
+
+SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # of all edges
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A circuit that was run.
+
+    selected: as it was chosen. circuit: what of it connects `embed` to the logits, which was run. value: the metric's
+    mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same.
+    """
+
+    selected: Circuit
+    circuit: Circuit
+    value: float
+    faithfulness: float
+
+
+@own_modes
+def smallest(
+    model: Model,
+    task: Task,
+    metric: str | Metric,
+    scores: EdgeScores,
+    faithfulness: float = 0.8,
+    *,
+    sizes: Sequence[float] = SIZES,
+    ablation: str | Ablation = "corrupt",
+    reference: PromptPairs | None = None,
+    batch_size: int | str = "auto",
+    progress: Progress | None = None,
+) -> list[Tried]:
+    """Run the circuits of the edges with the largest |score|, from small to large, until one keeps the behaviour.
+
+    The clean and the corrupt prompts run once, where memory suffices to keep what they made.
+
+    Args:
+        model, task, metric: what is measured. Higher is better.
+        scores: of the model's edges.
+        faithfulness: the share (value − ablated) / (clean − ablated) that is to be kept.
+        sizes: shares of all edges, ascending; at least one edge each.
+        ablation: what edges outside a circuit carry, and reference the prompts of a mean, as `run_circuit`.
+        batch_size: pairs at a time.
+        progress: called with (circuits run, circuits in all).
+
+    Returns:
+        The circuits that were run; the last is the smallest that keeps so much, or the largest of all.
+
+    Raises:
+        ValueError: as `run_circuit`; scores of another graph; a metric that does not fit.
+    """
+    experiment = Experiment.of(model, task, metric, ablation, reference)
+    recordings, circuits = Recordings(experiment, batch_size), selections(scores, sizes)
+    return run_until(experiment, recordings, circuits, faithfulness, progress=progress)[0]
+
+
+def selections(scores: EdgeScores, sizes: Sequence[float] = SIZES) -> list[Circuit]:
+    """The circuits of the edges with the largest |score|, at shares of all edges, at least one edge each."""
+    counts = sorted({max(1, round(share * scores.graph.n_edges)) for share in sizes})
+    return [scores.top_n(n) for n in counts]
+
+
+def run_until(
+    experiment: Experiment,
+    recordings: Iterable[Recording],
+    circuits: Sequence[Circuit],
+    faithfulness: float = math.inf,
+    *,
+    progress: Progress | None = None,
+) -> tuple[list[Tried], float, float]:
+    """Run circuits one after the other until one keeps so much of the behaviour.
+
+    Returns:
+        The circuits that were run, and the metric on the whole model and with every edge ablated.
+    """
+    graph = experiment.model.graph
+    ends = [Circuit(graph.edge_mask(), graph), Circuit(graph.edge_mask() & False, graph)]
+    clean, ablated = measure_circuits(experiment, ends, recordings)
+    tried: list[Tried] = []
+    for selected in circuits:
+        circuit = selected.prune()
+        (value,) = measure_circuits(experiment, [circuit], recordings)
+        kept = (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
+        tried.append(Tried(selected, circuit, value, kept))
+        if progress is not None:
+            progress(len(tried), len(circuits))
+        if kept >= faithfulness:
+            break
+    return tried, clean, ablated
