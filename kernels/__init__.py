@@ -7,12 +7,14 @@ under TRITON_INTERPRET=1) or "auto". A named implementation runs or raises; `cho
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from . import checks, reference
+from . import dry_run as dry
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
 __all__ = [
@@ -116,6 +118,8 @@ def edge_scores(
     checks.edge_scores(delta, grads, mask, reduce, rows)
     checks.rows_in_range(rows, delta.shape[1] * delta.shape[2])
     checks.one_of("precision", precision, checks.PRECISIONS)
+    if (run := dry.active.get()) is not None:
+        return dry.edge_scores(run, delta, grads, reduce, partial(workspace_bytes, impl=impl))
     chosen = _resolve("edge_scores", impl, delta.device, delta.dtype)
     if chosen == "cpp":
         from . import cpp
@@ -185,6 +189,8 @@ def receiver_grads(
     Source: the LayerNorm derivative with both reductions moved to d_head; README, "The closed form".
     """
     checks.receiver_grads(g, act, weight, norm, w_gamma, offset, out)
+    if (run := dry.active.get()) is not None:
+        return dry.receiver_grads(run, g, weight, norm.kind != "none", out, partial(workspace_bytes, impl=impl))
     chosen = _resolve("receiver_grads", impl, g.device, g.dtype)
     if chosen == "cpp":
         from . import cpp
@@ -226,6 +232,8 @@ def edge_scores_factored(
     checks.edge_scores_factored(senders, receivers, mask, reduce)
     checks.chunk(chunk)
     checks.one_of("precision", precision, checks.PRECISIONS)
+    if (run := dry.active.get()) is not None:
+        return dry.edge_scores_factored(run, senders, receivers, reduce)
     chosen = _resolve("edge_scores_factored", impl, senders.dz.device, senders.dz.dtype)
     if chosen == "cpp":
         from . import cpp

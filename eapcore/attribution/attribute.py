@@ -14,7 +14,7 @@ from eapcore.attribution.dense import DenseStore
 from eapcore.attribution.factored import FactoredStore
 from eapcore.attribution.methods import Options, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
-from eapcore.attribution.plan import Passes, choose_storage, fitting_batch_size, fitting_chunk
+from eapcore.attribution.plan import Plan
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.ablation import Ablation
@@ -154,15 +154,13 @@ def attribute(
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
     experiment = Experiment.of(model, task, metric, ablation, reference)
     pairs, values = experiment.pairs, experiment.ablation.values
-    sized = _as_read(experiment)
+    passes = how.planned(ablation_name, reduce, vocabularies_held(experiment.metric))
     groups = len(model.attentions[0].w_qkv)
-    planned = replace(how.planned(ablation_name, reduce), metric=vocabularies_held(experiment.metric))
-    storage = _storage(model, sized, pairs, how, level, storage, planned)
+    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, groups, passes)
+    storage = _storage(plan, pairs, how, level, storage)
     within = budget(model.device)
-    size = fitting_batch_size(sized, pairs, model.dtype, model.device, storage, groups=groups, passes=planned)
     check_batch_size(batch_size)
-    if isinstance(batch_size, int):
-        size = batch_size
+    size = batch_size if isinstance(batch_size, int) else plan.batch_size(pairs, storage)
 
     shapes = _shapes(model, level)
     lead = {"all": (), "pair": (len(pairs),), "position": (int(pairs.positions.max()) + 1,)}[reduce]
@@ -180,13 +178,13 @@ def attribute(
             return NodeStore(model, batch, units=level == "neuron")
         if storage == "dense":
             return DenseStore(model, batch, memory)
-        where = (*batch.shape, model.dtype, model.device)
-        return FactoredStore(model, batch, fitting_chunk(sized, *where, within, impl=impl, passes=planned))
+        return FactoredStore(model, batch, plan.chunk(*batch.shape, within))
 
     def score(batch: Batch) -> Tensors:
         """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
         sums, store = Sums(shapes, batch, reduce, impl, absolute=how.absolute), store_of(batch)
-        what = (model, batch, experiment.metric, store, sums, how.passes, planned, within)
+        groups = passes.grouped(lambda n: plan.steps_together(*batch.shape, n, within) if store.steps else 1)
+        what = (model, batch, experiment.metric, store, sums, passes, groups)
         found = score_batch(*what, values=values, units=level == "neuron")
         return [found.values, found.largest, *sums.result().values()]
 
@@ -251,15 +249,7 @@ def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, 
         )
 
 
-def _storage(
-    model: Model,
-    config: ModelConfig,
-    pairs: PromptPairs,
-    how: Recipe,
-    level: str,
-    storage: str,
-    planned: Passes,
-) -> str:
+def _storage(plan: Plan, pairs: PromptPairs, how: Recipe, level: str, storage: str) -> str:
     """The storage that is used; ValueError for one that does not suit what is scored."""
     if level != "edge":
         if storage == "dense":
@@ -275,10 +265,7 @@ def _storage(
                 "'factored'"
             )
         return "dense"
-    if storage != "auto":
-        return storage
-    groups = len(model.attentions[0].w_qkv)
-    return choose_storage(config, pairs, model.dtype, model.device, groups=groups, passes=planned)
+    return plan.storage(pairs) if storage == "auto" else storage
 
 
 def _as_read(experiment: Experiment) -> ModelConfig:

@@ -10,9 +10,9 @@ from torch import Tensor
 import eapcore.kernels as kernels
 from eapcore.attribution.exact_patterns import exact_scores
 from eapcore.attribution.methods import Pass
-from eapcore.attribution.plan import workspace_pairs
 from eapcore.attribution.sums import Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
+from eapcore.execution.limits import limits
 from eapcore.models.attention import Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
@@ -30,8 +30,9 @@ class DenseStore:
 
     steps = True
 
-    def __init__(self, model: Model, batch: Batch, memory: Tensor) -> None:
-        self.model, self.read = model, batch.read
+    def __init__(self, model: Model, batch: Batch, memory: Tensor, device: torch.device | None = None) -> None:
+        """device: whose limits count, None for the model's."""
+        self.model, self.read, self.device = model, batch.read, model.device if device is None else device
         (rows, tokens), width, graph = batch.shape, model.config.d_model, model.graph
         before, reads = graph.senders_everywhere.stop, self.read.shape[1]
         cut = before * rows * tokens * width
@@ -85,11 +86,11 @@ class _Edges(Sink):
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
         # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
         # contracted and added up, and fresh pages would cost as much time as the arithmetic.
-        config, dtype, buffer = store.model.config, store.model.dtype, store.everywhere
-        rows, tokens = buffer.shape[1:3]
-        self.at_once = -(-workspace_pairs(config, runs * rows, tokens, dtype, buffer.device) // runs)
-        size = runs * self.at_once * self.graph.receivers_per_layer * tokens * config.d_model
-        self.workspace = buffer.new_empty(size)
+        buffer = store.everywhere
+        rows, tokens, width = buffer.shape[1:]
+        one = self.graph.receivers_per_layer * tokens * width
+        self.at_once = -(-pairs_at_once(runs * rows, one * buffer.itemsize, store.device) // runs)
+        self.workspace = buffer.new_empty(runs * self.at_once * one)
         self.rows = torch.arange(runs * rows, device=buffer.device).view(runs, rows)
         # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
         self.mlp: Tensor | None = None
@@ -148,3 +149,9 @@ class _Edges(Sink):
         grads = over_steps(grads, 1, delta.shape[1])
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
         sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)
+
+
+def pairs_at_once(pairs: int, size: int, device: torch.device) -> int:
+    """How many of a batch's pairs have one layer's receivers, `size` bytes a pair, in memory at a time, evenly."""
+    at_once = max(1, limits(device).workspace // size)
+    return -(-pairs // -(-pairs // at_once))

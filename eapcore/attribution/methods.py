@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eapcore.attribution.plan import Passes
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EDGE_WHEN, NODE_WHEN, sign_text
 from eapcore.kernels.checks import one_of
@@ -47,6 +46,39 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """The backward passes of a method, and what else decides how a batch of it runs.
+
+    passes: one after the other. corrupt: senders are ablated to what they send on the corrupt run, which passes may
+    start from. reduce: "pair" and "position" keep sums for each. absolute: sums for each pair, and those of a pass
+    apart. metric: float64 [B, V] that the metric holds besides its logits and their gradient.
+    """
+
+    passes: tuple[Pass, ...] = (Pass(1.0, 1.0),)
+    corrupt: bool = True
+    reduce: str = "all"
+    absolute: bool = False
+    metric: int = 0
+
+    @property
+    def origins(self) -> tuple[float | None, ...]:
+        """For each pass the run that it starts from, clean 1 or corrupt 0; None if it makes all of its own."""
+        return tuple(None if step.end == 0.0 and not self.corrupt else step.end for step in self.passes)
+
+    def alike(self, done: int) -> int:
+        """How many of the passes behind the first `done` make all of their own activations, up to one that does not."""
+        behind = self.origins[done:]
+        return next((n for n, origin in enumerate(behind) if origin is not None), len(behind))
+
+    def grouped(self, together: Callable[[int], int]) -> list[int]:
+        """How many passes, in order, run as one batch; together: how many of so many that are alike."""
+        groups: list[int] = []
+        while (done := sum(groups)) < len(self.passes):
+            groups.append(together(self.alike(done)))
+        return groups
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A method with all its parameters.
 
@@ -64,13 +96,9 @@ class Recipe:
     def exact_softmax(self) -> bool:
         return any(step.exact_softmax for step in self.passes)
 
-    def planned(self, ablation: str, reduce: str) -> Passes:
-        """What the memory of a batch depends on."""
-        corrupt = ablation == "corrupt"
-        # The corrupt run is where a pass starts only where it is what the senders are ablated to.
-        origins = tuple(None if step.end == 0.0 and not corrupt else step.end for step in self.passes)
-        interpolated = any(step.component != "embed" for step in self.passes)
-        return Passes(origins, interpolated, self.exact_softmax, reduce, self.absolute)
+    def planned(self, ablation: str, reduce: str, metric: int = 0) -> Passes:
+        """What the run and the memory of a batch depend on."""
+        return Passes(self.passes, ablation == "corrupt", reduce, self.absolute, metric)
 
     def reached(self, graph: Graph) -> Tensor:
         """int64 [S + 1], how many passes have a gradient at what a component reads; the last entry is the logits'."""

@@ -1,64 +1,90 @@
-"""The memory that a batch will need, before anything is allocated, and the sizes of batch and chunk that follow."""
+"""The memory that a batch will need, before anything is allocated, and the sizes of batch and chunk that follow.
+
+The plan is a dry run: `score_batch` itself, on tensors of the meta device, which have shapes and no memory, while what
+it allocates and frees is added up.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eapcore.kernels as kernels
+from eapcore.attribution.dense import DenseStore
+from eapcore.attribution.factored import FactoredStore
+from eapcore.attribution.methods import Passes
+from eapcore.attribution.score_batch import score_batch
+from eapcore.attribution.sums import Store, Sums
+from eapcore.execution.batch import Batch
 from eapcore.execution.limits import LEAST_CHUNK, limits
 from eapcore.execution.memory import budget
 from eapcore.graph.graph import Graph
+from eapcore.kernels.dry_run import dry_run
 from eapcore.models.config import ModelConfig
+from eapcore.models.families.names import assemble
+from eapcore.models.model import Model
 from eapcore.tasks.pairs import PromptPairs
 
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """What the memory of a batch depends on in a method, besides its prompts.
-
-    origins: for each backward pass the run that it starts from, clean 1 or corrupt 0, whose activations are kept until
-    then; None if it makes all of its own. interpolated: some make a part of a run anew. exact_softmax: q and k edges
-    are scored so. reduce: "pair" and "position" keep sums for each; absolute: for each pair, and those of a pass apart.
-    metric: float64 [B, V] that the metric holds besides its logits and their gradient.
-    """
-
-    origins: tuple[float | None, ...] = (1.0,)
-    interpolated: bool = False
-    exact_softmax: bool = False
-    reduce: str = "all"
-    absolute: bool = False
-    metric: int = 0
-
-    def alike(self, done: int) -> int:
-        """How many of the passes behind the first `done` make all of their own activations, up to one that does not."""
-        behind = self.origins[done:]
-        return next((n for n, origin in enumerate(behind) if origin is not None), len(behind))
-
-    def phases(self, together: int) -> set[tuple[int, int, bool]]:
-        """(runs kept from before, runs made, whether other passes follow) of each pass, some of which run together."""
-        found, done = set(), 0
-        while done < len(self.origins):
-            made = min(together, self.alike(done))
-            kept = len({origin for origin in self.origins[done:] if origin is not None})
-            done += max(1, made)
-            found.add((kept, made or int(self.interpolated), done < len(self.origins)))
-        return found
-
-
 ONE_GRADIENT = Passes()
+_LAYERS = (8, 12)  # of the two models that are run in place of a deeper one
 
 
-def workspace_pairs(
-    config: ModelConfig, pairs: int, tokens: int, dtype: torch.dtype, device: torch.device | str
-) -> int:
-    """How many of a batch's pairs have one layer's receivers, [3H + 1, B, T, D], in memory at a time, evenly."""
-    one = (3 * config.n_heads + (not config.attn_only)) * tokens * config.d_model * dtype.itemsize
-    at_once = max(1, limits(device).workspace // one)
-    return -(-pairs // -(-pairs // at_once))
+class _Memory(TorchDispatchMode):
+    """What is allocated and not yet freed, and the most of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key in self.held and self.held[key][0].expired():  # the address is used again
+                    self.now -= self.held.pop(key)[1]
+                if key not in self.held and key not in self.known:
+                    self.held[key] = (StorageWeakRef(storage), storage.nbytes())
+                    self.now += storage.nbytes()
+        wide = (kwargs or {}).get("dtype")
+        converts = func is torch.ops.aten.sum.dim_IntList and wide not in (None, args[0].dtype)
+        inside = args[0].numel() * wide.itemsize if converts else 0  # a sum in another dtype converts all of it first
+        if self.now + inside > self.peak:  # unless something was freed since
+            self.sweep()
+            self.peak = max(self.peak, self.now + inside)
+        return out
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """What is there before."""
+        self.known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def sweep(self) -> None:
+        """Forget what was freed."""
+        for key in [key for key, (storage, _) in self.held.items() if storage.expired()]:
+            self.now -= self.held.pop(key)[1]
+
+
+class _Attention(TorchFunctionMode):
+    """Scaled dot-product attention makes its result alone: no device's kernel keeps the pattern."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def dense_bytes(
@@ -75,366 +101,219 @@ def dense_bytes(
 ) -> int:
     """Peak bytes that `attribute` allocates for one batch in dense mode, the model's own weights not counted.
 
-    What is there all the time, with S' = 1 + (L−1)(H+1) the senders before the last layer (1 + (L−1)H without MLPs):
-
-        S'·B·T·D + S·B·D             the sender buffer
+        S'·B·T·D + S·B·D             the sender buffer, S' the senders before the last layer
         (L−1)·B·T·(2D + 3HK + M)     what the backward pass needs of every layer; the last is read at one position alone
 
-    and the largest of what comes and goes:
-
-        2·B·T·(4D + 4HK + M)         the layer at hand, the clean and the corrupt run as one batch
-        5·B·V                        the logits at the answer positions and their gradients, in float64, and what the
-                                     metric makes of them (`passes.metric`)
-        B'·T·(3H + 1)·D              one layer's receivers, of B' pairs at a time (`workspace_pairs`), and the most of
-            4·B·H·T²                 its attention pattern and its gradients, in float32 at least
-            2·B·T·M                  its hidden units' gradients
-            its workspace            what `kernels.workspace_bytes` says of making and contracting it, in turn; C++ for
-                                     each of torch's threads. Of a third of it where a checkpoint stores q, k and v
-                                     apart, which is `groups` = 3
-
-    passes: of another method than one gradient at the clean run; `together` of them run as one batch. The first forward
-    keeps what passes start from. Every pass that makes its own activations holds them beside what later ones need, and
-    the layer at hand of one run; while it goes back, the logits stay if others follow. Within 10 % for gradients at
-    interpolated inputs; for methods that interpolate activations, score exact patterns or drop gradients an eighth is
-    added, and the most that a chunk of exact patterns takes: an upper estimate.
-
+    and the largest of what comes and goes: the layer at hand, the logits, one layer's receivers of some pairs at a time
+    and the kernels' workspace (`kernels.workspace_bytes`). It is counted by running the same code without memory.
     Prompts are taken to differ from their first token on. Scores of every pair that are the result, [N, S, R], are not
     a batch's and not counted.
+
+    Args:
+        config: the model's sizes, with as many tokens in the vocabulary as the metric reads for a pair.
+        batch, tokens, dtype, device, impl: of the batch and where it runs; C++ takes memory for each of torch's
+            threads.
+        groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart.
+        passes: of another method than one gradient at the clean run; `together` of them run as one batch.
     """
-    graph = config.graph
-    sizes, width = _sizes(config, batch, tokens, dtype), dtype.itemsize
-    buffer = (graph.heads(config.n_layers - 1).start * tokens + graph.n_senders) * batch * config.d_model * width
-    buffer += _sum_bytes(graph, batch, tokens, passes)
-    one = sizes.kept - sizes.stream
-    peak = len(set(passes.origins) - {None}) * one + sizes.forward
-    for kept, made, more in passes.phases(together):
-        rows = max(1, made) * batch
-        here = _sizes(config, rows, tokens, dtype)
-        back = _back_bytes(config, rows, tokens, dtype, device, impl, groups, _summed_over(passes))
-        if passes.exact_softmax:
-            back += _exact_bytes(config, rows, tokens, dtype, torch.device(device))
-        ends, plain = (2 * batch * config.d_vocab * size for size in (8, width))  # the clean and the corrupt logits
-        later = ends + plain if more else 0
-        logits = here.logits - (max(1, made) - 1) * ends + (plain if more else 0)
-        logits += passes.metric * rows * config.d_vocab * 8
-        now = max(logits, later + back, later + here.forward // 2 + here.stream if made else 0)
-        peak = max(peak, (kept + made) * one + now)
-    total = buffer + sizes.stream + peak
-    return total * 9 // 8 if passes.interpolated or passes.exact_softmax or passes.absolute else total
-
-
-def _back_bytes(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    impl: str,
-    groups: int,
-    reduce: str,
-) -> int:
-    """Bytes that come and go while gradients go back and are contracted with the sender buffer."""
-    graph = config.graph
-    sizes, width, several = _sizes(config, batch, tokens, dtype), dtype.itemsize, config.n_layers > 1
-    senders = graph.heads(max(config.n_layers - 2, 0)).start
-    at_once = workspace_pairs(config, batch, tokens, dtype, device)
-    made = _receiver_bytes(config, at_once, tokens, dtype, senders, device, impl, groups, reduce)
-    if not several:  # the queries of the last layer, here the only one, have a gradient at one position alone
-        made = made * 2 // 3
-    receivers = made + 3 * sizes.heads + (3 if config.normalization is not None else 1) * sizes.wide_stream
-    units = 2 * batch * tokens * (config.d_mlp or 0) * width + 3 * sizes.wide_stream if several else 0
-    workspace = (3 * config.n_heads + (not config.attn_only)) * at_once * tokens * config.d_model * width
-    return workspace + max(sizes.attention if several else 0, units, receivers)
-
-
-def _summed_over(passes: Passes) -> str:
-    """What a batch's scores are summed over: `reduce` of the kernels."""
-    return "pair" if passes.absolute else passes.reduce
-
-
-def _scores(graph: Graph, batch: int, tokens: int, passes: Passes) -> int:
-    """How many scores a batch has."""
-    each = {"all": 1, "pair": batch, "position": tokens}[_summed_over(passes)]
-    return each * graph.n_senders * graph.n_receivers
-
-
-def _sum_bytes(graph: Graph, batch: int, tokens: int, passes: Passes) -> int:
-    """Bytes of a batch's scores in float64."""
-    # Absolute ones keep a pass apart from the sum, and take its absolute value; a block is summed before it is added.
-    return (3 if passes.absolute else 1) * _scores(graph, batch, tokens, passes) * 8
-
-
-def _exact_bytes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """At most the bytes that exact patterns take: of as many senders at a time as `softmax` makes."""
-    wide, stream = max(dtype.itemsize, 4), batch * tokens * config.d_model
-    pattern, heads = batch * config.n_heads * tokens**2, batch * tokens * config.n_heads * config.d_head
-    graph = config.graph
-    at_once = min(graph.n_senders, max(1, limits(device).exact_numbers // max(pattern, stream)))
-    inputs = (2 if wide == dtype.itemsize else 4) * stream + 2 * heads
-    each = at_once * max(inputs, 3 * heads + 3 * pattern)
-    return (each + 3 * pattern + 2 * batch * graph.n_senders * config.n_heads) * wide
+    return Plan(config, dtype, torch.device(device), impl, groups, passes).dense(batch, tokens, together)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Bytes of what both storages need. stream: B·T·D, and wide_stream the same in the dtype of sums. heads: B·T·HK.
+class Plan:
+    """What the memory of batches depends on besides their size.
 
-    layer: what the backward pass needs of one. kept: of all of them, with the corrupt embedding. forward, attention,
-    logits: what comes and goes, see `dense_bytes`.
+    config: the model's sizes, with as many tokens in the vocabulary as the metric reads for a pair. groups: channel
+    groups of a layer. passes: a method's.
     """
 
-    stream: int
-    wide_stream: int
-    heads: int
-    layer: int
-    kept: int
-    forward: int
-    attention: int
-    logits: int
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    impl: str = "auto"
+    groups: int = 1
+    passes: Passes = ONE_GRADIENT
+
+    def dense(self, batch: int, tokens: int, together: int = 1) -> int:
+        """Peak bytes of a dense batch; see `dense_bytes`."""
+        return self._dry_run(batch, tokens, "dense", together)[0]
+
+    def factored(self, batch: int, tokens: int, chunk: int | None = None) -> int:
+        """Peak bytes of a factored batch: about 10·L·B·T·D numbers, and the workspace of contracting them in chunks of
+        so many token rows, None for as many as are fast."""
+        rest, before = self._dry_run(batch, tokens, "factored")
+        return max(rest, before + self._chunk_bytes(batch, tokens, chunk))
+
+    def storage(self, pairs: PromptPairs) -> str:
+        """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored"."""
+        if kernels.choose("edge_scores_factored", device=self.device, dtype=self.dtype) == "reference":
+            return "dense"
+        tokens, within = int(pairs.lengths.max()), budget(self.device)
+        wanted = max(1, min(self._useful(tokens), len(pairs)) // 4)
+        fits = self._surely_fits(wanted, tokens, within) or self.dense(wanted, tokens) <= within
+        return "dense" if fits else "factored"
+
+    def batch_size(self, pairs: PromptPairs, storage: str = "dense") -> int:
+        """Pairs a batch: enough tokens to be fast, within a share of the free memory, at least one.
+
+        In factored mode a batch that is over that with a workspace larger than all else takes a smaller `chunk` before
+        it is made smaller itself.
+        """
+        tokens, within = int(pairs.lengths.max()), budget(self.device)
+        sizes = range(1, min(self._useful(tokens), len(pairs)) + 1)
+        if self._surely_fits(sizes[-1], tokens, within):
+            return sizes[-1]
+
+        def needed(n: int) -> int:
+            if storage == "dense":
+                return self.dense(n, tokens)
+            return self.factored(n, tokens, self.chunk(n, tokens, within))
+
+        return max(1, bisect_right(sizes, within, key=needed))
+
+    def chunk(self, batch: int, tokens: int, budget: int) -> int:
+        """Token rows a chunk of the contraction of factors: as many as are fast, or fewer to keep within a budget.
+
+        A chunk reads all weights once, so it is halved only as long as the plan is over the budget and the workspace is
+        the larger part of it, a chunk of half the size saves a quarter of the workspace, and 16 rows are left. Beyond
+        that a smaller batch saves more for the time that it costs.
+        """
+        where = {"dtype": self.dtype, "device": self.device, "impl": self.impl}
+        rows = min(kernels.fast_chunk(self._factored_sizes(batch, tokens), **where), max(1, batch * tokens))
+        if self._surely_fits(batch, tokens, budget):
+            return rows
+        before, workspace = self._dry_run(batch, tokens, "factored")[1], self._chunk_bytes(batch, tokens, rows)
+        while before + workspace > budget and workspace > before and rows >= 2 * LEAST_CHUNK:
+            half = self._chunk_bytes(batch, tokens, rows // 2)
+            if 4 * half > 3 * workspace:
+                break
+            rows, workspace = rows // 2, half
+        return rows
+
+    def steps_together(self, batch: int, tokens: int, steps: int, budget: int) -> int:
+        """How many of some steps run as one batch of so many times its pairs: few tokens, and within a budget."""
+        useful = limits(self.device).step_tokens // (batch * tokens)
+        most = min(useful, steps)
+        if useful < 4 or most <= 1:  # each alone has tokens enough
+            return 1
+        if self._surely_fits(most * batch, tokens, budget):
+            return most
+        return 1 + bisect_right(range(2, most + 1), budget, key=lambda n: self.dense(batch, tokens, n))
+
+    def _useful(self, tokens: int) -> int:
+        return max(1, limits(self.device).batch_tokens // tokens)
+
+    def _surely_fits(self, batch: int, tokens: int, budget: int) -> bool:
+        """Whether a bound that is several times too large is within budget, so that nobody needs to look closer."""
+        c, graph, rows = self.config, self.config.graph, batch * tokens
+        layer = 12 * c.d_model + 12 * c.n_heads * c.d_head + 8 * (c.d_mlp or 0)
+        numbers = rows * (2 * graph.n_senders * c.d_model + (2 + len(self.passes.passes)) * c.n_layers * layer)
+        numbers += batch * (64 * c.d_vocab + 16 * c.n_heads * tokens**2) + 6 * self._scores(batch, tokens)
+        return 8 * numbers + (1 << 29) <= budget  # with what the ops take besides
+
+    def _scores(self, batch: int, tokens: int) -> int:
+        """How many scores a batch has."""
+        each = {"all": 1, "pair": batch, "position": tokens}[self._reduce]
+        return each * self.config.graph.n_senders * self.config.graph.n_receivers
+
+    @property
+    def _reduce(self) -> str:
+        return "pair" if self.passes.absolute else self.passes.reduce
+
+    def _factored_sizes(self, batch: int, tokens: int) -> kernels.Sizes:
+        c = self.config
+        sizes = {"channels": 3 * c.n_heads, "d_head": c.d_head, "layers": c.n_layers, "heads": c.n_heads}
+        return kernels.Sizes(batch, tokens, c.d_model, mlps=not c.attn_only, **sizes)
+
+    def _chunk_bytes(self, batch: int, tokens: int, chunk: int | None) -> int:
+        """What contracting in chunks takes besides the factors: its workspace and the scores."""
+        how = {"dtype": self.dtype, "device": self.device, "reduce": self._reduce, "chunk": chunk, "impl": self.impl}
+        # Nearly all edges are contracted at all positions, the rest at one.
+        sizes = (self._factored_sizes(batch, positions) for positions in (tokens, 1))
+        masks = _edge_masks(self.config.graph)
+        workspaces = [
+            kernels.workspace_bytes("edge_scores_factored", size, mask=mask, **how)
+            for size, mask in zip(sizes, masks, strict=True)
+        ]
+        return max(workspaces) + self._scores(batch, tokens) * max(self.dtype.itemsize, 4)
+
+    def _dry_run(self, batch: int, tokens: int, storage: str, together: int = 1) -> tuple[int, int]:
+        """Peak bytes of a batch without the contraction of factors, and those that are there when it begins.
+
+        Memory is linear in the layers once there are some, so that of a deep model two shallow ones are run.
+        """
+        rest = (batch, tokens, storage, together, torch.get_num_threads())
+        (few, more), deep = _LAYERS, self.config.n_layers
+        if deep <= more or any(step.component != "embed" or step.rules.cut for step in self.passes.passes):
+            return _run_dry(self, *rest)
+        some = (replace(self, config=replace(self.config, n_layers=layers)) for layers in (few, more))
+        low, high = (_run_dry(plan, *rest) for plan in some)
+        peak, before = (b + (deep - more) * (b - a) // (more - few) for a, b in zip(low, high, strict=True))
+        return peak, before
 
 
-def _sizes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -> _Sizes:
-    width, wide, norms = dtype.itemsize, max(dtype.itemsize, 4), config.normalization is not None
-    rows, whole, mlps = batch * tokens, config.n_layers - 1, not config.attn_only
-    heads, hidden = rows * config.n_heads * config.d_head * width, rows * (config.d_mlp or 0) * width
-    stream, wide_stream = rows * config.d_model * width, rows * config.d_model * wide
-    layer = (1 + mlps) * stream + 3 * heads + hidden + norms * 2 * (1 + mlps) * rows * wide
-    last = stream + 2 * heads
-    wider = norms * 4 * wide_stream if wide > width else 0  # LayerNorm reads and writes the wider dtype
-    sent = 2 * (heads + mlps * stream + stream)
-    at_hand = max(2 * layer + sent, layer + 2 * heads + 4 * stream + 2 * hidden) if whole else 6 * stream + 10 * heads
-    at_hand += wider
-    if whole and wide > width:  # the heads' mixtures, and the hidden units before and behind the activation function
-        at_hand = max(at_hand, 2 * (layer + stream) + 2 * wide // width * (heads + 2 * hidden))
-    return _Sizes(
-        stream,
-        wide_stream,
-        heads,
-        layer,
-        kept=(whole * layer if whole else last) + stream,
-        forward=at_hand,
-        attention=rows * (4 * config.n_heads * wide + 1) * tokens + 3 * heads + wide_stream + stream,
-        logits=(last if whole else 0) + batch * config.d_vocab * (5 * 8 + width),
-    )
+@lru_cache(maxsize=4096)
+def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, threads: int) -> tuple[int, int]:
+    """`Plan._dry_run` with all layers; threads: which the ops' workspace depends on."""
+    model, memory, contracting = _meta_model(plan.config, plan.dtype, plan.groups), _Memory(), [0]
+    with torch.device("meta"):
+        prompts, ids = torch.empty(batch, tokens, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
+        answers = torch.empty(batch, 1, dtype=torch.int64)
+    what = Batch(PromptPairs(prompts, prompts, ids, ids, answers, answers[:, :0]), ids, 0, tokens)
+
+    def metric(logits: Tensor) -> Tensor:
+        extra = [torch.empty_like(logits) for _ in range(plan.passes.metric)]
+        return logits.sum(-1) if not extra else logits.sum(-1) + 0 * extra[0][..., 0]
+
+    def begins() -> None:
+        memory.sweep()
+        contracting.append(memory.now)
+
+    memory.ignore([tensor for _, tensor in model.weights.named()])
+    memory.ignore([tensor for pair in model.closed_forms for tensor in pair])
+    count = plan.passes.grouped(lambda alike: max(1, min(together, alike)))
+    with _Attention(), dry_run(plan.device, begins), memory:
+        shapes = {"scores": (model.graph.n_senders, model.graph.n_receivers)}
+        sums = Sums(shapes, what, plan.passes.reduce, plan.impl, absolute=plan.passes.absolute)
+        store: Store
+        if storage == "dense":
+            buffer = torch.empty(DenseStore.size(model, what), dtype=plan.dtype, device="meta")
+            store = DenseStore(model, what, buffer, plan.device)
+        else:
+            store = FactoredStore(model, what)
+        score_batch(model, what, metric, store, sums, plan.passes, count)
+    return memory.peak, max(contracting)
 
 
-def _receiver_bytes(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    senders: int,
-    device: torch.device | str,
-    impl: str,
-    groups: int,
-    reduce: str,
-) -> int:
-    """Peak bytes besides one layer's receivers, 3H·B·T·D, while they are made, contracted and added up."""
-    wide, channels = max(dtype.itemsize, 4), 3 * config.n_heads
-    of_layer = partial(kernels.Sizes, batch, tokens, config.d_model)
-    workspace = partial(kernels.workspace_bytes, dtype=dtype, device=device, impl=impl)
-    normed = config.normalization is not None
-    made = of_layer(channels=channels // groups, d_head=config.d_head, normed=normed)
-    contracted = of_layer(senders=senders, receivers=channels + (not config.attn_only))
-    # A sum over half precision converts all of it first.
-    added = channels * batch * tokens * config.d_model * wide if wide > dtype.itemsize else 0
-    return max(workspace("receiver_grads", made), workspace("edge_scores", contracted, reduce=reduce), added)
+@lru_cache(maxsize=16)
+def _meta_model(config: ModelConfig, dtype: torch.dtype, groups: int) -> Model:
+    """A model of these sizes without memory."""
+    return Model(config, assemble(config, dict(_shapes(config, dtype, groups))))
 
 
-def factored_bytes(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    *,
-    device: torch.device | str = "cpu",
-    impl: str = "auto",
-    passes: Passes = ONE_GRADIENT,
-    chunk: int | None = None,
-) -> int:
-    """About the most bytes that `attribute` allocates for one batch in factored mode, the model's weights not counted.
-
-        L·B·T·(HK + D) + B·T·D       what the senders' differences are made of
-
-    and the largest of what the forwards need, as in dense mode, and of
-
-        L·B·T·(6HK + 2D)             q, k, v and their gradients, x̂, the MLPs' gradients, with
-            4·B·H·T²                 an attention pattern and its gradients in float32 at least, or
-            B·T·(3HK + 5D)           the sum of a layer's receivers in the making, at the first or last layer of the
-                                     way back, when what the others kept may still be there, or with
-            its workspace            what `kernels.workspace_bytes` says of contracting it in chunks of `chunk` token
-                                     rows, None for as many as are fast; and the scores, S·R in float32 at least
-
-    and for other passes than one gradient at the clean run, as in dense mode, the activations that they keep and make.
-    """
-    rest, before = _factored_bytes(config, batch, tokens, dtype, passes)
-    return max(rest, before + _chunk_bytes(config, batch, tokens, dtype, device, impl, passes, chunk))
-
-
-def _factored_bytes(
-    config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, passes: Passes
-) -> tuple[int, int]:
-    """Peak bytes of factored mode up to the contraction, and those that are still there when it begins."""
-    graph = config.graph
-    sizes, mlps, norms = _sizes(config, batch, tokens, dtype), not config.attn_only, config.normalization is not None
-    differences = config.n_layers * (sizes.heads + mlps * sizes.stream) + sizes.stream
-    differences += _sum_bytes(graph, batch, tokens, passes)
-    kept = max(kept + made for kept, made, _ in passes.phases(1))
-    if len(passes.origins) > 1:
-        differences += (kept - 1) * (sizes.kept - sizes.stream)
-        differences += 2 * batch * config.d_vocab * (8 + dtype.itemsize)  # the clean and the corrupt logits
-    forwards = sizes.kept + max(sizes.forward, sizes.logits + passes.metric * batch * config.d_vocab * 8)
-    layer, made = 6 * sizes.heads + norms * sizes.stream, 3 * sizes.heads + norms * sizes.stream
-    # The MLPs' gradients have their memory from the beginning on; the last layer's k and v are held twice.
-    held = 2 * sizes.heads + mlps * config.n_layers * (sizes.stream + batch * config.d_model * dtype.itemsize)
-    making = made + norms * (3 + mlps) * sizes.stream
-    # The only layer's queries are read at one position, and its k and v are in `kept`.
-    making = max(making, sizes.attention) if config.n_layers > 1 else sizes.heads + norms * sizes.stream
-    going_back = held + max(sizes.kept + layer, config.n_layers * layer - made) + making
-    going_back += 2 * sizes.wide_stream + sizes.stream
-    return differences + max(forwards, going_back), differences + held + config.n_layers * layer + 2 * sizes.stream
-
-
-def _factored_sizes(config: ModelConfig, batch: int, tokens: int) -> kernels.Sizes:
-    return kernels.Sizes(
-        batch,
-        tokens,
-        config.d_model,
-        channels=3 * config.n_heads,
-        d_head=config.d_head,
-        layers=config.n_layers,
-        heads=config.n_heads,
-        mlps=not config.attn_only,
-    )
-
-
-def _chunk_bytes(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    impl: str,
-    passes: Passes,
-    chunk: int | None,
-) -> int:
-    """What contracting in chunks takes besides the factors: its workspace and the scores."""
-    graph = config.graph
-    # Nearly all edges are contracted at all positions, the rest at one.
-    workspace = max(
-        kernels.workspace_bytes(
-            "edge_scores_factored",
-            _factored_sizes(config, batch, positions),
-            dtype=dtype,
-            device=device,
-            mask=mask,
-            reduce=_summed_over(passes),
-            chunk=chunk,
-            impl=impl,
+def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tuple[str, Tensor]]:
+    D, H, K, M, V = config.d_model, config.n_heads, config.d_head, config.d_mlp or 0, config.d_vocab
+    make = partial(torch.empty, dtype=dtype, device="meta")
+    yield from (("w_e", make(V, D)), ("w_pos", make(config.n_ctx, D)), ("w_u", make(D, V)), ("ln_final.0", make(D)))
+    yield "ln_final.1", make(D)
+    for index in range(config.n_layers):
+        at = f"layers.{index}."
+        whole = make(D, 3 * H, K).permute(1, 0, 2)
+        for part in range(groups):
+            yield f"{at}w_qkv.{part}", whole if groups == 1 else make(3 * H // groups, D, K)
+        yield from ((at + "b_qkv", make(3 * H, K)), (at + "w_o", make(H, K, D)), (at + "b_o", make(D)))
+        for ln in ("ln1", "ln2"):
+            yield from ((f"{at}{ln}.0", make(D)), (f"{at}{ln}.1", make(D)))
+        yield from (
+            (at + "w_in", make(D, M)),
+            (at + "b_in", make(M)),
+            (at + "w_out", make(M, D)),
+            (at + "b_out", make(D)),
         )
-        for positions, mask in zip((tokens, 1), _edge_masks(graph), strict=True)
-    )
-    return workspace + _scores(graph, batch, tokens, passes) * max(dtype.itemsize, 4)
+        if config.gated:
+            yield at + "w_up", make(D, M)
 
 
 @lru_cache(maxsize=1)
-def _edge_masks(graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
+def _edge_masks(graph: Graph) -> tuple[Tensor, Tensor]:
     return graph.edge_masks()
-
-
-def fitting_chunk(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: int,
-    *,
-    impl: str = "auto",
-    passes: Passes = ONE_GRADIENT,
-) -> int:
-    """Token rows a chunk of factored mode's contraction: as many as are fast, or fewer to keep a batch within budget.
-
-    A chunk reads all weights once, so it is halved only as long as the plan is over the budget and the workspace is the
-    larger part of it, a chunk of half the size saves a quarter of the workspace, and 16 rows are left. Beyond that a
-    smaller batch saves more for the time that it costs: see `batch_size`.
-    """
-    sizes = _factored_sizes(config, batch, tokens)
-    fast = kernels.fast_chunk(sizes, dtype=dtype, device=device, impl=impl)
-    _, before = _factored_bytes(config, batch, tokens, dtype, passes)
-    needed = partial(_chunk_bytes, config, batch, tokens, dtype, device, impl, passes)
-    rows = min(fast, max(1, batch * tokens))
-    workspace = needed(rows)
-    while before + workspace > budget and workspace > before and rows >= 2 * LEAST_CHUNK:
-        half = needed(rows // 2)
-        if 4 * half > 3 * workspace:
-            break
-        rows, workspace = rows // 2, half
-    return rows
-
-
-def choose_storage(
-    config: ModelConfig,
-    pairs: PromptPairs,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    groups: int = 1,
-    passes: Passes = ONE_GRADIENT,
-) -> str:
-    """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored"."""
-    if kernels.choose("edge_scores_factored", device=device, dtype=dtype) == "reference":
-        return "dense"
-    tokens = int(pairs.lengths.max())
-    wanted = max(1, min(_useful(tokens, device), len(pairs)) // 4)
-    needed = dense_bytes(config, wanted, tokens, dtype, device=device, groups=groups, passes=passes)
-    return "dense" if needed <= budget(device) else "factored"
-
-
-def fitting_batch_size(
-    config: ModelConfig,
-    pairs: PromptPairs,
-    dtype: torch.dtype,
-    device: torch.device,
-    storage: str = "dense",
-    *,
-    groups: int = 1,
-    passes: Passes = ONE_GRADIENT,
-) -> int:
-    """Pairs a batch: enough tokens to be fast, within half of the free memory, at least one.
-
-    In factored mode a batch that is over that with a workspace larger than all else takes a smaller `chunk` before it
-    is made smaller itself.
-    """
-    tokens, within = int(pairs.lengths.max()), budget(device)
-    sizes = range(1, min(_useful(tokens, device), len(pairs)) + 1)
-
-    def key(n: int) -> int:
-        if storage == "dense":
-            return dense_bytes(config, n, tokens, dtype, device=device, groups=groups, passes=passes)
-        rows = fitting_chunk(config, n, tokens, dtype, device, within, passes=passes)
-        return factored_bytes(config, n, tokens, dtype, device=device, passes=passes, chunk=rows)
-
-    return max(1, bisect_right(sizes, within, key=key))
-
-
-def _useful(tokens: int, device: torch.device) -> int:
-    return max(1, limits(device).batch_tokens // tokens)
-
-
-def steps_together(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    steps: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: int,
-    passes: Passes = ONE_GRADIENT,
-) -> int:
-    """How many of some steps run as one batch of so many times its pairs: few tokens, and no more bytes than budget."""
-    useful = limits(device).step_tokens // (batch * tokens)
-    if useful < 4:  # each alone has tokens enough
-        return 1
-    needed = partial(dense_bytes, config, batch, tokens, dtype, device=device, passes=passes)
-    return 1 + bisect_right(range(2, min(useful, steps) + 1), budget, key=lambda n: needed(together=n))

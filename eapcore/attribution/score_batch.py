@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eapcore.attribution.methods import Pass
-from eapcore.attribution.plan import Passes, steps_together
+from eapcore.attribution.methods import Pass, Passes
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.ablation import Values
 from eapcore.execution.batch import Batch
@@ -49,9 +48,8 @@ def score_batch(
     metric: Metric,
     store: Store,
     sums: Sums,
-    passes: Sequence[Pass],
-    planned: Passes,
-    budget: int,
+    plan: Passes,
+    groups: Sequence[int],
     *,
     values: Values | None = None,
     units: bool = False,
@@ -62,15 +60,15 @@ def score_batch(
         model, batch, metric: what is scored.
         store: empty, for the differences.
         sums: what the scores are added to.
-        passes: the backward passes of a method.
-        planned, budget: what the plan knows of them, and the bytes that those which run together may take.
+        plan: the backward passes of a method.
+        groups: how many of them, in order, run as one batch.
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
     """
     read, pairs = batch.read, batch.pairs
     start = {1.0: batch.embed(model, pairs.clean), 0.0: batch.embed(model, pairs.corrupt)}
     ablated = _set_embed(model, batch, start, values, store)
-    origins = planned.origins
+    passes, origins = plan.passes, plan.origins
     kept: dict[float, list[StageSaved]] = {origin: [] for origin in origins if origin is not None}
 
     def moved(index: int, z: Tensor) -> Tensor | None:
@@ -109,8 +107,8 @@ def score_batch(
     reference = MetricBatch(reads.answers, reads.wrong, logits[1.0], logits[0.0], batch.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
-    done, sizes = 0, _together(model, batch, store, planned, budget)
-    for count in sizes:
+    done = 0
+    for count in groups:
         steps, origin = passes[done : done + count], origins[done]
         done += count
         step = steps[0]
@@ -151,16 +149,6 @@ def _set_embed(model: Model, batch: Batch, start: dict[float, Tensor], values: V
     ablated = Values.at(values.embed, batch.stop, None).expand_as(start[1.0])
     store.set_embed(ablated - (clean if values.of_tokens else start[1.0]))
     return ablated
-
-
-def _together(model: Model, batch: Batch, store: Store, planned: Passes, budget: int) -> Iterator[int]:
-    """How many of the passes, in order, run as one batch: of those that make all of their activations."""
-    done, where = 0, (model.dtype, model.device)
-    while done < len(planned.origins):
-        alike = planned.alike(done) if store.steps else 1
-        count = steps_together(model.config, *batch.shape, alike, *where, budget, planned)
-        yield count
-        done += count
 
 
 def _difference(batch: Batch, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:

@@ -43,6 +43,7 @@ class ModelConfig:
     scale_attn_by_inverse_layer_idx: bool = False
     parallel: bool = False
     rotary_frequencies: tuple[float, ...] = ()
+    gated: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):

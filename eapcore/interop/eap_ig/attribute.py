@@ -17,7 +17,6 @@ from eapcore.attribution.sums import Sums
 from eapcore.execution.ablation import Values, means, zeros
 from eapcore.execution.batch import Batch
 from eapcore.execution.experiment import result_dtype
-from eapcore.execution.memory import budget
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop.eap_ig.names import in_their_order, their_shape
 from eapcore.interop.transformer_lens import from_hooked_transformer
@@ -317,8 +316,8 @@ def _score(
         sums = Sums({"scores": (model.graph.n_senders, model.graph.n_receivers)}, batch, "all", impl)
         memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
         planned = recipe.planned("corrupt" if values is None else "zero", "all")
-        store, within = DenseStore(model, batch, memory), budget(model.device)
-        score_batch(model, batch, own, store, sums, recipe.passes, planned, within, values=values)
+        store = DenseStore(model, batch, memory)
+        score_batch(model, batch, own, store, sums, planned, [1] * len(recipe.passes), values=values)
         return sums.result()["scores"]
 
     if values is None or values.one is None:

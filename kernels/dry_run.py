@@ -1,0 +1,66 @@
+"""The ops on meta tensors, which have shapes and no memory: what they allocate on a device, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace."""
+
+    device: torch.device
+    contracting: Callable[[], None]
+
+
+active: ContextVar[DryRun | None] = ContextVar("eapcore_dry_run", default=None)
+
+
+@contextmanager
+def dry_run(device: torch.device, contracting: Callable[[], None]) -> Iterator[None]:
+    """Inside, ops on meta tensors allocate, on meta, what they would on `device`."""
+    token = active.set(DryRun(device, contracting))
+    try:
+        yield
+    finally:
+        active.reset(token)
+
+
+def edge_scores(run: DryRun, delta: Tensor, grads: Tensor, reduce: str, workspace: Callable[..., int]) -> Tensor:
+    sizes = checks.Sizes(delta.shape[1], delta.shape[2], delta.shape[3], senders=len(delta), receivers=len(grads))
+    _hold(workspace("edge_scores", sizes, dtype=delta.dtype, device=run.device, reduce=reduce))
+    lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
+    return delta.new_empty((*lead, len(delta), len(grads)), dtype=checks.output_dtype(delta.dtype))
+
+
+def receiver_grads(
+    run: DryRun, g: Tensor, weight: Tensor, normed: bool, out: Tensor | None, workspace: Callable[..., int]
+) -> Tensor:
+    channels, batch, tokens, d_head = g.shape
+    sizes = checks.Sizes(batch, tokens, weight.shape[1], channels=channels, d_head=d_head, normed=normed)
+    _hold(workspace("receiver_grads", sizes, dtype=g.dtype, device=run.device))
+    return g.new_empty((channels, batch, tokens, weight.shape[1])) if out is None else out
+
+
+def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str) -> Tensor:
+    run.contracting()
+    embed, dz = senders.embed, senders.dz
+    channels = sum(len(w) for w in receivers.weight[0])
+    mlps = senders.mlp is not None
+    sizes = checks.Sizes(*embed.shape, channels=channels, layers=len(dz), heads=dz.shape[3], mlps=mlps)
+    lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
+    return embed.new_empty((*lead, sizes.all_senders, sizes.all_receivers), dtype=checks.output_dtype(embed.dtype))
+
+
+def _hold(count: int) -> None:
+    """Memory that is there while the op runs."""
+    torch.empty(count, dtype=torch.uint8, device="meta")
