@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import eapcore.kernels as kernels
+import eapcore.kernels.checks as checks
 import numpy as np
 import torch
-from eapcore.kernels import checks
 from torch import Tensor
-
-from eapcore import kernels
 
 _KINDS = "torch tensors, numpy arrays or objects with __dlpack__"
 

@@ -26,14 +26,12 @@ def run(args: argparse.Namespace) -> None:
     import eapcore.kernels as kernels
     from eapcore import __version__
     from eapcore.attribution.plan import dense_bytes
-    from eapcore.execution.memory import free_bytes
+    from eapcore.execution.memory import device_names, free_bytes
     from eapcore.models.matmul import large_by
 
     model = None if args.model is None else load_model(args, args.model)
     print(f"eapcore  {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    devices = [f"cpu ({torch.get_num_threads()} threads)", *(f"cuda:{i} {name}" for i, name in enumerate(names))]
-    print(f"devices  {', '.join(devices)}")
+    print(f"devices  {', '.join(device_names())}")
     for impl, reason in kernels.available().items():
         print(f"kernels  {impl:<10}{'available' if not reason else f'absent: {reason}'}")
     print(f"products large float32 ones on the CPU by {large_by()}")

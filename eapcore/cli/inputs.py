@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 
 def load_model(args: argparse.Namespace, source: str) -> Model:
-    import torch
-
+    from eapcore.execution.memory import default_device
     from eapcore.models.load import load
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device)
 
 

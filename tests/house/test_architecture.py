@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,36 +18,13 @@ import pytest
 
 import eapcore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eapcore"
-# The lowest floor first; a file belongs to the longest name that it begins with.
-FLOORS = [
-    ("eapcore._csrc", "eapcore.kernels"),
-    ("eapcore.config", "eapcore.graph", "eapcore.circuit", "eapcore.nodes", "eapcore.metrics", "eapcore.tasks"),
-    (
-        "eapcore.weights",
-        "eapcore.products",
-        "eapcore.modes",
-        "eapcore.model",
-        "eapcore.rules",
-        "eapcore.gradient",
-        "eapcore.paired",
-        "eapcore.planner",
-    ),
-    (
-        "eapcore.methods",
-        "eapcore.ablation",
-        "eapcore.softmax",
-        "eapcore.window",
-        "eapcore.batches",
-        "eapcore.passes",
-        "eapcore.attribution",
-    ),
-    ("eapcore.runs", "eapcore.partial", "eapcore.patch"),
-    ("eapcore.acdc", "eapcore.compare", "eapcore.evaluate", "eapcore.truth", "eapcore.toys"),
-    ("eapcore.report", "eapcore.interop"),
-    ("eapcore", "eapcore.cli", "eapcore.cli_options", "eapcore.cli_verify", "eapcore.__main__"),
-]
+# What the README says of the rooms, the highest floor first: {folder: floor}.
+ROWS = re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+FLOORS = {name: int(floor) for floor, names in ROWS for name in re.findall(r"`(\w+)`", names)}
+NEIGHBOURS = {("evaluation", "search")}  # who may ask whom on one floor
+FAMILIES = re.compile(r"gpt|llama|mistral|qwen|gemma|neox|pythia|olmo|smollm|transformer_?lens", re.I)
 AT_THE_ROOT = {
     "pyproject.toml",
     "csrc",
@@ -86,27 +64,65 @@ def imports(name, path, known):
                 yield inner if inner in known or inner == "eapcore._csrc" else base
 
 
-def floor(name):
-    """(floor, room) of a module."""
-    rooms = [(room, level) for level, names in enumerate(FLOORS) for room in names]
-    fitting = [
-        (room, level) for room, level in rooms if name == room or (name.startswith(room + ".") and room != "eapcore")
-    ]
-    assert fitting, f"{name} stands on no floor: give it one in FLOORS"
-    room, level = max(fitting, key=lambda pair: len(pair[0]))
-    return level, room
+def room(name):
+    """The folder that a module lies in; None for what hands names on at the top."""
+    parts = name.split(".")
+    if parts[1:2] == ["_csrc"]:
+        return "kernels"
+    return parts[1] if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or parts[1:2] == ["kernels"] else None
 
 
-def test_a_file_imports_from_its_own_floor_and_lower_ones_only():
+def own_imports():
+    """(module, module that it imports), of the package's own."""
     known = modules()
-    seen = 0
     for name, path in known.items():
         for target in imports(name, path, known):
-            if target != "eapcore" and not target.startswith("eapcore."):
-                continue
-            assert floor(target)[0] <= floor(name)[0], f"{name} imports {target}, which is on a higher floor"
-            seen += 1
-    assert seen > 40
+            if target.split(".")[0] == "eapcore":
+                yield name, target
+
+
+def names_in(path):
+    """Every name, attribute and text that is no docstring in a file's code, as (line, text)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
+
+
+def test_the_readme_names_every_room():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} | {"kernels"}
+    assert set(FLOORS) == folders and sorted(set(FLOORS.values())) == list(range(1, 8))
+
+
+def test_a_room_imports_from_the_floors_below_it_alone():
+    seen = set()
+    for name, target in own_imports():
+        here, there = room(name), room(target)
+        if here is None or here == there or target == "eapcore":  # which version this is
+            continue
+        assert there is not None, f"{name} imports {target}, which hands names on to users: use the full name"
+        allowed = FLOORS[there] < FLOORS[here] or (here, there) in NEIGHBOURS
+        assert allowed, f"{name}, floor {FLOORS[here]}, imports {target}, floor {FLOORS[there]}"
+        seen.add((here, there))
+    assert len(seen) > 25
+    assert ("attribution", "patching") not in seen and ("patching", "attribution") not in seen
+    assert not {there for here, there in seen if here == "models"} - {"graph", "kernels"}
+    assert not {there for here, there in seen if here == "report"} - {"graph"}
+
+
+def test_nobody_imports_a_module_from_the_package_itself():
+    public = {"__version__", *eapcore.__all__}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "eapcore" and not node.level:
+                assert {alias.name for alias in node.names} <= public, name
 
 
 def test_no_two_files_import_each_other():
@@ -115,7 +131,33 @@ def test_no_two_files_import_each_other():
     # The lazy front names what it would import when asked.
     del graph["eapcore"]
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("eapcore.graph") < order.index("eapcore.circuit") < order.index("eapcore.attribution")
+    assert order.index("eapcore.graph.graph") < order.index("eapcore.graph.scores")
+    assert order.index("eapcore.graph.scores") < order.index("eapcore.attribution.attribute")
+
+
+def test_devices_and_processes_are_execution_s_affair():
+    for name, path in modules().items():
+        if room(name) not in ("execution", "kernels"):
+            found = [
+                (line, text) for line, text in names_in(path) if "torch.cuda" in text or "torch.distributed" in text
+            ]
+            assert not found, f"{name} knows of devices or processes: {found}"
+
+
+def test_a_family_is_named_in_its_own_file_alone():
+    """In code: prose, messages and help may name what a user would know. checkpoint.py has the Hub's ids of some."""
+    seen = 0
+    for name, path in modules().items():
+        if name.startswith("eapcore.models.families"):
+            seen += bool(FAMILIES.search(path.stem))
+            continue
+        if room(name) not in ("graph", "execution", "attribution", "patching", "search", "evaluation", "models"):
+            continue
+        for line, text in names_in(path):
+            word = len(text.split()) == 1  # a message or help is several words
+            hub = name == "eapcore.models.checkpoint" and ("gpt2" in text)
+            assert not (word and FAMILIES.search(text)) or hub, f"{path.name}:{line} names a family: {text}"
+    assert seen >= 2
 
 
 def test_the_kernels_know_nothing_of_the_rest():
@@ -128,16 +170,19 @@ def test_the_kernels_know_nothing_of_the_rest():
 
 def test_nobody_imports_a_top_level_package_named_kernels():
     known = modules()
-    files = known | {f"tests.{p.stem}": p for p in Path(__file__).parent.glob("*.py")}
-    files |= {f"bench.{p.stem}": p for p in (ROOT / "bench").glob("*.py")}
+    files = known | {f"tests.{p.stem}": p for p in (ROOT / "tests").rglob("*.py")}
+    files |= {f"bench.{p.stem}": p for p in (ROOT / "bench").rglob("*.py")}
     for name, path in files.items():
         assert not {t for t in imports(name, path, known) if t.split(".")[0] == "kernels"}, name
 
 
 def test_metrics_know_no_graph_and_the_graph_no_torch_module():
     known = modules()
-    assert not {t for t in imports("eapcore.metrics", known["eapcore.metrics"], known) if t.startswith("eapcore")}
-    assert not {t for t in imports("eapcore.graph", known["eapcore.graph"], known) if "nn" in t.split(".")}
+    metrics = "eapcore.tasks.metrics"
+    assert not {t for t in imports(metrics, known[metrics], known) if t.startswith("eapcore")}
+    for name in ("graph", "scores", "circuit", "paths", "files"):
+        full = f"eapcore.graph.{name}"
+        assert not {t for t in imports(full, known[full], known) if "nn" in t.split(".")}
 
 
 def test_heavy_packages_are_imported_inside_functions_only():
@@ -172,7 +217,7 @@ def test_import_takes_no_heavy_package_and_under_a_second_and_a_half(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     loaded = {name.split(".")[0] for name in result["modules"]}
-    assert "eapcore.attribution" in result["modules"]
+    assert "eapcore.attribution.attribute" in result["modules"]
     assert not loaded & {"triton", "transformers", "tokenizers", "tqdm", "matplotlib", "scipy", "pandas", "networkx"}
     assert result["seconds"] < 1.5
 
@@ -186,6 +231,7 @@ def test_every_public_name_is_there_and_attribute_stays_the_function():
         value = getattr(eapcore, name)
         assert value.__name__ == name and value.__doc__
     assert inspect.isfunction(eapcore.attribute)
+    assert set(eapcore.__all__) <= set(dir(eapcore))
     with pytest.raises(AttributeError, match="module 'eapcore' has no attribute 'atribute'; it has Circuit, "):
         _ = eapcore.atribute
 
