@@ -106,11 +106,12 @@ class _Edges(Sink):
             self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=between)
 
     def channels(self, part: Channels) -> Tensor:
-        heads, by_gradient = part.attention.n_heads, part.channels
+        by_gradient, (of_q, of_k, of_v) = part.channels, part.attention.channels
         if self.step.exact_softmax:  # v alone
-            by_gradient = slice(max(part.channels.start, 2 * heads), part.channels.stop)
-            for start in range(part.channels.start, min(part.channels.stop, 2 * heads), heads):
-                self.add_exact(part, slice(start, start + heads))
+            by_gradient = slice(max(part.channels.start, of_v.start), part.channels.stop)
+            for kind in (of_q, of_k):
+                if part.channels.start <= kind.start < part.channels.stop:
+                    self.add_exact(part, kind)
         first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
         mlp, self.mlp, total = self.mlp, None, []
         receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))

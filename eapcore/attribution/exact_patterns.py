@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.limits import limits
-from eapcore.models.attention import Channels
+from eapcore.models.attention import Channels, by_group
 from eapcore.models.tensors import accumulate_dtype
 
 
@@ -33,18 +33,21 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, part.read)
     before = k.shape[2] - part.saved.kv.shape[1]
     pattern = attention.pattern(q, k, before, part.read)  # [B, H, Q, P + T]
-    d_pattern = (part.dz.transpose(1, 2) @ v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+    d_pattern = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
     size = max(pattern.numel(), delta[0].numel())
     scores = []
+    places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
     for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
         n, _ = attention.norm.forward((part.norm_in.x + some).flatten(0, 1))
-        changed = attention.project(n, channels).unflatten(0, some.shape[:2]).transpose(2, 3)  # [C, B, H, T, K]
+        changed = attention.project(n, places).unflatten(0, some.shape[:2]).transpose(2, 3)  # [C, B, H or G, T, K]
         if queries:
-            other = attention.pattern(attention.turn_queries(changed, before, part.read), k, before, part.read)
+            other = attention.pattern(attention.ready_queries(changed, before, part.read), k, before, part.read)
         else:
             front = k[:, :, :before].expand(len(some), -1, -1, -1, -1)
-            keys = torch.cat([front, attention.turn_keys(changed, before)], 3)  # [C, B, H, P + T, K]
-            other = attention.pattern(q, keys, before, part.read)
-        scores.append(torch.einsum("cbhqt,bhqt->bch", other - pattern, d_pattern))
+            keys = torch.cat([front, attention.ready_keys(changed, before)], 3)  # [C, B, G, P + T, K]
+            other = attention.pattern(q.expand(len(some), *q.shape), keys, before, part.read)
+        each = torch.einsum("cbhqt,bhqt->bch", other - pattern, d_pattern)
+        grouped = not queries and attention.grouped
+        scores.append(each.unflatten(2, (-1, attention.group)).sum(3) if grouped else each)
     joined = torch.cat(scores, 1)  # [B, S, H]
     return joined if reduce == "pair" else joined.sum(0)

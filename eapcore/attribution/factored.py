@@ -108,7 +108,7 @@ class _Factors(Sink):
 
     def channels(self, part: Channels) -> Tensor:
         g, norm, groups = part.factors()
-        act, count = part.act, 3 * part.attention.n_heads
+        act, count = part.act, part.attention.channels[2].stop
         missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
         if any(channels.start < channels.stop for channels in missing):
             g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))
@@ -121,9 +121,11 @@ class _Factors(Sink):
         """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""
         config, attentions, layers = self.model.config, self.model.attentions, self.layers[at_read]
         shape = (len(self.like), self.tokens[at_read])
-        nothing = self.like.new_zeros(1).expand(*shape, 3 * config.n_heads, config.d_head)
+        nothing = self.like.new_zeros(1).expand(*shape, self.model.graph.channels_per_layer, config.d_head)
         for index, attention in enumerate(attentions):
-            layers.setdefault(index, (nothing, nothing, kernels.Norm("none"), list(attention.w_qkv)))
+            layers.setdefault(
+                index, (nothing, nothing, kernels.Norm("none"), attention.groups(slice(0, attention.channels[2].stop)))
+            )
         ordered = [layers.pop(index) for index in range(config.n_layers)]
         constants = self.model.closed_forms
         return kernels.FactoredReceivers(

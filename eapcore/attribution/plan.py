@@ -222,7 +222,7 @@ class Plan:
 
     def _factored_sizes(self, batch: int, tokens: int) -> kernels.Sizes:
         c = self.config
-        sizes = {"channels": 3 * c.n_heads, "d_head": c.d_head, "layers": c.n_layers, "heads": c.n_heads}
+        sizes = {"channels": c.graph.channels_per_layer, "d_head": c.d_head, "layers": c.n_layers, "heads": c.n_heads}
         return kernels.Sizes(batch, tokens, c.d_model, mlps=not c.attn_only, **sizes)
 
     def _chunk_bytes(self, batch: int, tokens: int, chunk: int | None) -> int:
@@ -293,15 +293,16 @@ def _meta_model(config: ModelConfig, dtype: torch.dtype, groups: int) -> Model:
 
 def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tuple[str, Tensor]]:
     D, H, K, M, V = config.d_model, config.n_heads, config.d_head, config.d_mlp or 0, config.d_vocab
-    make = partial(torch.empty, dtype=dtype, device="meta")
+    each, make = H + 2 * config.n_kv, partial(torch.empty, dtype=dtype, device="meta")
     yield from (("w_e", make(V, D)), ("w_pos", make(config.n_ctx, D)), ("w_u", make(D, V)), ("ln_final.0", make(D)))
     yield "ln_final.1", make(D)
     for index in range(config.n_layers):
         at = f"layers.{index}."
-        whole = make(D, 3 * H, K).permute(1, 0, 2)
-        for part in range(groups):
-            yield f"{at}w_qkv.{part}", whole if groups == 1 else make(3 * H // groups, D, K)
-        yield from ((at + "b_qkv", make(3 * H, K)), (at + "w_o", make(H, K, D)), (at + "b_o", make(D)))
+        parts = [each] if groups == 1 else [H, config.n_kv, config.n_kv]
+        for part, count in enumerate(parts):
+            yield f"{at}w_qkv.{part}", make(D, count, K).permute(1, 0, 2) if groups == 1 else make(count, D, K)
+        yield from ((at + "b_qkv", make(each, K)), (at + "w_o", make(H, K, D)), (at + "b_o", make(D)))
+        yield from ((at + "q_norm.0", make(K)), (at + "k_norm.0", make(K)))
         for ln in ("ln1", "ln2"):
             yield from ((f"{at}{ln}.0", make(D)), (f"{at}{ln}.1", make(D)))
         yield from (

@@ -224,6 +224,8 @@ def metric_grad(
             raise ValueError("the metric has no gradient: it must be computed from the logits with torch operations")
         (d_logits,) = torch.autograd.grad(values.sum(), leaf)
     largest = d_logits.abs().max()
+    if (cap := model.config.logits_softcap) is not None:
+        d_logits = d_logits * (1 - (leaf.detach() / cap) ** 2)
     if len(weights) > 1:
         for part, weight in zip(d_logits.chunk(len(weights)), weights, strict=True):
             part *= weight

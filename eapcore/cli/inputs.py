@@ -23,7 +23,7 @@ def load_model(args: argparse.Namespace, source: str) -> Model:
     from eapcore.models.load import load
 
     device = args.device or default_device()
-    return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device)
+    return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device, kv=args.kv)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:

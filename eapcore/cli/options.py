@@ -68,6 +68,12 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="DTYPE", help="float64, float32, bfloat16 or float16 (default: the checkpoint's)"
     )
+    parser.add_argument(
+        "--kv",
+        default="each",
+        metavar="HOW",
+        help="k and v receivers with grouped queries: each query head's, or grouped",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
 
 

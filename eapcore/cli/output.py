@@ -87,7 +87,7 @@ def check_writable(folder: Path) -> None:
 def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
     """Two lines that name the model, the task and the metric."""
     config = model.config
-    kind = "attention-only" if config.attn_only else "GPT-2"
+    kind = "attention-only" if config.attn_only else model.family
     seed = "" if pairs.seed is None else f", seed {pairs.seed}"
     return (
         f"model    {model.name}: {kind}, {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, "

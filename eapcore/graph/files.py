@@ -85,10 +85,9 @@ def _check_version(path: Path, version: object) -> None:
 def _graph(fields: Mapping[str, Any]) -> Graph:
     """The graph of a file's header; ValueError for what is none."""
     graph = Graph(**fields)
-    sizes = (graph.n_layers, graph.n_heads)
-    if not all(type(size) is int and size > 0 for size in sizes) or {type(graph.has_mlp), type(graph.parallel)} != {
-        bool
-    }:
+    sizes = (graph.n_layers, graph.n_heads, *([] if graph.n_kv is None else [graph.n_kv]))
+    known = all(type(size) is int and size > 0 for size in sizes)
+    if not known or {type(graph.has_mlp), type(graph.parallel)} != {bool} or graph.n_heads % sizes[-1]:
         raise ValueError(f"its graph is {fields}")
     return graph
 

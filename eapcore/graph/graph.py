@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _SENDER = re.compile(r"a(\d+)\.h(\d+)|m(\d+)")
-_RECEIVER = re.compile(r"a(\d+)\.h(\d+)<([qkv])>|m(\d+)")
+_RECEIVER = re.compile(r"a(\d+)\.(h|kv)(\d+)<([qkv])>|m(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Graph:
     Receivers: for each layer `a{l}.h{h}<q>` for all heads, then all <k>, all <v>, then `m{l}`; last `logits`:
     R = L(3H+1) + 1, or 3LH + 1. The senders of a receiver are always a prefix of all senders: those of the stages
     before its own. parallel: a layer's heads and MLP are one stage, so that no edge leads from the heads to the MLP.
+    n_kv: with grouped queries, how many key and value heads are receivers of their own, `a{l}.kv{g}<k>`, each with the
+    query heads of its group behind it; None is one for each query head.
 
     >>> graph = Graph(n_layers=12, n_heads=12, has_mlp=True)
     >>> graph.n_senders, graph.n_receivers, graph.n_edges
@@ -34,19 +36,26 @@ class Graph:
     n_heads: int
     has_mlp: bool
     parallel: bool = False
+    n_kv: int | None = None
 
     def as_dict(self) -> dict[str, int | bool]:
         """Its fields as files hold them."""
         fields: dict[str, int | bool] = {"n_layers": self.n_layers, "n_heads": self.n_heads, "has_mlp": self.has_mlp}
-        return fields | ({"parallel": True} if self.parallel else {})
+        fields |= {"parallel": True} if self.parallel else {}
+        return fields if self.n_kv is None else fields | {"n_kv": self.n_kv}
 
     @property
     def senders_per_layer(self) -> int:
         return self.n_heads + self.has_mlp
 
     @property
+    def channels_per_layer(self) -> int:
+        """A layer's q, k and v receivers."""
+        return self.n_heads + 2 * (self.n_heads if self.n_kv is None else self.n_kv)
+
+    @property
     def receivers_per_layer(self) -> int:
-        return 3 * self.n_heads + self.has_mlp
+        return self.channels_per_layer + self.has_mlp
 
     @property
     def n_senders(self) -> int:
@@ -72,7 +81,7 @@ class Graph:
     def qkv(self, layer: int) -> slice:
         """The receivers that are a layer's q, k and v inputs."""
         start = layer * self.receivers_per_layer
-        return slice(start, start + 3 * self.n_heads)
+        return slice(start, start + self.channels_per_layer)
 
     def mlp_receiver(self, layer: int) -> int:
         """The receiver that is a layer's MLP input."""
@@ -105,16 +114,22 @@ class Graph:
         layer, place = divmod(receiver, self.receivers_per_layer)
         if layer == self.n_layers:
             return self.n_senders
-        behind_heads = place == 3 * self.n_heads and not self.parallel
+        behind_heads = place == self.channels_per_layer and not self.parallel
         return self.heads(layer).start + (self.n_heads if behind_heads else 0)
 
     def senders_behind(self, receiver: int) -> range:
-        """The senders that are made of what a receiver reads: its own head or MLP; none for the logits."""
+        """The senders that are made of what a receiver reads: its head, its group's heads or its MLP; none for the
+        logits."""
         layer, place = divmod(receiver, self.receivers_per_layer)
         if layer == self.n_layers:
             return range(0)
-        own = self.mlp(layer) if place == 3 * self.n_heads else self.heads(layer).start + place % self.n_heads
-        return range(own, own + 1)
+        if place == self.channels_per_layer:
+            return range(self.mlp(layer), self.mlp(layer) + 1)
+        first = self.heads(layer).start
+        if place < self.n_heads or self.n_kv is None:
+            return range(first + place % self.n_heads, first + place % self.n_heads + 1)
+        size, group = self.n_heads // self.n_kv, (place - self.n_heads) % self.n_kv
+        return range(first + group * size, first + (group + 1) * size)
 
     def members(self, senders: Iterable[int]) -> Annotated[Tensor, "bool S"]:
         """bool [S], True for these senders."""
@@ -145,7 +160,9 @@ class Graph:
     def receiver_names(self) -> list[str]:
         names = []
         for layer in range(self.n_layers):
-            names += [f"a{layer}.h{head}<{part}>" for part in "qkv" for head in range(self.n_heads)]
+            names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
+            each, count = ("h", self.n_heads) if self.n_kv is None else ("kv", self.n_kv)
+            names += [f"a{layer}.{each}{number}<{part}>" for part in "kv" for number in range(count)]
             names += [f"m{layer}"] if self.has_mlp else []
         return [*names, "logits"]
 
@@ -165,10 +182,13 @@ class Graph:
         match = _RECEIVER.fullmatch(name)
         if name == "logits":
             return self.logits
-        if match and match[4] is None and int(match[1]) < self.n_layers and int(match[2]) < self.n_heads:
-            return self.qkv(int(match[1])).start + "qkv".index(match[3]) * self.n_heads + int(match[2])
-        if match and match[4] is not None and self.has_mlp and int(match[4]) < self.n_layers:
-            return self.mlp_receiver(int(match[4]))
+        if match and match[5] is not None and self.has_mlp and int(match[5]) < self.n_layers:
+            return self.mlp_receiver(int(match[5]))
+        if match and match[5] is None and int(match[1]) < self.n_layers:
+            layer, part, number = int(match[1]), "qkv".index(match[4]), int(match[3])
+            each, count = ("h", self.n_heads) if part == 0 or self.n_kv is None else ("kv", self.n_kv)
+            if match[2] == each and number < count:
+                return self.qkv(layer).start + (part and self.n_heads + (part - 1) * count) + number
         raise ValueError(f"a receiver is {self._forms('<q|k|v>')}, got {name!r}")
 
     def edge(self, name: str) -> tuple[int, int]:
@@ -185,5 +205,10 @@ class Graph:
         return f"{self.sender_names[sender]}->{self.receiver_names[receiver]}"
 
     def _forms(self, suffix: str) -> str:
-        ends = ["logits" if suffix else "embed", f"a{{0..{self.n_layers - 1}}}.h{{0..{self.n_heads - 1}}}{suffix}"]
-        return " or ".join([*ends, f"m{{0..{self.n_layers - 1}}}"] if self.has_mlp else ends)
+        layers = f"{{0..{self.n_layers - 1}}}"
+        head = f"a{layers}.h{{0..{self.n_heads - 1}}}"
+        if suffix and self.n_kv is not None:
+            heads = [f"{head}<q>", f"a{layers}.kv{{0..{self.n_kv - 1}}}<k|v>"]
+        else:
+            heads = [head + suffix]
+        return " or ".join(["logits" if suffix else "embed", *heads, *([f"m{layers}"] if self.has_mlp else [])])

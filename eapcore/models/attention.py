@@ -1,7 +1,8 @@
 """Attention: what its heads read and send, the gradients of its q, k and v inputs, and its patched forms.
 
-Letters: H heads, C = 3H channels (the q, then the k, then the v heads), K d_head, P positions of a past, T tokens
-behind it, Q of them that are read.
+Letters: H query heads, G key and value heads (H where queries are not grouped), C channels, which are receivers (the q,
+then the k, then the v heads: H + 2H, or H + 2G where a group's heads share one), K d_head, P positions of a past, T
+tokens behind it, Q of them that are read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Annotated
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 import eapcore.kernels as kernels
 from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
-from eapcore.models.norm import Norm, NormInput
+from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.rotary import Rotary
 from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions
 
@@ -27,24 +29,25 @@ from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions
 class AttentionSaved:
     """What the way back needs: what the normalisation read, and the activations of the channels.
 
-    qkv: [B, T, 3H, K]; where only Q positions are read, q [B, Q, H, K] and the others [B, T, 2H, K] apart.
+    qkv: [B, T, H + 2G, K]; where only Q positions are read, q [B, Q, H, K] and the others [B, T, 2G, K] apart.
     """
 
     norm_in: NormInput
     qkv: tuple[Tensor, ...]
+    n_heads: int
 
     @property
     def q(self) -> Annotated[Tensor, "B Q H K"]:
-        return self.qkv[0] if len(self.qkv) == 2 else self.qkv[0][:, :, : self.qkv[0].shape[2] // 3]
+        return self.qkv[0][:, :, : self.n_heads]
 
     @property
-    def kv(self) -> Annotated[Tensor, "B T 2H K"]:
+    def kv(self) -> Annotated[Tensor, "B T 2G K"]:
         """The k and then the v heads."""
-        return self.qkv[1] if len(self.qkv) == 2 else self.qkv[0][:, :, self.qkv[0].shape[2] // 3 :]
+        return self.qkv[1] if len(self.qkv) == 2 else self.qkv[0][:, :, self.n_heads :]
 
     def of(self, take: Callable[[Tensor], Tensor]) -> AttentionSaved:
         """The same of what `take` takes of each tensor."""
-        return AttentionSaved(self.norm_in.of(take), tuple(take(t) for t in self.qkv))
+        return AttentionSaved(self.norm_in.of(take), tuple(take(t) for t in self.qkv), self.n_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,12 @@ class Attention:
 
         q, k, v = n W + b        z = softmax(q kᵀ · scale, causal) v        head h sends z_h W_O[h]
 
-    norm: what they read through. w_qkv: channel groups [C', D, K] that together are the q, the k and the v heads in
-    that order: one group where a checkpoint stores them as one matrix, three where it stores three; strided views will
-    do. b_qkv: [3H, K]. w_o: [H, K, D]. b_o: [D]. scale: of q·k. rotary: what turns q and k between their projection and
-    the pattern; receivers' activations and gradients are those before. None is what a model does not have.
+    norm: what they read through. w_qkv: weights [·, D, K] that together are the q, the k and the v heads in that order:
+    one where a checkpoint stores them as one matrix, three where it stores three; strided views will do. b_qkv:
+    [H + 2G, K]. w_o: [H, K, D]. b_o: [D]. scale: of q·k. rotary, q_norm, k_norm: what q and k go through, the norms
+    first, between their projection and the pattern; receivers' activations and gradients are those before. softcap:
+    scores s become softcap · tanh(s / softcap). window: how many positions a query sees, itself the last. grouped: the
+    query heads of a group have one k and one v receiver, instead of one each. None is what a model does not have.
     """
 
     norm: Norm
@@ -74,32 +79,72 @@ class Attention:
     b_o: Annotated[Tensor, "D"] | None
     scale: float
     rotary: Rotary | None = None
+    q_norm: Norm = NO_NORM
+    k_norm: Norm = NO_NORM
+    softcap: float | None = None
+    window: int | None = None
+    grouped: bool = False
 
     @property
     def n_heads(self) -> int:
         return self.w_o.shape[0]
 
+    @property
+    def n_kv(self) -> int:
+        """Key and value heads."""
+        return (sum(len(w) for w in self.w_qkv) - self.n_heads) // 2
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key and value head."""
+        return self.n_heads // self.n_kv
+
+    @property
+    def channels(self) -> tuple[slice, slice, slice]:
+        """Which channels are the q, the k and the v receivers."""
+        heads, count = self.n_heads, self.n_kv if self.grouped else self.n_heads
+        return slice(0, heads), slice(heads, heads + count), slice(heads + count, heads + 2 * count)
+
     def named(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Its own weights, without those of its normalisation."""
+        """Its own weights, without those of the normalisation of its input."""
         yield from ((f"w_qkv.{i}", w) for i, w in enumerate(self.w_qkv))
         yield from (("b_qkv", self.b_qkv), ("w_o", self.w_o), ("b_o", self.b_o))
+        yield from (("q_norm.0", self.q_norm.gamma), ("k_norm.0", self.k_norm.gamma))
+
+    def projection(self, channel: int) -> int:
+        """Which of the H + 2G projections a channel reads through."""
+        heads = self.n_heads
+        if channel < heads or self.grouped or self.group == 1:
+            return channel
+        part, head = divmod(channel - heads, heads)
+        return heads + part * self.n_kv + head // self.group
 
     # Forward
 
-    def groups(self, channels: slice) -> list[Annotated[Tensor, "C' D K"]]:
-        """The weights of some channels, as views."""
+    def weights(self, projections: slice) -> list[Annotated[Tensor, "C' D K"]]:
+        """The weights of some of the projections, as views."""
         groups, start = [], 0
         for w in self.w_qkv:
-            first, last = max(channels.start - start, 0), min(channels.stop - start, w.shape[0])
+            first, last = max(projections.start - start, 0), min(projections.stop - start, w.shape[0])
             if first < last:
                 groups.append(w[first:last])
             start += w.shape[0]
         return groups
 
-    def project(self, n: Annotated[Tensor, "B T D"], channels: slice) -> Annotated[Tensor, "B T C' K"]:
-        """The activations of some channels."""
-        parts, first = [], channels.start
-        for w in self.groups(channels):
+    def groups(self, channels: slice) -> list[Annotated[Tensor, "C' D K"]]:
+        """The weights of some channels, as views: a key or value head's once for each query head of its group."""
+        if self.grouped or self.group == 1:
+            return self.weights(channels)
+        found = self.weights(slice(channels.start, min(channels.stop, self.n_heads)))
+        others = range(max(channels.start, self.n_heads), channels.stop)
+        for place, same in groupby(others, key=self.projection):
+            found.append(self.weights(slice(place, place + 1))[0].expand(len(list(same)), -1, -1))
+        return found
+
+    def project(self, n: Annotated[Tensor, "B T D"], projections: slice) -> Annotated[Tensor, "B T C' K"]:
+        """The activations of some of the projections."""
+        parts, first = [], projections.start
+        for w in self.weights(projections):
             bias = None if self.b_qkv is None else self.b_qkv[first : first + len(w)]
             first += len(w)
             matrix = as_matrix(w)
@@ -112,18 +157,18 @@ class Attention:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def read(self, x: Annotated[Tensor, "B T D"], read: Annotated[Tensor, "int64 B Q"] | None = None) -> AttentionSaved:
-        """The activations of all channels from the residual stream; of q at the positions read alone."""
-        heads = self.n_heads
+        """The activations of all projections from the residual stream; of q at the positions read alone."""
+        heads, end = self.n_heads, self.n_heads + 2 * self.n_kv
         n, norm_in = self.norm.forward(x)
         if read is None:
-            return AttentionSaved(norm_in, (self.project(n, slice(0, 3 * heads)),))
+            return AttentionSaved(norm_in, (self.project(n, slice(0, end)),), heads)
         q = self.project(at_positions(n, read), slice(0, heads))
-        return AttentionSaved(norm_in, (q, self.project(n, slice(heads, 3 * heads))))
+        return AttentionSaved(norm_in, (q, self.project(n, slice(heads, end))), heads)
 
     def forward(
         self,
         x: Annotated[Tensor, "B T D"],
-        past: Annotated[Tensor, "B P 2H K"] | None = None,
+        past: Annotated[Tensor, "B P 2G K"] | None = None,
         read: Annotated[Tensor, "int64 B Q"] | None = None,
     ) -> AttentionRun:
         """What the heads make of the residual stream; keys and values alone at positions that are not read."""
@@ -133,13 +178,13 @@ class Attention:
     def mix(
         self, q: Tensor, kv: Tensor, past: Tensor | None = None, read: Tensor | None = None
     ) -> Annotated[Tensor, "B Q H K"]:
-        """The heads' mixtures of v from q [B, Q, H, K] and kv [B, T, 2H, K]; also of some heads alone."""
+        """The heads' mixtures of v from q [B, Q, H, K] and kv [B, T, 2G, K]; also of some heads alone."""
         return self.mixtures(*self.heads(q, kv, past, read), kv.shape[1], read).transpose(1, 2)
 
     def heads(
         self, q: Tensor, kv: Tensor, past: Tensor | None, read: Tensor | None
-    ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H P+T K"], Annotated[Tensor, "B H P+T K"]]:
-        """q, k and v as the pattern takes them: heads first, k and v behind their past, q and k turned.
+    ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B G P+T K"], Annotated[Tensor, "B G P+T K"]]:
+        """q, k and v as the pattern takes them: heads first, k and v behind their past, q and k normed and turned.
 
         Several runs of the same prompts one after the other along B share one past.
         """
@@ -151,18 +196,20 @@ class Attention:
             both[:, before:] = kv
         k, v = both.transpose(1, 2).chunk(2, 1)
         before = k.shape[2] - kv.shape[1]
-        return self.turn_queries(q.transpose(1, 2), before, read), self.turn_keys(k, 0), v
+        return self.ready_queries(q.transpose(1, 2), before, read), self.ready_keys(k, 0), v
 
-    def turn_queries(self, q: Tensor, before: int, read: Tensor | None) -> Tensor:
-        """Queries [..., H, Q, K] behind `before` positions, turned."""
+    def ready_queries(self, q: Tensor, before: int, read: Tensor | None) -> Tensor:
+        """Queries [..., H, Q, K] behind `before` positions, normed and turned."""
+        q = self.q_norm.forward(q)[0]
         return q if self.rotary is None else self.rotary.turn(q, _query_positions(q, before, read))
 
-    def turn_keys(self, k: Tensor, before: int) -> Tensor:
-        """Keys [..., H, T, K] behind `before` positions, turned."""
+    def ready_keys(self, k: Tensor, before: int) -> Tensor:
+        """Keys [..., G, T, K] behind `before` positions, normed and turned."""
+        k = self.k_norm.forward(k)[0]
         return k if self.rotary is None else self.rotary.turn(k, _positions(k, before))
 
     def mixtures(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, read: Tensor | None) -> Tensor:
-        """softmax(..) v [B, H, Q, K] from q [B, H, Q, K], k and v [B, H, P + T, K]; tokens is T.
+        """softmax(..) v [B, H, Q, K] from q [B, H, Q, K], k and v [B, G, P + T, K]; tokens is T.
 
         In float32 at least and not rounded to half precision, so that mixtures can be subtracted before they are.
         """
@@ -170,16 +217,28 @@ class Attention:
         if q.shape[2] == 0:
             return q
         before = k.shape[2] - tokens
-        if before == 0 and read is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        visible = ~_future(tokens, before, read, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
+        if self.softcap is not None:
+            return by_group(self.pattern(q, k, before, read), v)
+        how = {"scale": self.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        if before == 0 and read is None and (self.window is None or tokens <= self.window):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
+        visible = ~self.hidden(tokens, before, read, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **how)
+
+    def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
+        """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
+        keys = torch.arange(-past, tokens, device=device)
+        queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
+        future = keys > queries
+        return future if self.window is None else future | (keys <= queries - self.window)
 
     def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
-        """softmax of the causal scores in float32 at least, from q [.., H, Q, K] and k [.., H, P + T, K] as `heads`
+        """softmax of the causal scores in float32 at least, from q [.., H, Q, K] and k [.., G, P + T, K] as `heads`
         gives them; before is P."""
-        hidden = _future(k.shape[-2] - before, before, read, q.device)
-        scores = (q @ k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * self.scale
+        hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
+        scores = by_group(q, k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
     def added(self, run: AttentionRun) -> Annotated[Tensor, "B Q D"]:
@@ -210,7 +269,11 @@ class Attention:
         groups = [
             kernels.receiver_constants(w, b, norm.gamma, norm.beta) for w, b in zip(self.w_qkv, biases, strict=True)
         ]
-        return torch.cat([g for g, _ in groups]), torch.cat([o for _, o in groups])
+        constants = torch.cat([g for g, _ in groups]), torch.cat([o for _, o in groups])
+        if self.grouped or self.group == 1:
+            return constants
+        places = [self.projection(channel) for channel in range(self.channels[2].stop)]
+        return constants[0][places], constants[1][places]
 
     def backward(
         self,
@@ -231,7 +294,7 @@ class Attention:
         """
         dz = product(grad.to(self.w_o.dtype), self.w_o.flatten(0, 1).T).unflatten(-1, self.w_o.shape[:2])
         del grad  # which its caller has done with
-        heads = self.n_heads
+        of_q, of_k, of_v = self.channels
 
         def piece(channels: slice, act: Tensor, g: Tensor, at_read: bool = False) -> Channels:
             norm_in = saved.norm_in.at(read) if at_read else saved.norm_in
@@ -244,25 +307,37 @@ class Attention:
             q, k, v = self.heads(saved.q, saved.kv, past, read)
             before = k.shape[2] - saved.kv.shape[1]
             pattern = self.pattern(q, k, before, read)
-            dv = _value_grad(pattern, dz.transpose(1, 2), before).transpose(1, 2)
+            dv = self._of_channels(_value_grad(pattern, dz.transpose(1, 2), before)).transpose(1, 2)
             del pattern, q, k, v
-            yield piece(slice(2 * heads, 3 * heads), saved.kv[:, :, heads:], dv)
+            yield piece(of_v, self._of_each(saved.kv[:, :, self.n_kv :]), dv)
             return
         dq, dk, dv = self.grads(saved, dz, past, read)
+        dk, dv = self._of_channels(dk), self._of_channels(dv)
         if read is None:
             g = torch.cat([dq, dk, dv], 1).transpose(1, 2)
             del dq, dk, dv
-            yield piece(slice(0, 3 * heads), saved.qkv[0], g)
+            alike = self.grouped or self.group == 1
+            act = saved.qkv[0] if alike else torch.cat([saved.q, self._of_each(saved.kv)], 2)
+            yield piece(slice(0, of_v.stop), act, g)
             return
-        yield piece(slice(0, heads), saved.q, dq.transpose(1, 2), at_read=True)
+        yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
         g = torch.cat([dk, dv], 1).transpose(1, 2)
         del dq, dk, dv
-        yield piece(slice(heads, 3 * heads), saved.kv, g)
+        yield piece(slice(of_k.start, of_v.stop), self._of_each(saved.kv), g)
+
+    def _of_channels(self, grad: Annotated[Tensor, "B H T K"]) -> Annotated[Tensor, "B C' T K"]:
+        """Gradients of k or v for each query head as those of the receivers."""
+        return grad.unflatten(1, (self.n_kv, self.group)).sum(2) if self.grouped and self.group > 1 else grad
+
+    def _of_each(self, kv: Annotated[Tensor, "B T C' K"]) -> Annotated[Tensor, "B T C'' K"]:
+        """Activations of key and value heads as those of the receivers."""
+        return kv if self.grouped or self.group == 1 else kv.repeat_interleave(self.group, 2)
 
     def grads(
         self, saved: AttentionSaved, dz: Annotated[Tensor, "B Q H K"], past: Tensor | None, read: Tensor | None
     ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
-        """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before they are turned, from dz = ∂metric/∂z.
+        """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before the norms and the turn, k and v for each query head; dz is
+        ∂metric/∂z.
 
         With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The
         pattern is computed again, so that no [B, H, Q, T] outlives its layer.
@@ -272,59 +347,76 @@ class Attention:
         before, wide = k.shape[2] - saved.kv.shape[1], accumulate_dtype(q.dtype)
         pattern = self.pattern(q, k, before, read)
         dv = _value_grad(pattern, dz, before)
-        dp = (dz @ v.transpose(-1, -2)).to(wide)
-        ds = (torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * self.scale).to(dz.dtype)
-        dq, dk = ds @ k, ds[..., before:].transpose(-1, -2) @ q
-        if self.rotary is None:
-            return dq, dk, dv
-        return (
-            self.rotary.back(dq, _query_positions(dq, before, read)),
-            self.rotary.back(dk, _positions(dk, before)),
-            dv,
-        )
+        dp = by_group(dz, v.transpose(-1, -2)).to(wide)
+        ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * self.scale
+        if self.softcap is not None:
+            tanh = (by_group(q, k.transpose(-1, -2)).to(wide) * (self.scale / self.softcap)).tanh()
+            ds = ds * (1 - tanh**2)
+        ds = ds.to(dz.dtype)
+        dq, dk = by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q
+        if self.rotary is not None:
+            dq = self.rotary.back(dq, _query_positions(dq, before, read))
+            dk = self.rotary.back(dk, _positions(dk, before))
+        dq = self.q_norm.backward(dq, self.q_norm.forward(saved.q.transpose(1, 2))[1])
+        if self.k_norm.kind != "none":
+            raw = saved.kv[:, :, : self.n_kv].transpose(1, 2).repeat_interleave(self.group, 1)  # [B, H, T, K]
+            dk = self.k_norm.backward(dk, self.k_norm.forward(raw)[1])
+        return dq, dk, dv
 
     # Patched
 
-    def one_head(
+    def behind(self, channel: int) -> range:
+        """The heads that are made of what a channel reads."""
+        if channel < self.n_heads or not self.grouped:
+            return range(channel % self.n_heads, channel % self.n_heads + 1)
+        first = (channel - self.n_heads) % self.n_kv * self.group
+        return range(first, first + self.group)
+
+    def patched(
         self,
         channel: int,
-        n: Annotated[Tensor, "C B Q' D"],
+        n: Annotated[Tensor, "N B Q' D"],
         saved: AttentionSaved,
         past: Tensor | None,
         read: Tensor | None,
-    ) -> Annotated[Tensor, "C B Q K"]:
-        """The mixtures of a channel's head in C copies of a run, where this channel alone reads other normalised
+    ) -> Annotated[Tensor, "N B Q h K"]:
+        """The mixtures of the heads behind a channel in N copies of a run, where it alone reads other normalised
         streams.
 
         n: at the positions read for q, at all others. saved: of the run, at all positions.
         """
-        part, head = divmod(channel, self.n_heads)
-        (w,) = self.groups(slice(channel, channel + 1))
-        bias = None if self.b_qkv is None else self.b_qkv[channel]
-        changed = product(n, w[0], bias).transpose(0, 1)  # [B, C, Q', K], the copies in the heads' place
-        qkv = []
-        for p in range(3):
-            x = saved.qkv[0][:, :, p * self.n_heads + head, None].transpose(1, 2)  # [B, 1, T, K]
-            if p == 0 and read is not None:
-                x = x.gather(2, read[:, None, :, None].expand(-1, 1, -1, x.shape[-1]))
-            x = changed if p == part else x
-            if p > 0 and past is not None:
-                before = past[:, :, (p - 1) * self.n_heads + head, None].transpose(1, 2)
+        place, heads, copies = self.projection(channel), self.behind(channel), len(n)
+        (w,) = self.weights(slice(place, place + 1))
+        bias = None if self.b_qkv is None else self.b_qkv[place]
+        changed = product(n, w[0], bias).transpose(0, 1)  # [B, N, Q', K], the copies in the heads' place
+        shared = self.n_heads + heads.start // self.group
+        qkv, tokens = [], saved.qkv[0].shape[1]
+        for first, count in ((heads.start, len(heads)), (shared, 1), (shared + self.n_kv, 1)):
+            x = saved.qkv[0][:, :, first : first + count].transpose(1, 2)  # [B, h or 1, T, K]
+            is_q = first < self.n_heads
+            if is_q and read is not None:
+                x = x.gather(2, read[:, None, :, None].expand(-1, count, -1, x.shape[-1]))
+            x = changed if first == place else x
+            if not is_q and past is not None:
+                before = past[:, :, first - self.n_heads, None].transpose(1, 2)
                 x = torch.cat([before.expand(-1, x.shape[1], -1, -1), x], 2)
-            qkv.append(x.expand(-1, len(n), -1, -1))
+            if count > 1:
+                x = x[:, None].expand(-1, copies, -1, -1, -1).flatten(1, 2)
+            qkv.append(x if count > 1 else x.expand(-1, copies, -1, -1))
         q, k, v = qkv
-        tokens = saved.qkv[0].shape[1]
-        q, k = self.turn_queries(q, k.shape[2] - tokens, read), self.turn_keys(k, 0)
-        return self.mixtures(q, k, v, tokens, read).transpose(0, 1)
+        q, k = self.ready_queries(q, k.shape[2] - tokens, read), self.ready_keys(k, 0)
+        z = self.mixtures(q, k, v, tokens, read)  # [B, N·h, Q, K]
+        return z.unflatten(1, (copies, -1)).permute(1, 0, 3, 2, 4)
 
     def each_channel(
         self, channels: Sequence[int], v: Annotated[Tensor, "N C' B Q D"]
     ) -> Annotated[Tensor, "N·B Q C' K"]:
         """The activations of some channels in N copies, each from a residual stream of its own."""
-        weight = torch.stack([self.groups(slice(c, c + 1))[0][0] for c in channels])  # [C', D, K]
+        places = [self.projection(channel) for channel in channels]
+        weight = torch.stack([self.weights(slice(place, place + 1))[0][0] for place in places])  # [C', D, K]
         n = self.norm.forward(v)[0].transpose(0, 1).flatten(1, 3)  # [C', N·B·Q, D]
         act = torch.bmm(n, weight).unflatten(1, (v.shape[0] * v.shape[2], v.shape[3])).permute(1, 2, 0, 3)
-        return act if self.b_qkv is None else act + self.b_qkv[list(channels)]
+        return act if self.b_qkv is None else act + self.b_qkv[places]
 
     def mix_at_read(
         self, x: Annotated[Tensor, "N T D"], past: Tensor | None, read: Annotated[Tensor, "int64 N 1"]
@@ -334,14 +426,17 @@ class Attention:
             scores = q·(W_kᵀ n + b_k) = (W_k q)·n + q·b_k
             mixtures = Σ_t p_t (W_vᵀ n_t + b_v) = W_vᵀ Σ_t p_t n_t + b_v Σ_t p_t
 
-        In half precision, and where keys are turned, they are made, and rounded as the model does.
+        In half precision, and where anything else lies between projections and mixtures, they are made, and rounded as
+        the model does.
         """
-        if accumulate_dtype(x.dtype) != x.dtype or self.rotary is not None:
+        plain = self.rotary is None and self.q_norm.kind == self.k_norm.kind == "none" and self.group == 1
+        plain = plain and self.softcap is None and self.window is None
+        if accumulate_dtype(x.dtype) != x.dtype or not plain:
             return self.forward(x, past, read).z
         heads, tokens = self.n_heads, x.shape[1]
         n = self.norm.forward(x)[0]
         q = self.project(at_positions(n, read), slice(0, heads))[:, 0].transpose(0, 1)  # [H, N, K]
-        w_k, w_v = torch.cat(self.groups(slice(heads, 3 * heads))).chunk(2)  # [H, D, K]
+        w_k, w_v = torch.cat(self.weights(slice(heads, 3 * heads))).chunk(2)  # [H, D, K]
         scores = torch.bmm(torch.bmm(q, w_k.transpose(1, 2)).transpose(0, 1), n.transpose(1, 2))  # [N, H, T]
         b_v = None
         if self.b_qkv is not None:
@@ -352,7 +447,7 @@ class Attention:
             by_prompt = q.unflatten(1, (-1, len(past))).permute(2, 0, 1, 3)  # [B, H, N/B, K]
             earlier = (by_prompt @ before[:, :heads]).permute(2, 0, 1, 3).flatten(0, 1)  # [N, H, P]
             scores = torch.cat([earlier, scores], 2)
-        hidden = _future(tokens, scores.shape[2] - tokens, read, x.device)[:, 0]
+        hidden = self.hidden(tokens, scores.shape[2] - tokens, read, x.device)[:, 0]
         pattern = (scores * self.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
         here = pattern[:, :, -tokens:]
         z = torch.bmm(torch.bmm(here, n).transpose(0, 1), w_v)  # [H, N, K]
@@ -368,7 +463,7 @@ class Attention:
 class Channels:
     """Some of a layer's q, k and v receivers, and what their gradients are made of.
 
-    constants: (Wᵀγ, b + Wᵀβ) of all of the layer's. index: the layer. channels: which of its 3H; receivers: which of
+    constants: (Wᵀγ, b + Wᵀβ) of all of the layer's. index: the layer. channels: which of its C; receivers: which of
     the graph's. norm_in: what their normalisation read. act, g: [B, T, C', K] their activations and ∂metric/∂ of them.
     With
     at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
@@ -412,18 +507,30 @@ class Channels:
 
     def total(self) -> Annotated[Tensor, "B T D"]:
         """Σ over them of ∂metric/∂v, in float32 at least, without making them one by one."""
+        g, projections = self._folded()
         dn, start = None, 0
-        for w in self.attention.groups(self.channels):  # Σ_c W_c g_c
-            part = self.g[:, :, start : start + w.shape[0]]
+        for w in self.attention.weights(projections):  # Σ_c W_c g_c
+            part = g[:, :, start : start + w.shape[0]]
             matrix = as_matrix(w)
             if matrix is not None:
                 more = product(part.flatten(2), matrix.T)
             else:
-                more = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, self.g.shape[:2])
+                more = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, g.shape[:2])
             dn = more if dn is None else dn + more
             start += w.shape[0]
         assert dn is not None
         return self.attention.norm.backward(dn, self.norm_in, self.rules.norm).to(accumulate_dtype(dn.dtype))
+
+    def _folded(self) -> tuple[Tensor, slice]:
+        """g summed over the query heads that share a projection, and which projections these are."""
+        attention, channels = self.attention, self.channels
+        if attention.grouped or attention.group == 1:
+            return self.g, channels
+        queries = max(0, attention.n_heads - channels.start)
+        parts = [self.g[:, :, :queries], self.g[:, :, queries:].unflatten(2, (-1, attention.group)).sum(3)]
+        return torch.cat(parts, 2), slice(
+            attention.projection(channels.start), attention.projection(channels.stop - 1) + 1
+        )
 
     def factors(self) -> tuple[Annotated[Tensor, "B T C' K"], kernels.Norm, list[Annotated[Tensor, "C'' D K"]]]:
         """(g, norm, channel groups) from which the kernels make the gradients."""
@@ -435,11 +542,13 @@ class Channels:
         return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]
 
 
-def _future(tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
-    """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read [B, Q]."""
-    keys = torch.arange(-past, tokens, device=device)
-    queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
-    return keys > queries
+def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
+    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
+    group = x.shape[-3] // y.shape[-3]
+    if group == 1:
+        return x @ y
+    rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]
+    return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
 
 
 def _positions(x: Tensor, before: int) -> Tensor:

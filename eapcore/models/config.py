@@ -26,7 +26,11 @@ class ModelConfig:
     d_mlp and act_fn are None for an attention-only model. normalization is "layernorm", "rmsnorm" or None (absent);
     attn_scale divides the attention scores, in layer l also by l + 1 with scale_attn_by_inverse_layer_idx. parallel: a
     layer's MLP reads the stream that its heads read. rotary_frequencies: radians a position of the pairs of dimensions
-    of each head that are turned, see `rotary.Rotary`.
+    of each head that are turned, see `rotary.Rotary`; local_frequencies: in layers with a window, where they are
+    others. gated: the MLPs' units are gated. n_key_value_heads: fewer than n_heads where queries are grouped;
+    kv_grouped: a group's heads have one k and one v receiver. qk_norm: q and k are normalised. windows: for each layer
+    how many positions a query sees, None for all. attn_softcap, logits_softcap: s becomes cap · tanh(s / cap).
+    embed_scale: of the tokens' embedding.
     """
 
     n_layers: int
@@ -44,6 +48,14 @@ class ModelConfig:
     parallel: bool = False
     rotary_frequencies: tuple[float, ...] = ()
     gated: bool = False
+    local_frequencies: tuple[float, ...] = ()
+    n_key_value_heads: int | None = None
+    kv_grouped: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    attn_softcap: float | None = None
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
@@ -56,22 +68,34 @@ class ModelConfig:
             raise ValueError(f"act_fn must be one of {', '.join(ACTIVATIONS)}, got {self.act_fn!r}")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be 'layernorm', 'rmsnorm' or None, got {self.normalization!r}")
+        if self.n_kv < 1 or self.n_heads % self.n_kv:
+            raise ValueError(f"n_key_value_heads must divide n_heads {self.n_heads}, got {self.n_key_value_heads!r}")
 
     @property
     def attn_only(self) -> bool:
         return self.d_mlp is None
 
     @property
+    def n_kv(self) -> int:
+        """Key and value heads of a layer."""
+        return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    @property
     def graph(self) -> Graph:
         """The senders, receivers and edges of a model of these dimensions."""
-        return Graph(self.n_layers, self.n_heads, not self.attn_only, self.parallel)
+        n_kv = self.n_kv if self.kv_grouped and self.n_kv < self.n_heads else None
+        return Graph(self.n_layers, self.n_heads, not self.attn_only, self.parallel, n_kv)
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a query of a layer sees."""
+        return self.windows[layer] if self.windows else None
 
     def score_scale(self, layer: int) -> float:
         """What multiplies q·k in a layer."""
         return 1.0 / (self.attn_scale * (layer + 1 if self.scale_attn_by_inverse_layer_idx else 1))
 
-    def rotary(self) -> Rotary | None:
-        """What turns queries and keys."""
-        if not self.rotary_frequencies:
-            return None
-        return Rotary(torch.tensor(self.rotary_frequencies, dtype=torch.float64, device="cpu"))
+    def rotary(self, layer: int) -> Rotary | None:
+        """What turns the queries and keys of a layer."""
+        local = self.local_frequencies if self.window(layer) is not None else ()
+        frequencies = local or self.rotary_frequencies
+        return Rotary(torch.tensor(frequencies, dtype=torch.float64, device="cpu")) if frequencies else None

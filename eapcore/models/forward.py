@@ -74,7 +74,8 @@ def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
 
 def embed_tokens(model: Model, tokens: Tensor) -> Tensor:
     """The part of it that depends on the tokens."""
-    return model.weights.w_e[tokens]
+    rows, scale = model.weights.w_e[tokens], model.config.embed_scale
+    return rows if scale == 1 else rows * torch.tensor(scale, dtype=rows.dtype, device="cpu").item()
 
 
 def run_stages(
@@ -129,12 +130,14 @@ def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tens
     With tokens int64 [B, n] those alone, [C·B, n], where x [C·B, D] is of C runs of B prompts.
     """
     n, norm_in = model.weights.ln_final.forward(x)
-    b_u = model.weights.b_u
+    b_u, cap = model.weights.b_u, model.config.logits_softcap
     if tokens is None:
-        return product(n, model.weights.w_u, b_u), norm_in
-    columns = model.weights.w_u.T[tokens]  # [B, n, D]
-    logits = (by_prompt(n, tokens) @ columns.transpose(1, 2)).transpose(0, 1)  # [C, B, n]
-    return (logits if b_u is None else logits + b_u[tokens]).flatten(0, 1), norm_in
+        logits = product(n, model.weights.w_u, b_u)
+    else:
+        columns = model.weights.w_u.T[tokens]  # [B, n, D]
+        logits = (by_prompt(n, tokens) @ columns.transpose(1, 2)).transpose(0, 1)  # [C, B, n]
+        logits = (logits if b_u is None else logits + b_u[tokens]).flatten(0, 1)
+    return logits if cap is None else cap * (logits / cap).tanh(), norm_in
 
 
 def by_prompt(x: Tensor, tokens: Tensor) -> Tensor:

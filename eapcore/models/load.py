@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eapcore.kernels.checks import one_of
 from eapcore.models.checkpoint import Stored, fetch_weights, find_weights, hub_id, read_config, read_weights, stored
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
@@ -27,25 +28,29 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    kv: str = "each",
 ) -> Model:
     """Load a model: a built-in toy by name, or whatever `load_weights` takes.
 
     Args:
-        source: "toy-ioi" or "toy-induction"; a folder; a Hub id such as "gpt2"; a transformers GPT2LMHeadModel; or a
-            TransformerLens-named state dict with its `config`.
+        source: "toy-ioi" or "toy-induction"; a folder; a Hub id such as "gpt2"; a transformers causal language model of
+            a family that `families.FAMILIES` has; or a state dict with its `config`.
         config: the configuration of a state dict, or instead of a folder's config.json.
         revision: of a Hub id.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
         device: e.g. "cuda"; None keeps a model's own, and is the CPU for files.
+        kv: with grouped queries, "each" has one k and one v receiver for each query head, `a3.h5<k>`, as other tools
+            have it; "grouped" one for each key and value head, `a3.kv1<k>`, whose scores are the sums of the others.
 
     Raises:
         ValueError: a damaged checkpoint or an unsupported architecture, by name.
         OSError: files that are missing, or neither cached nor reachable.
     """
     toy = TOYS.get(source) if isinstance(source, str) else None
-    loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device)
+    one_of("kv", kv, ("each", "grouped"))
+    loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device, kv=kv)
     name = source if toy is not None and isinstance(source, str) else loaded.model_id
-    return Model(loaded.config, loaded.weights, name, loaded.folder)
+    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Loaded:
     weights: Weights
     model_id: str
     folder: Path | None
+    family: str = "GPT-2"
 
 
 def load_weights(
@@ -66,8 +72,9 @@ def load_weights(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     cache_dir: str | Path | None = None,
+    kv: str = "each",
 ) -> Loaded:
-    """Load a GPT-2-architecture or attention-only model from wherever it is.
+    """Load a model from wherever it is.
 
     Files are memory-mapped and tensors that need no conversion stay views of them, so that no second copy is made: do
     not overwrite the files while the model is in use. The weights of a model or a state dict in memory are shared with
@@ -75,7 +82,7 @@ def load_weights(
 
     Args:
         source: a folder with config.json and its weights; a model's id on the Hub, of which `gpt2`, `gpt2-medium`,
-            `gpt2-large` and `gpt2-xl` need no owner; a transformers GPT2LMHeadModel; or a state dict.
+            `gpt2-large` and `gpt2-xl` need no owner; a transformers causal language model; or a state dict.
         config: fields of a transformers or TransformerLens configuration, in place of the source's own; a state dict
             needs it.
         revision: of the Hub: a branch, tag or commit. None is a pinned commit for GPT-2, `main` for others.
@@ -98,8 +105,10 @@ def load_weights(
             raise ValueError(f"revision {revision!r} is for models on the Hub, not for one in memory")
         model_id, raw, tensors = _in_memory(source, config)
         layout = layout_of(raw)
+    if kv == "grouped":
+        layout = replace(layout, config=replace(layout.config, kv_grouped=True))
     weights = build_weights(layout, tensors, dtype=_dtype(dtype), device=_device(device))
-    return Loaded(layout.config, weights, model_id, folder)
+    return Loaded(layout.config, weights, model_id, folder, layout.family)
 
 
 def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[str, Path, Path | None]:
@@ -124,7 +133,7 @@ def _in_memory(
 ) -> tuple[str, Mapping[str, Any], list[Stored]]:
     if not isinstance(source, nn.Module | Mapping):
         raise ValueError(
-            f"expected a folder, a Hub id, a GPT2LMHeadModel or a state dict, got a {type(source).__name__}"
+            f"expected a folder, a Hub id, a transformers model or a state dict, got a {type(source).__name__}"
         )
     if isinstance(source, Mapping):
         if config is None:
@@ -135,11 +144,12 @@ def _in_memory(
     name = type(source).__name__
     if config is None and not hasattr(own, "to_dict"):
         raise ValueError(
-            f"expected a transformers GPT2LMHeadModel, got a {name} without config: give its state_dict() and config="
+            f"expected a transformers model, got a {name} without config: give its state_dict() and config="
         )
     raw: dict[str, Any] = dict(own.to_dict() if config is None else config)
     state = source.state_dict()
-    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    ends = [getattr(source, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    embedding, head = (getattr(end, "weight", None) for end in ends)
     if head is not None and embedding is not None:  # what it computes with counts, not what its configuration says
         raw["tie_word_embeddings"] = head.data_ptr() == embedding.data_ptr()
     return getattr(own, "name_or_path", "") or name, raw, [stored(key, tensor, name) for key, tensor in state.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
@@ -18,6 +18,8 @@ from eapcore.models.config import ModelConfig
 from eapcore.models.mlp import Mlp
 from eapcore.models.weights import Weights
 
+# Fields from here on belong to a model's identity where they are not what they are by default.
+_HASHED = [field.name for field in fields(ModelConfig)].index("parallel")
 C = TypeVar("C", Attention, Mlp, Attention | Mlp)
 
 
@@ -49,13 +51,15 @@ class Stage:
 class Model:
     """A configuration with its weights, on one device, in one dtype.
 
-    name says where they came from, folder where their files lie (None for weights from memory).
+    name says where they came from, folder where their files lie (None for weights from memory), family for people what
+    it is.
     """
 
     config: ModelConfig
     weights: Weights
     name: str = "unnamed"
     folder: Path | None = None
+    family: str = "GPT-2"
 
     @cached_property
     def graph(self) -> Graph:
@@ -109,8 +113,10 @@ class Model:
         """The weights' hash together with what changes the numbers beside them, as 16 hex digits."""
         c = self.config
         beside = f"{c.act_fn} {c.attn_scale:.9g} {c.scale_attn_by_inverse_layer_idx} {c.eps:.9g}"
-        beside += " rmsnorm" * (c.normalization == "rmsnorm") + " parallel" * c.parallel
-        beside += f" {c.rotary_frequencies}" * bool(c.rotary_frequencies)
+        for field in fields(c)[_HASHED:]:  # kv_grouped says which edges there are, not what the model computes
+            if field.name != "kv_grouped" and (value := getattr(c, field.name)) != field.default:
+                beside += f" {field.name}={value}"
+        beside += " rmsnorm" * (c.normalization == "rmsnorm")
         return hashlib.sha256(f"{self.weights.content_hash()} {beside}".encode()).hexdigest()[:16]
 
     @cached_property

@@ -83,7 +83,7 @@ def run_paired(
                 count = difference.shape[1]
                 out = _with_moved(x, attention.added_by(rows[:, :-count]), difference)
             qkv = (rest(saved.qkv[0]), *(whole(t) for t in saved.qkv[1:]))
-            heads = AttentionRun(AttentionSaved(saved.norm_in.of(whole), qkv), z)
+            heads = AttentionRun(AttentionSaved(saved.norm_in.of(whole), qkv, saved.n_heads), z)
             del saved, z, rows, difference
         mlp = None
         if stage.mlp is not None:

@@ -28,6 +28,8 @@ def spread(x: Tensor, read: Tensor | None, tokens: int) -> Tensor:
 def as_matrix(w: Tensor) -> Tensor | None:
     """A channel group [C, D, K] as a matrix [D, C·K] without a copy, or None where its strides do not allow it."""
     channels, d_model, d_head = w.shape
-    if w.stride(2) != 1 or w.stride(0) != d_head:
-        return None
-    return w.as_strided((d_model, channels * d_head), (w.stride(1), 1))
+    if w.stride(2) == 1 and w.stride(0) == d_head:
+        return w.as_strided((d_model, channels * d_head), (w.stride(1), 1))
+    if w.stride(1) == 1 and w.stride(0) == d_head * w.stride(2):  # stored as its transpose
+        return w.as_strided((d_model, channels * d_head), (1, w.stride(2)))
+    return None

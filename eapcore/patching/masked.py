@@ -117,14 +117,19 @@ class _Masked:
         if not heads:
             return
         stream, (rows, _) = self.base.streams[number], recording.batch.shape
-        channels = [[p * attention.n_heads + h for p in parts for h in heads] for parts in ((0,), (1, 2))]
+        _, of_k, of_v = attention.channels
+        behind = {channel: attention.behind(channel) for channel in range(of_k.start, of_v.stop)}
+        # Each head's key and then each head's value channel; heads of a group may share one.
+        shared = [c for kind in (of_k, of_v) for h in heads for c in range(kind.start, kind.stop) if h in behind[c]]
+        channels = sorted(set(shared))
         q, kv = (
             attention.each_channel(mine, self.read([place.receivers.start + c for c in mine], stream, short))
-            for mine, short in zip(channels, (stage.last, False), strict=True)
+            for mine, short in ((heads, stage.last), (channels, False))
         )
+        kv = kv if channels == shared else kv[:, :, [channels.index(c) for c in shared]]
         past = recording.before(stage.index)
         if past is not None:
-            both = [*heads, *(attention.n_heads + h for h in heads)]
+            both = [attention.projection(c) - attention.n_heads for c in shared]
             past = past[:, :, both].repeat(self.copies, 1, 1, 1)
         read = recording.read.repeat(self.copies, 1) if stage.last else None
         z = attention.mix(q, kv, past, read).to(attention.w_o.dtype)  # [C·B, Q, h, K]

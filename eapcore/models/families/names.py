@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +16,7 @@ from eapcore.models.attention import Attention
 from eapcore.models.checkpoint import Stored
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.mlp import Mlp
-from eapcore.models.norm import Norm
+from eapcore.models.norm import NO_NORM, Norm
 from eapcore.models.weights import Layer, Weights
 
 # Other names of the same functions: the three tanh forms differ only in how they are computed.
@@ -25,10 +25,19 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_fast": "gelu_new",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
-_PREFIX = re.compile(r"\A(?:transformer\.|model\.|module\.)+")  # of wrappers; `_orig_mod.` may stand anywhere
-_BUFFER = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE)")
+_PREFIX = re.compile(
+    r"\A(?:transformer\.|model\.|module\.|gpt_neox\.)+"
+)  # of wrappers; `_orig_mod.` may stand anywhere
+_BUFFER = re.compile(
+    r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE)"
+    r"|(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|layers\.\d+\.attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
+)
 _SHOWN = 4  # tensors that an error names before it only counts
 
 
@@ -36,12 +45,12 @@ _SHOWN = 4  # tensors that an error names before it only counts
 class Source:
     """Which tensors of a checkpoint one of ours is made of.
 
-    names: theirs, with {} for the number of the layer. shape: of each. view: what makes ours of them, without a copy
-    where that is possible. required: whether a checkpoint must have them.
+    names: theirs, with {} for the number of the layer. shape: of each, or one for each of them. view: what makes ours
+    of them, without a copy where that is possible. required: whether a checkpoint must have them.
     """
 
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     view: Callable[..., Tensor] = lambda x: x
     required: bool = True
 
@@ -52,7 +61,8 @@ class Layout:
 
     kind: what it is, for messages. layer: of one layer, by the names without `layers.{l}.`; ends: of the rest. tied:
     the head is the embedding; a `w_u` that is stored all the same must be equal to it. folded: its normalisations were
-    folded into the weights behind them, and have γ = 1 and β = 0.
+    folded into the weights behind them, and have γ = 1 and β = 0. aliases:
+    other names of some of its tensors. family: for people.
     """
 
     kind: str
@@ -61,6 +71,8 @@ class Layout:
     layer: Mapping[str, Source]
     tied: bool = False
     folded: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    family: str = "GPT-2"
 
     def sources(self) -> Iterator[tuple[str, Source, str]]:
         """(our name, where it comes from, the layer's number as text) of every tensor, in a fixed order."""
@@ -73,7 +85,14 @@ class Layout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of what a checkpoint must hold."""
         must = [(source, index) for _, source, index in self.sources() if source.required]
-        return {name.format(index): source.shape for source, index in must for name in source.names}
+        return {name.format(index): shape for source, index in must for name, shape in shapes_of(source)}
+
+
+def shapes_of(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and the shape of each tensor of a source."""
+    for place, name in enumerate(source.names):
+        shape = source.shape[place] if source.shape and isinstance(source.shape[0], tuple) else source.shape
+        yield name, shape  # type: ignore[misc]
 
 
 def build_weights(
@@ -120,7 +139,17 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
         w_qkv = tuple(own[name] for name in ("w_qkv.0", "w_qkv.1", "w_qkv.2") if name in own)
         scale = config.score_scale(index)
         attention = Attention(
-            norm(at + "ln1"), w_qkv, own.get("b_qkv"), own["w_o"], own.get("b_o"), scale, config.rotary()
+            norm(at + "ln1"),
+            w_qkv,
+            own.get("b_qkv"),
+            own["w_o"],
+            own.get("b_o"),
+            scale,
+            config.rotary(index),
+            *(Norm("rmsnorm", own[f"{x}_norm.0"], None, config.eps) if config.qk_norm else NO_NORM for x in "qk"),
+            softcap=config.attn_softcap,
+            window=config.window(index),
+            grouped=config.kv_grouped,
         )
         if config.act_fn is None:
             layers.append(((attention,),))
@@ -152,15 +181,17 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
         name = _PREFIX.sub("", tensor.name.replace("_orig_mod.", ""), count=1)
         if _BUFFER.fullmatch(name):
             continue
+        name = layout.aliases.get(name, name)
         if name in by_name:
             raise ValueError(f"the checkpoint holds {name} twice, as {by_name[name].name} and as {tensor.name}")
         by_name[name] = tensor
     known, missing = {}, []
     for _, source, index in layout.sources():
-        for name in (their.format(index) for their in source.names):
-            known[name] = source.shape
+        for their, shape in shapes_of(source):
+            name = their.format(index)
+            known[name] = shape
             if source.required and name not in by_name:
-                missing.append(f"{name} {list(source.shape)}")
+                missing.append(f"{name} {list(shape)}")
     extra = [tensor.name for name, tensor in by_name.items() if name not in known]
     if missing or extra:
         faults = [f"lacks {_some(missing)}"] if missing else []
@@ -229,3 +260,50 @@ def refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple[object, ...]]) ->
         if value is not None and value not in values:
             expected = " or ".join(repr(each) for each in values) or "none"
             raise ValueError(f"{name} {value!r} of the configuration is not supported: expected {expected}")
+
+
+def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None) -> tuple[float, ...]:
+    """Radians a position of a rotary embedding of so many dimensions, base^(−2i/dims), slowed down as `scaling` says.
+
+    scaling: "default"; "linear", by its factor; or "llama3": wavelengths beyond the original context by the factor,
+    those far inside it not at all, those in between by a mixture.
+
+    Raises:
+        ValueError: another kind of scaling; it is named.
+    """
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    turns = [base ** (-i / dims) for i in range(0, dims, 2)]
+    if kind == "default":
+        return tuple(turns)
+    if kind not in ("linear", "llama3"):
+        raise ValueError(
+            f"rope_type {kind!r} of the configuration is not supported: expected default, linear or llama3"
+        )
+    factor = positive(scaling, "factor", default=0)
+    if kind == "linear":
+        return tuple(turn / factor for turn in turns)
+    low, high = (positive(scaling, name, default=0) for name in ("low_freq_factor", "high_freq_factor"))
+    context = integer(scaling, "original_max_position_embeddings")
+    found = []
+    for turn in turns:
+        smooth = (context * turn / (2 * math.pi) - low) / (high - low)  # 0 at the long wavelengths, 1 at the short
+        smooth = min(1.0, max(0.0, smooth))
+        found.append((1 - smooth) * turn / factor + smooth * turn)
+    return tuple(found)
+
+
+def rope(raw: Mapping[str, Any], layers: str | None = None) -> tuple[float, Mapping[str, Any]]:
+    """(base, scaling) of a configuration, in the older form or in transformers 5's; layers: of which kind of layer."""
+    given = raw.get("rope_parameters") or {}
+    if layers is not None and layers in given:
+        given = given[layers]
+    scaling = given or raw.get("rope_scaling") or {}
+    return positive(given if "rope_theta" in given else raw, "rope_theta", default=10000.0), scaling
+
+
+def linear(name: str, out: int, inside: int, heads: int | None = None) -> Source:
+    """A torch Linear's weight [out, in] as the matrix [in, out], with heads as channels [C, in, K]."""
+    if heads is None:
+        return Source((name,), (out, inside), lambda w: w.T)
+    return Source((name,), (out, inside), lambda w: w.view(heads, -1, inside).transpose(1, 2))

@@ -1,0 +1,114 @@
+"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from eapcore.models.config import ModelConfig
+from eapcore.models.families.names import (
+    Layout,
+    Source,
+    activation,
+    flag,
+    frequencies,
+    integer,
+    linear,
+    positive,
+    refuse,
+    rope,
+)
+
+_ONLY = {
+    "quantization_config": (),
+    "attention_multiplier": (),
+    "num_local_experts": (),
+    "num_experts": (),
+    "mlp_bias": (False,),
+}
+
+
+def llama(raw: Mapping[str, Any]) -> Layout:
+    """The layout that a configuration describes; ValueError for what is not supported, by name."""
+    refuse(raw, _ONLY)
+    kind, gemma = raw["model_type"], raw["model_type"] == "gemma"
+    d_model, heads, layers = (
+        integer(raw, "hidden_size"),
+        integer(raw, "num_attention_heads"),
+        integer(raw, "num_hidden_layers"),
+    )
+    d_head = d_model // heads if raw.get("head_dim") is None else integer(raw, "head_dim")
+    n_kv = heads if raw.get("num_key_value_heads") is None else integer(raw, "num_key_value_heads")
+    config = ModelConfig(
+        n_layers=layers,
+        n_heads=heads,
+        d_model=d_model,
+        d_head=d_head,
+        d_mlp=integer(raw, "intermediate_size"),
+        d_vocab=integer(raw, "vocab_size"),
+        n_ctx=integer(raw, "max_position_embeddings"),
+        act_fn=_activation(raw, gemma),
+        attn_scale=math.sqrt(d_head),
+        normalization="rmsnorm",
+        eps=positive(raw, "rms_norm_eps", default=1e-6),
+        rotary_frequencies=frequencies(rope(raw)[0], d_head, rope(raw)[1]),
+        gated=True,
+        n_key_value_heads=None if n_kv == heads else n_kv,
+        qk_norm=kind == "qwen3",
+        windows=_windows(raw, layers),
+        embed_scale=math.sqrt(d_model) if gemma else 1.0,
+    )
+    D, H, G, K, M, V = d_model, heads, n_kv, d_head, config.d_mlp or 0, config.d_vocab
+    tied, shift = flag(raw, "tie_word_embeddings", gemma), (lambda w: w + 1) if gemma else (lambda w: w)
+    bias = flag(raw, "attention_bias", kind == "qwen2")
+    at = "layers.{}."
+    attention = at + "self_attn."
+    ends = {
+        "w_e": Source(("embed_tokens.weight",), (V, D)),
+        "ln_final.0": Source(("norm.weight",), (D,), shift),
+        "w_u": Source(("lm_head.weight",), (V, D), lambda w: w.T, required=not tied),
+    }
+    layer = {
+        "ln1.0": Source((at + "input_layernorm.weight",), (D,), shift),
+        "w_qkv.0": linear(attention + "q_proj.weight", H * K, D, H),
+        "w_qkv.1": linear(attention + "k_proj.weight", G * K, D, G),
+        "w_qkv.2": linear(attention + "v_proj.weight", G * K, D, G),
+        "w_o": Source((attention + "o_proj.weight",), (D, H * K), lambda w: w.T.unflatten(0, (H, K))),
+        "ln2.0": Source((at + "post_attention_layernorm.weight",), (D,), shift),
+        "w_in": linear(at + "mlp.gate_proj.weight", M, D),
+        "w_up": linear(at + "mlp.up_proj.weight", M, D),
+        "w_out": linear(at + "mlp.down_proj.weight", D, M),
+    }
+    if bias:  # q, k and v in one [H + 2G, K]
+        names = tuple(f"{attention}{x}_proj.bias" for x in "qkv")
+        layer["b_qkv"] = Source(names, ((H * K,), (G * K,), (G * K,)), lambda *b: torch.cat(b).view(-1, K))
+        if kind != "qwen2":
+            layer["b_o"] = Source((attention + "o_proj.bias",), (D,))
+    if config.qk_norm:
+        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (K,)) for x in "qk"}
+    what = f"{kind} of {layers} layers with {'a tied' if tied else 'an untied'} head"
+    return Layout(what, config, ends, layer, tied, family=kind)
+
+
+def _activation(raw: Mapping[str, Any], gemma: bool) -> str:
+    """Gemma's first configurations say gelu where the tanh form is meant; a later field says which."""
+    if gemma:
+        return activation(raw, "hidden_activation", None) if raw.get("hidden_activation") else "gelu_new"
+    return activation(raw, "hidden_act", "silu")
+
+
+def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """For each layer how many positions a query sees; empty where all see all."""
+    if raw.get("sliding_window") is None or raw.get("use_sliding_window", True) is False:
+        return ()
+    window = integer(raw, "sliding_window")
+    kinds = raw.get("layer_types")
+    if kinds is None:  # before there were kinds of layers
+        first = integer(raw, "max_window_layers") if raw.get("max_window_layers") else 0
+        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types of the configuration must be {layers} of full_attention and sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
