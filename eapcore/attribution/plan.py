@@ -61,8 +61,9 @@ class _Memory(TorchDispatchMode):
                     self.held[key] = (StorageWeakRef(storage), storage.nbytes())
                     self.now += storage.nbytes()
         wide = (kwargs or {}).get("dtype")
-        converts = func is torch.ops.aten.sum.dim_IntList and wide not in (None, args[0].dtype)
-        inside = args[0].numel() * wide.itemsize if converts else 0  # a sum in another dtype converts all of it first
+        inside = 0  # a sum in another dtype converts all of it first
+        if func is torch.ops.aten.sum.dim_IntList and wide is not None and wide != args[0].dtype:
+            inside = args[0].numel() * wide.itemsize
         if self.now + inside > self.peak:  # unless something was freed since
             self.sweep()
             self.peak = max(self.peak, self.now + inside)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Annotated
 
@@ -219,11 +220,10 @@ class Attention:
         before = k.shape[2] - tokens
         if self.softcap is not None:
             return by_group(self.pattern(q, k, before, read), v)
-        how = {"scale": self.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        attend = partial(F.scaled_dot_product_attention, q, k, v, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
         if before == 0 and read is None and (self.window is None or tokens <= self.window):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
-        visible = ~self.hidden(tokens, before, read, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **how)
+            return attend(is_causal=True)
+        return attend(attn_mask=~self.hidden(tokens, before, read, q.device))
 
     def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
         """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
