@@ -153,7 +153,7 @@ def attribute(
     options = Options(gradient_at, steps, points, rules)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
     experiment = Experiment.of(model, task, metric, ablation, reference)
-    pairs, values = experiment.pairs, experiment.ablation.values
+    model, pairs, values = experiment.model, experiment.pairs, experiment.ablation.values
     passes = how.planned(ablation_name, reduce, vocabularies_held(experiment.metric))
     groups = len(model.attentions[0].w_qkv)
     plan = Plan(_as_read(experiment), model.dtype, model.device, impl, groups, passes)

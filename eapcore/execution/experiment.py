@@ -46,7 +46,7 @@ class Experiment:
             ValueError: prompts, positions or answers that do not fit the model, a metric that does not fit the task, or
                 nothing to ablate with.
         """
-        pairs = as_pairs(task)
+        model, pairs = model.now(), as_pairs(task)
         check_pairs(model, pairs, ablation if isinstance(ablation, str) else ablation.name)
         metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
         return Experiment(model, pairs, metric_name, metric, Ablation.of(model, pairs, ablation, reference))

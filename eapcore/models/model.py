@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from eapcore.models.mlp import Mlp
 from eapcore.models.weights import Weights
 
 # Fields from here on belong to a model's identity where they are not what they are by default.
-_HASHED = [field.name for field in fields(ModelConfig)].index("parallel")
+_HASHED = [known.name for known in fields(ModelConfig)].index("parallel")
 C = TypeVar("C", Attention, Mlp, Attention | Mlp)
 
 
@@ -60,6 +60,13 @@ class Model:
     name: str = "unnamed"
     folder: Path | None = None
     family: str = "GPT-2"
+    _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def now(self) -> Model:
+        """The same model without what was computed of its weights before, which somebody may have changed since."""
+        same = replace(self)
+        same._hashed.update(self._hashed)
+        return same
 
     @cached_property
     def graph(self) -> Graph:
@@ -108,18 +115,30 @@ class Model:
         everywhere, at_read = self.graph.edge_masks()
         return everywhere.to(self.device), at_read.to(self.device)
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
-        """The weights' hash together with what changes the numbers beside them, as 16 hex digits."""
+        """The weights' hash together with what changes the numbers beside them, as 16 hex digits.
+
+        It follows weights that are changed in place: they are hashed again where a tensor's address, its version, or
+        one of some of its values is another than before.
+        """
+        state = self.weights.state()
+        if state not in self._hashed:
+            self._hashed.clear()
+            self._hashed[state] = self._hash()
+        return self._hashed[state]
+
+    def _hash(self) -> str:
         c = self.config
         beside = f"{c.act_fn} {c.attn_scale:.9g} {c.scale_attn_by_inverse_layer_idx} {c.eps:.9g}"
-        for field in fields(c)[_HASHED:]:  # kv_grouped says which edges there are, not what the model computes
-            if field.name != "kv_grouped" and (value := getattr(c, field.name)) != field.default:
-                beside += f" {field.name}={value}"
+        for known in fields(c)[_HASHED:]:  # kv_grouped says which edges there are, not what the model computes
+            if known.name != "kv_grouped" and (value := getattr(c, known.name)) != known.default:
+                beside += f" {known.name}={value}"
         beside += " rmsnorm" * (c.normalization == "rmsnorm")
         return hashlib.sha256(f"{self.weights.content_hash()} {beside}".encode()).hexdigest()[:16]
 
     @cached_property
     def closed_forms(self) -> tuple[tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]], ...]:
-        """(Wᵀγ, b + Wᵀβ) of each layer's channels: constants of the weights in the receivers' gradients."""
+        """(Wᵀγ, b + Wᵀβ) of each layer's channels: constants of the weights in the receivers' gradients, which `now`
+        computes anew."""
         return tuple(attention.closed_form() for attention in self.attentions)

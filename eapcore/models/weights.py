@@ -56,6 +56,21 @@ class Weights:
         yield from (("w_u", self.w_u), ("b_u", self.b_u))
         yield from _of_norm("ln_final", self.ln_final)
 
+    def state(self) -> tuple[tuple[int, int, tuple[float, ...]], ...]:
+        """What tells whether somebody wrote into the weights: each tensor's address and version, and some of its
+        values.
+
+        A write through `.data` or under inference mode changes no version: it is seen where it changes one of four
+        values along each axis.
+        """
+        found = []
+        for _, tensor in self.named():
+            version = 0 if tensor.is_inference() else tensor._version
+            places = [torch.linspace(0, size - 1, min(size, 4), device="cpu").long() for size in tensor.shape]
+            some = tensor.detach()[torch.meshgrid(*places, indexing="ij")]
+            found.append((tensor.data_ptr(), version, tuple(some.flatten().tolist())))
+        return tuple(found)
+
     def content_hash(self) -> str:
         """SHA-256 over names, shapes, dtypes and values, as 16 hex digits.
 
