@@ -55,7 +55,7 @@ class FactoredStore:
         read = self.read if self.model.graph.is_last(index) else None
         if name[0] == "a":
             dz = at_positions(self.dz[index], read)
-            return product(dz.flatten(2), self.model.attentions[index].w_o.flatten(0, 1))
+            return product(dz.flatten(2), self.model.attentions[index].w_send.flatten(0, 1))
         assert self.mlp is not None
         return at_positions(self.mlp[index], read)
 
@@ -66,7 +66,7 @@ class FactoredStore:
         factors = _Factors(self.model, self.read, like.kv)
         del like
         backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
-        w_o = [attention.w_o for attention in self.model.attentions]
+        w_o = [attention.w_send for attention in self.model.attentions]
         for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
             embed, mlp, dz = self.embed, self.mlp, self.dz
             if at_read:

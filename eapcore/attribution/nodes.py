@@ -54,7 +54,8 @@ class _Nodes(Sink):
         if name[0] == "a":
             attention, dz = model.attentions[int(name[1:])], at_positions(store.dz[int(name[1:])], read)
             if store.units is None:  # ⟨Δz W_O, grad⟩ = ⟨Δz, grad W_Oᵀ⟩, without an axis D for each head
-                d_z = product(grad, attention.w_o.flatten(0, 1).T).unflatten(-1, attention.w_o.shape[:2])
+                w_send = attention.w_send
+                d_z = product(grad, w_send.flatten(0, 1).T).unflatten(-1, w_send.shape[:2])
                 self.add("scores", "bthk,bthk->{}h", dz, d_z, (senders,), at_read)
                 return
             delta = attention.send(dz)  # [H, B, T, D]

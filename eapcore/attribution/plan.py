@@ -312,6 +312,8 @@ def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tu
             (at + "w_out", make(M, D)),
             (at + "b_out", make(D)),
         )
+        if config.post_norms:
+            yield from ((at + "post_a.0", make(D)), (at + "post_m.0", make(D)))
         if config.gated:
             yield at + "w_up", make(D, M)
 

@@ -46,11 +46,13 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
 def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list[int]] | None:
     """The tokenizer that was named, the toy's own, that of the model's folder, or that of its repository on the Hub."""
     from eapcore.models.checkpoint import fetch_tokenizer
+    from eapcore.models.families.gguf_tokenizer import GgufEncoder
     from eapcore.tasks import TASKS
     from eapcore.tasks.text import encoder
 
     if args.tokenizer is not None:
-        named = encoder(args.tokenizer)
+        is_gguf = args.tokenizer.suffix == ".gguf" and args.tokenizer.is_file()
+        named = GgufEncoder(args.tokenizer) if is_gguf else encoder(args.tokenizer)
         if named is None:
             raise ValueError(
                 f"--tokenizer must be a folder with tokenizer.json or vocab.json and merges.txt, got {args.tokenizer}"
@@ -61,7 +63,7 @@ def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list
     own = model.folder
     if own is None:
         return None
-    found = encoder(own)
+    found = GgufEncoder(own) if own.is_file() else encoder(own)
     if found is not None or Path(args.model).expanduser().is_dir():
         return found
     later: list[Callable[[str], list[int]]] = []

@@ -38,7 +38,7 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         "--model",
         default=_DEFAULT_MODEL,
         metavar="MODEL",
-        help="toy-ioi, toy-induction, a folder with config.json and weights, or a Hub id such as gpt2",
+        help="toy-ioi, toy-induction, a folder with config.json and weights, a GGUF file, or a Hub id such as gpt2",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (default: a pinned one)")
     parser.add_argument(
@@ -48,7 +48,10 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         "token ids (default: the toy model's own task)",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="folder with tokenizer.json (default: the model's own folder)"
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with tokenizer.json, or a GGUF file (default: the model's own folder)",
     )
     parser.add_argument(
         "--metric",

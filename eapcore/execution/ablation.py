@@ -47,8 +47,8 @@ class Values:
         senders[0] = self.embed
         for stage in model.stages:
             if stage.attention is not None:
-                w_o = stage.attention.component.w_o
-                senders[stage.attention.senders] = torch.einsum("thk,hkd->htd", self.z[stage.index], w_o)
+                w_send = stage.attention.component.w_send
+                senders[stage.attention.senders] = torch.einsum("thk,hkd->htd", self.z[stage.index], w_send)
             if stage.mlp is not None and self.mlp is not None:
                 senders[stage.mlp.senders] = self.mlp[stage.index]
         return senders

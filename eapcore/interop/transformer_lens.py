@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from eapcore.graph.graph import Graph
-from eapcore.interop.modules import refuse_hooks, refuse_several_devices
 from eapcore.models.load import load_weights
 from eapcore.models.model import Model
+from eapcore.models.modules import refuse_hooks, refuse_several_devices
 
 # (configuration field, values that are supported; None stands for "not given", -1 too), what any other value means
 _SUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (

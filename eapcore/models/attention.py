@@ -30,12 +30,14 @@ from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions
 class AttentionSaved:
     """What the way back needs: what the normalisation read, and the activations of the channels.
 
-    qkv: [B, T, H + 2G, K]; where only Q positions are read, q [B, Q, H, K] and the others [B, T, 2G, K] apart.
+    qkv: [B, T, H + 2G, K]; where only Q positions are read, q [B, Q, H, K] and the others [B, T, 2G, K] apart. post_in:
+    what the norm behind the heads read, [B, Q, D], where there is one.
     """
 
     norm_in: NormInput
     qkv: tuple[Tensor, ...]
     n_heads: int
+    post_in: NormInput | None = None
 
     @property
     def q(self) -> Annotated[Tensor, "B Q H K"]:
@@ -48,12 +50,16 @@ class AttentionSaved:
 
     def of(self, take: Callable[[Tensor], Tensor]) -> AttentionSaved:
         """The same of what `take` takes of each tensor."""
-        return AttentionSaved(self.norm_in.of(take), tuple(take(t) for t in self.qkv), self.n_heads)
+        post_in = None if self.post_in is None else self.post_in.of(take)
+        return AttentionSaved(self.norm_in.of(take), tuple(take(t) for t in self.qkv), self.n_heads, post_in)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionRun:
-    """saved, and z [B, Q, H, K], the heads' mixtures of v in float32 at least: head h sends z[:, :, h] @ w_o[h]."""
+    """saved, and z [B, Q, H, K], the heads' mixtures of v in float32 at least: head h sends z[:, :, h] @ w_send[h].
+
+    Behind a norm σ is the run's own, of what all heads make together, and z is divided by it.
+    """
 
     saved: AttentionSaved
     z: Annotated[Tensor, "B Q H K"]
@@ -70,7 +76,8 @@ class Attention:
     [H + 2G, K]. w_o: [H, K, D]. b_o: [D]. scale: of q·k. rotary, q_norm, k_norm: what q and k go through, the norms
     first, between their projection and the pattern; receivers' activations and gradients are those before. softcap:
     scores s become softcap · tanh(s / softcap). window: how many positions a query sees, itself the last. grouped: the
-    query heads of a group have one k and one v receiver, instead of one each. None is what a model does not have.
+    query heads of a group have one k and one v receiver, instead of one each. post: a norm γ∘Σ_h z_h W_O[h]/σ of what
+    all heads make together; head h then sends γ∘(z_h W_O[h])/σ. None is what a model does not have.
     """
 
     norm: Norm
@@ -85,6 +92,7 @@ class Attention:
     softcap: float | None = None
     window: int | None = None
     grouped: bool = False
+    post: Norm = NO_NORM
 
     @property
     def n_heads(self) -> int:
@@ -110,7 +118,12 @@ class Attention:
         """Its own weights, without those of the normalisation of its input."""
         yield from ((f"w_qkv.{i}", w) for i, w in enumerate(self.w_qkv))
         yield from (("b_qkv", self.b_qkv), ("w_o", self.w_o), ("b_o", self.b_o))
-        yield from (("q_norm.0", self.q_norm.gamma), ("k_norm.0", self.k_norm.gamma))
+        yield from (("q_norm.0", self.q_norm.gamma), ("k_norm.0", self.k_norm.gamma), ("post_a.0", self.post.gamma))
+
+    @property
+    def w_send(self) -> Annotated[Tensor, "H K D"]:
+        """What makes of a run's z what the heads send."""
+        return self.w_o if self.post.gamma is None else self.w_o * self.post.gamma
 
     def projection(self, channel: int) -> int:
         """Which of the H + 2G projections a channel reads through."""
@@ -174,7 +187,19 @@ class Attention:
     ) -> AttentionRun:
         """What the heads make of the residual stream; keys and values alone at positions that are not read."""
         saved = self.read(x, read)
-        return AttentionRun(saved, self.mix(saved.q, saved.kv, past, read))
+        return self.behind_post(saved, self.mix(saved.q, saved.kv, past, read))
+
+    def behind_post(self, saved: AttentionSaved, z: Annotated[Tensor, "B Q H K"]) -> AttentionRun:
+        """The run of mixtures, divided by σ where there is a norm behind the heads."""
+        if self.post.kind == "none":
+            return AttentionRun(saved, z)
+        _, post_in = self.post.forward(self.made_by(z))
+        assert post_in.rstd is not None
+        return AttentionRun(replace(saved, post_in=post_in), z * post_in.rstd[..., None])
+
+    def made_by(self, z: Annotated[Tensor, "B Q H K"]) -> Annotated[Tensor, "B Q D"]:
+        """What all heads make together of their mixtures, in front of the norm behind them."""
+        return product(z.flatten(2).to(self.w_o.dtype), self.w_o.flatten(0, 1), self.b_o)
 
     def mix(
         self, q: Tensor, kv: Tensor, past: Tensor | None = None, read: Tensor | None = None
@@ -246,17 +271,17 @@ class Attention:
         return self.added_by(run.z)
 
     def added_by(self, z: Annotated[Tensor, "B Q H K"]) -> Annotated[Tensor, "B Q D"]:
-        """The same from their mixtures."""
-        return product(z.flatten(2).to(self.w_o.dtype), self.w_o.flatten(0, 1), self.b_o)
+        """The same from a run's z."""
+        return product(z.flatten(2).to(self.w_o.dtype), self.w_send.flatten(0, 1), self.b_o)
 
     def send(
         self, z: Annotated[Tensor, "B Q H K"], out: Annotated[Tensor, "H B Q D"] | None = None
     ) -> Annotated[Tensor, "H B Q D"]:
-        """What each head sends, z_h W_O[h], written into `out` where it is given."""
+        """What each head sends of a run's z, written into `out` where it is given."""
         rows = z.to(self.w_o.dtype).flatten(0, 1).transpose(0, 1)  # [H, B·Q, K]
         if out is None:
-            return (rows @ self.w_o).unflatten(1, z.shape[:2])
-        torch.bmm(rows, self.w_o, out=out.view(self.n_heads, -1, self.w_o.shape[2]))
+            return (rows @ self.w_send).unflatten(1, z.shape[:2])
+        torch.bmm(rows, self.w_send, out=out.view(self.n_heads, -1, self.w_o.shape[2]))
         return out
 
     # Backward
@@ -292,7 +317,10 @@ class Attention:
         In one piece if they have it at the same positions; the last piece is always one at all positions. constants: of
         `closed_form`. index, receivers: the layer's, and its q, k and v receivers'.
         """
-        dz = product(grad.to(self.w_o.dtype), self.w_o.flatten(0, 1).T).unflatten(-1, self.w_o.shape[:2])
+        grad = grad.to(self.w_o.dtype)
+        if saved.post_in is not None:
+            grad = self.post.backward(grad, saved.post_in, rules.norm)
+        dz = product(grad, self.w_o.flatten(0, 1).T).unflatten(-1, self.w_o.shape[:2])
         del grad  # which its caller has done with
         of_q, of_k, of_v = self.channels
 
@@ -364,6 +392,21 @@ class Attention:
         return dq, dk, dv
 
     # Patched
+
+    def sent_otherwise(
+        self, run: AttentionRun, heads: slice, z: Annotated[Tensor, "N B Q h K"], read: Tensor | None
+    ) -> Annotated[Tensor, "N B Q D"]:
+        """What the heads together add more than in a run where some of them have other mixtures; at the positions read.
+
+        Behind a norm that changes what every head sends, since σ is another.
+        """
+        w_o, known, post_in = self.w_o[heads].flatten(0, 1), at_positions(run.z[:, :, heads], read), run.saved.post_in
+        if post_in is None:
+            return (z - known).to(w_o.dtype).flatten(3) @ w_o
+        assert post_in.rstd is not None
+        made, rstd = at_positions(post_in.x, read), at_positions(post_in.rstd, read)
+        otherwise = made + (z - known / rstd[..., None]).to(w_o.dtype).flatten(3) @ w_o
+        return self.post.forward(otherwise)[0] - self.post.forward(made)[0]
 
     def behind(self, channel: int) -> range:
         """The heads that are made of what a channel reads."""
@@ -467,7 +510,8 @@ class Channels:
     the graph's. norm_in: what their normalisation read. act, g: [B, T, C', K] their activations and ∂metric/∂ of them.
     With
     at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
-    layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past, read: as the layer's attention was given.
+    layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past: [B, P, 2G, K] or None; read: [B, Q] or
+    None, see `Attention.forward`.
     """
 
     attention: Attention
@@ -486,7 +530,7 @@ class Channels:
     read: Tensor | None
 
     def of(self, pairs: slice | Tensor) -> Channels:
-        """The same of some of the batch's pairs, of a slice as views; without what the layer's attention was given."""
+        """The same of some of the batch's pairs, of a slice as views; saved, dz, past and read stay those of all."""
         return replace(self, norm_in=self.norm_in.of(lambda x: x[pairs]), act=self.act[pairs], g=self.g[pairs])
 
     def grads(self, impl: str, workspace: Tensor | None = None) -> Annotated[Tensor, "C' B T D"]:

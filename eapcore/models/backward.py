@@ -55,7 +55,8 @@ def backward(
         grad: [B, Q, D] ∂metric/∂(last residual stream), the gradient of the logits' receiver.
         sink: what takes the gradients.
         rules: how the gradient goes through what is not linear, and where it does not go.
-        past, read: as `run_stages` was given. Positions in the past get no gradient: nothing that scores differs there.
+        past: for each layer the k and v heads of the positions before, which get no gradient: nothing differs there.
+        read: int64 [B, Q], the positions whose last residual stream has a gradient; None for all.
     """
     sink.receiver("logits", model.graph.logits, grad, read is not None)
     # ∂metric/∂(residual stream) behind the stage: [B, Q, D] behind the last layer's attention, else [B, T, D]
@@ -67,7 +68,7 @@ def backward(
             mlp, place = stage.mlp.component, stage.mlp
             sink.behind(place.name, place.senders, behind, here is not None)
             if place.name not in rules.cut:
-                units = mlp.units_grad(behind)
+                units = mlp.units_grad(run.mlp, behind, rules)
                 sink.units(stage.index, units, here is not None)
                 grads = mlp.backward(run.mlp, units, rules)
                 del units
@@ -108,7 +109,7 @@ def logits_grad(
 ) -> Tensor:
     """∂metric/∂(last residual stream), [..., D], from ∂metric/∂logits [..., V] and what the final norm read.
 
-    tokens: as `unembed` was given, with the gradients of these tokens' logits.
+    tokens: int64 [B, n], where the logits are of these tokens alone, [C·B, n] of C runs of B prompts.
     """
     d_logits, rows = d_logits.to(model.dtype), model.weights.w_u.T
     if tokens is None:

@@ -30,7 +30,7 @@ class ModelConfig:
     others. gated: the MLPs' units are gated. n_key_value_heads: fewer than n_heads where queries are grouped;
     kv_grouped: a group's heads have one k and one v receiver. qk_norm: q and k are normalised. windows: for each layer
     how many positions a query sees, None for all. attn_softcap, logits_softcap: s becomes cap · tanh(s / cap).
-    embed_scale: of the tokens' embedding.
+    embed_scale: of the tokens' embedding. post_norms: heads and MLPs have a norm behind them.
     """
 
     n_layers: int
@@ -56,6 +56,7 @@ class ModelConfig:
     attn_softcap: float | None = None
     logits_softcap: float | None = None
     embed_scale: float = 1.0
+    post_norms: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):

@@ -14,8 +14,10 @@ from eapcore.kernels.checks import one_of
 from eapcore.models.checkpoint import Stored, fetch_weights, find_weights, hub_id, read_config, read_weights, stored
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
+from eapcore.models.families.gguf import find_gguf, gguf_model
 from eapcore.models.families.names import build_weights
 from eapcore.models.model import Model
+from eapcore.models.modules import refuse_hooks, refuse_replaced, refuse_several_devices
 from eapcore.models.weights import Weights
 
 TOYS = {f"toy-{name}": Path(__file__).parents[1] / "toys" / name for name in ("ioi", "induction")}
@@ -33,8 +35,9 @@ def load(
     """Load a model: a built-in toy by name, or whatever `load_weights` takes.
 
     Args:
-        source: "toy-ioi" or "toy-induction"; a folder; a Hub id such as "gpt2"; a transformers causal language model of
-            a family that `families.FAMILIES` has; or a state dict with its `config`.
+        source: "toy-ioi" or "toy-induction"; a folder; a GGUF file or "smollm2-135m" (see the README); a Hub id such
+            as "gpt2"; a transformers causal language model of a family that `families.FAMILIES` has; or a state dict
+            with its `config`.
         config: the configuration of a state dict, or instead of a folder's config.json.
         revision: of a Hub id.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
@@ -55,13 +58,13 @@ def load(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model. folder: where its files lie, None for one that came from memory."""
+    """A loaded model. folder: where its files lie, a GGUF file itself, None for one that came from memory."""
 
     config: ModelConfig
     weights: Weights
     model_id: str
     folder: Path | None
-    family: str = "GPT-2"
+    family: str
 
 
 def load_weights(
@@ -95,19 +98,32 @@ def load_weights(
         FileNotFoundError, ConnectionError, PermissionError: files that are not there or cannot be fetched.
         RuntimeError: a device that is not there.
     """
-    folder = None
-    if isinstance(source, str | Path):
+    folder, own = None, None
+    found = find_gguf(source) if isinstance(source, str | Path) else None
+    if found is not None:
+        if config is not None or revision is not None:
+            raise ValueError(f"{found[1]} has a configuration of its own and no revisions: give neither of them")
+        model_id, folder = found
+        file = gguf_model(folder)
+        layout, tensors, own = file.layout, file.tensors, file.dtype
+    elif isinstance(source, str | Path):
         model_id, folder, path = _locate(source, revision, cache_dir)
         layout = layout_of(read_config(folder) if config is None else config)  # refused before the weights are opened
         tensors = read_weights(path or find_weights(folder))
     else:
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for models on the Hub, not for one in memory")
+        if isinstance(source, nn.Module):
+            refuse_several_devices(source)
+            # transformers leaves hooks of its own behind that only record hidden states.
+            refuse_hooks(source, "remove it through the handle that registered it", harmless="transformers")
         model_id, raw, tensors = _in_memory(source, config)
         layout = layout_of(raw)
+        if isinstance(source, nn.Module):
+            refuse_replaced(source, layout.config)
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
-    weights = build_weights(layout, tensors, dtype=_dtype(dtype), device=_device(device))
+    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=_device(device))
     return Loaded(layout.config, weights, model_id, folder, layout.family)
 
 

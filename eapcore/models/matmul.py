@@ -2,8 +2,8 @@
 
 torch hands a product of float32 matrices on a CPU to the BLAS that it was built with, which does not use every
 processor's widest vectors. torch carries oneDNN as well, which does: large products go there. Its sums over the inner
-dimension are not cut into blocks, so that scores in float32 are about twice as far from float64's as with torch's own
-products, at 1.5e-6 of them. `torch.backends.mkldnn.set_flags(False)` turns it off, as everywhere in torch.
+dimension are not cut into blocks, so that scores in float32 are somewhat further from float64's than with torch's own
+products (bench/RESULTS.md). `torch.backends.mkldnn.set_flags(False)` turns it off, as everywhere in torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
-from eapcore.models.norm import Norm, NormInput
+from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.tensors import accumulate_dtype
 
 _APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
@@ -46,15 +46,18 @@ def activation_grad(name: str, grad: Tensor, hidden: Tensor, rule: str = "gradie
 
 @dataclass(frozen=True, slots=True)
 class MlpSaved:
-    """What the way back needs: what the normalisation read, n W_in + b_in, and n W_up + b_up where there is a W_up."""
+    """What the way back needs: what the normalisation read, n W_in + b_in, n W_up + b_up where there is a W_up, and
+    what the norm behind the MLP read where there is one."""
 
     norm_in: NormInput
     hidden: Annotated[Tensor, "B T M"]
     up: Annotated[Tensor, "B T M"] | None = None
+    post_in: NormInput | None = None
 
     def of(self, take: Callable[[Tensor], Tensor]) -> MlpSaved:
         """The same of what `take` takes of each tensor."""
-        return MlpSaved(self.norm_in.of(take), take(self.hidden), None if self.up is None else take(self.up))
+        post_in = None if self.post_in is None else self.post_in.of(take)
+        return MlpSaved(self.norm_in.of(take), take(self.hidden), None if self.up is None else take(self.up), post_in)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class MlpRun:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """units = act(n W_in + b_in), gated act(n W_in + b_in) ∘ (n W_up + b_up); it sends units W_out + b_out.
+    """units = act(n W_in + b_in), gated act(n W_in + b_in) ∘ (n W_up + b_up); it sends units W_out + b_out, behind
+    a norm `post` where there is one.
 
     norm: what it reads through. w_in, w_up: [D, M]. w_out: [M, D]. act_fn: out of `config.ACTIVATIONS`. None is what a
     model does not have.
@@ -81,11 +85,13 @@ class Mlp:
     act_fn: str
     w_up: Annotated[Tensor, "D M"] | None = None
     b_up: Annotated[Tensor, "M"] | None = None
+    post: Norm = NO_NORM
 
     def named(self) -> Iterator[tuple[str, Tensor | None]]:
         """Its own weights, without those of its normalisation."""
         for name in ("w_in", "b_in", "w_out", "b_out", "w_up", "b_up"):
             yield name, getattr(self, name)
+        yield "post_m.0", self.post.gamma
 
     # Forward
 
@@ -104,7 +110,11 @@ class Mlp:
     def forward(self, x: Annotated[Tensor, "B T D"]) -> MlpRun:
         """What the MLP makes of the residual stream; `patched` is the same with another stream."""
         saved = self.read(x)
-        return MlpRun(saved, product(self.units(saved), self.w_out, self.b_out))
+        made = product(self.units(saved), self.w_out, self.b_out)
+        if self.post.kind == "none":
+            return MlpRun(saved, made)
+        sent, post_in = self.post.forward(made)
+        return MlpRun(replace(saved, post_in=post_in), sent)
 
     def added(self, run: MlpRun) -> Annotated[Tensor, "B T D"]:
         """What it adds to the residual stream."""
@@ -112,9 +122,14 @@ class Mlp:
 
     # Backward
 
-    def units_grad(self, grad: Annotated[Tensor, "B T D"]) -> Annotated[Tensor, "B T M"]:
+    def units_grad(
+        self, saved: MlpSaved, grad: Annotated[Tensor, "B T D"], rules: Rules = GRADIENT
+    ) -> Annotated[Tensor, "B T M"]:
         """∂metric/∂units from the gradient of the residual stream behind the MLP, in the weights' dtype."""
-        return product(grad.to(self.w_out.dtype), self.w_out.T)
+        grad = grad.to(self.w_out.dtype)
+        if saved.post_in is not None:
+            grad = self.post.backward(grad, saved.post_in, rules.norm)
+        return product(grad, self.w_out.T)
 
     def backward(
         self, saved: MlpSaved, units: Annotated[Tensor, "B T M"], rules: Rules = GRADIENT

@@ -59,7 +59,7 @@ class Model:
     weights: Weights
     name: str = "unnamed"
     folder: Path | None = None
-    family: str = "GPT-2"
+    family: str = "decoder"
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def now(self) -> Model:

@@ -69,10 +69,13 @@ def run_paired(
             saved = attention.read(x, here)
             past = None if cut == 0 else saved.kv[0, :cut].unflatten(0, (pairs, before))
             z = attention.mix(rest(saved.q), whole(saved.kv), past, both if stage.last else None)  # [2·B, Q, H, K]
+            made = attention.behind_post(saved, z)
+            z, post_in = made.z, made.saved.post_in
             difference = moved(stage.index, z)
             rows = z.flatten(0, 1)[None]  # [1, N, H, K]
             if past is not None and here is None:
                 shared = attention.mix(saved.q[0, :cut].unflatten(0, (pairs, before)), past)
+                shared = attention.behind_post(saved, shared).z
                 rows = torch.cat([shared.flatten(0, 1)[None], rows], 1)
                 del shared
             x = x if here is None else x[:, answers[0]]
@@ -83,13 +86,12 @@ def run_paired(
                 count = difference.shape[1]
                 out = _with_moved(x, attention.added_by(rows[:, :-count]), difference)
             qkv = (rest(saved.qkv[0]), *(whole(t) for t in saved.qkv[1:]))
-            heads = AttentionRun(AttentionSaved(saved.norm_in.of(whole), qkv, saved.n_heads), z)
-            del saved, z, rows, difference
-        mlp = None
+            heads = AttentionRun(AttentionSaved(saved.norm_in.of(whole), qkv, saved.n_heads, post_in), z)
+            del saved, made, z, rows, difference, post_in
+        mlp: MlpRun | None = None
         if stage.mlp is not None:
-            made, out = _mlp(stage.mlp.component, x, out, count)
-            mlp = MlpRun(made.saved.of(rest), rest(made.sent))
-            del made
+            mlp, out = _mlp(stage.mlp.component, x, out, count)
+            mlp = MlpRun(mlp.saved.of(rest), rest(mlp.sent))
         x = out
         yield StageRun(stage, heads, mlp, rest(out)), past
         del heads, mlp, past, out  # whoever iterates decides what is kept
@@ -104,6 +106,11 @@ def _mlp(mlp: Mlp, x: Tensor, base: Tensor, count: int | None) -> tuple[MlpRun, 
     if count is None:
         run = mlp.forward(x)
         return run, base + run.sent
+    if mlp.post.kind != "none":  # which a difference of the hidden units does not go through
+        run = mlp.forward(x)
+        sent = run.sent.clone()
+        sent[:, -count:] -= run.sent[:, -2 * count : -count]
+        return MlpRun(run.saved, sent), base + run.sent
     saved = mlp.read(x)
     units = mlp.units(saved, accumulate_dtype(saved.hidden.dtype))
     units[:, -count:] -= units[:, -2 * count : -count]

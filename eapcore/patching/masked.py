@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eapcore.models.attention import Attention
 from eapcore.models.model import Model, Place
+from eapcore.models.tensors import at_positions
 from eapcore.patching.record import Recording, Run
 
 
@@ -132,7 +133,22 @@ class _Masked:
             both = [attention.projection(c) - attention.n_heads for c in shared]
             past = past[:, :, both].repeat(self.copies, 1, 1, 1)
         read = recording.read.repeat(self.copies, 1) if stage.last else None
-        z = attention.mix(q, kv, past, read).to(attention.w_o.dtype)  # [C·B, Q, h, K]
-        w_o = attention.w_o[heads]
-        sent = (z.flatten(0, 1).transpose(0, 1) @ w_o).unflatten(1, (self.copies, rows, z.shape[1]))  # [h, C, B, Q, D]
+        z = attention.mix(q, kv, past, read).unflatten(0, (self.copies, rows))  # [C, B, Q, h, K]
+        if attention.post.kind != "none":
+            z = z * self._rstd(attention, number, heads, z)
+        each = z.to(attention.w_o.dtype).flatten(0, 2).transpose(0, 1)  # [h, C·B·Q, K]
+        sent = (each @ attention.w_send[heads]).unflatten(1, z.shape[:3])  # [h, C, B, Q, D]
         self.keep(sent.transpose(0, 1), [place.senders.start + h for h in heads], stage.last)
+
+    def _rstd(self, attention: Attention, number: int, heads: list[int], z: Tensor) -> Tensor:
+        """1/σ of what all heads make together, [C, B, Q, 1, 1]; those that are not computed again mix as in the run
+        that an absent edge carries, or in the clean run where that is none."""
+        base = self.base if self.base.stages else self.recording.clean
+        run, read = base.stages[number].attention, self.recording.read if self.model.stages[number].last else None
+        assert run is not None and run.saved.post_in is not None and run.saved.post_in.rstd is not None
+        known = at_positions(run.z / run.saved.post_in.rstd[..., None], read)[:, :, heads]
+        w_o = attention.w_o[heads].flatten(0, 1)
+        made = at_positions(run.saved.post_in.x, read) + (z - known).to(w_o.dtype).flatten(3) @ w_o
+        rstd = attention.post.forward(made)[1].rstd
+        assert rstd is not None
+        return rstd[..., None]

@@ -89,7 +89,7 @@ class Readers:
 
     def _through_head(self, place: Place[Attention], receiver: int, rows: list[int], stream: Tensor) -> None:
         """Add to the streams behind the stage, [C, B, Q, D], what a head sends otherwise than in the clean run where
-        its q, k or v reads the changes `rows`. Only the heads behind it send otherwise."""
+        its q, k or v reads the changes `rows`. Only the heads behind it mix otherwise."""
         recording, attention = self.recording, place.component
         stage, run = recording.model.stages[self.number], recording.clean.stages[self.number].attention
         assert run is not None
@@ -99,9 +99,7 @@ class Readers:
         known, normed = self.normed[channel >= attention.n_heads]
         n = _take(normed, [known.index(row) for row in rows])
         z = attention.patched(channel, n, run.saved, recording.before(stage.index), read)  # [C, B, Q, h, K]
-        difference = (z - at_positions(run.z[:, :, some], read)).to(stream.dtype)
-        w_o = attention.w_o[some].flatten(0, 1)
-        stream.view(-1, stream.shape[-1]).addmm_(difference.flatten(3).flatten(0, 2), w_o)
+        stream += attention.sent_otherwise(run, some, z, read)
 
 
 def reader_of(model: Model, receiver: int) -> int:

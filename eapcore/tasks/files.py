@@ -103,7 +103,7 @@ def _is_id(value: object) -> bool:
 
 def _prompt(value: Any, encode: Encode | None, what: str) -> list[int]:
     if isinstance(value, str):
-        return _encode(value, encode, what)
+        return _encode(value, getattr(encode, "prompt", encode), what)  # some know what a prompt begins with
     if isinstance(value, list) and all(_is_id(v) for v in value):
         return value
     raise ValueError(f"{what} must be text or a list of token ids, got {value!r}")

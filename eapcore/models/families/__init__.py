@@ -18,6 +18,8 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "qwen2": llama,
     "qwen3": llama,
     "gemma": llama,
+    "gemma2": llama,
+    "gemma3_text": llama,
     "gpt_neox": gpt_neox,
 }
 

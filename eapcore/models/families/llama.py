@@ -1,4 +1,4 @@
-"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma."""
+"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma 1 to 3."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _ONLY = {
 def llama(raw: Mapping[str, Any]) -> Layout:
     """The layout that a configuration describes; ValueError for what is not supported, by name."""
     refuse(raw, _ONLY)
-    kind, gemma = raw["model_type"], raw["model_type"] == "gemma"
+    kind, gemma = raw["model_type"], raw["model_type"].startswith("gemma")
+    later = gemma and kind != "gemma"  # with norms behind heads and MLPs
+    if later:
+        refuse(raw, {"attention_bias": (False,)})  # which the norm behind the heads would scale from prompt to prompt
     d_model, heads, layers = (
         integer(raw, "hidden_size"),
         integer(raw, "num_attention_heads"),
@@ -51,13 +54,17 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         d_vocab=integer(raw, "vocab_size"),
         n_ctx=integer(raw, "max_position_embeddings"),
         act_fn=_activation(raw, gemma),
-        attn_scale=math.sqrt(d_head),
+        attn_scale=math.sqrt(positive(raw, "query_pre_attn_scalar", default=d_head) if later else d_head),
         normalization="rmsnorm",
         eps=positive(raw, "rms_norm_eps", default=1e-6),
-        rotary_frequencies=frequencies(rope(raw)[0], d_head, rope(raw)[1]),
+        rotary_frequencies=_frequencies(raw, d_head, "full_attention"),
         gated=True,
         n_key_value_heads=None if n_kv == heads else n_kv,
-        qk_norm=kind == "qwen3",
+        local_frequencies=_frequencies(raw, d_head, "sliding_attention") if kind == "gemma3_text" else (),
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        attn_softcap=_cap(raw, "attn_logit_softcapping") if later else None,
+        logits_softcap=_cap(raw, "final_logit_softcapping") if later else None,
+        post_norms=later,
         windows=_windows(raw, layers),
         embed_scale=math.sqrt(d_model) if gemma else 1.0,
     )
@@ -77,7 +84,7 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         "w_qkv.1": linear(attention + "k_proj.weight", G * K, D, G),
         "w_qkv.2": linear(attention + "v_proj.weight", G * K, D, G),
         "w_o": Source((attention + "o_proj.weight",), (D, H * K), lambda w: w.T.unflatten(0, (H, K))),
-        "ln2.0": Source((at + "post_attention_layernorm.weight",), (D,), shift),
+        "ln2.0": Source((at + ("pre_feedforward" if later else "post_attention") + "_layernorm.weight",), (D,), shift),
         "w_in": linear(at + "mlp.gate_proj.weight", M, D),
         "w_up": linear(at + "mlp.up_proj.weight", M, D),
         "w_out": linear(at + "mlp.down_proj.weight", D, M),
@@ -88,9 +95,23 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         if kind != "qwen2":
             layer["b_o"] = Source((attention + "o_proj.bias",), (D,))
     if config.qk_norm:
-        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (K,)) for x in "qk"}
+        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (K,), shift) for x in "qk"}
+    if later:
+        behind = (("post_a", "post_attention"), ("post_m", "post_feedforward"))
+        layer |= {f"{x}.0": Source((f"{at}{name}_layernorm.weight",), (D,), shift) for x, name in behind}
     what = f"{kind} of {layers} layers with {'a tied' if tied else 'an untied'} head"
     return Layout(what, config, ends, layer, tied, family=kind)
+
+
+def _frequencies(raw: Mapping[str, Any], d_head: int, layers: str) -> tuple[float, ...]:
+    """The rotary frequencies of a kind of layer."""
+    local = layers == "sliding_attention" and raw.get("rope_local_base_freq") is not None  # before there were kinds
+    base, scaling = (positive(raw, "rope_local_base_freq", default=0), {}) if local else rope(raw, layers)
+    return frequencies(base, d_head, scaling)
+
+
+def _cap(raw: Mapping[str, Any], name: str) -> float | None:
+    return None if raw.get(name) is None else positive(raw, name, default=0)
 
 
 def _activation(raw: Mapping[str, Any], gemma: bool) -> str:

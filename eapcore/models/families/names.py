@@ -151,6 +151,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
             softcap=config.attn_softcap,
             window=config.window(index),
             grouped=config.kv_grouped,
+            post=Norm(kind, own["post_a.0"], None, config.eps) if "post_a.0" in own else NO_NORM,
         )
         if config.act_fn is None:
             layers.append(((attention,),))
@@ -164,6 +165,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
             config.act_fn,
             own.get("w_up"),
             own.get("b_up"),
+            Norm(kind, own["post_m.0"], None, config.eps) if "post_m.0" in own else NO_NORM,
         )
         layers.append(((attention, mlp),) if config.parallel else ((attention,), (mlp,)))
     return Weights(

@@ -1,0 +1,362 @@
+"""Families of models on random weights: their logits are transformers', and what is scored and patched is what the
+literal definition of a decoder gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import decoder
+import pytest
+import torch
+from memory import peak_bytes
+
+import eapcore
+from eapcore.attribution.methods import METHODS
+from eapcore.attribution.plan import Plan
+from eapcore.models.families.names import assemble
+from eapcore.models.forward import forward, run_with_senders
+from eapcore.models.load import load
+from eapcore.patching.circuits import metric_on, run_circuit
+from eapcore.patching.edges import patch_edges
+from eapcore.patching.interpolate import interpolate
+from eapcore.tasks import PromptPairs
+from eapcore.tasks.metrics import METRICS
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+V = 29
+SIZES = {"vocab_size": V, "hidden_size": 18, "intermediate_size": 33, "num_hidden_layers": 2}
+SIZES |= {"max_position_embeddings": 64}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+QWEN2 = {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}
+ROPE = {"rope_theta": 500.0, "factor": 4.0}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+NEOX = {"hidden_size": 24, "num_attention_heads": 3, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+KINDS = {
+    "query_pre_attn_scalar": 5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_theta": 30.0, "rope_type": "default"},
+        "full_attention": {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0},
+    },
+}
+# (configuration class, what it is given); odd sizes, one, two and three key and value heads.
+CASES = {
+    "llama": ("LlamaConfig", HEADS),
+    "llama, one head each": ("LlamaConfig", HEADS | {"num_key_value_heads": 6, "num_hidden_layers": 3}),
+    "llama3 rope": ("LlamaConfig", HEADS | {"rope_parameters": ROPE | LLAMA3 | {"rope_type": "llama3"}}),
+    "llama, linear rope, biases, tied": (
+        "LlamaConfig",
+        HEADS
+        | {"attention_bias": True, "tie_word_embeddings": True}
+        | {"rope_parameters": ROPE | {"rope_type": "linear"}},
+    ),
+    "mistral": ("MistralConfig", HEADS | {"num_key_value_heads": 3, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", QWEN2),
+    "qwen2, later layers windowed": (
+        "Qwen2Config",
+        QWEN2 | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", HEADS),
+    "gemma": ("GemmaConfig", HEADS | {"num_key_value_heads": 1}),
+    "gemma2": ("Gemma2Config", HEADS | {"sliding_window": 4, "query_pre_attn_scalar": 5} | CAPS),
+    "gemma3": (
+        "Gemma3TextConfig",
+        HEADS | {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]} | KINDS,
+    ),
+    "neox": ("GPTNeoXConfig", NEOX),
+    "neox, one after the other, half turned": (
+        "GPTNeoXConfig",
+        NEOX
+        | {"use_parallel_residual": False}
+        | {"rope_parameters": NEOX["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+    ),
+}  # fmt: skip
+GROUPED = [name for name in CASES if "neox" not in name and "each" not in name]
+
+
+@cache
+def theirs(name):
+    kind, given = CASES[name]
+    config = getattr(transformers, kind)(**SIZES | given)
+    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+        parameter.data = drawn + (parameter.ndim == 1) * 0.5
+    return module
+
+
+@cache
+def ours(name, kv="each", dtype=None):
+    return load(theirs(name), dtype=dtype, kv=kv)
+
+
+def pairs_for(model, lengths=(9, 9, 6)):
+    """Pairs that first differ at three positions, so that prefixes are shared and batches cut."""
+    generator = torch.Generator().manual_seed(2)
+    clean = [torch.randint(0, V, (length,), generator=generator).tolist() for length in lengths]
+    corrupt = [list(prompt) for prompt in clean]
+    for at, prompt in enumerate(corrupt, 1):
+        prompt[at] = (prompt[at] + 1) % V
+        prompt[-2] = (prompt[-2] + 3) % V
+    return PromptPairs.from_lists(clean, corrupt, [[1], [2], [3]], [[4, 5], [6], [7]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_streams_are_those_of_transformers(name):
+    model, tokens = ours(name), torch.randint(0, V, (3, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = theirs(name)(tokens, output_hidden_states=True)
+    logits, senders = run_with_senders(model, tokens)
+    scale = found.logits.abs().max()
+    assert (logits - found.logits).abs().max() <= 5e-6 * scale  # it turns by angles in float32
+    graph = model.graph
+    for layer in range(graph.n_layers):
+        biases = [a.b_o for a in model.attentions[:layer] if a.b_o is not None]
+        stream = senders[: graph.heads(layer).start].sum(0) + sum(biases)
+        theirs_here = found.hidden_states[layer]
+        assert (stream - theirs_here).abs().max() <= 5e-6 * theirs_here.abs().max()
+    assert (logits - forward(model, tokens)).abs().max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_the_literal_definition(name, kv):
+    model = ours(name, kv)
+    pairs = pairs_for(model)
+    expected = decoder.eap(model, pairs, METRICS["logit_diff"])
+    assert expected.abs().max() > 1e-4
+    for options in ({}, {"batch_size": 1}, {"storage": "factored"}, {"impl": "reference"}):
+        scores = eapcore.attribute(model, pairs, **options).scores
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_scores_are_the_sums_of_the_others(name):
+    each, shared = ours(name), ours(name, "grouped")
+    size = each.config.n_heads // each.config.n_kv
+    assert shared.graph.n_kv == each.config.n_kv and each.graph.n_kv is None and size > 1
+    pairs = pairs_for(each)
+    for options in ({"method": "eap-ig"}, {"method": "qk-fix"}, {"storage": "factored"}, {"method": "relp"}):
+        many, few = (eapcore.attribute(model, pairs, **options) for model in (each, shared))
+        for r, receiver in enumerate(few.graph.receiver_names):
+            names = [receiver]
+            if ".kv" in receiver:
+                layer, rest = receiver.split(".kv")
+                number, part = int(rest.split("<")[0]), rest[-2]
+                names = [f"{layer}.h{h}<{part}>" for h in range(number * size, (number + 1) * size)]
+            expected = sum(many.scores[:, many.graph.receiver(one)] for one in names)
+            torch.testing.assert_close(few.scores[:, r], expected, rtol=0, atol=1e-12 * float(many.scores.abs().max()))
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_patched_edge_s_slope_is_its_score(name, kv):
+    model = ours(name, kv)
+    pairs = pairs_for(model)
+    scores = eapcore.attribute(model, pairs)
+    graph = model.graph
+    edges = [graph.edge_name(s, r) for s, r in scores.mask.nonzero().tolist()]
+    for edge in [*edges[:: len(edges) // 9], edges[-1]]:
+        low, high = interpolate(model, pairs, "logit_diff", edge, points=[-1e-5, 1e-5]).effects
+        assert (high - low) / 2e-5 == pytest.approx(scores[edge], abs=1e-7 * float(scores.scores.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_full_circuit_is_the_clean_run_and_the_empty_one_the_corrupt(name, kv):
+    model = ours(name, kv)
+    pairs, mask = pairs_for(model), model.graph.edge_mask()
+    full, empty, some = (eapcore.Circuit(m, model.graph) for m in (mask, mask & False, mask))
+    logits = run_circuit(model, pairs, [full, empty, some])
+    for run, prompts in zip(logits, (pairs.clean, pairs.corrupt), strict=False):
+        expected = forward(model, prompts)[torch.arange(len(pairs)), pairs.positions]
+        torch.testing.assert_close(run, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "neox", "mistral", "gemma2"])
+def test_edges_into_the_logits_patched_are_circuits_without_them(name, kv):
+    """Two ways through the model agree: one receiver at a time, and every receiver with its own stream."""
+    model = ours(name, kv)
+    pairs, graph = pairs_for(model), model.graph
+    edges = ["embed->logits", "a0.h2->logits", "a1.h1->logits", "m0->logits", "m1->logits"]
+    effects = patch_edges(model, pairs, edges=edges)
+    masks = [graph.edge_mask() for _ in edges]
+    for mask, edge in zip(masks, edges, strict=True):
+        mask[graph.edge(edge)] = False
+    values = metric_on(model, pairs, "logit_diff", [eapcore.Circuit(m, graph) for m in [graph.edge_mask(), *masks]])
+    for edge, value in zip(edges, values[1:], strict=True):
+        assert value - values[0] == pytest.approx(effects[edge], abs=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "qwen2, later layers windowed", "neox", "gemma3"])
+def test_every_method_is_the_same_in_batches_of_any_size(name, method):
+    model = ours(name)
+    pairs = pairs_for(model)
+    whole, single = (eapcore.attribute(model, pairs, method=method, batch_size=size).scores for size in ("auto", 1))
+    torch.testing.assert_close(whole, single, rtol=0, atol=1e-11 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama3 rope", "qwen3", "gemma", "gemma2", "neox"])
+def test_narrower_dtypes_are_near(name, dtype):
+    narrow = ours(name, "each", dtype)
+    # Of the same weights and the same factor of the embedding, so that their rounding is not counted.
+    scale = torch.tensor(narrow.config.embed_scale, dtype=narrow.dtype).item()
+    wide = replace(narrow, config=replace(narrow.config, embed_scale=scale), weights=_widened(narrow))
+    pairs = pairs_for(narrow)
+    exact, found = (eapcore.attribute(model, pairs).scores.double() for model in (wide, narrow))
+    error = float((found - exact).norm() / exact.norm())
+    assert error <= {"float32": 4e-6, "bfloat16": 8e-2, "float16": 1e-2}[dtype]
+
+
+def _widened(model):
+    return assemble(model.config, {name: tensor.double() for name, tensor in model.weights.named()})
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "neox"])
+def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(name, storage, kv):
+    kind, given = CASES[name]
+    width = 16 * given["num_attention_heads"]
+    wide = {"hidden_size": width, "intermediate_size": 170, "num_hidden_layers": 3, "vocab_size": 101}
+    wide |= {"head_dim": 16} if "head_dim" in given else {}
+    module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | given | wide))
+    model = load(module, kv=kv)
+    prompts = torch.randint(0, 101, (2, 24, 20), generator=torch.Generator().manual_seed(0))
+    prompts[1, :, 0] = (prompts[0, :, 0] + 1) % 101
+
+    def call():
+        return eapcore.attribute(model, tuple(prompts), lambda logits: logits[:, 0], storage=storage, batch_size=24)
+
+    call()
+    measured = peak_bytes(call)
+    plan = Plan(model.config, model.dtype, model.device, groups=len(model.attentions[0].w_qkv))
+    planned = plan.dense(24, 20) if storage == "dense" else plan.factored(24, 20, plan.chunk(24, 20, 1 << 60))
+    assert 0.9 <= planned / measured <= 1.1
+
+
+@pytest.mark.parametrize("name", ["llama, linear rope, biases, tied", "qwen3", "gemma3", "neox"])
+def test_a_saved_folder_is_the_model_in_memory(name, tmp_path):
+    theirs(name).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(0))
+    saved = load(tmp_path)
+    torch.testing.assert_close(forward(saved, tokens), forward(ours(name), tokens), rtol=0, atol=1e-12)
+    assert saved.content_hash == ours(name).content_hash
+
+
+def test_files_name_the_graph_that_they_are_of(tmp_path):
+    for name, kv in (("llama", "grouped"), ("neox", "each")):
+        model = ours(name, kv)
+        scores = eapcore.attribute(model, pairs_for(model))
+        scores.save(tmp_path / "scores.safetensors")
+        again = eapcore.EdgeScores.load(tmp_path / "scores.safetensors", content_hash=model.content_hash)
+        assert again.graph == model.graph and torch.equal(again.scores, scores.scores)
+        circuit = scores.top_n(40).prune()
+        circuit.save(tmp_path / "circuit.json")
+        assert eapcore.Circuit.load(tmp_path / "circuit.json").edges == circuit.edges
+        for receiver in range(model.graph.n_receivers):
+            assert model.graph.receiver(model.graph.receiver_names[receiver]) == receiver
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        ((24, 14, None), (361, 1033, 179_749)),  # Qwen2.5-0.5B
+        ((26, 8, None), (235, 651, 74_218)),  # Gemma-2-2B
+        ((32, 32, None), (1057, 3105, 1_592_881)),  # Llama-3.1-8B
+        ((24, 14, 2), (361, 457, None)),
+    ],
+)
+def test_graphs_have_the_published_sizes(sizes, counts):
+    layers, heads, n_kv = sizes
+    graph = eapcore.Graph(layers, heads, True, False, n_kv)
+    assert (graph.n_senders, graph.n_receivers) == counts[:2]
+    assert counts[2] in (None, graph.n_edges)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported: expected one of gpt2, llama"),
+        ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts 8"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_key_value_heads": 4}, "n_key_value_heads must divide n_heads 6, got 4"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ({"num_hidden_layers": 3}, "lacks layers.2."),
+        ({"model_type": "gemma2", "attention_bias": True}, "attention_bias True"),
+    ],
+)
+def test_what_a_description_lacks_is_refused_by_name(changes, message):
+    config = theirs("llama").config.to_dict() | changes
+    with pytest.raises(ValueError, match=message):
+        load(theirs("llama").state_dict(), config=config)
+
+
+def test_a_way_to_take_key_and_value_heads_that_is_unknown_is_refused():
+    with pytest.raises(ValueError, match="kv must be one of each, grouped"):
+        load(theirs("llama"), kv="both")
+
+
+def _hooked(module):
+    module.model.layers[0].register_forward_hook(lambda *args: None)
+
+
+def _another_activation(module):
+    module.model.layers[1].mlp.act_fn = torch.nn.GELU()
+
+
+def _another_eps(module):
+    module.model.layers[0].input_layernorm.variance_epsilon = 1e-3
+
+
+def _another_forward(module):
+    module.model.layers[0].mlp.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_hooked, "forward hook at model.layers.0"),
+        (_another_activation, "model.layers.1.mlp the activation GELU, but its configuration says silu"),
+        (_another_eps, "model.layers.0.input_layernorm variance_epsilon 0.001, but its configuration says 1e-06"),
+        (_another_forward, "model.layers.0.mlp a replaced forward"),
+    ],
+)
+def test_a_module_that_computes_something_else_is_refused(change, message):
+    config = transformers.LlamaConfig(**SIZES | HEADS)
+    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    load(module)
+    change(module)
+    with pytest.raises(ValueError, match=message):
+        load(module)
+
+
+def test_scores_follow_weights_that_are_changed_in_place():
+    module = transformers.AutoModelForCausalLM.from_config(theirs("llama").config, attn_implementation="eager").float()
+    model = load(module)
+    pairs, before = pairs_for(model), model.content_hash
+    first = eapcore.attribute(model, pairs)
+    assert first.meta["model"]["content_hash"] == before
+    for write in (
+        lambda: module.load_state_dict({name: tensor.float() for name, tensor in theirs("llama").state_dict().items()}),
+        lambda: [layer.input_layernorm.weight.data.mul_(1.7) for layer in module.model.layers],
+    ):
+        write()
+        fresh = load(module)
+        found = eapcore.attribute(model, pairs)
+        assert torch.equal(found.scores, eapcore.attribute(fresh, pairs).scores)
+        assert not torch.equal(found.scores, first.scores)
+        assert model.content_hash == fresh.content_hash == found.meta["model"]["content_hash"] != before

@@ -1,0 +1,121 @@
+"""The literal definition of a decoder of any family: one prompt, a residual stream of its own for every receiver.
+
+It shares no code with the package beyond the weights and the configuration. The rotation is a product of complex
+numbers, positions are looped over by masks, and key and value heads are looked up for each query head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from eapcore.tasks.metrics import MetricBatch
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def normed(x, norm):
+    if norm.kind == "none":
+        return x
+    centred = x - x.mean(-1, keepdim=True) if norm.kind == "layernorm" else x
+    n = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.gamma
+    return n if norm.beta is None else n + norm.beta
+
+
+def turned(x, frequencies):
+    """x [T, K], dimensions i and i + n/2 as one complex number, at positions 0 … T − 1."""
+    half = len(frequencies)
+    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    pairs = torch.complex(x[:, :half], x[:, half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag, x[:, 2 * half :]], 1)
+
+
+def run(model, tokens):
+    """(senders, receivers, logits [T, V]) of a prompt, tokens [T]; every receiver reads a stream of its own."""
+    weights, config = model.weights, model.config
+    embedding = weights.w_e[tokens] * config.embed_scale
+    senders = [embedding if weights.w_pos is None else embedding + weights.w_pos[: len(tokens)]]
+    biases, receivers = [], []
+
+    def stream(count):
+        receivers.append(sum(senders[:count]) + sum(biases) + torch.zeros_like(senders[0]).requires_grad_())
+        return receivers[-1]
+
+    for index, layer in enumerate(weights.layers):
+        for stage in layer:
+            before, sent, added = len(senders), [], []
+            for part in stage:
+                if hasattr(part, "w_o"):
+                    heads, bias = attend(config, index, part, lambda before=before: stream(before))
+                    sent += heads
+                    added += bias
+                    continue
+                n = normed(stream(before), part.norm)
+                units = ACTIVATIONS[part.act_fn](n @ part.w_in + (0 if part.b_in is None else part.b_in))
+                units = units if part.w_up is None else units * (n @ part.w_up)
+                sent.append(normed(units @ part.w_out + (0 if part.b_out is None else part.b_out), part.post))
+            senders += sent
+            biases += added
+    n = normed(stream(len(senders)), weights.ln_final)
+    logits = n @ weights.w_u + (0 if weights.b_u is None else weights.b_u)
+    cap = config.logits_softcap
+    return senders, receivers, logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def attend(config, index, part, stream):
+    """What the heads send, each [T, D], and the bias that they add; the q, k and v streams in the graph's order."""
+    w, b = torch.cat(list(part.w_qkv)), part.b_qkv
+    heads, kv = config.n_heads, config.n_kv
+    size = heads // kv
+    count = kv if config.kv_grouped else heads
+
+    def channel(place):
+        act = normed(stream(), part.norm) @ w[place]
+        return act if b is None else act + b[place]
+
+    q = [channel(h) for h in range(heads)]
+    k, v = ([channel(heads + p * kv + c * kv // count) for c in range(count)] for p in (0, 1))
+    window, frequencies = config.window(index), config.rotary_frequencies
+    if window is not None and config.local_frequencies:
+        frequencies = config.local_frequencies
+    q, k = ([normed(x, norm) for x in xs] for xs, norm in ((q, part.q_norm), (k, part.k_norm)))
+    q, k = ([turned(x, frequencies) if frequencies else x for x in xs] for xs in (q, k))
+    sent = []
+    for h in range(heads):
+        own = h // size if config.kv_grouped else h
+        scores = q[h] @ k[own].T * config.score_scale(index)
+        if config.attn_softcap is not None:
+            scores = config.attn_softcap * torch.tanh(scores / config.attn_softcap)
+        hidden = [
+            [j > i or (window is not None and j <= i - window) for j in range(len(scores))] for i in range(len(scores))
+        ]
+        scores = scores.masked_fill(torch.tensor(hidden), -math.inf)
+        sent.append(scores.softmax(-1) @ v[own] @ part.w_o[h])
+    if part.post.kind != "none":  # of what they make together; a share of it is each head's
+        sigma = (sum(sent).pow(2).mean(-1, keepdim=True) + part.post.eps).sqrt()
+        sent = [made / sigma * part.post.gamma for made in sent]
+    return sent, [] if part.b_o is None else [part.b_o]
+
+
+def eap(model, pairs, metric):
+    """EAP scores, float64 [S, R], an edge at a time; prompts of one length, read at their last token."""
+    graph = model.graph
+    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
+    for i in range(len(pairs)):
+        length = int(pairs.lengths[i])
+        runs = [run(model, prompts[i, :length]) for prompts in (pairs.clean, pairs.corrupt)]
+        (senders, receivers, logits), (others, _, other_logits) = runs
+        at = int(pairs.positions[i])
+        answers = (pairs.answers[i : i + 1], pairs.wrong[i : i + 1])
+        ends = (logits[at][None].detach(), other_logits[at][None].detach())
+        value = metric(logits[at][None], MetricBatch(*answers, *ends, torch.tensor([i]))).sum()
+        grads = torch.autograd.grad(value, receivers)
+        for r, grad in enumerate(grads):
+            for s in range(graph.senders_before(r)):
+                scores[s, r] += ((others[s] - senders[s]) * grad).sum().detach() / len(pairs)
+    return scores
