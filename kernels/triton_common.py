@@ -39,6 +39,10 @@ class Target:
         return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.arch < 120)
 
 
+# What is planned for a GPU where there is none is planned for an H100 (SXM).
+ELSEWHERE = Target("cuda", 90, processors=132, l2_bytes=50 << 20, memory_bytes=80 << 30)
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,6 +68,8 @@ def target(device: torch.device) -> Target:
         return Target("interpreter", 0, processors=4, l2_bytes=1 << 20, memory_bytes=1 << 30)
     if device.type != "cuda":
         raise RuntimeError(f"Triton kernels need tensors on a GPU, got {device}: use impl='cpp' or impl='reference'")
+    if not torch.cuda.is_available():
+        return ELSEWHERE
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 

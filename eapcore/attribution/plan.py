@@ -145,22 +145,25 @@ class Plan:
         rest, before = self._dry_run(batch, tokens, "factored")
         return max(rest, before + self._chunk_bytes(batch, tokens, chunk))
 
-    def storage(self, pairs: PromptPairs) -> str:
-        """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored"."""
+    def storage(self, pairs: PromptPairs, within: int | None = None) -> str:
+        """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored".
+
+        within: bytes, None for a share of those that are free.
+        """
         if kernels.choose("edge_scores_factored", device=self.device, dtype=self.dtype) == "reference":
             return "dense"
-        tokens, within = int(pairs.lengths.max()), budget(self.device)
+        tokens, within = int(pairs.lengths.max()), budget(self.device) if within is None else within
         wanted = max(1, min(self._useful(tokens), len(pairs)) // 4)
         fits = self._surely_fits(wanted, tokens, within) or self.dense(wanted, tokens) <= within
         return "dense" if fits else "factored"
 
-    def batch_size(self, pairs: PromptPairs, storage: str = "dense") -> int:
-        """Pairs a batch: enough tokens to be fast, within a share of the free memory, at least one.
+    def batch_size(self, pairs: PromptPairs, storage: str = "dense", within: int | None = None) -> int:
+        """Pairs a batch: enough tokens to be fast, within a share of the free memory or so many bytes, at least one.
 
         In factored mode a batch that is over that with a workspace larger than all else takes a smaller `chunk` before
         it is made smaller itself.
         """
-        tokens, within = int(pairs.lengths.max()), budget(self.device)
+        tokens, within = int(pairs.lengths.max()), budget(self.device) if within is None else within
         sizes = range(1, min(self._useful(tokens), len(pairs)) + 1)
         if self._surely_fits(sizes[-1], tokens, within):
             return sizes[-1]

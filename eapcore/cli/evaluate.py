@@ -49,9 +49,6 @@ def add(command: Command) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Judge the scores of a file, or those that the method's options make."""
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     from eapcore.evaluation.evaluate import evaluate
     from eapcore.evaluation.faithfulness import SELECTIONS
     from eapcore.evaluation.roc import RULES

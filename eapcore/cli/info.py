@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import load_model
 from eapcore.cli.options import Command, add_placement, positive
 from eapcore.cli.output import mib
+
+if TYPE_CHECKING:
+    import torch
+
+    from eapcore.models.model import Model
 
 
 def add(command: Command) -> None:
@@ -16,6 +22,12 @@ def add(command: Command) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model, as for --model of run (default: none)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="B", help="pairs a batch, for the memory")
     parser.add_argument("--tokens", type=positive, default=20, metavar="T", help="tokens a prompt, for the memory")
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="GIB",
+        help="of the device that is planned for, which need not be here (default: what is free here)",
+    )
     add_placement(parser)
 
 
@@ -25,11 +37,14 @@ def run(args: argparse.Namespace) -> None:
 
     import eapcore.kernels as kernels
     from eapcore import __version__
-    from eapcore.attribution.plan import dense_bytes
-    from eapcore.execution.memory import device_names, free_bytes
+    from eapcore.execution.memory import default_device, device_names
+    from eapcore.models.load import usable
     from eapcore.models.matmul import large_by
 
-    model = None if args.model is None else load_model(args, args.model)
+    planned = args.device or default_device()
+    device = torch.device(planned) if args.memory is not None else usable(planned)
+    assert device is not None
+    model = None if args.model is None else load_model(args, args.model, "meta")  # its configuration alone
     print(f"eapcore  {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"devices  {', '.join(device_names())}")
     for impl, reason in kernels.available().items():
@@ -39,19 +54,55 @@ def run(args: argparse.Namespace) -> None:
         return
     config, graph = model.config, model.graph
     mlp = "no MLPs" if config.attn_only else f"d_mlp {config.d_mlp} ({config.act_fn})"
-    print(f"\nmodel    {model.name}, {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    print(f"\nmodel    {model.name}, {str(model.dtype).removeprefix('torch.')} on {device}")
     print(
-        f"         {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, d_head {config.d_head}"
+        f"         {config.n_layers} layers × {_heads(model)}, d_model {config.d_model}, d_head {config.d_head}"
         f", {mlp}, vocabulary {config.d_vocab}, context {config.n_ctx}"
     )
-    parameters = {t.data_ptr(): t.numel() for _, t in model.weights.named()}
-    size = sum(parameters.values())
-    print(f"         {size:,} parameters, {mib(size * model.dtype.itemsize)}")
+    stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for _, t in model.weights.named()}
+    size = sum(stored.values())
+    print(f"         {size // model.dtype.itemsize:,} parameters, {mib(size)}")
     print(f"graph    {graph.n_senders} senders × {graph.n_receivers} receivers, {graph.n_edges:,} edges")
-    chosen = kernels.choose("edge_scores", device=model.device, dtype=model.dtype)
-    print(f"kernels  auto takes {chosen}")
-    tokens = min(args.tokens, config.n_ctx)
-    groups = len(model.attentions[0].w_qkv)
-    needed = dense_bytes(config, args.batch_size, tokens, model.dtype, device=model.device, groups=groups)
-    free = free_bytes(model.device)
-    print(f"memory   a batch of {args.batch_size} pairs × {tokens} tokens needs {mib(needed)}; {mib(free)} are free")
+    print(f"kernels  auto takes {kernels.choose('edge_scores', device=device, dtype=model.dtype)}")
+    _print_plan(model, device, args, size)
+
+
+def _heads(model: Model) -> str:
+    config = model.config
+    shared = "" if config.n_key_value_heads is None else f" ({config.n_kv} of keys and values)"
+    return f"{config.n_heads} heads{shared}"
+
+
+def _print_plan(model: Model, device: torch.device, args: argparse.Namespace, size: int) -> None:
+    """What a batch needs, and what `attribute` would take by itself beside weights of `size` bytes."""
+    import torch
+
+    from eapcore.attribution.plan import Plan
+    from eapcore.execution.limits import limits
+    from eapcore.execution.memory import free_bytes
+    from eapcore.tasks.pairs import PromptPairs
+
+    plan = Plan(model.config, model.dtype, device, groups=len(model.attentions[0].w_qkv))
+    tokens, memory = min(args.tokens, model.config.n_ctx), args.memory and args.memory << 30
+    total = free_bytes(device) if memory is None else memory
+    left = total - size
+    of = f"{mib(total)} {'are free' if memory is None else 'in all'}"
+    if left <= 0:
+        print(f"memory   {of}: the weights alone do not fit")
+        return
+    within = int(limits(device).share * left)
+    dense = plan.dense(args.batch_size, tokens)
+    factored = plan.factored(args.batch_size, tokens, plan.chunk(args.batch_size, tokens, within))
+    print(
+        f"memory   a batch of {args.batch_size} pairs × {tokens} tokens needs {mib(dense)} dense, "
+        f"{mib(factored)} factored; {of}, {mib(left)} without the weights"
+    )
+    many = max(1, limits(device).batch_tokens // tokens)
+    with torch.device("meta"):
+        ids = torch.empty(many, 1, dtype=torch.int64)
+    prompts = ids.expand(many, tokens)
+    ends = torch.full((many,), tokens - 1)
+    pairs = PromptPairs(prompts, prompts, ends + 1, ends, ids, ids[:, :0])
+    storage = plan.storage(pairs, within)
+    taken = plan.batch_size(pairs, storage, within)
+    print(f"         by itself attribute takes {storage}, {taken} pairs at a time, within {mib(within)}")

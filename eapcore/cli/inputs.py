@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from eapcore.tasks.pairs import PromptPairs
 
 
-def load_model(args: argparse.Namespace, source: str) -> Model:
+def load_model(args: argparse.Namespace, source: str, device: str | None = None) -> Model:
+    """A model as the options say, on the device that they name if not on another."""
     from eapcore.execution.memory import default_device
     from eapcore.models.load import load
 
-    device = args.device or default_device()
+    device = device or args.device or default_device()
     return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device, kv=args.kv)
 
 

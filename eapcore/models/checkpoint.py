@@ -219,10 +219,8 @@ def fetch_weights(repo: str, *, revision: str | None, cache_dir: str | Path | No
 
     revision: a branch, tag or commit; None is the pinned commit of a GPT-2 and `main` of others.
     """
-    pinned = PINNED.get(repo.removeprefix(_PINNED_OWNER)) if repo.startswith(_PINNED_OWNER) else None
-    revision = revision or pinned
-    # Other tools cache the GPT-2s under their old ids, without an owner.
-    for name in [repo, repo.removeprefix(_PINNED_OWNER)] if pinned else [repo]:
+    names, revision = _ids(repo, revision)
+    for name in names:
         config = _cached(name, "config.json", revision, cache_dir)
         if config is not None:
             commit = config.parent.name
@@ -231,10 +229,7 @@ def fetch_weights(repo: str, *, revision: str | None, cache_dir: str | Path | No
                 if path is not None and all(_cached(name, shard, commit, cache_dir) for shard in _shards(path)):
                     return path
     _log.info("%s is not cached as a whole: asking the Hub, which takes half a minute to fail without a network", repo)
-    config = _fetch(repo, "config.json", revision, cache_dir)
-    if config is None:
-        raise FileNotFoundError(f"{repo} on the Hub has no config.json: is it a model that transformers can load?")
-    commit = config.parent.name  # the same for all files, even if the branch moves while they come
+    commit = _config(repo, revision, cache_dir).parent.name  # the same for all files, even if the branch moves
     for file in WEIGHT_FILES:
         path = _fetch(repo, file, commit, cache_dir)
         if path is not None:
@@ -243,6 +238,30 @@ def fetch_weights(repo: str, *, revision: str | None, cache_dir: str | Path | No
                     raise FileNotFoundError(f"{repo} on the Hub has no {shard}, which its {file} lists")
             return path
     raise FileNotFoundError(f"{repo} on the Hub has no weights file; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def fetch_config(repo: str, *, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """The config.json of a Hub model, from the cache or the Hub; revision as for `fetch_weights`."""
+    names, revision = _ids(repo, revision)
+    for name in names:
+        path = _cached(name, "config.json", revision, cache_dir)
+        if path is not None:
+            return path
+    return _config(repo, revision, cache_dir)
+
+
+def _config(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    path = _fetch(repo, "config.json", revision, cache_dir)
+    if path is None:
+        raise FileNotFoundError(f"{repo} on the Hub has no config.json: is it a model that transformers can load?")
+    return path
+
+
+def _ids(repo: str, revision: str | None) -> tuple[list[str], str | None]:
+    """(the ids that a model may be cached under, the revision that is meant)."""
+    pinned = PINNED.get(repo.removeprefix(_PINNED_OWNER)) if repo.startswith(_PINNED_OWNER) else None
+    # Other tools cache the GPT-2s under their old ids, without an owner.
+    return [repo, repo.removeprefix(_PINNED_OWNER)] if pinned else [repo], revision or pinned
 
 
 def _shards(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from eapcore.kernels.checks import one_of
-from eapcore.models.checkpoint import Stored, fetch_weights, find_weights, hub_id, read_config, read_weights, stored
+from eapcore.models.checkpoint import (
+    Stored,
+    fetch_config,
+    fetch_weights,
+    find_weights,
+    hub_id,
+    read_config,
+    read_weights,
+    stored,
+)
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
 from eapcore.models.families.gguf import find_gguf, gguf_model
-from eapcore.models.families.names import build_weights
+from eapcore.models.families.names import Layout, build_weights
 from eapcore.models.model import Model
 from eapcore.models.modules import refuse_hooks, refuse_replaced, refuse_several_devices
 from eapcore.models.weights import Weights
@@ -41,7 +51,8 @@ def load(
         config: the configuration of a state dict, or instead of a folder's config.json.
         revision: of a Hub id.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
-        device: e.g. "cuda"; None keeps a model's own, and is the CPU for files.
+        device: e.g. "cuda"; None keeps a model's own, and is the CPU for files. With "meta" weights are shapes without
+            memory, for planning: of a folder or a Hub id config.json alone is read.
         kv: with grouped queries, "each" has one k and one v receiver for each query head, `a3.h5<k>`, as other tools
             have it; "grouped" one for each key and value head, `a3.kv1<k>`, whose scores are the sums of the others.
 
@@ -90,7 +101,7 @@ def load_weights(
             needs it.
         revision: of the Hub: a branch, tag or commit. None is a pinned commit for GPT-2, `main` for others.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
-        device: None keeps the device of a model or a state dict, and is the CPU for files.
+        device: None keeps the device of a model or a state dict, and is the CPU for files; see `load` for "meta".
         cache_dir: the Hub's cache; None is huggingface_hub's own.
 
     Raises:
@@ -98,7 +109,7 @@ def load_weights(
         FileNotFoundError, ConnectionError, PermissionError: files that are not there or cannot be fetched.
         RuntimeError: a device that is not there.
     """
-    folder, own = None, None
+    folder, own, where = None, None, usable(device)
     found = find_gguf(source) if isinstance(source, str | Path) else None
     if found is not None:
         if config is not None or revision is not None:
@@ -107,9 +118,11 @@ def load_weights(
         file = gguf_model(folder)
         layout, tensors, own = file.layout, file.tensors, file.dtype
     elif isinstance(source, str | Path):
-        model_id, folder, path = _locate(source, revision, cache_dir)
-        layout = layout_of(read_config(folder) if config is None else config)  # refused before the weights are opened
-        tensors = read_weights(path or find_weights(folder))
+        shapes_alone = where is not None and where.type == "meta"
+        model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
+        raw = read_config(folder) if config is None else config
+        layout = layout_of(raw)  # refused before the weights are opened
+        tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
     else:
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for models on the Hub, not for one in memory")
@@ -123,11 +136,13 @@ def load_weights(
             refuse_replaced(source, layout.config)
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
-    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=_device(device))
+    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where)
     return Loaded(layout.config, weights, model_id, folder, layout.family)
 
 
-def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[str, Path, Path | None]:
+def _locate(
+    source: str | Path, revision: str | None, cache_dir: str | Path | None, config_alone: bool
+) -> tuple[str, Path, Path | None]:
     """(model id, its folder, its weights file where the Hub said which)."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -140,8 +155,18 @@ def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | No
             f"expected a folder with config.json and a weights file at {source}, found {found} there"
         )
     repo = hub_id(source)
+    if config_alone:
+        return repo, fetch_config(repo, revision=revision, cache_dir=cache_dir).parent, None
     path = fetch_weights(repo, revision=revision, cache_dir=cache_dir)
     return repo, path.parent, path
+
+
+def _without_memory(layout: Layout, raw: Mapping[str, Any]) -> list[Stored]:
+    """The tensors that a checkpoint must hold, on the meta device, in the dtype that its configuration names."""
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    named = named if named in DTYPES else "float32"
+    empty = partial(torch.empty, dtype=DTYPES[named], device="meta")
+    return [Stored(name, shape, named, partial(empty, shape)) for name, shape in layout.shapes().items()]
 
 
 def _in_memory(
@@ -180,7 +205,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def usable(device: torch.device | str | None) -> torch.device | None:
+    """The device that is meant; RuntimeError where it cannot be used here."""
     if device is None:
         return None
     try:

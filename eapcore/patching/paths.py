@@ -138,9 +138,9 @@ def path_patch(
     count = Count(progress, len(experiment))
     for recording in record(experiment, batch_size):
         fixed = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
+        ends = experiment.ends(recording.reference)
         logits, _ = run_masked(recording, recording.clean, weights[None], fixed, again)
-        values = experiment.values(logits, recording.reference)
-        sums += torch.cat([experiment.ends(recording.reference), values]).sum(1).cpu()
+        sums += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
         count.add(len(recording.batch.pairs))
     clean, corrupt, patched = experiment.mean(sums).tolist()
     method = {"name": "path-patch", "ablation": dict(experiment.ablation.meta), **edges.meta}

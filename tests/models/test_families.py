@@ -250,6 +250,10 @@ def test_a_saved_folder_is_the_model_in_memory(name, tmp_path):
     saved = load(tmp_path)
     torch.testing.assert_close(forward(saved, tokens), forward(ours(name), tokens), rtol=0, atol=1e-12)
     assert saved.content_hash == ours(name).content_hash
+    planned = load(tmp_path, device="meta")  # of its configuration alone
+    assert planned.config == saved.config and planned.dtype == saved.dtype
+    shapes = [[(key, t.shape, t.stride()) for key, t in one.weights.named()] for one in (planned, saved)]
+    assert shapes[0] == shapes[1] and all(t.is_meta for _, t in planned.weights.named())
 
 
 def test_files_name_the_graph_that_they_are_of(tmp_path):

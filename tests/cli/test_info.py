@@ -1,0 +1,75 @@
+"""eapcore info: the memory of a model that is not here."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from eapcore.attribution.plan import Plan
+from eapcore.cli import main
+from eapcore.models.load import load
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a model without its weights."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return tmp_path
+
+
+def printed(capsys, *options):
+    status = main(["info", *map(str, options)])
+    found = capsys.readouterr()
+    return status, found.out + found.err
+
+
+def test_a_model_without_its_weights_is_planned_for_a_device_that_is_not_here(folder, capsys):
+    status, out = printed(capsys, folder, "--device", "cuda", "--memory", 80, "--batch-size", 8, "--tokens", 32)
+    assert status == 0
+    for part in (
+        "bfloat16 on cuda",
+        "32 heads (8 of keys and values)",
+        "8,030,261,248 parameters, 14.96 GiB",
+        "1057 senders × 3105 receivers, 1,592,881 edges",
+        "auto takes triton",
+        "80.00 GiB in all, 65.04 GiB without the weights",
+    ):
+        assert part in out
+    storage, taken, within = re.search(r"takes (\w+), (\d+) pairs at a time, within ([\d.]+) GiB", out).groups()
+    model = load(folder, device="meta")
+    plan = Plan(model.config, torch.bfloat16, torch.device("cuda"), groups=3)
+    assert storage == "dense"
+    assert plan.dense(int(taken), 32) <= float(within) * 2**30 < plan.dense(int(taken) + 2, 32)
+
+
+def test_weights_that_do_not_fit_alone(folder, capsys):
+    assert "12.00 GiB in all: the weights alone do not fit" in printed(capsys, folder, "--memory", 12)[1]
+
+
+def test_a_small_card_takes_factors(folder, capsys):
+    _, out = printed(capsys, folder, "--device", "cuda", "--memory", 24, "--tokens", 96, "--batch-size", 1)
+    assert "by itself attribute takes factored" in out
+
+
+def test_a_device_that_is_not_here_needs_its_memory(folder, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    status, out = printed(capsys, folder, "--device", "cuda")
+    assert status == 2 and "device 'cuda' cannot be used here" in out
