@@ -7,7 +7,7 @@ it allocates and frees is added up.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -173,7 +173,7 @@ class Plan:
                 return self.dense(n, tokens)
             return self.factored(n, tokens, self.chunk(n, tokens, within))
 
-        return max(1, bisect_right(sizes, within, key=needed))
+        return max(1, _most(needed, sizes[-1], within))
 
     def chunk(self, batch: int, tokens: int, budget: int) -> int:
         """Token rows a chunk of the contraction of factors: as many as are fast, or fewer to keep within a budget.
@@ -254,6 +254,25 @@ class Plan:
         low, high = (_run_dry(plan, *rest) for plan in some)
         peak, before = (b + (deep - more) * (b - a) // (more - few) for a, b in zip(low, high, strict=True))
         return peak, before
+
+
+def _most(needed: Callable[[int], int], most: int, within: int) -> int:
+    """The largest number up to `most` for which what is needed, which grows with it and nearly as it, is within bounds;
+    0 for none. Each is asked along the line between those that are known, every third in their middle."""
+    low, at_low, high, at_high = 0, 0, most, needed(most)
+    if at_high <= within:
+        return most
+    tries = 0
+    while high - low > 1:
+        tries += 1
+        guess = low + (within - at_low) * (high - low) // (at_high - at_low) if tries % 3 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        found = needed(guess)
+        if found <= within:
+            low, at_low = guess, found
+        else:
+            high, at_high = guess, found
+    return low
 
 
 @lru_cache(maxsize=4096)
