@@ -31,7 +31,7 @@ from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import METRICS as OWN_METRICS
-from eapcore.tasks.metrics import Metric, tokens_read, vocabularies_held
+from eapcore.tasks.metrics import Metric, tokens_read, without_values
 from eapcore.tasks.pairs import PromptPairs
 
 STORAGES = ("auto", "dense", "factored")
@@ -154,7 +154,7 @@ def attribute(
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
     experiment = Experiment.of(model, task, metric, ablation, reference)
     model, pairs, values = experiment.model, experiment.pairs, experiment.ablation.values
-    passes = how.planned(ablation_name, reduce, vocabularies_held(experiment.metric))
+    passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
     groups = len(model.attentions[0].w_qkv)
     plan = Plan(_as_read(experiment), model.dtype, model.device, impl, groups, passes)
     storage = _storage(plan, pairs, how, level, storage)

@@ -16,6 +16,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EDGE_WHEN, NODE_WHEN, sign_text
 from eapcore.kernels.checks import one_of
 from eapcore.models.backward_rules import GRADIENT, RELP, Rules
+from eapcore.tasks.metrics import Metric
 
 ENDS = {"clean": 1.0, "corrupt": 0.0}
 POINTS = ("left", "right", "midpoint", "gauss")
@@ -51,14 +52,14 @@ class Passes:
 
     passes: one after the other. corrupt: senders are ablated to what they send on the corrupt run, which passes may
     start from. reduce: "pair" and "position" keep sums for each. absolute: sums for each pair, and those of a pass
-    apart. metric: float64 [B, V] that the metric holds besides its logits and their gradient.
+    apart. metric: what a dry run makes of the logits, None for as little as any metric.
     """
 
     passes: tuple[Pass, ...] = (Pass(1.0, 1.0),)
     corrupt: bool = True
     reduce: str = "all"
     absolute: bool = False
-    metric: int = 0
+    metric: Metric | None = None
 
     @property
     def origins(self) -> tuple[float | None, ...]:
@@ -96,7 +97,7 @@ class Recipe:
     def exact_softmax(self) -> bool:
         return any(step.exact_softmax for step in self.passes)
 
-    def planned(self, ablation: str, reduce: str, metric: int = 0) -> Passes:
+    def planned(self, ablation: str, reduce: str, metric: Metric | None = None) -> Passes:
         """What the run and the memory of a batch depend on."""
         return Passes(self.passes, ablation == "corrupt", reduce, self.absolute, metric)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -34,10 +34,10 @@ from eapcore.kernels.dry_run import dry_run
 from eapcore.models.config import ModelConfig
 from eapcore.models.families.names import assemble
 from eapcore.models.model import Model
+from eapcore.tasks.metrics import MetricBatch
 from eapcore.tasks.pairs import PromptPairs
 
 ONE_GRADIENT = Passes()
-_LAYERS = (8, 12)  # of the two models that are run in place of a deeper one
 
 
 class _Memory(TorchDispatchMode):
@@ -242,18 +242,8 @@ class Plan:
         return max(workspaces) + self._scores(batch, tokens) * max(self.dtype.itemsize, 4)
 
     def _dry_run(self, batch: int, tokens: int, storage: str, together: int = 1) -> tuple[int, int]:
-        """Peak bytes of a batch without the contraction of factors, and those that are there when it begins.
-
-        Memory is linear in the layers once there are some, so that of a deep model two shallow ones are run.
-        """
-        rest = (batch, tokens, storage, together, torch.get_num_threads())
-        (few, more), deep = _LAYERS, self.config.n_layers
-        if deep <= more or any(step.component != "embed" or step.rules.cut for step in self.passes.passes):
-            return _run_dry(self, *rest)
-        some = (replace(self, config=replace(self.config, n_layers=layers)) for layers in (few, more))
-        low, high = (_run_dry(plan, *rest) for plan in some)
-        peak, before = (b + (deep - more) * (b - a) // (more - few) for a, b in zip(low, high, strict=True))
-        return peak, before
+        """Peak bytes of a batch without the contraction of factors, and those that are there when it begins."""
+        return _run_dry(self, batch, tokens, storage, together, torch.get_num_threads())
 
 
 def _most(needed: Callable[[int], int], most: int, within: int) -> int:
@@ -277,16 +267,15 @@ def _most(needed: Callable[[int], int], most: int, within: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, threads: int) -> tuple[int, int]:
-    """`Plan._dry_run` with all layers; threads: which the ops' workspace depends on."""
+    """`Plan._dry_run`; threads: which the ops' workspace depends on."""
     model, memory, contracting = _meta_model(plan.config, plan.dtype, plan.groups), _Memory(), [0]
     with torch.device("meta"):
         prompts, ids = torch.empty(batch, tokens, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
         answers = torch.empty(batch, 1, dtype=torch.int64)
-    what = Batch(PromptPairs(prompts, prompts, ids, ids, answers, answers[:, :0]), ids, 0, tokens)
+    what = Batch(PromptPairs(prompts, prompts, ids, ids, answers, answers), ids, 0, tokens)
 
-    def metric(logits: Tensor) -> Tensor:
-        extra = [torch.empty_like(logits) for _ in range(plan.passes.metric)]
-        return logits.sum(-1) if not extra else logits.sum(-1) + 0 * extra[0][..., 0]
+    def metric(logits: Tensor, batch: MetricBatch) -> Tensor:
+        return logits.sum(-1) if plan.passes.metric is None else plan.passes.metric(logits, batch)
 
     def begins() -> None:
         memory.sweep()

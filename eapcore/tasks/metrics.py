@@ -55,8 +55,10 @@ def logit_diff(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBat
 
 def prob_diff(logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
     """Σ P(answers) − Σ P(wrong answers), as in Greater-Than."""
-    probabilities = logits.softmax(-1)
-    return _set_sum(probabilities, batch.answers) - _set_sum(probabilities, batch.wrong)
+    ids = torch.cat([batch.answers, batch.wrong], 1)
+    each = _chosen(logits.softmax(-1), ids).masked_fill(ids < 0, 0)
+    right = batch.answers.shape[1]
+    return each[..., :right].sum(-1) - each[..., right:].sum(-1)
 
 
 def logit_margin(logits: Annotated[Tensor, "float64 B V | B V'"], batch: MetricBatch) -> Annotated[Tensor, "B"]:
@@ -84,8 +86,6 @@ METRICS: dict[str, Metric] = {
     "nll": nll,
     "kl": kl,
 }
-# float64 [B, V] that a metric holds besides the logits and their gradient; of a caller's own metric nobody knows.
-_HOLDS = {prob_diff: 2, nll: 2, kl: 4}
 _NEEDS_WRONG = ("logit_diff", "prob_diff", "logit_margin")
 _NEEDS_ANSWERS = (*_NEEDS_WRONG, "nll")
 _READS_ANSWERS = (logit_diff, logit_margin)  # and wrong answers, and no other token's logit
@@ -135,9 +135,9 @@ def tokens_read(
     return tokens.clamp_min(0), places[:, : answers.shape[1]], places[:, answers.shape[1] :]
 
 
-def vocabularies_held(metric: Metric) -> int:
-    """How many float64 [B, V] a named metric holds besides its logits and their gradient; 0 for any other."""
-    return next((n for known, n in _HOLDS.items() if known is metric), 0)
+def without_values(metric: Metric) -> Metric | None:
+    """The metric, where it is one that runs on tensors without values: ours do, and of a caller's nobody knows."""
+    return metric if metric in METRICS.values() and metric not in _READS_ANSWERS else None
 
 
 def evaluate(
