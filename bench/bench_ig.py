@@ -9,9 +9,9 @@ as in bench_methods.py, and CPU seconds of the process (one thread, warm, median
 effects are measured first, with the same pairs and metric, in float32.
 
 --together: CPU seconds of eap-ig with five steps for each number of pairs, in turns, one thread, the median of five:
-one after another, and all five as one batch whatever its size, from which planner._STEP_TOKENS follows. Scores are
-compared first. "rule" is how many of them the planner runs together, and what that costs. GPT-2 small's size has random
-weights and prompts of 15 tokens that differ from their third on.
+one after another, and all five as one batch whatever its size, from which `step_tokens` of eapcore.execution.limits
+follows. Scores are compared first. "rule" is how many of them run together by it, and what that costs. GPT-2 small's
+size has random weights and prompts of 15 tokens that differ from their third on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import argparse
 import platform
 import statistics
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,26 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_methods import TOYS, closeness, random_gpt2, random_pairs
+from bench_methods import GPT2_SMALL, TOYS, closeness, seconds
+from pipeline.work import in_turns
 
-import eapcore.attribution.plan as planner
 from eapcore.attribution.attribute import attribute
+from eapcore.attribution.plan import Plan
+from eapcore.execution.memory import budget
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.backward_rules import Rules
 from eapcore.models.load import load
+from eapcore.models.model import Model
 from eapcore.patching.edges import patch_edges
-from eapcore.tasks import TASKS
+from eapcore.tasks import TASKS, PromptPairs
 
 REPEATS = 3
+TOGETHER: dict[str, Callable[[Plan, int, int, int, int], int]] = {  # how many of some steps run as one batch
+    "apart": lambda plan, batch, tokens, steps, budget: 1,
+    "together": lambda plan, batch, tokens, steps, budget: steps,
+    "rule": Plan.steps_together,
+    "eap": Plan.steps_together,
+}
 
 
 def lines() -> list[tuple[str, dict[str, Any]]]:
@@ -62,51 +73,34 @@ def lines() -> list[tuple[str, dict[str, Any]]]:
 
 
 def timed(*arguments: Any, **how: Any) -> tuple[EdgeScores, float]:
-    scores = attribute(*arguments, **how)
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        attribute(*arguments, **how)
-        seconds.append(time.process_time() - start)
-    return scores, statistics.median(seconds)
+    run = partial(attribute, *arguments, **how)
+    return run(), statistics.median(seconds(run) for _ in range(REPEATS))
+
+
+def five_steps(way: str, model: Model, pairs: PromptPairs) -> Tensor:
+    """Scores of one batch; way: out of TOGETHER."""
+    Plan.steps_together = TOGETHER[way]
+    how = {"method": "eap"} if way == "eap" else {"method": "eap-ig", "steps": 5}
+    return attribute(model, pairs, batch_size=len(pairs), **how).scores
 
 
 def together() -> None:
     """Five steps as one batch against one after another, and against one gradient, for each number of pairs."""
-    rule = planner.steps_together
-    ways: dict[str, Any] = {
-        "apart": lambda *_: 1,
-        "together": lambda config, batch, tokens, steps, *_: steps,
-        "rule": rule,
-        "eap": rule,
-    }
     print(f"\n{'':<28}{'tokens':>8}{'apart, ms':>11}{'together':>10}{'ratio':>8}{'rule':>6}{'ratio':>8}{'× eap':>8}")
-    gpt2 = random_gpt2()
     cases = [(name, load(name, dtype=torch.float32), (1, 2, 4, 8, 16, 32)) for name in TOYS]
-    for name, model, sizes in [*cases, (gpt2.name, gpt2, (1, 2, 4, 8))]:
+    for name, model, sizes in [*cases, ("gpt2-small-random", GPT2_SMALL.model(), (1, 2, 4, 8))]:
         for size in sizes:
-            toy = name in TOYS
-            pairs = TASKS[name].generate(size, 0) if toy else random_pairs(size, 15, 2, model.config.d_vocab)
+            pairs = TASKS[name].generate(size, 0) if name in TOYS else replace(GPT2_SMALL, B=size, P=2).pairs()
             tokens = int(pairs.positions.max()) + 1 - int(pairs.first_difference().min())
-            passes = planner.Passes((None,) * 5)
-            budget = planner.budget(model.device)
-            chosen = rule(model.config, size, tokens, 5, model.dtype, model.device, budget, passes)
-            scores: dict[str, Tensor] = {}
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            for turn in range(6):
-                for way, times in seconds.items():
-                    planner.steps_together = ways[way]
-                    how = {"method": "eap"} if way == "eap" else {"method": "eap-ig", "steps": 5}
-                    start = time.process_time()
-                    scores[way] = attribute(model, pairs, batch_size=size, **how).scores
-                    if turn:  # the first is the warm-up
-                        times.append(time.process_time() - start)
-                if not turn and (scores["apart"] - scores["together"]).norm() > 1e-4 * scores["apart"].norm():
-                    raise SystemExit(f"{name}: steps together give other scores than one after another")
-            planner.steps_together = rule
-            apart, joint, ruled, eap = (statistics.median(times) for times in seconds.values())
-            print(f"{name + f', {size} pairs':<28}{size * tokens:>8}{apart * 1e3:>11.1f}{joint * 1e3:>10.1f}"
-                  f"{joint / apart:>8.2f}{chosen:>6}{ruled / apart:>8.2f}{ruled / eap:>8.2f}")  # fmt: skip
+            plan = Plan(model.config, model.dtype, model.device)
+            chosen = TOGETHER["rule"](plan, size, tokens, 5, budget(model.device))
+            joint = five_steps("together", model, pairs)
+            if (five_steps("apart", model, pairs) - joint).norm() > 1e-4 * joint.norm():
+                raise SystemExit(f"{name}: steps together give other scores than one after another")
+            times = in_turns([partial(five_steps, way, model, pairs) for way in TOGETHER], 5)
+            apart, as_one, ruled, eap = map(statistics.median, times)
+            print(f"{name + f', {size} pairs':<28}{size * tokens:>8}{apart * 1e3:>11.1f}{as_one * 1e3:>10.1f}"
+                  f"{as_one / apart:>8.2f}{chosen:>6}{ruled / apart:>8.2f}{ruled / eap:>8.2f}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

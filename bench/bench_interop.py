@@ -20,8 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,31 +33,14 @@ from torch import Tensor
 if importlib.util.find_spec("eapcore") is None:  # an uninstalled checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peers.published import hooked_model, hooked_scores, logit_diff
+from pipeline.work import MIB, in_turns, peak_of
+
 from eapcore.graph.graph import Graph
 from eapcore.interop import eap_ig
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"small": (12, 12, 768, 50257), "tiny": (3, 4, 64, 211)}  # layers, heads, d_model, vocabulary
 WAYS = ("hooks", "adapter")
-
-
-def hooked_model(sizes: tuple[int, int, int, int], dtype: torch.dtype):
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    n_layers, n_heads, d_model, d_vocab = sizes
-    config = HookedTransformerConfig(
-        n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_model // n_heads, d_mlp=4 * d_model,
-        d_vocab=d_vocab, n_ctx=64, act_fn="gelu_new", normalization_type="LN", device="cpu", dtype=dtype, seed=0,
-        use_attn_result=True, use_split_qkv_input=True, use_hook_mlp_in=True,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 3.9 announces that 4 will not have it
-        return HookedTransformer(config).requires_grad_(False)
-
-
-def logit_diff(logits: Tensor, clean_logits: Tensor, input_lengths: Tensor, label: Tensor) -> Tensor:
-    last = logits[torch.arange(len(logits)), input_lengths - 1]
-    return (last.gather(1, label[:, :1]) - last.gather(1, label[:, 1:])).mean()
 
 
 def implementation(way: str, model, args: argparse.Namespace) -> Callable[[], Tensor]:
@@ -69,9 +50,6 @@ def implementation(way: str, model, args: argparse.Namespace) -> Callable[[], Te
     clean, corrupt, label = draw((args.batch, args.tokens)), draw((args.batch, args.tokens)), draw((args.batch, 2))
     options = {"ig_steps": args.steps} if args.method == "EAP-IG-inputs" else {}
     if way == "hooks":
-        sys.path.insert(0, str(ROOT / "tests" / "interop"))
-        from hooked_scores import hooked_scores
-
         # Frozen weights, as in the adapter: the gradient has to start at the embedding then.
         model.embed.requires_grad_(True)
         return partial(hooked_scores, model, clean, corrupt, partial(logit_diff, label=label), args.method, **options)
@@ -85,21 +63,11 @@ def implementation(way: str, model, args: argparse.Namespace) -> Callable[[], Te
     return run
 
 
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def peak_memory(way: str, args: argparse.Namespace) -> int:
     """Bytes above loading at the high-water mark of one run, in this process: run it in one of its own."""
     run = implementation(way, hooked_model(SIZES[args.size], torch.float32), args)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the threads' own buffers are not the implementation's
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+    return peak_of(run)
 
 
 def child(way: str, args: argparse.Namespace) -> int:
@@ -118,19 +86,6 @@ def agreement(args: argparse.Namespace) -> tuple[float, float]:
     if not (found[0] < 1e-10 and found[1] < 1e-3):
         raise RuntimeError(f"the two ways disagree by {found[0]:.1e} in float64, {found[1]:.1e} in float32")
     return found[0], found[1]
-
-
-def seconds(args: argparse.Namespace) -> list[list[float]]:
-    model = hooked_model(SIZES[args.size], torch.float32)
-    runs = [implementation(way, model, args) for way in WAYS]
-    taken: list[list[float]] = [[], []]
-    for repeat in range(args.repeats + 1):
-        for which, run in enumerate(runs):
-            start = time.process_time()
-            run()
-            if repeat:
-                taken[which].append(time.process_time() - start)
-    return taken
 
 
 def main() -> None:
@@ -157,14 +112,14 @@ def main() -> None:
     print(f"float32, torch {torch.__version__}, transformer-lens {version('transformer-lens')}")
     double, single = agreement(args)
     print(f"agreement: {double:.0e} of the largest score in float64 (small model), {single:.0e} in float32")
-    taken = seconds(args)
+    model = hooked_model(SIZES[args.size], torch.float32)
+    taken = in_turns([implementation(way, model, args) for way in WAYS], args.repeats)
     ratio = statistics.median(a / b for a, b in zip(*taken, strict=True))
     for way, values in zip(WAYS, taken, strict=True):
         print(f"{way:8} {statistics.median(values):7.2f} s CPU ({min(values):.2f} – {max(values):.2f})")
     print(f"hooks / adapter: {ratio:.1f} x the time")
     hooks, adapter = (child(way, args) for way in WAYS)
-    mib = 2**20
-    print(f"peak above the model: hooks {hooks / mib:.0f} MiB, adapter {adapter / mib:.0f}: {hooks / adapter:.1f} x")
+    print(f"peak above the model: hooks {hooks / MIB:.0f} MiB, adapter {adapter / MIB:.0f}: {hooks / adapter:.1f} x")
 
 
 if __name__ == "__main__":

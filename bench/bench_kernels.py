@@ -5,10 +5,10 @@
     python bench/bench_kernels.py --quick             tiny shapes, seconds; what the tests run
     compute-sanitizer python bench/bench_kernels.py --device cuda --check-only
                                                       every kernel on small odd shapes, nothing timed: a few minutes
-    python bench/bench_kernels.py --compile           the table of compiled Triton kernels (bench/triton_compile.py)
+    python bench/bench_kernels.py --compile [sm_90]   the table of compiled Triton kernels (ops/triton_compile.py)
     python bench/bench_kernels.py --json out.jsonl    one JSON object a line beside the table, as they come
 
-Runs from the source tree, installed or not; kernels_work.py has the shapes, kernels_checks.py what comes first: every
+Runs from the source tree, installed or not; ops/work.py has the shapes, ops/checks.py what comes first: every
 variant of every kernel. Nothing is timed before its result is right: eapcore's implementations must be within 1e-5 of
 float64 (2^-8 where the result itself is stored in bfloat16; on a GPU more where tensor cores add up long chains, see
 `allowed_error`), in the norm, on a sample of senders and receivers, and exactly 0 where there is no edge. The error of
@@ -49,10 +49,10 @@ import torch
 if importlib.util.find_spec("eapcore") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels_checks
-import kernels_work
+import ops.checks
+import ops.work
 from eapcore.kernels import cpp
-from kernels_work import WORK, Case, Run, cases, size_of
+from ops.work import WORK, Case, Run, cases, size_of
 
 Attempt = Callable[[str, Callable[[], None]], None]
 
@@ -117,7 +117,7 @@ def measure(
     case: Case, clock: Clock, rates: dict[str, float], rounds: int, seconds: float, compiled: bool
 ) -> list[dict]:
     """Check, then time: the rows of one case. One of PyTorch's ways that cannot run is left out, and said so."""
-    work = WORK[case.op](case, clock.device, kernels_work.fast_implementation(clock.kind), compiled)
+    work = WORK[case.op](case, clock.device, ops.work.fast_implementation(clock.kind), compiled)
     errors: dict[str, float] = {}
     for name, run in work.providers.items():
         try:
@@ -147,48 +147,35 @@ def measure(
         quartiles = statistics.quantiles((ms for ms, _ in values), n=4)
         ms, elapsed = medians[name]
         matmul = work.operations if "torch" in name else work.tile_operations or work.operations
-        rows.append(
-            {
-                "op": case.op,
-                "shape": case.name,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "provider": name,
-                "ms": ms,
-                "spread_ms": (quartiles[2] - quartiles[0]) / 2,
-                "rounds": len(values),
-                "times_torch": best[0] / ms,
-                "clock_ms": elapsed,
-                "clock_times_torch": best[1] / elapsed,
-                "error": errors[name],
-                "operations": work.operations,
-                "bytes": work.bytes,
-                "gops": work.operations / ms / 1e6,
-                "of_matmul": matmul / ms * 1e3 / rates[str(case.dtype)],
-                "gbytes": work.bytes / ms / 1e6,
-                "of_copy": work.bytes / ms * 1e3 / rates["copy"],
-                "device": clock.kind,
-            }
-        )
+        row = {"op": case.op, "shape": case.name, "dtype": dtype_name(case), "provider": name, "ms": ms}
+        row |= {"spread_ms": (quartiles[2] - quartiles[0]) / 2, "rounds": len(values), "times_torch": best[0] / ms}
+        row |= {"clock_ms": elapsed, "clock_times_torch": best[1] / elapsed, "error": errors[name]}
+        row |= {"operations": work.operations, "bytes": work.bytes, "gops": work.operations / ms / 1e6}
+        row |= {"of_matmul": matmul / ms * 1e3 / rates[str(case.dtype)], "gbytes": work.bytes / ms / 1e6}
+        rows.append(row | {"of_copy": work.bytes / ms * 1e3 / rates["copy"], "device": clock.kind})
     return rows
+
+
+def dtype_name(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+COLUMNS = (  # title, width, digits, field, factor
+    ("ms", 10, ".3f", "ms", 1), ("+-", 8, ".3f", "spread_ms", 1), ("x torch", 9, ".2f", "times_torch", 1),
+    ("clock", 10, ".3f", "clock_ms", 1), ("x torch", 9, ".2f", "clock_times_torch", 1),
+    ("error", 10, ".1e", "error", 1), ("Gop/s", 10, ".1f", "gops", 1), ("% matmul", 10, ".1f", "of_matmul", 100),
+    ("GB/s", 8, ".1f", "gbytes", 1), ("% copy", 8, ".1f", "of_copy", 100),
+)  # fmt: skip
 
 
 def print_rows(rows: list[dict]) -> None:
     first = rows[0]
-    print(
-        f"\n{first['op']}  {first['shape']}  {first['dtype']}  ({first['operations']:.3g} op, {first['bytes']:.3g} B)"
-    )
-    print(
-        f"  {'':28}{'ms':>10}{'+-':>8}{'x torch':>9}{'clock':>10}{'x torch':>9}{'error':>10}{'Gop/s':>10}"
-        f"{'% matmul':>10}{'GB/s':>8}{'% copy':>8}"
-    )
+    size = f"({first['operations']:.3g} op, {first['bytes']:.3g} B)"
+    print(f"\n{first['op']}  {first['shape']}  {first['dtype']}  {size}")
+    print(f"  {'':28}" + "".join(f"{title:>{width}}" for title, width, *_ in COLUMNS))
     for row in rows:
-        print(
-            f"  {row['provider']:28}{row['ms']:10.3f}{row['spread_ms']:8.3f}{row['times_torch']:9.2f}"
-            f"{row['clock_ms']:10.3f}{row['clock_times_torch']:9.2f}"
-            f"{row['error']:10.1e}{row['gops']:10.1f}{100 * row['of_matmul']:10.1f}"
-            f"{row['gbytes']:8.1f}{100 * row['of_copy']:8.1f}",
-            flush=True,
-        )
+        cells = (f"{factor * row[field]:{width}{digits}}" for _, width, digits, field, factor in COLUMNS)
+        print(f"  {row['provider']:28}" + "".join(cells), flush=True)
 
 
 def print_summary(rows: list[dict], asked: dict[tuple[str, str, str], tuple[str, float]]) -> None:
@@ -218,24 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
-    parser.add_argument(
-        "--check-only", action="store_true", help="run every kernel once on small odd shapes, time nothing"
-    )
-    parser.add_argument("--compile", action="store_true", help="print the table of compiled Triton kernels instead")
+    parser.add_argument("--check-only", action="store_true", help="every kernel once on small odd shapes, time nothing")
+    parser.add_argument("--compile", nargs="*", metavar="TARGET", help="print the compiled Triton kernels instead")
     parser.add_argument("--no-torch-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--only", default="", help="cases whose op, shape or dtype contains this")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--minutes", type=float, help="begin no case after this long; 8 on a GPU, else as long as it takes"
-    )
+    parser.add_argument("--minutes", type=float, help="begin no case after this long (default: 8 on a GPU, else none)")
     parser.add_argument("--json", type=Path, help="write the rows here, one JSON object a line")
     options = parser.parse_args(arguments)
-    if options.compile:
-        sys.path.insert(0, str(Path(__file__).parent))
-        import triton_compile
+    if options.compile is not None:
+        from ops import triton_compile
 
-        triton_compile.main([])
+        triton_compile.main([f"--target={target}" for target in options.compile])
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -264,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.flush()
 
         print(clock.describe(), flush=True)
-        attempt("checks", lambda: kernels_checks.check_every_kernel(clock.kind, clock.device))
+        attempt("checks", lambda: ops.checks.check_every_kernel(clock.kind, clock.device))
         if not failures:
             print("every op is right on small odd shapes", flush=True)
         if not options.check_only:
@@ -275,13 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def time_cases(
-    options: argparse.Namespace,
-    clock: Clock,
-    begin: float,
-    attempt: Attempt,
-    write: Callable[[dict], None],
+    options: argparse.Namespace, clock: Clock, begin: float, attempt: Attempt, write: Callable[[dict], None],
     failures: list[str],
-) -> None:
+) -> None:  # fmt: skip
     rates = machine_rates(clock, options.quick, attempt)
     print(
         f"copy {rates['copy'] / 1e9:.1f} GB/s; matmul float32 {rates['torch.float32'] / 1e9:.1f}, "
@@ -297,7 +275,7 @@ def time_cases(
         new = measure(case, clock, rates, rounds, seconds, compiled)
         rows.extend(new)
         if case.asked:
-            asked[case.op, case.name, str(case.dtype).removeprefix("torch.")] = case.asked
+            asked[case.op, case.name, dtype_name(case)] = case.asked
         for row in new:
             write(row)
         print_rows(new)

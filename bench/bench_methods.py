@@ -38,21 +38,20 @@ import platform
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 try:
     import eapcore  # noqa: F401
 except ImportError:
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peers.one_at_a_time import Edge, Explicit, OneAtATime, TransformerLens
+from pipeline.work import SMALL
 
 from eapcore.attribution import METHODS
 from eapcore.attribution.attribute import attribute
@@ -61,13 +60,8 @@ from eapcore.evaluation.faithfulness import mib
 from eapcore.evaluation.roc import roc
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
-from eapcore.interop.transformer_lens import receiver_hook
-from eapcore.models.config import ModelConfig
-from eapcore.models.forward import run_with_senders
 from eapcore.models.load import load
-from eapcore.models.mlp import APPROXIMATE
 from eapcore.models.model import Model
-from eapcore.models.weights import LayerWeights, Weights
 from eapcore.patching.circuits import metric_on
 from eapcore.patching.edges import patch_edges
 from eapcore.search.acdc import acdc
@@ -78,7 +72,7 @@ TOP = 50
 TARGET = 10.0
 STEPS, STEPS_TARGET = 5, 5.5
 EXACT, ROUNDING = 1e-10, 4.0  # the file's head derives them
-TOKENS = 15
+GPT2_SMALL = replace(SMALL, B=8, T=15)
 PROMPTS = {"the second subject replaced": 10, "all names replaced": 2}  # the first difference
 
 
@@ -88,175 +82,17 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def random_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
-    """GPT-2 small's shape with random weights, head tied; the same ones in every dtype."""
-    layers, heads, width, vocabulary, context = 12, 12, 768, 50257, 1024
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).to(dtype)
-
-    def ln() -> tuple[Tensor, Tensor]:
-        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-
-    def layer() -> LayerWeights:
-        qkv = (draw(width, 3 * heads, width // heads).permute(1, 0, 2),)
-        attention = (qkv, draw(3 * heads, width // heads), draw(heads, width // heads, width), draw(width), ln())
-        mlp = (draw(width, 4 * width), draw(4 * width), draw(4 * width, width), draw(width))
-        return LayerWeights(*attention, ln(), *mlp)
-
-    embedding = draw(vocabulary, width)
-    stack = tuple(layer() for _ in range(layers))
-    weights = Weights(embedding, draw(context, width), stack, embedding.T, None, ln())
-    sizes = (layers, heads, width, width // heads, 4 * width, vocabulary, context, "gelu_new", (width // heads) ** 0.5)
-    return Model(ModelConfig(*sizes), weights, "gpt2-small-random")
-
-
-def random_pairs(n: int, tokens: int, first: int, vocabulary: int, seed: int = 0) -> PromptPairs:
-    """Pairs that agree before the position `first`."""
-    generator = torch.Generator().manual_seed(seed)
-    clean, corrupt = torch.randint(0, vocabulary, (2, n, tokens), generator=generator)
-    corrupt[:, :first] = clean[:, :first]
-    corrupt[:, first] = (clean[:, first] + 1) % vocabulary
-    answers = [[5]] * n, [[7]] * n
-    return PromptPairs.from_lists(clean.tolist(), corrupt.tolist(), *answers, name="random", seed=seed)
-
-
-class OneAtATime:
-    """Patch one edge in one forward; see the file's head."""
-
-    def __init__(self, model: Model, pairs: PromptPairs, split: bool) -> None:
-        self.model, self.pairs, self.split = model, pairs, split
-        clean, corrupt = (run_with_senders(model, tokens)[1] for tokens in (pairs.clean, pairs.corrupt))
-        self.delta = corrupt - clean
-        self.qkv = [torch.cat(layer.w_qkv).contiguous() for layer in model.weights.layers]  # [3H, D, K]
-        self.matrices = [w.permute(1, 0, 2).flatten(1) for w in self.qkv]  # [D, 3HK]
-        self.clean = self.value(self.logits(None))
-
-    def value(self, logits: Tensor) -> float:
-        answers, wrong = (logits.gather(1, ids) for ids in (self.pairs.answers, self.pairs.wrong))
-        return float((answers.double().mean(1) - wrong.double().mean(1)).mean())
-
-    def effect(self, edge: tuple[int, int]) -> float:
-        return self.value(self.logits(edge)) - self.clean
-
-    def norm(self, x: Tensor, ln: tuple[Tensor, Tensor] | None) -> Tensor:
-        return x if ln is None else F.layer_norm(x, x.shape[-1:], *ln, self.model.config.eps)
-
-    @torch.no_grad()
-    def logits(self, edge: tuple[int, int] | None) -> Tensor:
-        model, config, graph = self.model, self.model.config, self.model.graph
-        s, r = edge or (0, -1)
-        tokens, heads = self.pairs.clean, config.n_heads
-        x = model.weights.w_e[tokens] + model.weights.w_pos[: tokens.shape[1]]
-        shape = x.shape[:2]
-        for index, layer in enumerate(model.weights.layers):
-            w, place = self.qkv[index], r - graph.qkv(index).start
-            if self.split:
-                copies = x.expand(3 * heads, *x.shape).clone()
-                if 0 <= place < 3 * heads:
-                    copies[place] += self.delta[s]
-                qkv = torch.bmm(self.norm(copies, layer.ln1).flatten(1, 2), w)  # [3H, B·T, K]
-                qkv = qkv.unflatten(1, shape) + layer.b_qkv[:, None, None]
-            else:
-                qkv = (self.norm(x, layer.ln1) @ self.matrices[index]).unflatten(-1, (3 * heads, -1)) + layer.b_qkv
-                if 0 <= place < 3 * heads:
-                    qkv[:, :, place] = self.norm(x + self.delta[s], layer.ln1) @ w[place] + layer.b_qkv[place]
-                qkv = qkv.permute(2, 0, 1, 3)
-            q, k, v = (part.transpose(0, 1) for part in qkv.chunk(3))  # [B, H, T, K]
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.score_scale(index))
-            if self.split:
-                result = torch.bmm(z.transpose(0, 1).flatten(1, 2), layer.w_o)  # [H, B·T, D]
-                x = x + result.unflatten(1, shape).permute(1, 2, 0, 3).sum(2) + layer.b_o
-            else:
-                x = x + z.transpose(1, 2).flatten(2) @ layer.w_o.flatten(0, 1) + layer.b_o
-            if layer.w_in is not None:
-                read = x + self.delta[s] if r == graph.mlp_receiver(index) else x
-                hidden = F.gelu(self.norm(read, layer.ln2) @ layer.w_in + layer.b_in, approximate=self.approximate)
-                x = x + hidden @ layer.w_out + layer.b_out
-        if r == graph.logits:
-            x = x + self.delta[s]
-        rows = torch.arange(len(x)), self.pairs.positions
-        last = x if self.split else x[rows]
-        logits = self.norm(last, model.weights.ln_final) @ model.weights.w_u
-        logits = logits[rows] if self.split else logits
-        return logits if model.weights.b_u is None else logits + model.weights.b_u
-
-    @property
-    def approximate(self) -> str:
-        return APPROXIMATE[self.model.config.act_fn or "gelu"]
-
-
-class Published:
-    """Patch one edge in one forward of a HookedTransformer with the same weights."""
-
-    def __init__(self, model: Model, pairs: PromptPairs) -> None:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-        self.model, self.pairs, config, weights = model, pairs, model.config, model.weights
-        sizes = {
-            name: getattr(config, name)
-            for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn")
-        }
-        flags = dict.fromkeys(("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"), True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 3.9 announces that 4 will not have it
-            self.hooked = HookedTransformer(HookedTransformerConfig(**sizes, **flags, normalization_type="LN"))
-        state = self.hooked.state_dict()
-        state |= {"embed.W_E": weights.w_e, "pos_embed.W_pos": weights.w_pos, "unembed.W_U": weights.w_u}
-        norms = {"ln_final": weights.ln_final}
-        for index, layer in enumerate(weights.layers):
-            at = f"blocks.{index}."
-            for part, w, b in zip("QKV", torch.cat(layer.w_qkv).chunk(3), layer.b_qkv.chunk(3), strict=True):
-                state |= {f"{at}attn.W_{part}": w, f"{at}attn.b_{part}": b}
-            state |= {f"{at}attn.W_O": layer.w_o, f"{at}attn.b_O": layer.b_o}
-            state |= {f"{at}mlp.W_in": layer.w_in, f"{at}mlp.b_in": layer.b_in}
-            state |= {f"{at}mlp.W_out": layer.w_out, f"{at}mlp.b_out": layer.b_out}
-            norms |= {f"{at}ln1": layer.ln1, f"{at}ln2": layer.ln2}
-        for place, (gamma, beta) in norms.items():
-            state |= {f"{place}.w": gamma, f"{place}.b": beta}
-        self.hooked.load_state_dict(state)
-        with torch.no_grad():
-            clean, corrupt = (run_with_senders(model, tokens)[1] for tokens in (pairs.clean, pairs.corrupt))
-            self.delta = corrupt - clean
-            self.clean = self.value([])
-
-    @torch.no_grad()
-    def value(self, hooks: list[tuple[str, Callable[..., Tensor]]]) -> float:
-        rows = torch.arange(len(self.pairs)), self.pairs.positions
-        logits = self.hooked.run_with_hooks(self.pairs.clean, fwd_hooks=hooks)[rows]
-        answers, wrong = (logits.gather(1, ids) for ids in (self.pairs.answers, self.pairs.wrong))
-        return float((answers.double().mean(1) - wrong.double().mean(1)).mean())
-
-    def effect(self, edge: tuple[int, int]) -> float:
-        s, r = edge
-        name, _, head = receiver_hook(self.model.graph, self.model.graph.receiver_names[r]).partition("[")
-
-        def add(stream: Tensor, hook: object) -> Tensor:
-            read = stream.clone()  # [B, T, H, D] in front of heads
-            target = read[:, :, int(head.rstrip("]"))] if head else read
-            target += self.delta[s]
-            return read
-
-        return self.value([(name, add)]) - self.clean
-
-
 def check_effects(
-    name: str,
-    models: tuple[Model, Model],
-    pairs: PromptPairs,
-    compared: list[tuple[int, int]],
-    ways: dict[str, OneAtATime | Published],
-    timed: dict[str, list[tuple[int, int]]],
-    few: int,
-) -> None:
+    name: str, models: tuple[Model, Model], pairs: PromptPairs, compared: list[Edge], ways: dict[str, OneAtATime],
+    timed: dict[str, list[Edge]], few: int,
+) -> None:  # fmt: skip
     """SystemExit where ways disagree: see the file's head; models in float32 and float64, `few` pairs in the latter."""
     model, wide = models
     graph = model.graph
     part = pairs.select(torch.arange(min(few, len(pairs))))
     exact = patch_edges(wide, part, "logit_diff", [graph.edge_name(*edge) for edge in compared]).scores
     for way in ("hooks", "plain"):
-        one = OneAtATime(wide, part, way == "hooks")
+        one = Explicit(wide, part, way == "hooks")
         error = max(abs(one.effect(edge) - float(exact[edge])) for edge in compared)
         if not error <= EXACT:
             raise SystemExit(f"{name}: {way} and patch_edges differ by {error:.1e} in float64 on {len(compared)} edges")
@@ -272,27 +108,18 @@ def check_effects(
 
 
 def speed_of_patching(
-    name: str,
-    models: tuple[Model, Model],
-    pairs: PromptPairs,
-    edges: list[str] | None,
-    samples: tuple[int, int],
-    *,
-    few: int = 64,
-    published: bool = False,
-) -> bool:
+    name: str, models: tuple[Model, Model], pairs: PromptPairs, edges: list[str] | None, samples: tuple[int, int], *,
+    few: int = 64, published: bool = False,
+) -> bool:  # fmt: skip
     """Print a line for each way; True where ours costs at most a tenth of the hook-based one. samples: how many edges
     are compared, and timed."""
     model = models[0]
-    mask = model.graph.edge_mask() if edges is None else patch_mask(model, edges)
+    mask = model.graph.edge_mask() if edges is None else Circuit.from_edges(model.graph, edges).mask
     every = [(s, r) for s, r in mask.nonzero().tolist()]
     compared, some = (every[:: max(1, len(every) // sample)] for sample in samples)
-    ways: dict[str, OneAtATime | Published] = {
-        "hooks": OneAtATime(model, pairs, True),
-        "plain": OneAtATime(model, pairs, False),
-    }
+    ways: dict[str, OneAtATime] = {way: Explicit(model, pairs, way == "hooks") for way in ("hooks", "plain")}
     if published:
-        ways["TransformerLens"] = Published(model, pairs)
+        ways["TransformerLens"] = TransformerLens(model, pairs)
     timed = {way: some[:4] if way == "TransformerLens" else some for way in ways}
     first = round(float(pairs.first_difference().double().mean()), 1)
     tokens = round(float(pairs.lengths.double().mean()), 1)
@@ -335,13 +162,6 @@ def speed_of_gradients(model: Model, pairs: PromptPairs, turns: int) -> bool:
     )
 
 
-def patch_mask(model: Model, edges: list[str]) -> Tensor:
-    mask = torch.zeros_like(model.graph.edge_mask())
-    for edge in edges:
-        mask[model.graph.edge(edge)] = True
-    return mask
-
-
 def speed(quick: bool) -> bool:
     passed, turns = True, 1 if quick else 5
     for name in TOYS:
@@ -349,10 +169,10 @@ def speed(quick: bool) -> bool:
         passed &= speed_of_patching(name, models, pairs, None, (8, 8) if quick else (64, 40))
         passed &= speed_of_gradients(models[0], pairs, turns)
     if not quick:
-        models = random_gpt2(), random_gpt2(dtype=torch.float64)
+        models = GPT2_SMALL.model(), GPT2_SMALL.model(dtype=torch.float64)
         published = importlib.util.find_spec("transformer_lens") is not None
         for what, first in PROMPTS.items():
-            pairs = random_pairs(8, TOKENS, first, models[0].config.d_vocab)
+            pairs = replace(GPT2_SMALL, P=first).pairs()
             top = [edge for edge, _ in attribute(models[0], pairs).top(1000)]
             title = f"GPT-2 small's shape, EAP's top 1,000, {what}"
             passed &= speed_of_patching(title, models, pairs, top, (50, 20), few=2, published=published)

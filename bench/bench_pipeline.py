@@ -2,13 +2,14 @@
 
     python bench/bench_pipeline.py                 all of it: 20 minutes on two cores
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
-    python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline_scaling.py)
-    python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline_gpu.py)
+    python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline/scaling.py)
+    python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline/gpu.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
 Runs from the source tree, installed or not. The floor: two forwards and one activation-only backward of the same frozen
 weights, plain PyTorch with scaled_dot_product_attention, logits at the last position only, no instrumentation. The
-hook-based implementations: ours, tuned (hooked.py), and the published ones where they are installed (published.py).
+hook-based implementations: ours, tuned (peers/hooked.py), and the published ones where they are installed
+(peers/published.py).
 
 Scores of all implementations are compared before anything is timed. Times are CPU seconds of the process (user and
 system) for some batches, interleaved with the floor in one process for each case, warm, the median of the ratios. Peak
@@ -35,10 +36,9 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline_work import MIB, PUBLISHED, Work, disagreement, memories, seconds
+from pipeline.work import MIB, PUBLISHED, SMALL, Work, disagreement, memories, seconds
 
 TINY = {"L": 3, "H": 4, "D": 64, "V": 211}
-SMALL = Work(12, 12, 768, 50257, B=16, T=20)
 LARGE = Work(36, 20, 1280, 50257, B=4, T=20)
 
 
@@ -124,7 +124,7 @@ def ratios(case: Case, repeats: int) -> tuple[list[float], float, float]:
 def why_not(case: Case) -> str:
     if case.against not in PUBLISHED:
         return ""
-    import published
+    from peers import published
 
     return published.why_not(case.against)
 
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this, and no scaling")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own)")
-    parser.add_argument("--products", choices=["auto", "torch"], default="auto", help="who multiplies (products.py)")
+    parser.add_argument("--products", choices=["auto", "torch"], default="auto", help="who multiplies large matrices")
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--json", type=Path, help="write the scaling's or the GPU's rows here, one object a line")
     parser.add_argument("--plot", type=Path, help="draw the scaling into this PNG (default: scaling.png beside this)")
@@ -176,9 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.products == "torch":
         torch.backends.mkldnn.set_flags(False)
     if args.device == "cuda":
-        import pipeline_gpu
+        from pipeline import gpu
 
-        return pipeline_gpu.main(quick=args.quick, json_file=args.json)
+        return gpu.main(quick=args.quick, json_file=args.json)
     import eapcore.kernels as kernels
 
     from eapcore.models.matmul import large_by
@@ -193,10 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
             cases = [replace(case, work=replace(case.work, **TINY)) for case in cases]
         table(cases, args.repeats)
     if args.only != "cases" and not args.case:
-        import pipeline_scaling
+        from pipeline import scaling
 
         print()
-        pipeline_scaling.main(quick=args.quick, repeats=min(args.repeats, 3), json_file=args.json, plot=args.plot)
+        scaling.main(quick=args.quick, repeats=min(args.repeats, 3), json_file=args.json, plot=args.plot)
     return 0
 
 

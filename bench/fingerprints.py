@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import math
 import os
 import random
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from importlib.machinery import PathFinder
 from itertools import combinations, product
@@ -38,7 +37,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 if any((Path(p) / "eapcore").is_dir() for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p):
@@ -46,20 +44,12 @@ if any((Path(p) / "eapcore").is_dir() for p in os.environ.get("PYTHONPATH", "").
 import eapcore
 
 ROOT = Path(__file__).resolve().parents[1]
-Parts = dict[str, Tensor]
+Parts = dict[str, Any]  # tensors, and texts
 Case = tuple[str, str, Callable[[], Any]]  # group, name, what makes the result
 
-HOMES = {  # the modules that hold or have held what `eapcore` itself does not offer
-    "METHODS": ("eapcore.attribution.methods", "eapcore.methods"),
-    "Rules": ("eapcore.models.backward_rules", "eapcore.rules"),
-    "find_pairs": ("eapcore.tasks",),
-    "patch_edges": ("eapcore.patching.edges", "eapcore.patch"),
-    "patch_nodes": ("eapcore.patching.nodes", "eapcore.patch"),
-    "path_patch": ("eapcore.patching.paths", "eapcore.patch"),
-    "interpolate": ("eapcore.patching.interpolate", "eapcore.patch"),
-    "acdc": ("eapcore.search.acdc", "eapcore.acdc"),
-    "faithfulness": ("eapcore.evaluation.faithfulness", "eapcore.evaluate"),
-}
+# The modules that hold or have held what `eapcore` itself does not offer.
+HOMES = """attribution.methods methods models.backward_rules rules tasks patching.edges patching.nodes patching.paths
+    patching.interpolate patch search.acdc acdc evaluation.faithfulness evaluate""".split()
 EXACT = ("run_circuit", "patch_edges", "patch_nodes", "path_patch", "interpolate", "faithfulness", "acdc")
 LIMITS = {"float64": 1e-10, "float32": 1e-4}
 
@@ -121,12 +111,10 @@ def found(name: str) -> Any:
     """What has this name, in whichever module it lies."""
     if name in eapcore.__all__:
         return getattr(eapcore, name)
-    for home in HOMES[name]:
-        try:
-            return getattr(importlib.import_module(home), name)
-        except (ModuleNotFoundError, AttributeError):
-            continue
-    raise ImportError(f"{name} is in none of {', '.join(HOMES[name])}: HOMES must say where it is")
+    for home in HOMES:
+        with suppress(ModuleNotFoundError, AttributeError):
+            return getattr(importlib.import_module(f"eapcore.{home}"), name)
+    raise ImportError(f"{name} is in none of {', '.join(HOMES)}: HOMES must say where it is")
 
 
 @cache
@@ -264,56 +252,44 @@ def split(value: Any, path: str, numbers: dict[str, list[float]]) -> Any:
     return value
 
 
-def text(content: str) -> Tensor:
-    return torch.tensor(list(content.encode()), dtype=torch.uint8)
-
-
 def parts(result: Any, path: Path) -> Parts:
     """What counts of a result."""
     if isinstance(result, Tensor | tuple):
-        return {f"tensor {i}": x for i, x in enumerate(result if isinstance(result, tuple) else [result])}
+        return {f"tensor {i}": x.clone() for i, x in enumerate(result if isinstance(result, tuple) else [result])}
     result.save(path)
-    tensors: Parts = {}
+    made: Parts = {}
     if isinstance(getattr(result, "scores", None), Tensor):
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            made = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             content = json.loads(file.metadata()["eapcore"])
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
     numbers: dict[str, list[float]] = {}
-    tensors["text"] = text(json.dumps(split(content, "numbers", numbers)))
-    return tensors | {name: torch.tensor(row, dtype=torch.float64) for name, row in numbers.items()}
+    made["text"] = json.dumps(split(content, "numbers", numbers))
+    return made | {name: torch.tensor(row, dtype=torch.float64) for name, row in numbers.items()}
 
 
 def child(out: Path, only: str, quick: bool) -> None:
-    """Run the cases with the package that is imported here, and write their parts."""
+    """Run the cases with the package that is imported here; write where it lies, and their parts by group and name."""
     torch.set_num_threads(1)
-    results: Parts = {}
+    groups: dict[str, dict[str, Parts]] = {}
     for group, name, make in all_cases(quick):
         if only in f"{group}: {name}":
             try:
                 made = parts(make(), out.with_suffix(".case"))
             except Exception as error:
-                made = {"error": text(f"{type(error).__name__}: {error}")}
-            results |= {f"{group}|{name}|{part}": x.contiguous().clone() for part, x in made.items()}
-    save_file(results, out, metadata={"from": str(Path(eapcore.__file__).resolve().parent)})
+                made = {"error": f"{type(error).__name__}: {error}"}
+            groups.setdefault(group, {})[name] = made
+    torch.save((str(Path(eapcore.__file__).resolve().parent), groups), out)
 
 
-def read(path: Path) -> tuple[str, dict[str, dict[str, Parts]]]:
-    """Where the package lay, and the parts by group and name."""
-    groups: dict[str, dict[str, Parts]] = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            group, name, part = key.split("|")
-            groups.setdefault(group, {}).setdefault(name, {})[part] = file.get_tensor(key)
-        return file.metadata()["from"], groups
-
-
-def difference(before: Tensor, after: Tensor) -> float | None:
+def difference(before: Tensor | str | None, after: Tensor | str | None) -> float | None:
     """None for the same bits, else the largest difference of numbers relative to the largest of them, or infinity."""
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return None if isinstance(before, str) and before == after else math.inf
     if before.dtype != after.dtype or before.shape != after.shape:
         return math.inf
-    if torch.equal(*(x.flatten().view(torch.uint8) for x in (before, after))):
+    if torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (before, after))):
         return None
     if not before.is_floating_point():
         return math.inf
@@ -321,16 +297,10 @@ def difference(before: Tensor, after: Tensor) -> float | None:
     return largest if math.isfinite(largest) else math.inf
 
 
-def words(part: Tensor | None) -> str:
-    return "" if part is None else bytes(part.tolist()).decode()
-
-
 def excerpts(before: str, after: str) -> str:
     """Two texts where they begin to differ."""
     at = max(0, len(os.path.commonprefix([before, after])) - 40)  # noqa: RUF071
-    return "".join(
-        f"\n      {name} {content[at : at + 120]!r}" for name, content in (("before", before), ("after ", after))
-    )
+    return "".join(f"\n      {name} {x[at : at + 120]!r}" for name, x in (("before", before), ("after ", after)))
 
 
 def compare(group: str, before: dict[str, Parts], after: dict[str, Parts]) -> int:
@@ -339,20 +309,17 @@ def compare(group: str, before: dict[str, Parts], after: dict[str, Parts]) -> in
     names = sorted(before.keys() | after.keys())
     for name in names:
         old, new = before.get(name, {}), after.get(name, {})
-        apart = {p: difference(old[p], new[p]) if p in old and p in new else math.inf for p in old.keys() | new.keys()}
+        apart = {part: difference(old.get(part), new.get(part)) for part in sorted(old.keys() | new.keys())}
         apart = {part: by for part, by in apart.items() if by is not None}
-        errors = words(old.get("error")), words(new.get("error"))
-        failed = any(error and not error.startswith("ValueError: ") for error in errors)
+        failed = any(not each.get("error", "ValueError: ").startswith("ValueError: ") for each in (old, new))
         refused, equal = refused + ("error" in new and not failed), equal + (not apart)
         worst = max(apart.values(), default=0.0)
         largest = max(largest, worst)
         limit = next(LIMITS[word] for word in name.split() if word in LIMITS) if group in EXACT else -1.0
         if failed or (apart and worst > limit):
-            wrong.append(f"    {name}: {', '.join(f'{part} {by:.1e}' for part, by in sorted(apart.items()))}")
-            if any(errors):
-                wrong[-1] += excerpts(*errors)
-            elif "text" in apart:
-                wrong[-1] += excerpts(words(old.get("text")), words(new.get("text")))
+            told = "error" if "error" in old | new else "text"
+            shown = excerpts(old.get(told, ""), new.get(told, "")) if failed or told in apart else ""
+            wrong.append(f"    {name}: {', '.join(f'{part} {by:.1e}' for part, by in apart.items())}{shown}")
     kind = "exact" if group in EXACT else "first order"
     rest = "" if equal == len(names) else f", largest relative difference {largest:.1e}, {len(wrong)} wrong"
     print(f"{kind:11}  {group:18}  {len(names):3} cases ({refused:2} refused), {equal:3} equal{rest}")
@@ -362,11 +329,8 @@ def compare(group: str, before: dict[str, Parts], after: dict[str, Parts]) -> in
 
 def build(commit: str, folder: Path) -> Path:
     """Install an older commit into a folder of its own."""
-    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(folder / "source", filter="data")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*install, str(folder / "site"), str(folder / "source")], check=True)
+    install = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(folder / "site")]
+    subprocess.run([*install, f"git+{ROOT.as_uri()}@{commit}"], check=True)
     return folder / "site"
 
 
@@ -383,7 +347,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         older = (args.built or build(args.against, Path(name))).resolve()
-        outs = [Path(name) / "before.safetensors", Path(name) / "after.safetensors"]
+        outs = [Path(name) / "before", Path(name) / "after"]
         path = os.pathsep.join(filter(None, (str(older), os.environ.get("PYTHONPATH"))))
         options = ["--only", args.only, *(["--quick"] if args.quick else [])]
         running = [
@@ -392,7 +356,7 @@ def main() -> int:
         ]
         if [process.wait() for process in running] != [0, 0]:
             raise SystemExit("a run of the cases failed")
-        (where, before), (here, after) = map(read, outs)
+        (where, before), (here, after) = map(torch.load, outs)
     if Path(where).parent != older:
         raise SystemExit(f"the older package should come from {older}, but {where} was imported")
     print(f"before: {where}\nafter:  {here}")

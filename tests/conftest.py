@@ -1,7 +1,9 @@
 """Before anything imports triton or huggingface_hub: interpret kernels where there is no GPU, and use no network."""
 
+import dataclasses
 import os
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,3 +12,17 @@ if not torch.cuda.is_available():
 
 # The tests' models are small: a second thread would only wait. Tests of threads set their own number.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """A function that sets some of the CPU's limits."""
+    import eapcore.attribution.plan as plan
+    import eapcore.execution.limits as limits
+
+    def limit(**values):
+        plan._run_dry.cache_clear()
+        monkeypatch.setitem(limits.TABLE, "cpu", dataclasses.replace(limits.TABLE["cpu"], **values))
+
+    yield limit
+    plan._run_dry.cache_clear()

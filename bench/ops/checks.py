@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import eapcore.kernels as kernels
-import kernels_work
 import torch
 from eapcore.kernels import checks, cpp, reference
-from kernels_work import Case, Model, doubled, relative
 from torch import Tensor
+
+from ops import work
+from ops.work import Case, Model, doubled, relative
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a result is stored in half precision, its own rounding.
@@ -43,7 +43,7 @@ VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges"} | {
 def check_every_kernel(kind: str, device: str) -> None:
     """Each dtype, reduce and precision, masks, token rows, norms, long heads, rows that do not start at multiples of 16
     bytes. With Triton each variant of the package's kernels must have run. Raises for a wrong result."""
-    fast = kernels_work.fast_implementation(kind)
+    fast = work.fast_implementation(kind)
     seen: set[str] = set()
     if fast == "triton":
         from eapcore.kernels import triton_common
@@ -103,9 +103,9 @@ def check_edge_scores(fast: str, device: str, dtype: torch.dtype, width: int) ->
 
 def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, d_head: int, aligned: bool) -> None:
     d_model = 96 if aligned else 75
-    layer = kernels_work.layer_tensors(2, 2, 37, d_head, d_model, dtype, device, kind)
+    layer = work.layer_tensors(2, 2, 37, d_head, d_model, dtype, device, kind)
     g, act, weight, norm, w_gamma, offset = layer
-    exact = reference.receiver_grads(g.double(), weight.double(), doubled(norm))
+    exact = reference.receiver_grads(*doubled([g, weight, norm]))
     got = kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=fast)
     judge(f"receiver_grads {fast} {dtype} {kind} K={d_head} D={d_model}", got, exact, STORED[dtype])
 
@@ -113,24 +113,11 @@ def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, 
 def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> None:
     case = Case("edge_scores_factored", FACTORED, 0, 2, 5, dtype)
     layers = [
-        kernels_work.layer_tensors(3 * FACTORED.H, 2, 5, FACTORED.K, FACTORED.D, dtype, device, kind)
-        for kind in checks.NORMS
+        work.layer_tensors(3 * FACTORED.H, 2, 5, FACTORED.K, FACTORED.D, dtype, device, kind) for kind in checks.NORMS
     ]
-    senders, receivers = kernels_work.factored_tensors(case, layers, device)
+    senders, receivers = work.factored_tensors(case, layers, device)
     mask = FACTORED.mask().to(device)
-    wide = (
-        replace(
-            senders, embed=senders.embed.double(), dz=senders.dz.double(), w_o=[w.double() for w in senders.w_o],
-            mlp=senders.mlp.double(),
-        ),
-        replace(
-            receivers, g=receivers.g.double(), act=receivers.act.double(), w_gamma=receivers.w_gamma.double(),
-            offset=receivers.offset.double(), logits=receivers.logits.double(), mlp=receivers.mlp.double(),
-            weight=[[w.double() for w in groups] for groups in receivers.weight],
-            norms=[doubled(norm) for norm in receivers.norms],
-        ),
-    )  # fmt: skip
-    exact = reference.edge_scores_factored(*wide, mask, reduce)
+    exact = reference.edge_scores_factored(*doubled([senders, receivers]), mask, reduce)
     for precision in precisions(fast, dtype):
         for chunk in (None, 4):
             got = kernels.edge_scores_factored(

@@ -1,8 +1,8 @@
 """Compile every Triton kernel in every tiling for GPUs that need not be there, and print what came out.
 
-    python bench/triton_compile.py                      the table, all targets
-    python bench/triton_compile.py --target sm_90       one target
-    python bench/triton_compile.py --json               one JSON object a line
+    python bench/ops/triton_compile.py                      the table, all targets
+    python bench/ops/triton_compile.py --target sm_90       one target
+    python bench/ops/triton_compile.py --json               one JSON object a line
 
 The launchers of eapcore.kernels run on meta tensors of real sizes, with the device's description replaced and every
 launch turned into a compilation: what is compiled is what would be launched, specialisation included. Each target has a
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +126,8 @@ def _measure(asm: dict[str, Any], machine: Machine) -> tuple[int, int, int, int]
         used = subprocess.run([tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
         code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
     size = {name: int(re.findall(rf"\b{name}:(\d+)", used.stdout)[-1]) for name in ("REG", "STACK", "LOCAL")}
-    return (
-        size["REG"],
-        size["STACK"] + size["LOCAL"],
-        len(re.findall(machine.tensor, code)),
-        len(re.findall(r"\bFFMA", code)),
-    )
+    spills = size["STACK"] + size["LOCAL"]
+    return size["REG"], spills, len(re.findall(machine.tensor, code)), len(re.findall(r"\bFFMA", code))
 
 
 def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
@@ -262,22 +258,11 @@ def compile_target(name: str) -> list[Row]:
         flags = [k.lower() for k, v in meta.items() if v is True] + [v for v in meta.values() if isinstance(v, str)]
         stages = f" s{meta['num_stages']}" if "num_stages" in meta else ""
         registers, spills, tensor, fma = _measure(compiled.asm, machine)
-        rows.append(
-            Row(
-                target=name,
-                case=case,
-                kernel=kernel.__name__,
-                config=f"{blocks} w{meta['num_warps']}{stages} {' '.join(flags)}",
-                expects=expects if kernel.__name__ in ("partial_scores", "channel_grads") else "",
-                registers=registers,
-                shared=compiled.metadata.shared,
-                shared_limit=machine.shared_limit,
-                spills=spills,
-                tensor=tensor,
-                fma=fma,
-                seconds=round(seconds, 2),
-            )
-        )
+        config = f"{blocks} w{meta['num_warps']}{stages} {' '.join(flags)}"
+        judged = expects if kernel.__name__ in ("partial_scores", "channel_grads") else ""
+        size = (compiled.metadata.shared, machine.shared_limit)
+        measured = (registers, *size, spills, tensor, fma, round(seconds, 2))
+        rows.append(Row(name, case, kernel.__name__, config, judged, *measured))
 
     triton_common.target = lambda device: on
     triton_common.launch = compile_instead

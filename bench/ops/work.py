@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, reference
 from torch import Tensor
+
+from eapcore.graph.graph import Graph
 
 Run = Callable[[], Tensor]
 
@@ -27,22 +30,20 @@ class Model:
         return self.D // self.H
 
     @property
+    def graph(self) -> Graph:
+        return Graph(self.L, self.H, True)
+
+    @property
     def S(self) -> int:
-        return 1 + self.L * (self.H + 1)
+        return self.graph.n_senders
 
     @property
     def R(self) -> int:
-        return self.L * (3 * self.H + 1) + 1
+        return self.graph.n_receivers
 
     def mask(self) -> Tensor:
         """bool [S, R]: a sender in front of a receiver."""
-        mask = torch.zeros(self.S, self.R, dtype=torch.bool)
-        for layer in range(self.L):
-            before, first = 1 + layer * (self.H + 1), layer * (3 * self.H + 1)
-            mask[:before, first : first + 3 * self.H] = True
-            mask[: before + self.H, first + 3 * self.H] = True
-        mask[:, -1] = True
-        return mask
+        return self.graph.edge_mask()
 
 
 TINY = Model("tiny", 2, 2, 32)
@@ -221,8 +222,13 @@ def edge_scores_work(case: Case, device: str, fast: str, compiled: bool) -> Work
     return Work(providers, check, limit, 2 * n_edges * inner, moved, tile_operations)
 
 
-def doubled(norm: Norm) -> Norm:
-    return Norm(norm.kind, *(None if x is None else x.double() for x in (norm.x_hat, norm.rstd, norm.gamma)))
+def doubled(x: Any) -> Any:
+    """The same in float64: a tensor, or a list or a dataclass with tensors in it."""
+    if isinstance(x, Tensor):
+        return x.double()
+    if is_dataclass(x):
+        return replace(x, **{field.name: doubled(getattr(x, field.name)) for field in fields(x)})
+    return [doubled(part) for part in x] if isinstance(x, list | tuple) else x
 
 
 Layer = tuple[Tensor, Tensor, Tensor, Norm, Tensor, Tensor]
@@ -260,15 +266,9 @@ def receiver_grads_work(case: Case, device: str, fast: str, compiled: bool) -> W
     model, channels = case.model, g.shape[0]
 
     def closed(
-        g: Tensor,
-        act: Tensor,
-        weight: Tensor,
-        x_hat: Tensor,
-        rstd: Tensor,
-        gamma: Tensor,
-        w_gamma: Tensor,
+        g: Tensor, act: Tensor, weight: Tensor, x_hat: Tensor, rstd: Tensor, gamma: Tensor, w_gamma: Tensor,
         offset: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         c1 = (g * w_gamma[:, None, None]).sum(-1, keepdim=True) / model.D
         c2 = (g * (act - offset[:, None, None])).sum(-1, keepdim=True) / model.D
         product = (g.flatten(1, 2) @ weight.transpose(1, 2)).view(channels, *x_hat.shape)
@@ -287,7 +287,7 @@ def receiver_grads_work(case: Case, device: str, fast: str, compiled: bool) -> W
         providers["torch.compile, closed form"] = lambda: fused(*args)
 
     some = torch.randperm(channels)[:4].to(device)
-    exact = reference.receiver_grads(g[some].double(), weight[some].double(), doubled(norm))
+    exact = reference.receiver_grads(*doubled([g[some], weight[some], norm]))
     limit = 1e-5 if case.dtype == torch.float32 else 2.0**-8
     rows = case.batch * case.tokens
     moved = size_of(g, act, weight, norm.x_hat) + channels * rows * model.D * g.element_size()
@@ -350,9 +350,8 @@ def exact_receiver(model: Model, receivers: FactoredReceivers, receiver: int) ->
     if place == 3 * model.H:
         assert receivers.mlp is not None
         return receivers.mlp[layer].double()
-    one = slice(place, place + 1)
-    norm = doubled(receivers.norms[layer])
-    return reference.receiver_grads(receivers.g[layer][one].double(), receivers.weight[layer][0][one].double(), norm)[0]
+    g, weight = (x[place : place + 1] for x in (receivers.g[layer], receivers.weight[layer][0]))
+    return reference.receiver_grads(*doubled([g, weight, receivers.norms[layer]]))[0]
 
 
 def factored_work(case: Case, device: str, fast: str, compiled: bool) -> Work:

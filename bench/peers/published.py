@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-import bench_interop
 import torch
 from torch import Tensor
 
 from eapcore.models.model import Model
 from eapcore.tasks import PromptPairs
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "interop"))
+from hooked_scores import hooked_scores
 
 PACKAGES = {"transformer-lens": "transformer_lens", "auto-circuit": "auto_circuit"}
 
@@ -32,56 +36,62 @@ def why_not(name: str) -> str:
     return f"{package} is not installed (tests/interop/environment-2.16.txt is an environment that has it)"
 
 
+def hooked_model(sizes: tuple[int, int, int, int], dtype: torch.dtype):
+    """A HookedTransformer with random, frozen weights; sizes: layers, heads, d_model, vocabulary."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    n_layers, n_heads, d_model, d_vocab = sizes
+    config = HookedTransformerConfig(
+        n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_model // n_heads, d_mlp=4 * d_model,
+        d_vocab=d_vocab, n_ctx=64, act_fn="gelu_new", normalization_type="LN", device="cpu", dtype=dtype, seed=0,
+        use_attn_result=True, use_split_qkv_input=True, use_hook_mlp_in=True,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 3.9 announces that 4 will not have it
+        return HookedTransformer(config).requires_grad_(False)
+
+
 def hooked_transformer(model: Model):
     """A HookedTransformer with a model's weights, copied."""
     config, weights = model.config, model.weights
-    sizes = (config.n_layers, config.n_heads, config.d_model, config.d_vocab)
-    hooked = bench_interop.hooked_model(sizes, model.dtype)
-
-    def fill(target: Tensor, value: Tensor | float) -> None:
-        target.copy_(torch.as_tensor(value))
-
-    with torch.no_grad():
-        fill(hooked.embed.W_E, weights.w_e)
-        fill(hooked.pos_embed.W_pos, weights.w_pos[: hooked.cfg.n_ctx])
-        fill(hooked.unembed.W_U, weights.w_u)
-        fill(hooked.unembed.b_U, 0.0 if weights.b_u is None else weights.b_u)
-        norms = [(hooked.ln_final, weights.ln_final)]
-        for block, layer in zip(hooked.blocks, weights.layers, strict=True):
-            norms += [(block.ln1, layer.ln1), (block.ln2, layer.ln2)]
-            w_qkv, b_qkv = torch.cat(layer.w_qkv).chunk(3), layer.b_qkv.chunk(3)
-            for letter, w, b in zip("QKV", w_qkv, b_qkv, strict=True):
-                fill(getattr(block.attn, f"W_{letter}"), w)
-                fill(getattr(block.attn, f"b_{letter}"), b)
-            fill(block.attn.W_O, layer.w_o)
-            fill(block.attn.b_O, layer.b_o)
-            for name, value in (("W_in", layer.w_in), ("b_in", layer.b_in), ("W_out", layer.w_out)):
-                fill(getattr(block.mlp, name), value)
-            fill(block.mlp.b_out, layer.b_out)
-        for norm, (gamma, beta) in norms:
-            fill(norm.w, gamma)
-            fill(norm.b, beta)
+    hooked = hooked_model((config.n_layers, config.n_heads, config.d_model, config.d_vocab), model.dtype)
+    b_u = torch.zeros(config.d_vocab) if weights.b_u is None else weights.b_u
+    state = {"embed.W_E": weights.w_e, "pos_embed.W_pos": weights.w_pos[: hooked.cfg.n_ctx]}
+    state |= {"unembed.W_U": weights.w_u, "unembed.b_U": b_u}
+    norms = {"ln_final": weights.ln_final}
+    for index, ((heads,), (mlp,)) in enumerate(weights.layers):
+        at = f"blocks.{index}."
+        for part, w, b in zip("QKV", torch.cat(heads.w_qkv).chunk(3), heads.b_qkv.chunk(3), strict=True):
+            state |= {f"{at}attn.W_{part}": w, f"{at}attn.b_{part}": b}
+        state |= {f"{at}attn.W_O": heads.w_o, f"{at}attn.b_O": heads.b_o}
+        state |= {f"{at}mlp.{name}": getattr(mlp, name.lower()) for name in ("W_in", "b_in", "W_out", "b_out")}
+        norms |= {f"{at}ln1": heads.norm, f"{at}ln2": mlp.norm}
+    for place, norm in norms.items():
+        state |= {f"{place}.w": norm.gamma, f"{place}.b": norm.beta}
+    hooked.load_state_dict(hooked.state_dict() | state)
     return hooked
+
+
+def logit_diff(logits: Tensor, clean_logits: Tensor, input_lengths: Tensor, label: Tensor) -> Tensor:
+    last = logits[torch.arange(len(logits)), input_lengths - 1]
+    return (last.gather(1, label[:, :1]) - last.gather(1, label[:, 1:])).mean()
 
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Callable[[], Tensor]:
     """A call that scores every edge batch by batch, [S, R]; of every batch the same number of pairs."""
     hooked = hooked_transformer(model)
     batches = list(pairs.batches(batch))
-    sys.path.insert(0, str(bench_interop.ROOT / "tests" / "interop"))
     if name == "auto-circuit":
         return _auto_circuit(hooked, model, batches)
     if name == "transformer-lens":
         hooked.requires_grad_(True)
     else:  # the gradient has to start at the embedding then
         hooked.embed.requires_grad_(True)
-    from hooked_scores import hooked_scores
 
     def run() -> Tensor:
         total = torch.zeros(model.graph.n_senders, model.graph.n_receivers, dtype=model.dtype)
         for part in batches:
-            label = torch.cat([part.answers, part.wrong], 1)
-            metric = partial(bench_interop.logit_diff, label=label)
+            metric = partial(logit_diff, label=torch.cat([part.answers, part.wrong], 1))
             total += hooked_scores(hooked, part.clean, part.corrupt, metric) * len(part)
         return total / len(pairs)
 

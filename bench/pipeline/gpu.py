@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pipeline_work import MIB, Run, Work, implementation
 
 from eapcore.attribution.attribute import attribute
+from pipeline.work import MIB, SMALL, Run, Work, implementation
 
 SECONDS = 400.0  # no part begins later, and none takes longer than a minute
 TINY = Work(3, 4, 64, 211, B=3, T=9)
-SMALL = Work(12, 12, 768, 50257, B=32, T=20)
 XL = Work(48, 25, 1600, 50257, B=32, T=20)
 B13 = Work(40, 40, 5120, 50257, B=8, T=20)
 CONTRACTION = ("partial_scores", "sum_splits", "zero_non_edges")
@@ -230,7 +229,7 @@ def main(*, quick: bool, json_file: Path | None, on: Instruments | None = None, 
         on = Cuda()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     bench = Bench(on, seconds)
-    small, xl, b13 = (TINY, TINY, TINY) if quick else (SMALL, XL, B13)
+    small, xl, b13 = (TINY, TINY, TINY) if quick else (replace(SMALL, B=32), XL, B13)
     batches, most = (2, 2 * TINY.B) if quick else (40, 4096)
     if bench.run("check", lambda: bench.check(TINY)):
         for dtype in (torch.bfloat16, torch.float32):

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline_work import MIB, Work, disagreement, memories, seconds
+from pipeline.work import MIB, Work, disagreement, memories, seconds
 
 NAMES = ("floor", "dense", "factored", "hooked")
 BASE = Work(L=4, H=12, D=768, V=5000, B=8, T=20)

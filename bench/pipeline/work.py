@@ -14,22 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from peers.plain import floor
 from torch import Tensor
 
 from eapcore.attribution.attribute import attribute
 from eapcore.graph.graph import Graph
 from eapcore.models.config import ModelConfig
-from eapcore.models.mlp import APPROXIMATE
+from eapcore.models.families.names import assemble
 from eapcore.models.model import Model
-from eapcore.models.weights import LayerWeights, Weights
 from eapcore.tasks import PromptPairs
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 RIGHT, WRONG = 5, 7
 MIB = 2**20
 PUBLISHED = ("transformer-lens", "transformer-lens, frozen", "auto-circuit")
 Run = Callable[[], Tensor | None]
+
+
+class Unhashed(Model):
+    """Hashing all weights is not part of scoring."""
+
+    content_hash = "random"
 
 
 @dataclass(frozen=True)
@@ -59,23 +64,17 @@ class Work:
         def draw(*shape: int) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=generator.device) * 0.02).to(device, dtype)
 
-        def ln() -> tuple[Tensor, Tensor]:
-            ones = torch.ones(self.D, device=device, dtype=dtype)
-            return ones, torch.zeros_like(ones)
-
-        d_head, d_mlp = self.D // self.H, 4 * self.D
-        layers = []
-        for _ in range(self.L):
-            w_qkv = draw(self.D, 3 * self.H, d_head).permute(1, 0, 2)
-            attention = ((w_qkv,), draw(3 * self.H, d_head), draw(self.H, d_head, self.D), draw(self.D), ln())
-            mlp = (draw(self.D, d_mlp), draw(d_mlp), draw(d_mlp, self.D), draw(self.D))
-            layers.append(LayerWeights(*attention, ln(), *mlp))
-        w_e = draw(self.V, self.D)
-        weights = Weights(w_e, draw(1024, self.D), tuple(layers), w_e.T, None, ln())
-        config = ModelConfig(self.L, self.H, self.D, d_head, d_mlp, self.V, 1024, "gelu_new", d_head**0.5)
-        model = Model(config, weights, "random")
-        model.__dict__["content_hash"] = "random"  # hashing the weights is not part of scoring
-        return model
+        D, H, K, M = self.D, self.H, self.D // self.H, 4 * self.D
+        shapes = {"b_qkv": (3 * H, K), "w_o": (H, K, D), "b_o": (D,)}
+        shapes |= {"w_in": (D, M), "b_in": (M,), "w_out": (M, D), "b_out": (D,)}
+        tensors: dict[str, Tensor] = {}
+        for at in (f"layers.{index}." for index in range(self.L)):
+            tensors[f"{at}w_qkv.0"] = draw(D, 3 * H, K).permute(1, 0, 2)
+            tensors |= {at + name: draw(*shape) for name, shape in shapes.items()}
+        tensors |= {"w_e": draw(self.V, D), "w_pos": draw(1024, D)}
+        tensors["w_u"] = tensors["w_e"].T
+        config = ModelConfig(self.L, H, D, K, M, self.V, 1024, "gelu_new", K**0.5)
+        return Unhashed(config, assemble(config, tensors, folded=True), "random")  # every norm has γ = 1 and β = 0
 
     def pairs(self, batches: int = 1) -> PromptPairs:
         generator = torch.Generator().manual_seed(1)
@@ -86,30 +85,7 @@ class Work:
         return PromptPairs.from_lists(clean.tolist(), corrupt.tolist(), [RIGHT] * len(clean), [WRONG] * len(clean))
 
 
-def plain_forward(model: Model, x: Tensor) -> Tensor:
-    """Logits [B, V] at the last position, in plain PyTorch, from the embedding [B, T, D]."""
-    config, weights = model.config, model.weights
-    batch, tokens, width = x.shape
-    for index, layer in enumerate(weights.layers):
-        n = F.layer_norm(x, (width,), *layer.ln1, config.eps)
-        qkv = n @ layer.w_qkv[0].permute(1, 0, 2).reshape(width, -1) + layer.b_qkv.flatten()
-        q, k, v = qkv.view(batch, tokens, 3, config.n_heads, -1).permute(2, 0, 3, 1, 4)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.score_scale(index))
-        x = x + z.transpose(1, 2).flatten(2) @ layer.w_o.flatten(0, 1) + layer.b_o
-        n = F.layer_norm(x, (width,), *layer.ln2, config.eps)
-        x = x + F.gelu(n @ layer.w_in + layer.b_in, approximate=APPROXIMATE[config.act_fn]) @ layer.w_out + layer.b_out
-    return F.layer_norm(x[:, -1], (width,), *weights.ln_final, config.eps) @ weights.w_u
-
-
-def floor(model: Model, pairs: PromptPairs) -> None:
-    """Two forwards and an activation-only backward of one batch."""
-    weights = model.weights
-    start = [weights.w_e[t] + weights.w_pos[: t.shape[1]] for t in (pairs.corrupt, pairs.clean)]
-    with torch.no_grad():
-        plain_forward(model, start[0])
-    start[1].requires_grad_()
-    logits = plain_forward(model, start[1])
-    torch.autograd.grad((logits[:, RIGHT] - logits[:, WRONG]).sum(), start[1])
+SMALL = Work(12, 12, 768, 50257, B=16, T=20)  # GPT-2 small
 
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Run:
@@ -120,7 +96,7 @@ def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> R
         graphs = False if how == "no graphs" else "auto"
         return lambda: attribute(model, pairs, storage=storage, batch_size=size, graphs=graphs).scores
     if name in PUBLISHED:
-        import published
+        from peers import published
 
         return published.implementation(name, model, pairs, batch)
     batches = [part.to(model.device) for part in pairs.batches(batch)]
@@ -128,11 +104,11 @@ def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> R
 
         def run_floor() -> None:
             for part in batches:
-                floor(model, part)
+                floor(model, part, RIGHT, WRONG)
 
         return run_floor
     if name == "hooked":
-        import hooked
+        from peers import hooked
 
         module = hooked.Hooked(model)
 
@@ -169,16 +145,20 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes at the high-water mark of a call above what is resident before it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
 def peak_memory(work: Work, name: str) -> int:
     """Bytes above loading at the high-water mark of one batch, in this process: run it in one of its own."""
     # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs.
     for small in (Work(2, 2, 16, 16, B=2, T=4), Work(2, 4, 256, 16, B=4, T=20)):
         implementation(name, small.model(), small.pairs(), small.B)()
-    run = implementation(name, work.model(), work.pairs(), work.B)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+    return peak_of(implementation(name, work.model(), work.pairs(), work.B))
 
 
 def serve_memory(jobs: list[tuple[dict[str, int], str]], threads: int) -> None:
@@ -213,12 +193,20 @@ def serve_seconds(fields: dict[str, int], names: list[str], batches: int, repeat
     work = Work(**fields)
     model, pairs = work.model(), work.pairs(batches)
     runs = [implementation(name, model, pairs, work.B) for name in names]
+    for which, found in enumerate(in_turns(runs, repeats)):
+        print("seconds", which, *found)
+
+
+def in_turns(runs: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """CPU seconds of each of some calls, one after the other, again and again after a warm-up."""
+    found: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
-        for which, run in enumerate(runs):
+        for run, times in zip(runs, found, strict=True):
             start = time.process_time()
             run()
             if repeat:
-                print("seconds", which, time.process_time() - start, flush=True)
+                times.append(time.process_time() - start)
+    return found
 
 
 def seconds(work: Work, names: Sequence[str], batches: int, repeats: int) -> list[list[float]]:
@@ -227,19 +215,16 @@ def seconds(work: Work, names: Sequence[str], batches: int, repeats: int) -> lis
     In a process that has run nothing else: what the allocator was left with by other work, how much freed memory it
     keeps, moves an implementation with many large intermediate tensors by a quarter.
     """
-    found: list[list[float]] = [[] for _ in names]
     arguments = asdict(work), names, batches, repeats, torch.get_num_threads()
-    for words in _served("serve_seconds", arguments, {}):
-        if words[0] == "seconds":
-            found[int(words[1])].append(float(words[2]))
-    return found
+    lines = _served("serve_seconds", arguments, {})
+    return [[float(word) for word in words[2:]] for words in lines if words[0] == "seconds"]
 
 
 def _served(function: str, arguments: Any, environment: dict[str, str]) -> list[list[str]]:
     """The lines, as words, that a function of this file prints in a process of its own."""
     switch = "" if torch.backends.mkldnn.enabled else "import torch; torch.backends.mkldnn.set_flags(False); "
-    code = f"{switch}import json, pipeline_work as w; w.{function}(*json.loads({json.dumps(arguments)!r}))"
-    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    code = f"{switch}import json, pipeline.work as w; w.{function}(*json.loads({json.dumps(arguments)!r}))"
+    path = os.pathsep.join([str(BENCH), *filter(None, sys.path)])
     environment = os.environ | environment | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if done.returncode:

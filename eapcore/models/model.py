@@ -66,6 +66,7 @@ class Model:
         """The same model without what was computed of its weights before, which somebody may have changed since."""
         same = replace(self)
         same._hashed.update(self._hashed)
+        vars(same)["edge_masks"] = self.edge_masks  # which depend on no weight
         return same
 
     @cached_property

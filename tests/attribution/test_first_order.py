@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 
-import oracle_methods as oracle
+import numpy as np
+import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from memory import peak_bytes
+from models import random_model, random_pairs, with_weights
+from oracle import mean_of
 from safetensors import safe_open
-from test_planner import peak_bytes
 
-import eapcore.attribution.plan as planner
-import eapcore.attribution.score_batch as passes
+import eapcore.attribution.dense as dense
+import eapcore.attribution.score_batch as scoring
 from eapcore.attribution.attribute import attribute
 from eapcore.attribution.methods import METHODS as NAMES
+from eapcore.attribution.methods import Options, gradient_points, recipe
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.models.backward_rules import Rules
 from eapcore.models.load import load
@@ -23,7 +28,6 @@ from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
 from eapcore.tasks.metrics import METRICS
 
-METRIC = METRICS["logit_diff"]
 MODELS = {
     "gpt2": {},
     "attention-only, q k v apart": {"d_mlp": None, "split_qkv": True, "n_layers": 3},
@@ -31,6 +35,7 @@ MODELS = {
     "relu, no LayerNorm": {"act_fn": "relu", "normalization": None, "scale": 0.2},
 }
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+families = pytest.mark.parametrize("options", list(MODELS.values())[:2], ids=list(MODELS)[:2])
 storages = pytest.mark.parametrize("storage", ["dense", "factored"])
 RELP = {"norms": "frozen", "activation": "identity", "attention": "frozen"}
 LENGTHS = [6, 3, 8]
@@ -41,18 +46,50 @@ def case(options, *, first=1, lengths=LENGTHS):
     return model, random_pairs(model, lengths, first_difference=first)
 
 
-def mean_of(model, pairs, score):
-    """The mean over pairs of score(pair)."""
-    each = [score(oracle.Pair(model, pairs, i, METRIC)) for i in range(len(pairs))]
-    return sum(each) / len(each)
-
-
 def assert_equal(scores, expected, *, largest=1e-3):
     assert expected.abs().max() > largest
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
 
 
 # Methods
+
+
+@storages
+@families
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "eap", "gradient_at": "corrupt"},
+        {"method": "clean-corrupt"},
+        {"method": "eap-ig", "steps": 3, "points": "left"},
+        *({"method": "eap-ig", "steps": 2, "points": points} for points in ("right", "midpoint", "gauss")),
+        {"method": "eap-ig", "points": [(0.75, 1.0)]},
+    ],
+    ids=lambda m: " ".join(str(v) for v in m.values()),
+)
+def test_gradients_at_interpolated_inputs_equal_a_literal_oracle(method, options, storage):
+    model, pairs = case(options, first=2)
+    passes = recipe(method["method"], model.graph, Options(**{k: v for k, v in method.items() if k != "method"})).passes
+    expected = oracle.eap(model, pairs, points=[(step.alpha, step.weight) for step in passes])
+    scores = attribute(model, pairs, **method, storage=storage, batch_size=2)
+    assert_equal(scores.scores, expected)
+    assert scores.meta["method"]["name"] == method["method"]
+
+
+def test_kl_has_scores_away_from_the_clean_run():
+    model, pairs = case({}, first=2)
+    expected = oracle.eap(model, pairs, METRICS["kl"], gradient_points(2, "midpoint"))
+    scores = attribute(model, pairs, "kl", method="eap-ig", steps=2, points="midpoint").scores
+    assert_equal(scores, expected, largest=1e-4)
+
+
+def test_the_points_of_each_rule_are_as_stated():
+    assert gradient_points(4, "left") == [(k / 4, 0.25) for k in range(4)]
+    assert gradient_points(4, "right") == [(k / 4, 0.25) for k in range(1, 5)]
+    assert gradient_points(2, "midpoint") == [(0.25, 0.5), (0.75, 0.5)]
+    nodes, weights = zip(*gradient_points(3, "gauss"), strict=True)
+    for power in range(6):  # three Gauss nodes integrate every polynomial of degree 5 exactly
+        assert np.dot(weights, np.power(nodes, power)) == pytest.approx(1 / (power + 1), abs=1e-14)
 
 
 @storages
@@ -127,22 +164,16 @@ def test_atp_star_drops_layers_from_exact_patterns():
 
 def ablated_values(model, reference, kind):
     """(s, t) → what sender s sends at position t: zero, or a mean over prompts, each counted with its own length."""
-    runs = [oracle.run(model, reference.clean[i, : int(n)]) for i, n in enumerate(reference.lengths)]
-
-    def value(s, t):
-        if kind == "zero":
-            return torch.zeros(model.config.d_model, dtype=torch.float64)
-        if kind == "mean":
-            return torch.stack([run.senders[s].mean(0) for run in runs]).mean(0)
-        return torch.stack([run.senders[s][t] for run in runs if len(run.senders[s]) > t]).mean(0)
-
-    return value
+    if kind == "zero":
+        return lambda s, t: torch.zeros(model.config.d_model, dtype=torch.float64)
+    means = oracle.ablated_means(model, reference, per_position=kind == "mean-positional")
+    return lambda s, t: means[s] if kind == "mean" else means[s, t]
 
 
 @storages
 @pytest.mark.parametrize("own", [True, False], ids=["own prompts", "a reference"])
 @pytest.mark.parametrize("kind", ["zero", "mean", "mean-positional"])
-@pytest.mark.parametrize("options", list(MODELS.values())[:2], ids=list(MODELS)[:2])
+@families
 def test_ablations_send_zero_or_a_mean_over_prompts(options, kind, own, storage):
     model, pairs = case(options, first=2)
     other = random_pairs(model, [9, 5, 4, 8], seed=7)
@@ -154,7 +185,7 @@ def test_ablations_send_zero_or_a_mean_over_prompts(options, kind, own, storage)
     assert scores.meta["method"]["ablation"]["name"] == kind
 
 
-@pytest.mark.parametrize("options", list(MODELS.values())[:2], ids=list(MODELS)[:2])
+@families
 def test_every_method_that_takes_ablations_uses_them(options):
     model, pairs = case(options)
     value = ablated_values(model, pairs, "mean")
@@ -308,6 +339,78 @@ def test_node_scores_survive_a_file_and_a_score_file_of_edges_is_refused(tmp_pat
         NodeScores.load(path)
 
 
+# Storages, batches, pairs and positions
+
+
+@pytest.mark.parametrize("options", [*MODELS.values(), {"n_layers": 1}], ids=[*MODELS, "one layer"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_factored_way_gives_the_scores_of_the_dense_one(options, first):
+    model, pairs = case(options, first=first)
+    whole = attribute(model, pairs, storage="dense")
+    factored = attribute(model, pairs, storage="factored", batch_size=2)
+    assert (whole.meta["storage"], factored.meta["storage"]) == ("dense", "factored")
+    assert_equal(factored.scores, whole.scores)
+    assert bool((factored.scores[~factored.mask] == 0).all())
+
+
+@storages
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_scores_by_pair_are_those_of_each_pair_alone(storage, batch_size):
+    model, pairs = case({}, first=2)
+    scores = attribute(model, pairs, reduce="pair", storage=storage, batch_size=batch_size)
+    for i in range(len(pairs)):
+        alone = attribute(model, pairs.select(torch.tensor([i]))).scores
+        torch.testing.assert_close(scores.per_pair[i], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.scores, attribute(model, pairs).scores, rtol=0, atol=1e-12)
+
+
+@storages
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_scores_by_position_add_up_and_sit_where_they_belong(storage, batch_size):
+    model, pairs = case({}, first=2)
+    scores = attribute(model, pairs, reduce="position", storage=storage, batch_size=batch_size)
+    torch.testing.assert_close(scores.per_position.sum(0), attribute(model, pairs).scores, rtol=0, atol=1e-12)
+    assert scores.per_position.shape[0] == max(LENGTHS)
+    assert bool((scores.per_position[:2] == 0).all())
+    # What the logits read is read at the answers alone, the last tokens here.
+    at_logits = scores.per_position[:, :, model.graph.logits].abs().sum(1)
+    assert [t for t in range(max(LENGTHS)) if at_logits[t] > 0] == sorted(length - 1 for length in LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("a batch that is too large"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN's
+        MemoryError("std::bad_alloc"),  # of the C++ ops
+    ],
+    ids=["torch", "torch on a CPU", "oneDNN", "C++"],
+)
+def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(monkeypatch, caplog, error):
+    model = random_model()
+    pairs = random_pairs(model, [6] * 7)
+    expected = attribute(model, pairs).scores
+    real = dense.backward
+    sizes = []
+
+    def fails_above_two(model, saved, grad, sink, **options):
+        sizes.append(len(grad))
+        real(model, saved, grad, sink, **options)
+        if len(grad) > 2:
+            raise error
+
+    monkeypatch.setattr(dense, "backward", fails_above_two)
+    with caplog.at_level(logging.WARNING, logger="eapcore"):
+        scores = attribute(model, pairs, batch_size=7)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert [record.message for record in caplog.records] == [
+        "out of memory with 7 pairs in a batch: going on with 3",
+        "out of memory with 3 pairs in a batch: going on with 1",
+    ]
+    torch.testing.assert_close(scores.scores, expected, rtol=0, atol=1e-14)
+
+
 # What holds for all
 
 
@@ -354,29 +457,17 @@ WAYS = [
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize(("method", "level", "storage"), WAYS)
 def test_narrow_dtypes_come_near_the_scores_in_float64(method, level, storage, dtype):
-    wide, pairs = case({"scale": 0.2}, first=2)
+    _, pairs = case({"scale": 0.2}, first=2)
     narrow = random_model(scale=0.2, dtype=dtype)
     how = {"method": method, "level": level, "storage": storage}
-    expected, scores = attribute(as_wide(narrow, wide), pairs, **how), attribute(narrow, pairs, **how)
+    expected, scores = (
+        attribute(with_weights(narrow, torch.Tensor.double), pairs, **how),
+        attribute(narrow, pairs, **how),
+    )
     for kind in ("scores",) if level == "edge" else ("scores", "units", "dimensions"):
         exact, found = getattr(expected, kind), getattr(scores, kind)
         assert found.dtype == torch.float32 and exact.norm() > 0.1
         assert float((found.double() - exact).norm() / exact.norm()) <= NARROW[dtype]
-
-
-def as_wide(model, like):
-    """The weights of a model in float64, as a model like another one: what is compared is then the arithmetic."""
-
-    def widen(x):
-        if isinstance(x, torch.Tensor):
-            return x.double()
-        if isinstance(x, tuple):
-            return tuple(widen(y) for y in x)
-        if dataclasses.is_dataclass(x):
-            return dataclasses.replace(x, **{f.name: widen(getattr(x, f.name)) for f in dataclasses.fields(x)})
-        return x
-
-    return dataclasses.replace(like, weights=widen(model.weights))
 
 
 # What a file says of each method besides its name, level and ablation.
@@ -410,18 +501,18 @@ def test_the_file_says_everything_of_the_method(method):
 @models
 @pytest.mark.parametrize("how", [{"reduce": "pair"}, {"reduce": "position"}, {"level": "node"}, {"level": "neuron"}])
 @pytest.mark.parametrize("points", ["left", "gauss", [(0.3, 2.0), (0.9, -1.5), (0.5, 0.5)]])
-def test_steps_that_run_together_give_the_scores_of_one_after_another(options, how, points, monkeypatch):
+def test_steps_that_run_together_give_the_scores_of_one_after_another(options, how, points, limited, monkeypatch):
     model, pairs = case(options)
     how = how | {"method": "eap-ig", "points": points} | ({"steps": 5} if isinstance(points, str) else {})
-    sizes, found, run_layers = [], [], passes.run_layers
+    sizes, found, run_stages = [], [], scoring.run_stages
 
     def watch(model, x, **others):
         sizes.append(len(x))
-        return run_layers(model, x, **others)
+        return run_stages(model, x, **others)
 
-    monkeypatch.setattr(passes, "run_layers", watch)
+    monkeypatch.setattr(scoring, "run_stages", watch)
     for tokens, most in ((0, len(pairs)), (1000, 3 * len(pairs))):
-        monkeypatch.setattr(planner, "_STEP_TOKENS", {"cpu": tokens})
+        limited(step_tokens=tokens)
         sizes.clear()
         found.append(attribute(model, pairs, batch_size=len(pairs), **how))
         assert max(sizes) >= most if tokens else set(sizes) == {most}
@@ -440,13 +531,14 @@ def test_steps_that_run_together_give_the_scores_of_one_after_another(options, h
 
 
 @storages
-def test_eap_ig_activations_holds_no_more_with_more_steps(storage):
+def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
     model = random_model(n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
-    pairs = random_pairs(model, [16] * 64)  # so many tokens that steps run one after another
+    pairs = random_pairs(model, [16] * 16)
+    limited(step_tokens=0)  # steps run one after another, as they do in larger batches
 
     def peak(steps):
         return peak_bytes(
-            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=64)
+            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=16)
         )
 
     peak(1)  # what is computed once for a model belongs to the model
@@ -458,6 +550,22 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
+        ({"method": "ig"}, "eap, eap-ig, clean-corrupt, .* got 'ig'"),
+        ({"gradient_at": "middle"}, "clean, corrupt, got 'middle'"),
+        ({"method": "eap-ig", "steps": 0}, "positive integer, got 0"),
+        ({"method": "eap-ig", "points": "simpson"}, "left, right, midpoint, gauss, got 'simpson'"),
+        ({"method": "eap-ig", "points": [(0.5, 0.7)]}, "weights that sum to 1"),
+        *(
+            ({"method": "eap-ig", "points": points}, "left, right, midpoint, gauss or a list of .* that sum to 1, got")
+            for points in ([], (), [0.5], 5, [("a", 1)], [(math.nan, 1.0)], [(0.5, math.nan)], [(math.inf, 1.0)])
+        ),
+        ({"method": "eap-ig", "points": ""}, "left, right, midpoint, gauss, got ''"),
+        ({"method": "eap-ig", "points": 5, "steps": 3}, "a list of .* that sum to 1, got 5"),
+        ({"gradient_at": ""}, "clean, corrupt, got ''"),
+        ({"method": "relp", "rules": "relp"}, "rules must be a Rules, .* got 'relp'"),
+        ({"method": "relp", "rules": {"norm": "frozen"}}, "rules must be a Rules, .* got {'norm': 'frozen'}"),
+        ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
+        ({"reduce": "head"}, "all, pair, position, got 'head'"),
         ({"level": "layer"}, "edge, node, neuron, got 'layer'"),
         ({"ablation": "noise"}, "corrupt, zero, mean, mean-positional, got 'noise'"),
         ({"method": "eap", "steps": 5}, "the method eap has no option steps: it takes gradient_at"),

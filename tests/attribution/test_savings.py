@@ -7,18 +7,16 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from models import KINDS, random_model, random_pairs
+from models import KINDS, joined, random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eapcore.attribution.plan as planner
 from eapcore.attribution.attribute import attribute
-from eapcore.models.forward import embed, forward, prefix, run_layers, unembed
-from eapcore.tasks import PromptPairs
+from eapcore.attribution.dense import pairs_at_once
 from eapcore.tasks.metrics import METRICS
 
 
 def assert_exact(model, pairs, **options):
-    expected = oracle.eap(model, pairs, METRICS["logit_diff"])
+    expected = oracle.eap(model, pairs)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(attribute(model, pairs, **options).scores, expected, rtol=0, atol=1e-12)
 
@@ -33,16 +31,10 @@ def test_a_shared_prefix_leaves_the_scores_as_they_were(options, first):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
 def test_different_prefixes_and_lengths_in_a_batch_leave_the_scores_as_they_were(batch_size):
     model = random_model()
-    parts = [random_pairs(model, [length], first_difference=first, seed=first)
-             for length, first in ((8, 6), (5, 0), (7, 3), (9, 8), (4, 3), (6, 2))]  # fmt: skip
-    joined = PromptPairs.from_lists(
-        *([row[: int(n)].tolist() for p in parts for row, n in zip(getattr(p, name), p.lengths, strict=True)]
-          for name in ("clean", "corrupt")),
-        [p.answers[0].tolist() for p in parts],
-        [p.wrong[0].tolist() for p in parts],
-    )  # fmt: skip
-    assert joined.first_difference().tolist() == [6, 0, 3, 8, 3, 2]
-    assert_exact(model, joined, batch_size=batch_size)
+    shapes = ((8, 6), (5, 0), (7, 3), (9, 8), (4, 3), (6, 2))
+    pairs = joined(*(random_pairs(model, [length], first_difference=first, seed=first) for length, first in shapes))
+    assert pairs.first_difference().tolist() == [6, 0, 3, 8, 3, 2]
+    assert_exact(model, pairs, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -50,28 +42,6 @@ def test_answers_before_the_last_token_leave_the_scores_as_they_were(options):
     model = random_model(**options)
     pairs = random_pairs(model, [9, 9, 6], first_difference=2)
     assert_exact(model, replace(pairs, positions=torch.tensor([4, 8, 2])))
-
-
-def test_a_prefix_gives_what_the_whole_run_gives():
-    model = random_model(n_layers=3)
-    tokens = random_pairs(model, [9, 9]).clean
-    expected = forward(model, tokens)[:, 5:]
-    x = embed(model, tokens[:, 5:], 5)
-    for run in run_layers(model, x, past=prefix(model, tokens[:, :5])):
-        x = run.out
-    torch.testing.assert_close(unembed(model, x)[0], expected, rtol=0, atol=1e-12)
-
-
-def test_reading_some_positions_gives_what_the_whole_run_gives_there():
-    model = random_model(n_layers=3)
-    tokens = random_pairs(model, [9, 9]).clean
-    read = torch.tensor([[8, 2], [0, 5]])
-    expected = torch.stack([forward(model, tokens)[b, read[b]] for b in range(2)])
-    x = embed(model, tokens)
-    for run in run_layers(model, x, read=read):
-        x = run.out
-    assert x.shape == (2, 2, model.config.d_model)
-    torch.testing.assert_close(unembed(model, x)[0], expected, rtol=0, atol=1e-12)
 
 
 class Products(TorchDispatchMode):
@@ -100,13 +70,13 @@ def products(model, pairs, metric="logit_diff"):
     ("method", "reduce"),
     [*((method, reduce) for method in ("eap", "relp") for reduce in ("all", "pair", "position")), ("qk-fix", "pair")],
 )
-def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_were(method, reduce, monkeypatch):
+def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_were(method, reduce, limited):
     model = random_model(n_layers=3)
     pairs = random_pairs(model, [9, 9, 6, 7, 9], first_difference=2)
     whole = attribute(model, pairs, method=method, reduce=reduce, storage="dense")
-    layer = model.graph.receivers_per_layer * model.config.d_model * 8
-    monkeypatch.setattr(planner, "_WORKSPACE", {"cpu": 2 * 7 * layer})  # two pairs of seven tokens: 2 + 2 + 1
-    assert planner.workspace_pairs(model.config, 5, 7, model.dtype, "cpu") == 2
+    one = 7 * model.graph.receivers_per_layer * model.config.d_model * 8
+    limited(workspace=2 * one)  # two pairs of seven tokens: 2 + 2 + 1
+    assert pairs_at_once(5, one, model.device) == 2
     some = attribute(model, pairs, method=method, reduce=reduce, storage="dense", batch_size=5)
     for name in ("scores", "per_pair", "per_position"):
         expected, found = getattr(whole, name, None), getattr(some, name, None)

@@ -11,11 +11,10 @@ import struct
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from models import SHARED, random_model, save_checkpoint
+from models import ROOT, SHARED, random_model, save_checkpoint
 
 import eapcore.models.matmul as products
 from eapcore.attribution.attribute import attribute
@@ -26,15 +25,7 @@ from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on
 from eapcore.tasks import PromptPairs, find_pairs
 
-ROOT = Path(__file__).parents[1]
 FILES = {"scores.safetensors", "edges.csv", "circuit.json"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random model in a folder: 2 layers of 2 heads, enough vocabulary and context for the sort task."""
-    model = random_model(n_heads=2, d_model=16, dtype=torch.float32)
-    return save_checkpoint(model, tmp_path_factory.mktemp("checkpoints") / "small")
 
 
 @pytest.fixture
@@ -49,23 +40,6 @@ def task_file(tmp_path):
     return path
 
 
-def sort_run(checkpoint, out, *more):
-    return [
-        "run",
-        "--model",
-        str(checkpoint),
-        "--task",
-        "sort",
-        "--n",
-        "5",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *more,
-    ]
-
-
 def rows_of(path):
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))
@@ -74,15 +48,10 @@ def rows_of(path):
 # run
 
 
-def test_run_writes_scores_edges_and_circuit_and_prints_them(checkpoint, task_file, tmp_path, capsys):
+def test_run_writes_scores_edges_and_circuit_and_prints_them(eapcore, model, task_file, tmp_path):
     out = tmp_path / "some" / "folder"
-    common = ["--model", str(checkpoint), "--task", str(task_file), "--device", "cpu", "--out", str(out)]
-    assert main(["run", *common, "--top-n", "30"]) == 0
-    printed, err = capsys.readouterr()
-    assert err == ""
-    assert {p.name for p in out.iterdir()} == FILES
-
-    model = load(checkpoint)
+    status, printed, _ = eapcore("run", "--task", task_file, "--n", 3, "--top-n", 30, out=out)
+    assert status == 0 and {p.name for p in out.iterdir()} == FILES
     pairs = find_pairs(task_file, n=None, seed=0)
     expected = attribute(model, pairs)
     scores = EdgeScores.load(out / "scores.safetensors", content_hash=model.content_hash)
@@ -113,49 +82,40 @@ def test_run_writes_scores_edges_and_circuit_and_prints_them(checkpoint, task_fi
     assert str(out) in printed
 
 
-def test_run_with_the_same_seed_writes_the_same_bytes_and_with_another_does_not(checkpoint, tmp_path):
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert main(sort_run(checkpoint, tmp_path / name, "--seed", seed)) == 0
+def test_run_with_the_same_seed_writes_the_same_bytes_and_with_another_does_not(eapcore, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("b", 0), ("c", 1), ("c", 0), ("c", 1)):  # a second run replaces the first
+        assert eapcore("run", "--seed", seed, out=name)[0] == 0
+        assert {p.name for p in (tmp_path / name).iterdir()} == FILES
     for name in FILES:
         a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
         assert a == b != c
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 46])
-def test_run_takes_the_number_of_edges_that_it_is_told(checkpoint, tmp_path, n):
-    assert main(sort_run(checkpoint, tmp_path, "--top-n", str(n), "--show", "0")) == 0
+def test_run_takes_the_number_of_edges_that_it_is_told(eapcore, tmp_path, n):
+    assert eapcore("run", "--top-n", n, "--show", 0, out=".")[0] == 0
     meta = Circuit.load(tmp_path / "circuit.json").meta
     assert (meta["selection"], meta["n"], meta["edges_before_pruning"]) == ("top_n", n, n)
 
 
-def test_run_takes_a_threshold(checkpoint, tmp_path, capsys):
-    assert main(sort_run(checkpoint, tmp_path, "--threshold", "0.01")) == 0
+def test_run_takes_a_threshold(eapcore, tmp_path):
+    status, printed, _ = eapcore("run", "--threshold", 0.01, out=".")
     scores = EdgeScores.load(tmp_path / "scores.safetensors")
     count = int((scores.scores.abs() >= 0.01).sum())
     meta = Circuit.load(tmp_path / "circuit.json").meta
     assert (meta["selection"], meta["threshold"], meta["edges_before_pruning"]) == ("threshold", 0.01, count)
-    assert 0 < count < scores.graph.n_edges
-    assert "edges with |score| ≥ 0.01" in capsys.readouterr().out
+    assert status == 0 and 0 < count < scores.graph.n_edges and "edges with |score| ≥ 0.01" in printed
 
 
-def test_every_option_reaches_the_scores(checkpoint, tmp_path):
-    options = ["--metric", "prob_diff", "--dtype", "float64", "--impl", "reference", "--seed", "3"]
-    assert main(sort_run(checkpoint, tmp_path, *options, "--batch-size", "2", "--method", "eap")) == 0
-    meta = EdgeScores.load(tmp_path / "scores.safetensors").meta
-    assert meta["metric"]["name"] == "prob_diff"
-    assert (meta["dtype"], meta["impl"], meta["method"]["name"]) == ("float64", "reference", "eap")
-    assert meta["task"] == {"name": "sort", "n_pairs": 5, "seed": 3}
-    expected = attribute(load(checkpoint, dtype="float64"), find_pairs("sort", n=5, seed=3), "prob_diff")
-    scores = EdgeScores.load(tmp_path / "scores.safetensors").scores
-    torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-12)
-
-
-def test_a_second_run_replaces_the_files_of_the_first(checkpoint, tmp_path):
-    assert main(sort_run(checkpoint, tmp_path)) == 0
-    first = (tmp_path / "scores.safetensors").read_bytes()
-    assert main(sort_run(checkpoint, tmp_path, "--seed", "9")) == 0
-    assert (tmp_path / "scores.safetensors").read_bytes() != first
-    assert {p.name for p in tmp_path.iterdir()} == FILES
+def test_every_option_reaches_the_scores(eapcore, checkpoint, tmp_path):
+    options = ("--metric", "prob_diff", "--dtype", "float32", "--impl", "reference", "--seed", 3, "--method", "eap")
+    assert eapcore("run", *options, "--batch-size", 2, out=".")[0] == 0
+    scores = EdgeScores.load(tmp_path / "scores.safetensors")
+    assert scores.meta["metric"]["name"] == "prob_diff"
+    assert tuple(scores.meta[name] for name in ("dtype", "impl")) == ("float32", "reference")
+    assert scores.meta["task"] == {"name": "sort", "n_pairs": 4, "seed": 3} and scores.meta["method"]["name"] == "eap"
+    expected = attribute(load(checkpoint, dtype="float32"), find_pairs("sort", n=4, seed=3), "prob_diff")
+    torch.testing.assert_close(scores.scores, expected.scores, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(not (SHARED / "gpt-nano-sort").is_dir(), reason="the checkpoint gpt-nano-sort is not here")
@@ -178,30 +138,20 @@ def test_run_without_arguments_scores_the_toy_model(tmp_path, monkeypatch, capsy
 # attribute
 
 
-def test_attribute_writes_the_scores_alone(checkpoint, tmp_path, capsys):
-    out = tmp_path / "scores.safetensors"
-    argv = ["attribute", "--model", str(checkpoint), "--task", "sort", "--n", "5", "--device", "cpu", "--out", str(out)]
-    assert main(argv) == 0
-    printed, err = capsys.readouterr()
-    assert err == "" and "rank" not in printed and str(out) in printed
-    assert list(tmp_path.iterdir()) == [out]
-    model = load(checkpoint)
-    expected = attribute(model, find_pairs("sort", n=5, seed=0))
-    scores = EdgeScores.load(out, content_hash=model.content_hash)
-    assert torch.equal(scores.scores, expected.scores) and scores.meta == expected.meta
+def test_attribute_writes_the_scores_alone(eapcore, model, scores, tmp_path):
+    status, printed, _ = eapcore("attribute", out="scores.safetensors")
+    assert status == 0 and "rank" not in printed and printed.endswith("wrote    scores.safetensors\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
+    found = EdgeScores.load(tmp_path / "scores.safetensors", content_hash=model.content_hash)
+    assert torch.equal(found.scores, scores.scores) and found.meta == scores.meta
 
 
-@pytest.mark.parametrize("option", [["--top-n", "3"], ["--threshold", "0.05"]])
-def test_attribute_prints_the_edges_that_it_is_asked_for(checkpoint, tmp_path, capsys, option):
-    out = tmp_path / "scores.safetensors"
-    assert (
-        main(["attribute", "--model", str(checkpoint), "--task", "sort", "--n", "5", "--out", str(out), *option]) == 0
-    )
-    scores = EdgeScores.load(out)
+@pytest.mark.parametrize("option", [("--top-n", 3), ("--threshold", 0.05)])
+def test_attribute_prints_the_edges_that_it_is_asked_for(eapcore, scores, option):
+    status, printed, _ = eapcore("attribute", *option, out="scores.safetensors")
     count = 3 if option[0] == "--top-n" else scores.threshold(0.05).n_edges
-    assert 0 < count < scores.graph.n_edges
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    table = [line for line in lines if line and line[0].isdigit()]
+    assert status == 0 and 0 < count < scores.graph.n_edges
+    table = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
     assert table == [[str(i), name, f"{score:.6g}"] for i, (name, score) in enumerate(scores.top(count), 1)]
 
 
@@ -219,17 +169,17 @@ def test_info_prints_what_runs_here(capsys):
     assert "model" not in printed
 
 
-def test_info_prints_a_models_dimensions_and_memory(checkpoint, capsys):
+def test_info_prints_a_models_dimensions_and_memory(checkpoint, model, capsys):
     assert main(["info", str(checkpoint), "--batch-size", "4", "--tokens", "8", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     for part in (
-        "small, float32 on cpu",
+        "small, float64 on cpu",
         "2 layers × 2 heads, d_model 16, d_head 8, d_mlp 40 (gelu_new), vocabulary 29, context 16",
         "7 senders × 15 receivers, 46 edges",
         "a batch of 4 pairs × 8 tokens needs",
     ):
         assert part in printed
-    parameters = sum(t.numel() for _, t in load(checkpoint).weights.named())
+    parameters = sum(t.numel() for _, t in model.weights.named())
     assert f"{parameters:,} parameters" in printed
 
 
@@ -286,11 +236,9 @@ def test_the_options_of_the_main_job_are_all_there():
 # Progress
 
 
-def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not(eapcore, monkeypatch):
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
-    argv = sort_run(checkpoint, tmp_path, "--batch-size", "1")
-    assert main(argv) == 0
-    assert capsys.readouterr().err == ""
+    assert eapcore("run", "--batch-size", 1, out=".")[0] == 0  # which printed nothing to stderr
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -305,14 +253,13 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not(checkpoint, tmp_path
 
     listener = threading.Thread(target=listen)
     listener.start()
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        assert main(argv) == 0
-        monkeypatch.undo()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        assert eapcore("run", "--batch-size", 1, out=".")[0] == 0
     listener.join(10)
     os.close(ours)
     text = b"".join(shown).decode()
-    assert "scoring" in text and "0/5" in text and "pair" in text
+    assert "scoring" in text and "0/4" in text and "pair" in text
     assert text.endswith("\r")  # the bar is taken away at the end
 
 
@@ -337,8 +284,7 @@ def ctrl_c():
 
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("where", WRITTEN_BEFORE)
-def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(checkpoint, tmp_path, monkeypatch, capsys, where):
-    out = tmp_path / "out"
+def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(eapcore, tmp_path, monkeypatch, where):
     reached = []
 
     def interrupt(*args, **kwargs):
@@ -350,17 +296,16 @@ def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(checkpoint, tmp_pat
         interrupt()
 
     if where == "while scoring":
-        monkeypatch.setattr("eapcore.models.backward.attention_grad", interrupt)
+        monkeypatch.setattr("eapcore.models.attention.Attention.grads", interrupt)
     elif where == "while writing scores":
         monkeypatch.setattr("safetensors.torch.save_file", half_written)
     elif where == "while writing edges":
         monkeypatch.setattr("eapcore.graph.scores.EdgeScores.top", interrupt)
     else:
         monkeypatch.setattr("eapcore.graph.files.json.dumps", lambda *a, **k: interrupt() if "indent" in k else "{}")
-    assert main(sort_run(checkpoint, out)) == 130
+    assert eapcore("run", out="out")[:2] == (130, "eapcore: interrupted; no file was left half-written\n")
     assert reached == [where]
-    err = capsys.readouterr().err
-    assert err == "eapcore: interrupted; no file was left half-written\n"
+    out = tmp_path / "out"
     assert {p.name for p in out.glob("*")} | {p.name for p in out.glob(".*")} == WRITTEN_BEFORE[where]
 
 
@@ -378,14 +323,6 @@ def test_the_source_tree_runs_as_a_program_from_any_folder(checkpoint, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "wrote    scores" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["scores"]
-
-
-def test_bad_input_ends_a_program_with_status_2_and_one_line(tmp_path):
-    done = child("run", "--model", tmp_path / "nothing", "--task", "sort", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("eapcore: ") and str(tmp_path / "nothing") in line
-    assert list(tmp_path.iterdir()) == []
 
 
 def hub_run(tmp_path, *, tokenizer):
@@ -420,23 +357,10 @@ def test_a_cached_hub_model_is_scored_on_text_with_its_own_tokenizer(tmp_path):
 
 
 def test_text_for_a_hub_model_without_a_cached_tokenizer_says_so(tmp_path):
-    _, done = hub_run(tmp_path, tokenizer=False)
+    out, done = hub_run(tmp_path, tokenizer=False)
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout, out.exists()) == (2, "", False)
     assert "tokenizer.json of someone/small" in line and "not cached" in line
-
-
-def test_the_method_and_its_parameters_are_chosen_on_the_command_line(checkpoint, tmp_path, capsys):
-    out = tmp_path / "scores.safetensors"
-    options = ["--method", "eap-ig", "--points", "left", "--steps", "3", "--storage", "factored"]
-    common = ["--model", str(checkpoint), "--task", "sort", "--n", "4", "--device", "cpu", "--out", str(out)]
-    assert main(["attribute", *common, *options]) == 0
-    scores = EdgeScores.load(out)
-    pairs = find_pairs("sort", n=4, seed=0)
-    expected = attribute(load(checkpoint), pairs, method="eap-ig", points="left", steps=3)
-    torch.testing.assert_close(scores.scores, expected.scores)
-    assert scores.meta["storage"] == "factored"
-    assert scores.meta["method"]["points"] == [[k / 3, 1 / 3] for k in range(3)]
 
 
 def test_run_picks_the_smallest_size_that_keeps_the_asked_share_of_the_behaviour(tmp_path, capsys):

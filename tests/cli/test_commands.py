@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from itertools import product
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm
-from models import random_model, save_checkpoint
 
+import eapcore.execution.ablation as ablations
 from eapcore.attribution.attribute import attribute
 from eapcore.cli import main
 from eapcore.evaluation.faithfulness import mib
@@ -22,59 +23,16 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.models.backward_rules import Rules
-from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.nodes import patch_nodes
 from eapcore.patching.paths import path_patch, routes
+from eapcore.patching.record import Recording
 from eapcore.search.acdc import acdc, prune_sweep
+from eapcore.search.smallest import smallest
 from eapcore.tasks import find_pairs
 
 SCORED = ("--scores", "scores.safetensors")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random model in a folder, with enough vocabulary and context for the sort task."""
-    model = random_model(n_heads=2, d_model=16, dtype=torch.float64)
-    return save_checkpoint(model, tmp_path_factory.mktemp("checkpoints") / "small")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return find_pairs("sort", n=4, seed=0)
-
-
-@pytest.fixture(scope="module")
-def scores(model, pairs):
-    return attribute(model, pairs, "logit_diff")
-
-
-@pytest.fixture
-def eapcore(checkpoint, tmp_path, monkeypatch, capsys):
-    """Run a command on the checkpoint and the sort task: (status, what it printed, its file as JSON if it is one)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(command, *more, out="result.json"):
-        shared = ["--model", str(checkpoint), "--task", "sort", "--n", "4", "--device", "cpu", "--out", out]
-        status = main([command, *shared, *map(str, more)])
-        printed = capsys.readouterr()
-        path = tmp_path / out
-        content = json.loads(path.read_text()) if status == 0 and path.suffix == ".json" else None
-        return status, printed.out or printed.err, content
-
-    return call
-
-
-@pytest.fixture
-def score_file(scores, tmp_path):
-    scores.save(tmp_path / "scores.safetensors")
-    return tmp_path / "scores.safetensors"
 
 
 # attribute's methods
@@ -137,20 +95,44 @@ def test_attribute_prints_the_nodes_above_a_threshold(eapcore, model, pairs):
     assert sum(line.split()[0].isdigit() for line in printed.splitlines() if line) == model.graph.n_senders - 2
 
 
-def test_run_ablates_what_it_scores_and_what_its_circuit_leaves_out(checkpoint, model, pairs, tmp_path, capsys):
-    common = ["--model", str(checkpoint), "--task", "sort", "--n", "4", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["run", *common, "--metric", "logit_diff", "--ablation", "mean", "--top-n", "20"]) == 0
+def test_run_ablates_what_it_scores_and_what_its_circuit_leaves_out(eapcore, model, pairs, tmp_path):
+    status, printed, _ = eapcore("run", "--metric", "logit_diff", "--ablation", "mean", "--top-n", 20, out=".")
     expected = attribute(model, pairs, "logit_diff", ablation="mean")
-    found = EdgeScores.load(tmp_path / "scores.safetensors")
-    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(EdgeScores.load(tmp_path / "scores.safetensors").scores, expected.scores)
     chosen = expected.top_n(20).prune()
     ends = [Circuit(model.graph.edge_mask(), model.graph), expected.top_n(0)]
     clean, ablated, value = metric_on(model, pairs, "logit_diff", [*ends, chosen], ablation="mean")
     metric = Circuit.load(tmp_path / "circuit.json").meta["metric"]
-    assert (metric["mean"], metric["circuit"]) == (pytest.approx(ablated), pytest.approx(value))
-    printed = capsys.readouterr().out
+    assert status == 0 and (metric["mean"], metric["circuit"]) == (pytest.approx(ablated), pytest.approx(value))
     assert f"{(value - ablated) / (clean - ablated):.3f}" in printed.split("\ncircuit,")[1].splitlines()[0]
     assert printed.split("\nmean ")[1].split()[:2] == [f"{ablated:.4f}", "0.000"]
+
+
+def test_run_takes_the_smallest_circuit_and_records_each_batch_once(
+    eapcore, model, pairs, scores, tmp_path, monkeypatch
+):
+    tried = smallest(model, pairs, "logit_diff", scores, 0.97)
+    assert len(tried) > 3
+    recorded, of = [], Recording.of
+    monkeypatch.setattr(
+        Recording, "of", staticmethod(lambda experiment, index: (recorded.extend(index), of(experiment, index))[1])
+    )
+    options = ("--metric", "logit_diff", "--faithfulness", 0.97, "--batch-size", 3)
+    status, printed, _ = eapcore("run", *options, out=".")
+    assert status == 0 and sorted(recorded) == [0, 1, 2, 3]
+    circuit = Circuit.load(tmp_path / "circuit.json")
+    assert circuit.edges == tried[-1].circuit.edges
+    assert circuit.meta["metric"]["circuit"] == pytest.approx(tried[-1].value)
+    for each in tried[:-1]:
+        assert f"\ntop {each.selected.n_edges} edges " in printed and f" {each.faithfulness:.3f}\n" in printed
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_a_mean_is_computed_once_for_scoring_and_judging(eapcore, monkeypatch, command):
+    calls, means = [], ablations.means
+    monkeypatch.setattr(ablations, "means", lambda *args, **options: calls.append(1) or means(*args, **options))
+    assert eapcore(command, "--metric", "logit_diff", "--ablation", "mean")[0] == 0
+    assert calls == [1]
 
 
 # The other commands
@@ -313,12 +295,7 @@ def test_another_ablation_is_not_shown_beside_the_corrupt_run(eapcore):
         (["path", "--path", "a0.h1->logits"], {"patching": ("pair", 4)}),
         (
             ["evaluate", *SCORED, "--circuit", "scores.json", "--true-top", 5],
-            {
-                "running circuits": ("circuit × pair", 4 * (2 + 2 * 10)),
-                "completeness": ("circuit × pair", 4 * 2 * (1 + 6 + 10)),
-                "minimality": ("circuit × pair", 4 * (1 + 15)),
-                "patching": ("edge × pair", 46 * 4),
-            },
+            {"evaluating": ("circuit × pair", 4 * (2 + 2 * 10 + 46 + 4 * 7))},
         ),
         (["verify", "--top-n", 6], {"scoring": ("pair", 4), "verifying": ("run × pair", 6 * 4)}),
         (["verify", *SCORED, "--top-n", 6, "--curve", "a0.h1->m0"], {"verifying": ("run × pair", (6 + 11) * 4)}),
@@ -404,13 +381,12 @@ def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkey
         "other": Circuit(other.edge_mask(), other),
     }.items():
         circuit.save(f"{name}.json")
-    for work in (
-        "eapcore.attribution.attribute",
-        "eapcore.evaluate.mib",
-        "eapcore.patch.patch_edges",
-        "eapcore.acdc.acdc",
-    ):
-        monkeypatch.setattr(work, lambda *args, **options: pytest.fail("the work began"))
+    for folder, work in {
+        "attribution.attribute": "attribute", "evaluation.evaluate": "evaluate", "evaluation.verify": "verify",
+        "patching.edges": "patch_edges", "search.acdc": "acdc",
+    }.items():  # fmt: skip
+        module = importlib.import_module(f"eapcore.{folder}")
+        monkeypatch.setattr(module, work, lambda *args, **options: pytest.fail("the work began"))
     status, printed, _ = eapcore(*arguments)
     assert status == 2 and message in printed and printed.count("\n") == 1
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import random_circuit, random_model, random_pairs, random_scores, saved
 
-import eapcore.patching.record as runs
+import eapcore.execution.ablation as ablations
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import agreement, overlap
 from eapcore.evaluation.completeness import completeness, minimality
-from eapcore.evaluation.evaluate import Evaluation
+from eapcore.evaluation.evaluate import Evaluation, evaluate
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, faithfulness, mib
 from eapcore.evaluation.roc import area, roc, roc_of_circuits
 from eapcore.evaluation.stability import stability
@@ -25,6 +24,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 from eapcore.patching.circuits import metric_on
 from eapcore.patching.edges import patch_edges
+from eapcore.patching.record import Recording
 
 GRAPH = Graph(2, 2, True)
 LENGTHS = [5, 3]
@@ -38,17 +38,6 @@ def model():
 @pytest.fixture
 def pairs(model):
     return random_pairs(model, LENGTHS)
-
-
-def random_scores(graph=GRAPH, seed=0, ties=False):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(graph.n_senders, graph.n_receivers, generator=generator, dtype=torch.float64)
-    return EdgeScores((values.mul(2).round() if ties else values) * graph.edge_mask(), graph, {"from": seed})
-
-
-def some_edges(graph=GRAPH, seed=1, share=0.3):
-    generator = torch.Generator().manual_seed(seed)
-    return Circuit(graph.edge_mask() & (torch.rand(graph.edge_mask().shape, generator=generator) < share), graph)
 
 
 # Faithfulness
@@ -79,8 +68,7 @@ def test_cpr_is_read_from_the_signed_and_cmd_from_the_absolute_ranking(model, pa
     assert both.cpr == pytest.approx(signed.cpr) and both.cmd == pytest.approx(absolute.cmd)
     assert both.signed.fractions == list(MIB_FRACTIONS) and both.absolute.meta["method"]["ranking"] == "absolute"
     assert signed.values != absolute.values
-    both.save(tmp_path / "mib.json")
-    content = json.loads((tmp_path / "mib.json").read_text())
+    content = saved(both, tmp_path)
     assert content["cpr"] == both.cpr and content["absolute"]["sizes"] == absolute.sizes
 
 
@@ -90,19 +78,17 @@ def test_one_size_has_no_area(model, pairs, sizes, tmp_path):
     curve, both = (judge(model, pairs, "logit_diff", scores, sizes=sizes) for judge in (faithfulness, mib))
     assert len(curve.faithfulness) == len(sizes) and math.isfinite(curve.faithfulness[0])
     assert all(math.isnan(x) for x in (curve.cpr, curve.cmd, both.cpr, both.cmd))
-    curve.save(tmp_path / "curve.json")
-    content = json.loads((tmp_path / "curve.json").read_text())
+    content = saved(curve, tmp_path)
     assert content["cpr"] is None and content["cmd"] is None and content["values"] == curve.values
 
 
 def test_every_result_states_its_convention(model, pairs, tmp_path):
-    scores, circuit = attribute(model, pairs, reduce="pair"), some_edges(model.graph)
+    scores, circuit = attribute(model, pairs, reduce="pair"), random_circuit(model.graph, 0.3, 1)
     minimal = minimality(model, pairs, "logit_diff", circuit)
     stable = stability(scores.per_pair, model.graph, top_n=5, n_resamples=4, meta=scores.meta)
     complete = completeness(model, pairs, "logit_diff", circuit, n_random=1)
     found = Evaluation(mib(model, pairs, "logit_diff", scores), (), complete, minimal, stable)
-    found.save(tmp_path / "evaluation.json")
-    content = json.loads((tmp_path / "evaluation.json").read_text())
+    content = saved(found, tmp_path)
     assert content["mib"]["signed"]["meta"]["sign"].endswith("cpr: higher = better; cmd: lower = better")
     assert content["completeness"]["meta"]["sign"].startswith("gap = |circuit − model|")
     assert "measured change" in content["minimality"]["meta"]["sign"]
@@ -126,7 +112,7 @@ def test_circuits_can_be_grown_from_the_logits_and_ablated_with_zero(model, pair
 
 
 def test_completeness_takes_the_same_edges_from_the_circuit_and_from_the_model(model, pairs, tmp_path):
-    circuit = some_edges(model.graph)
+    circuit = random_circuit(model.graph, 0.3, 1)
     result = completeness(model, pairs, "logit_diff", circuit, n_random=2, seed=3)
     graph = model.graph
     places = {name: i for i, name in enumerate(result.removed)}
@@ -141,12 +127,11 @@ def test_completeness_takes_the_same_edges_from_the_circuit_and_from_the_model(m
     assert result.gap == [abs(a - b) for a, b in zip(result.circuit, result.model, strict=True)]
     whole = Circuit(graph.edge_mask(), graph)
     assert max(completeness(model, pairs, "logit_diff", whole, n_random=1).gap) <= 1e-12
-    result.save(tmp_path / "completeness.json")
-    assert json.loads((tmp_path / "completeness.json").read_text())["removed"] == result.removed
+    assert saved(result, tmp_path)["removed"] == result.removed
 
 
 def test_minimality_is_what_each_edge_does_for_the_circuit(model, pairs):
-    circuit = some_edges(model.graph)
+    circuit = random_circuit(model.graph, 0.3, 1)
     scores = minimality(model, pairs, "logit_diff", circuit)
     (whole,) = metric_on(model, pairs, "logit_diff", [circuit])
     for edge in circuit.edges:
@@ -173,8 +158,8 @@ def literal_points(scores, reference, signed, edges):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("ranking", ["absolute", "signed"])
 def test_the_roc_counts_true_and_false_edges_at_every_threshold(ties, ranking):
-    scores, reference = random_scores(ties=ties), some_edges()
-    for edges in (None, some_edges(seed=7, share=0.6).mask):
+    scores, reference = random_scores(GRAPH, ties=ties), random_circuit(GRAPH, 0.3, 1)
+    for edges in (None, random_circuit(GRAPH, 0.6, 7).mask):
         found = roc(scores, reference, ranking=ranking, edges=edges)
         counted = GRAPH.edge_mask() if edges is None else edges
         points = literal_points(scores, reference, ranking == "signed", counted)
@@ -187,7 +172,7 @@ def test_the_roc_counts_true_and_false_edges_at_every_threshold(ties, ranking):
 
 
 def test_the_auc_is_the_chance_that_a_true_edge_ranks_above_a_false_one():
-    scores, reference = random_scores(ties=True), some_edges()
+    scores, reference = random_scores(GRAPH, ties=True), random_circuit(GRAPH, 0.3, 1)
     mask = GRAPH.edge_mask()
     true, false = (scores.scores[mask & side].abs() for side in (reference.mask, ~reference.mask))
     wins = (true[:, None] > false).double() + (true[:, None] == false).double() / 2
@@ -206,8 +191,8 @@ def test_the_rules_of_the_area_are_as_stated():
 
 
 def test_circuits_are_points_of_a_roc(tmp_path):
-    reference = some_edges()
-    circuits = [some_edges(seed=s, share=p) for s, p in ((2, 0.2), (3, 0.7))]
+    reference = random_circuit(GRAPH, 0.3, 1)
+    circuits = [random_circuit(GRAPH, p, s) for s, p in ((2, 0.2), (3, 0.7))]
     found = roc_of_circuits(circuits, reference)
     false = ~reference.mask & GRAPH.edge_mask()
     rates = [[int((c.mask & side).sum()) / int(side.sum()) for c in circuits] for side in (false, reference.mask)]
@@ -216,8 +201,7 @@ def test_circuits_are_points_of_a_roc(tmp_path):
     assert found.rule == "pareto" and found.auc == area(found.fpr, found.tpr, "pareto")
     perfect = roc_of_circuits([reference], reference, rule="lower")
     assert perfect.auc == 1
-    found.save(tmp_path / "roc.json")
-    content = json.loads((tmp_path / "roc.json").read_text())
+    content = saved(found, tmp_path)
     assert content["rule"] == "pareto" and content["edge_set"]["name"] == "all edges"
 
 
@@ -225,7 +209,7 @@ def test_circuits_are_points_of_a_roc(tmp_path):
 
 
 def test_agreement_is_the_least_squares_line_and_the_correlation_of_ranks():
-    a, b = random_scores(ties=True), random_scores(seed=5, ties=True)
+    a, b = random_scores(GRAPH, ties=True), random_scores(GRAPH, 5, ties=True)
     mask = GRAPH.edge_mask()
     x, y = a.scores[mask].numpy(), b.scores[mask].numpy()
     found = agreement(a, b)
@@ -244,12 +228,12 @@ def test_agreement_is_the_least_squares_line_and_the_correlation_of_ranks():
 
 def test_agreement_without_spread_is_not_a_number():
     flat = EdgeScores(GRAPH.edge_mask().double(), GRAPH)
-    found = agreement(flat, random_scores())
+    found = agreement(flat, random_scores(GRAPH))
     assert math.isnan(found.r2) and math.isnan(found.slope) and math.isnan(found.spearman)
 
 
 def test_overlap_is_the_share_of_common_top_edges():
-    a, b = random_scores(), random_scores(seed=1)
+    a, b = random_scores(GRAPH), random_scores(GRAPH, 1)
     common = {name for name, _ in a.top(10)} & {name for name, _ in b.top(10)}
     assert overlap(a, b, 10) == len(common) / 10 and overlap(a, a, 10) == 1
 
@@ -265,8 +249,7 @@ def test_verify_measures_the_top_edges_and_names_the_largest_disagreements(model
     assert [abs(e - x) for _, e, x in found.worst] == pytest.approx(gaps[:3], abs=1e-12)
     chosen = scores.top_n(12).mask
     assert found.agreement.r2 == pytest.approx(agreement(scores, exact, chosen).r2)
-    found.save(tmp_path / "verification.json")
-    content = json.loads((tmp_path / "verification.json").read_text())
+    content = saved(found, tmp_path)
     assert content["edges"] == found.edges and content["agreement"]["n_edges"] == 12
     assert content["exact"]["meta"]["method"]["name"] == "patch"
 
@@ -322,10 +305,10 @@ def test_verify_refuses_scores_of_something_else(model, pairs):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_judging_counts_every_circuit_of_every_pair(model, batch_size, monkeypatch):
-    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 64})
+def test_judging_counts_every_circuit_of_every_pair(model, batch_size, limited):
+    limited(copy_tokens=64)
     pairs = random_pairs(model, [5, 3, 6])
-    scores, circuit = attribute(model, pairs), some_edges(model.graph)
+    scores, circuit = attribute(model, pairs), random_circuit(model.graph, 0.3, 1)
     complete = len(completeness(model, pairs, "nll", circuit).removed)
     for judge, of, n_circuits in (
         (faithfulness, scores, 2 + 10),
@@ -364,6 +347,83 @@ def test_verify_counts_to_its_end_where_all_edges_were_patched_before(model, tmp
             assert calls[-1] == (3 * (5 + 11 * len(curves)),) * 2
 
 
+# All in one go
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often batches are recorded, and means computed."""
+    calls = {"recorded": 0, "means": 0}
+    of, means = Recording.of, ablations.means
+
+    def record(experiment, index):
+        calls["recorded"] += len(index)
+        return of(experiment, index)
+
+    def average(*args, **options):
+        calls["means"] += 1
+        return means(*args, **options)
+
+    monkeypatch.setattr(Recording, "of", staticmethod(record))
+    monkeypatch.setattr(ablations, "means", average)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"ablation": "mean"}, {"batch_size": 1, "ablation": "zero"}], ids=str)
+def test_an_evaluation_is_its_parts(model, pairs, options, tmp_path):
+    how = {name: value for name, value in options.items() if name == "ablation"}
+    scores = attribute(model, pairs, reduce="pair", **how)
+    circuit, truth = scores.top_n(12), random_circuit(model.graph, 0.4)
+    found = evaluate(
+        model, pairs, "logit_diff", scores, selection="greedy", circuit=circuit, truths=[truth], true_top=9,
+        rule="lower", resamples={"top_n": 5, "n_resamples": 4, "seed": 3}, **options,
+    )  # fmt: skip
+    exact = patch_edges(model, pairs, **how)
+    parts = Evaluation(
+        mib(model, pairs, "logit_diff", scores, selection="greedy", **how),
+        [roc(scores, reference, rule="lower") for reference in (truth, exact.top_n(9))],
+        completeness(model, pairs, "logit_diff", circuit, **how),
+        minimality(model, pairs, "logit_diff", circuit, **how),
+        stability(scores.per_pair, model.graph, top_n=5, n_resamples=4, seed=3, meta=scores.meta),
+    )
+    ours, theirs = flat(saved(found, tmp_path)), flat(saved(parts, tmp_path))
+    assert ours.keys() == theirs.keys() and len(ours) > 1000
+    for name, value in ours.items():
+        assert value == (theirs[name] if isinstance(value, str) else pytest.approx(theirs[name], abs=1e-12)), name
+    alone = evaluate(model, pairs, "logit_diff", scores, **options)
+    assert not alone.rocs and (alone.completeness, alone.minimality, alone.stability) == (None, None, None)
+
+
+def flat(content, name=""):
+    """The leaves of a JSON file by their paths."""
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return {path: leaf for key, item in items for path, leaf in flat(item, f"{name}.{key}").items()}
+    return {name: content}
+
+
+def test_an_evaluation_runs_the_prompts_once_and_a_mean_is_computed_once(model, pairs, counted):
+    scores = attribute(model, pairs)
+    evaluate(model, pairs, "logit_diff", scores, circuit=scores.top_n(9), ablation="mean")
+    assert counted == {"recorded": len(pairs), "means": 1}
+    verify(model, pairs, "nll", n=5, curves=["embed->logits"], ablation="mean")
+    assert counted["means"] == 2
+
+
+def test_an_evaluation_counts_to_its_end(model):
+    pairs, calls = random_pairs(model, [5, 3, 6]), []
+    scores = attribute(model, pairs)
+    evaluate(model, pairs, "nll", scores, circuit=scores.top_n(9), true_top=5, batch_size=1,
+             progress=lambda *call: calls.append(call))  # fmt: skip
+    done, total = zip(*calls, strict=True)
+    assert len(set(total)) == 1 and list(done) == sorted(done) and done[-1] == total[0]
+
+
+def test_resamples_need_the_scores_of_each_pair(model, pairs):
+    with pytest.raises(ValueError, match="resamples need the scores of each pair: score with reduce='pair'"):
+        evaluate(model, pairs, "logit_diff", attribute(model, pairs), resamples={"top_n": 5})
+
+
 # Stability
 
 
@@ -389,8 +449,7 @@ def test_stability_equals_a_literal_bootstrap(tmp_path):
     assert found.overlap == pytest.approx(sum(shared) / len(shared))
     with_all = [int((a & whole.top_n(7).mask).sum()) / 7 for a in tops]
     assert found.overlap_with_all == pytest.approx(sum(with_all) / 9)
-    found.save(tmp_path / "stability.json")
-    assert json.loads((tmp_path / "stability.json").read_text())["meta"]["method"]["n_resamples"] == 9
+    assert saved(found, tmp_path)["meta"]["method"]["n_resamples"] == 9
 
 
 def test_a_confidence_interval_holds_the_true_mean_as_often_as_it_says():
@@ -404,7 +463,7 @@ def test_a_confidence_interval_holds_the_true_mean_as_often_as_it_says():
 
 
 def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_result():
-    same = random_scores().scores.expand(4, -1, -1)
+    same = random_scores(GRAPH).scores.expand(4, -1, -1)
     found = stability(same, GRAPH, top_n=5)
     assert (found.overlap, found.overlap_with_all) == (1, 1) and float(found.std.max()) <= 1e-15
     assert bool((found.sign_consistency[GRAPH.edge_mask()] == 1).all())
@@ -439,9 +498,9 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
             "the metric is 0 on the clean and on the ablated run",
         ),
         (lambda m, p, s: minimality(m, p, "nll", s.top_n(0)), "the circuit has no edges"),
-        (lambda m, p, s: completeness(m, p, "nll", some_edges(Graph(1, 1, True))), "the circuit must belong to"),
+        (lambda m, p, s: completeness(m, p, "nll", random_circuit(Graph(1, 1, True))), "the circuit must belong to"),
         (lambda m, p, s: roc(s, s.top_n(0)), "needs true and false edges, but 0 of"),
-        (lambda m, p, s: roc(s, some_edges(Graph(1, 1, True))), "the reference must be a circuit of"),
+        (lambda m, p, s: roc(s, random_circuit(Graph(1, 1, True))), "the reference must be a circuit of"),
         (lambda m, p, s: roc(attribute(m, p, level="node"), s.top_n(3)), "must be EdgeScores of .*, got NodeScores"),
         (
             lambda m, p, s: roc(EdgeScores(s.scores * math.nan, s.graph), s.top_n(3)),

@@ -6,20 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from models import random_model, random_pairs
+from everything import EVERYTHING
+from models import lists, random_circuit, random_model, random_pairs
 
 from eapcore.attribution.attribute import attribute
 from eapcore.attribution.methods import METHODS
-from eapcore.evaluation.completeness import completeness, minimality
-from eapcore.evaluation.faithfulness import faithfulness, mib
-from eapcore.evaluation.verify import verify
-from eapcore.graph.circuit import Circuit
 from eapcore.patching.circuits import run_circuit
 from eapcore.patching.edges import patch_edges
-from eapcore.patching.interpolate import interpolate
-from eapcore.patching.nodes import patch_nodes
-from eapcore.patching.paths import path_patch
-from eapcore.search.acdc import acdc
 from eapcore.tasks import PromptPairs
 
 LENGTHS = [6, 3, 5]
@@ -36,38 +29,11 @@ def pairs(model):
 
 
 def without_corrupt(pairs):
-    lists = [
-        [row[:n] for row, n in zip(pairs.clean.tolist(), pairs.lengths.tolist(), strict=True)],
-        None,
-        pairs.answers.tolist(),
-        pairs.wrong.tolist(),
-    ]
-    return PromptPairs.from_lists(*lists, name=pairs.name, seed=pairs.seed)
+    given = lists(pairs) | {"corrupt": None}
+    return PromptPairs.from_lists(**given, name=pairs.name, seed=pairs.seed)
 
 
-def some_circuit(model):
-    generator = torch.Generator().manual_seed(3)
-    mask = model.graph.edge_mask()
-    return Circuit(mask & (torch.rand(mask.shape, generator=generator) < 0.6), model.graph)
-
-
-LADDER = [method for method, made in METHODS.items() if made.ablations]
-RUNS = {
-    **{method: lambda m, p, method=method, **o: attribute(m, p, method=method, **o).scores for method in LADDER},
-    "nodes, first order": lambda m, p, **o: attribute(m, p, level="neuron", **o).dimensions,
-    "factored": lambda m, p, **o: attribute(m, p, storage="factored", reduce="pair", **o).per_pair,
-    "edges": lambda m, p, **o: patch_edges(m, p, **o).scores,
-    "nodes": lambda m, p, **o: patch_nodes(m, p, per_position=True, **o).effects,
-    "a path": lambda m, p, **o: path_patch(m, p, "nll", ["m0"], ["m0->a1.h0<q>->logits"], **o).effect,
-    "a curve": lambda m, p, **o: interpolate(m, p, "logit_diff", "m0->m1", points=3, **o).effects,
-    "a circuit": lambda m, p, **o: run_circuit(m, p, some_circuit(m), **o),
-    "acdc": lambda m, p, **o: acdc(m, p, threshold=0.02, **o).mask.double(),
-    "faithfulness": lambda m, p, **o: faithfulness(m, p, "nll", attribute(m, p, **o), **o).faithfulness,
-    "mib": lambda m, p, **o: mib(m, p, "nll", attribute(m, p, **o), **o).cpr,
-    "completeness": lambda m, p, **o: completeness(m, p, "nll", some_circuit(m), **o).gap,
-    "minimality": lambda m, p, **o: minimality(m, p, "nll", some_circuit(m), **o).scores,
-    "verify": lambda m, p, **o: verify(m, p, "nll", n=9, **o).effects,
-}
+RUNS = {name: run for name, run in EVERYTHING.items() if name not in METHODS or METHODS[name].ablations}
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
@@ -104,7 +70,7 @@ def test_tokens_alone_need_no_corrupt_ones(model, pairs):
 def test_a_position_outside_its_prompt_is_named(model, pairs, positions):
     outside = dataclasses.replace(pairs, positions=positions)
     message = rf"the position {int(positions[1])} of pair 1 is outside its prompt of 3 tokens"
-    for call in (attribute, patch_edges, lambda m, p: run_circuit(m, p, some_circuit(m))):
+    for call in (attribute, patch_edges, lambda m, p: run_circuit(m, p, random_circuit(m.graph))):
         with pytest.raises(ValueError, match=message):
             call(model, outside)
     with pytest.raises(ValueError, match=r"positions must be int64 \[N\] = \[3\], one for each pair, got \[2\]"):

@@ -8,15 +8,16 @@ import logging
 
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import joined, random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eapcore.execution.cuda_graphs as cuda_graphs
+import eapcore.execution.limits as limits
 import eapcore.execution.prefetch as prefetch
 from eapcore import attribute
-from eapcore.execution.batch import Window
+from eapcore.execution.batch import Batch, cut, in_order
 from eapcore.execution.prefetch import Feed, tensors, with_tensors
-from eapcore.tasks import PromptPairs
 
 CPU = torch.device("cpu")
 LENGTHS = [9] * 7 + [12] * 5 + [9] * 4
@@ -94,20 +95,27 @@ class Late:
 
 
 def mixed_pairs(model, lengths=LENGTHS):
-    """Pairs of two lengths and two prefixes, so that windows of several shapes come several times."""
-    parts = [random_pairs(model, lengths, seed=3), random_pairs(model, lengths, seed=4, first_difference=4)]
-    columns = {
-        name: [ids[:n].tolist() for part in parts for ids, n in zip(getattr(part, name), part.lengths, strict=True)]
-        for name in ("clean", "corrupt")
-    }
-    answers = {name: [ids.tolist() for part in parts for ids in getattr(part, name)] for name in ("answers", "wrong")}
-    return PromptPairs.from_lists(**columns, **answers)
+    """Pairs of two lengths and two prefixes, so that batches of several shapes come several times."""
+    return joined(random_pairs(model, lengths, seed=3), random_pairs(model, lengths, seed=4, first_difference=4))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(start, stop, pairs) of every batch that is scored."""
+    shapes, real = [], ATTRIBUTE.score_batch
+
+    def watch(model, batch, *args, **named):
+        shapes.append((batch.start, batch.stop, len(batch.pairs)))
+        return real(model, batch, *args, **named)
+
+    monkeypatch.setattr(ATTRIBUTE, "score_batch", watch)
+    return shapes
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
-    monkeypatch.setattr(cuda_graphs, "_WORTH", 1)
+    monkeypatch.setattr(limits, "GRAPH_WORTH", 1)
     monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: found)
     return found
 
@@ -140,17 +148,11 @@ class NoLook(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        by_mask = "index" in name and any(x is not None and x.dtype == torch.bool for x in flat_tensors(args[1:]))
+        indices = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)]
+        by_mask = "index" in name and any(x.dtype == torch.bool for x in indices)
         if by_mask or any(name.startswith(refused) for refused in self.REFUSED):
             raise AssertionError(f"{name} waits for a GPU")
         return func(*args, **(kwargs or {}))
-
-
-def flat_tensors(args):
-    found = []
-    for x in args:
-        found += flat_tensors(x) if isinstance(x, list | tuple) else [x] if isinstance(x, torch.Tensor) else []
-    return found
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"storage": "factored"}], ids=str)
@@ -161,9 +163,9 @@ def test_nothing_in_a_batch_waits_for_the_device(monkeypatch, options):
     attribute(model, pairs, **options)  # what is made once, for a model, is there
     watched = []
 
-    def run(self, window, work, alike):
+    def run(self, batch, work, alike):
         with NoLook():
-            watched.append(work(window))
+            watched.append(work(batch))
         return watched[-1]
 
     monkeypatch.setattr(cuda_graphs.Replays, "run", run)
@@ -187,7 +189,7 @@ def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(re
     assert (recorder.captured, recorder.replayed) == (1, 2)
     attribute(model, pairs, batch_size=14, graphs=True, storage="dense")
     assert (recorder.captured, recorder.replayed) == (1, 2)
-    monkeypatch.setattr(cuda_graphs, "_MOST", 1)
+    monkeypatch.setattr(limits, "GRAPH_SHAPES", 1)
     recorder.captured = 0
     attribute(model, mixed_pairs(model), batch_size=2, graphs=True, storage="dense")
     # The dense buffer grew once on the way, and took what was recorded in the smaller one with it.
@@ -197,29 +199,29 @@ def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(re
 def test_auto_records_shapes_that_come_often_alone(recorder, monkeypatch):
     model = random_model()
     pairs = mixed_pairs(model, [12] * 9)
-    monkeypatch.setattr(cuda_graphs, "_WORTH", 3)
+    monkeypatch.setattr(limits, "GRAPH_WORTH", 3)
     attribute(model, pairs, batch_size=2, storage="dense")
     # From 0 on: 5 windows, the last with a pair of the other prefix; the second is recorded with 4 to come, itself too.
     # From 4 on: 4 windows, the second with 3 to come.
     assert (recorder.captured, recorder.replayed) == (2, 7)
-    monkeypatch.setattr(cuda_graphs, "_WORTH", 4)
+    monkeypatch.setattr(limits, "GRAPH_WORTH", 4)
     attribute(model, pairs, batch_size=2, storage="dense")
     assert (recorder.captured, recorder.replayed) == (3, 11)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_windows_alike_are_counted(shared):
+def test_batches_alike_are_counted(shared):
     pairs = mixed_pairs(random_model())
-    order = sorted(range(len(pairs)), key=lambda i: (int(pairs.first_difference()[i]), int(pairs.positions[i])))
+    order = in_order(pairs)
     feed = Feed(pairs, order, CPU, shared=shared, copy=None)
     while feed.left:
-        window, behind = feed.window(3), 0
+        batch, behind = feed.batch(3), 0
         for at in range(feed.done, len(order), 3):
-            other = Window.of(pairs, torch.tensor(order[at : at + 3]), CPU, shared=shared)
-            same = (other.start, other.stop, len(other.pairs)) == (window.start, window.stop, len(window.pairs))
+            other = Batch.of(pairs, order[at : at + 3], CPU, shared=shared)
+            same = (other.start, other.stop, len(other.pairs)) == (batch.start, batch.stop, len(batch.pairs))
             behind += same
-        assert feed.alike(window) == behind >= 1
-        feed.advance(window)
+        assert feed.alike(batch) == behind >= 1
+        feed.advance(batch)
 
 
 def test_auto_records_metrics_by_name_alone(recorder):
@@ -260,7 +262,7 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
         def capture(self, work, given):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "_WORTH", 1)
+    monkeypatch.setattr(limits, "GRAPH_WORTH", 1)
     monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Broken())
     model = random_model()
     pairs = random_pairs(model, [8] * 12)
@@ -277,19 +279,19 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
 
 def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(recorder, monkeypatch, caplog):
     model = random_model()
-    pairs = mixed_pairs(model, [12] * 9)  # the longer windows come first: no larger buffer is needed on the way
+    pairs = mixed_pairs(model, [12] * 9)  # the longer batches come first: no larger buffer is needed on the way
     options = {"batch_size": 3, "storage": "dense"}
     expected = attribute(model, pairs, graphs=False, **options)
-    real, calls = ATTRIBUTE.score_window, []
+    real, calls = ATTRIBUTE.score_batch, []
 
-    def full(model, window, *args, **named):
-        calls.append(len(window.pairs))
+    def full(model, batch, *args, **named):
+        calls.append(len(batch.pairs))
         if recorder.recorded and not recorder.inside:
             recorder.recorded = False
             raise torch.OutOfMemoryError("no more")
-        return real(model, window, *args, **named)
+        return real(model, batch, *args, **named)
 
-    monkeypatch.setattr(ATTRIBUTE, "score_window", full)
+    monkeypatch.setattr(ATTRIBUTE, "score_batch", full)
     with caplog.at_level(logging.WARNING, "eapcore"):
         found = attribute(model, pairs, graphs=True, **options)
     assert [r.message for r in caplog.records] == ["out of memory: going on without CUDA graphs"]
@@ -334,7 +336,7 @@ def test_factored_edges_are_not_recorded(recorder):
         attribute(model, random_pairs(model, [6, 6]), storage="factored", graphs=True)
 
 
-def test_windows_arrive_in_order_whole_and_one_ahead():
+def test_batches_arrive_in_order_whole_and_one_ahead():
     model = random_model()
     pairs, copy = mixed_pairs(model), Late()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
@@ -343,14 +345,14 @@ def test_windows_arrive_in_order_whole_and_one_ahead():
     taken = []
     while feed.left:
         size = sizes[min(len(taken), 4)]
-        window = feed.window(size)
-        again = feed.window(size)  # as after a batch that did not fit
-        expected = Window.of(pairs, torch.tensor(order[feed.done : feed.done + size]), CPU)
-        for found in (window, again):
+        batch = feed.batch(size)
+        again = feed.batch(size)  # as after a batch that did not fit
+        expected = Batch.of(pairs, order[feed.done : feed.done + size], CPU)
+        for found in (batch, again):
             assert (found.start, found.stop) == (expected.start, expected.stop)
             assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
-        taken.append(len(window.pairs))
-        feed.advance(window)
+        taken.append(len(batch.pairs))
+        feed.advance(batch)
         assert copy.started > copy.finished or not feed.left
     assert taken[:4] == [5, 5, 2, 2] and sum(taken) == len(pairs)
 
@@ -365,13 +367,13 @@ def test_scores_do_not_depend_on_copies_ahead(monkeypatch):
     assert torch.equal(found.scores, expected.scores) and torch.equal(found.per_pair, expected.per_pair)
 
 
-def test_a_window_s_tensors_make_it_again():
+def test_a_batch_s_tensors_make_it_again():
     pairs = mixed_pairs(random_model())
-    window = Window.of(pairs, torch.tensor([1, 9, 4]), CPU)
-    again = with_tensors(window, [x.clone() for x in tensors(window)])
-    assert again.shape == window.shape and torch.equal(again.read, window.read)
+    batch = Batch.of(pairs, [1, 9, 4], CPU)
+    again = with_tensors(batch, [x.clone() for x in tensors(batch)])
+    assert again.shape == batch.shape and torch.equal(again.read, batch.read)
     assert torch.equal(again.index, torch.tensor([1, 9, 4]))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(window), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(batch), strict=True))
 
 
 @pytest.fixture
@@ -480,55 +482,38 @@ def test_cuda_graphs_give_the_scores_of_plain_batches(options):
     torch.testing.assert_close(replayed.scores, plain.scores, rtol=1e-6, atol=1e-6)
 
 
-def test_pairs_are_sorted_so_that_prefixes_and_lengths_help(monkeypatch):
+def test_pairs_are_sorted_so_that_prefixes_and_lengths_help(seen):
     model = random_model()
     pairs = mixed_pairs(model, [12, 9] * 4)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    pairs, shapes, real = pairs.select(order), [], ATTRIBUTE.score_window
-
-    def seen(model, window, *args, **named):
-        shapes.append((window.start, window.stop, len(window.pairs)))
-        return real(model, window, *args, **named)
-
-    monkeypatch.setattr(ATTRIBUTE, "score_window", seen)
-    attribute(model, pairs, batch_size=4)
-    assert sorted(shapes) == [(0, 9, 4), (0, 12, 4), (4, 9, 4), (4, 12, 4)]
+    attribute(model, pairs.select(order), batch_size=4)
+    assert sorted(seen) == [(0, 9, 4), (0, 12, 4), (4, 9, 4), (4, 12, 4)]
 
 
-def test_a_window_is_cut_where_that_saves_more_than_a_batch_costs(monkeypatch):
+def test_a_batch_is_cut_where_that_saves_more_than_another_costs(seen, limited):
     model = random_model(n_ctx=64)
-    few = [random_pairs(model, [40] * 3, seed=5), random_pairs(model, [40] * 9, seed=6, first_difference=36)]
-    columns = {name: [row for part in few for row in getattr(part, name).tolist()] for name in ("clean", "corrupt")}
-    answers = {name: [ids for part in few for ids in getattr(part, name).tolist()] for name in ("answers", "wrong")}
-    pairs = PromptPairs.from_lists(**columns, **answers)
-    shapes, real = [], ATTRIBUTE.score_window
-
-    def seen(model, window, *args, **named):
-        shapes.append((window.start, window.stop, len(window.pairs)))
-        return real(model, window, *args, **named)
-
-    monkeypatch.setattr(ATTRIBUTE, "score_window", seen)
+    pairs = joined(random_pairs(model, [40] * 3, seed=5), random_pairs(model, [40] * 9, seed=6, first_difference=36))
     found = attribute(model, pairs, batch_size=12)
-    assert shapes == [(0, 40, 3), (36, 40, 9)]  # 9 × 36 tokens of prefix, three times, are more than a batch costs
-    shapes.clear()
-    monkeypatch.setattr(prefetch, "_BATCH_TOKENS", {"cpu": 9 * 27 + 1})
+    assert seen == [(0, 40, 3), (36, 40, 9)]  # 9 × 36 tokens of prefix, three times, are more than a batch costs
+    seen.clear()
+    limited(one_more_batch=9 * 27 + 1)
     expected = attribute(model, pairs, batch_size=12)
-    assert shapes == [(0, 40, 12)]
+    assert seen == [(0, 40, 12)]
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
-def test_windows_are_cut_as_well_as_one_cut_can(size):
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_batches_are_cut_as_well_as_one_cut_can(size, share):
     generator = torch.Generator().manual_seed(0)
-    feed = Feed(random_pairs(random_model(), [5] * size), range(size), CPU, shared=True, copy=None)
     for _ in range(50):
         first = torch.randint(0, 90, (size,), generator=generator).sort().values
         stop = 91 + torch.randint(0, 60, (size,), generator=generator)
 
         def cost(part, first=first, stop=stop):
-            return (
-                len(stop[part]) * (float(stop[part].max()) - 0.75 * float(first[part].min())) if len(stop[part]) else 0
-            )
+            longest, shortest = float(stop[part].max()), (1 - share) * float(first[part].min())
+            return len(stop[part]) * (longest - shortest)
 
-        costs = {k: cost(slice(k)) + cost(slice(k, None)) + 32 * (k < size) for k in range(1, size + 1)}
-        assert costs[feed._together(first, stop)] == min(costs.values())
+        costs = {k: cost(slice(k)) + cost(slice(k, None)) + 32 for k in range(1, size)} | {size: cost(slice(size))}
+        counts = cut(first, stop, size, 32, share)
+        assert sum(counts) == size and costs[counts[0]] == min(costs.values())

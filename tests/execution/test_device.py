@@ -9,58 +9,27 @@ import eapcore.kernels as kernels
 import pytest
 import torch
 from accel import DEVICE, AccelTensor, on_accel
-from models import random_model, random_pairs
-from test_weights import lens
+from everything import EVERYTHING, EXACT, FIRST_ORDER
+from models import gpt2, lens, random_model, random_pairs, tensors_of, with_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
-from eapcore.evaluation.completeness import completeness, minimality
-from eapcore.evaluation.faithfulness import faithfulness, mib
-from eapcore.evaluation.roc import roc
-from eapcore.evaluation.stability import stability
-from eapcore.evaluation.verify import verify
+from eapcore.attribution.methods import METHODS
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
 from eapcore.models.forward import forward
-from eapcore.patching.edges import patch_edges
-from eapcore.patching.interpolate import interpolate
-from eapcore.patching.nodes import patch_nodes
-from eapcore.patching.paths import path_patch, routes
-from eapcore.search.acdc import acdc
 
 ATTENTION_ONLY = {"d_mlp": None, "split_qkv": True}
-METHODS = ["eap", "eap-ig", "clean-corrupt", "eap-ig-activations", "relp", "qk-fix", "grad-drop", "atp-star"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def on_device(value):
-    """A model with its weights on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if isinstance(value, tuple):
-        return tuple(map(on_device, value))
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(
-            value, **{f.name: on_device(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    return value
-
-
-def tensors(value, name=""):
-    """Every tensor of a result by name."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name), f"{name}.{field.name}")
-    elif isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensors(item, f"{name}[{key!r}]")
+def on_device(model):
+    return with_weights(model, lambda x: x.to(DEVICE))
 
 
 def assert_same(there, here, tolerance=0.0):
     """A result from the device against that from the CPU, numbers and all else."""
-    there, here = dict(tensors(there)), dict(tensors(here))
+    there, here = dict(tensors_of(there)), dict(tensors_of(here))
     assert list(there) == list(here) and there
     for name, value in there.items():
         value = value.raw if isinstance(value, AccelTensor) else value
@@ -143,7 +112,8 @@ def compare_scores(model=(), dtype=torch.float64, **options):
             assert float(expected.scores.abs().max()) > 0
             assert_same(found, expected)
             assert (found.meta["impl"], found.scores.device.type) == ("reference", "cpu")
-    assert waits[0] == waits[1] and sum(waits[0].values()) < 20  # as many for two batches as for one
+    looked_at = sum(1 for _ in here.weights.named())  # whether somebody wrote into the weights
+    assert waits[0] == waits[1] and sum(waits[0].values()) < 20 + looked_at  # as many for two batches as for one
 
 
 def test_a_metric_that_leaves_the_device_is_found_out():
@@ -167,23 +137,10 @@ def test_a_metric_that_leaves_the_device_is_found_out():
 
 RUNS = {
     "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean.to(m.device)),
-    "patch_edges": lambda m, p: patch_edges(m, p, batch_size=2),
-    "patch_edges, mean": lambda m, p: patch_edges(m, p, "nll", ["embed->m0", "a0.h1->logits"], ablation="mean"),
-    "patch_nodes": lambda m, p: patch_nodes(m, p, per_position=True),
-    "path_patch": lambda m, p: vars_of(path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"])),
-    "interpolate": lambda m, p: torch.tensor(interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects),
-    "run_circuit": lambda m, p: eapcore.run_circuit(m, p, patch_edges(m, p).top_n(30)),
-    "acdc": lambda m, p: acdc(m, p, threshold=0.02),
-    "faithfulness": lambda m, p: vars_of(faithfulness(m, p, "nll", eapcore.attribute(m, p), sizes=[9, 60])),
     "EAP-IG's attribute": lambda m, p: eap_ig_scores(m, p),
-}  # fmt: skip
-
-
-def vars_of(result):
-    """The numbers among a result's fields, as tensors."""
-    kept = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in kept.items()}
-    return {name: torch.tensor(value) for name, value in lists.items() if value and isinstance(value[0], float)}
+    "edges, mean": lambda m, p: EXACT["edges"](m, p, ablation="mean"),
+    **{name: EVERYTHING[name] for name in (*EXACT, "acdc", "smallest", "faithfulness")},
+}
 
 
 def eap_ig_scores(model, pairs):
@@ -202,8 +159,10 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
     here = random_model()
     pairs = random_pairs(here, [6, 6, 6], first_difference=1)
     with on_accel():
-        # The CPU's own attention and kernels: the same to rounding.
-        assert_same(RUNS[name](on_device(here), pairs), RUNS[name](here, pairs), 1e-12)
+        there, expected = (RUNS[name](model, pairs) for model in (on_device(here), here))
+        if not isinstance(expected, tuple | torch.Tensor):
+            there, expected = torch.as_tensor(there), torch.as_tensor(expected)
+        assert_same(there, expected, 1e-12)  # the CPU's own attention and kernels: the same to rounding
 
 
 # Other modes of torch
@@ -216,52 +175,29 @@ def test_the_callers_modes_change_nothing(mode, storage):
     """Autocast would multiply in bfloat16, and in inference mode no metric has a gradient."""
     model = random_model(dtype=torch.float32)
     pairs = random_pairs(model, [6, 5, 6], first_difference=1)
+    ways = [method for method in METHODS if storage == "dense" or method == "eap"]
     runs = {
-        **{f"attribute, {method}": lambda m, p, how=method: eapcore.attribute(m, p, "nll", method=how, storage=storage)
-           for method in METHODS if storage == "dense" or method == "eap"},
+        **{
+            way: lambda m, p, way=way: eapcore.attribute(m, p, "nll", method=way, storage=storage).scores
+            for way in ways
+        },
         "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean)[1],
-        "patch_edges": patch_edges,
-        "patch_nodes": patch_nodes,
-        "interpolate": lambda m, p: torch.tensor(interpolate(m, p, "nll", "embed->a0.h1<v>").effects),
-        "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.Circuit(m.graph.edge_mask(), m.graph)),
-        "acdc": lambda m, p: acdc(m, p, threshold=0.02).mask,
-    }  # fmt: skip
-    expected = {name: run(model, pairs) for name, run in runs.items()}
+        **{name: EVERYTHING[name] for name in ("edges", "nodes", "a curve", "circuits", "acdc")},
+    }
+    expected = {name: torch.as_tensor(run(model, pairs)) for name, run in runs.items()}
     with mode():
-        found = {name: run(model, pairs) for name, run in runs.items()}
+        found = {name: torch.as_tensor(run(model, pairs)) for name, run in runs.items()}
     for name, result in found.items():
-        both = (getattr(x, "scores", getattr(x, "effects", x)) for x in (result, expected[name]))
-        assert torch.equal(*both), name
+        assert torch.equal(result, expected[name]), name
 
 
 # Another default device
 
 
-ANYWHERE = {
-    **{
-        f"attribute, {method}": lambda m, p, method=method: eapcore.attribute(m, p, "nll", method=method).scores
-        for method in METHODS
-    },
-    "factored": lambda m, p: (
-        eapcore.attribute(m, p, storage="factored", reduce="position", ablation="mean").per_position
-    ),
-    "neurons": lambda m, p: eapcore.attribute(m, p, level="neuron", batch_size=2).units,
+ANYWHERE = EVERYTHING | {
     "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
-    "patch_edges": lambda m, p: patch_edges(m, p, batch_size=2).scores,
-    "patch_nodes": lambda m, p: patch_nodes(m, p, per_position=True, ablation="mean-positional").effects,
-    "path_patch": lambda m, p: path_patch(m, p, "kl", ["a0.h1"], ["a0.h1->a1.h0<q>->logits"]).effect,
-    "interpolate": lambda m, p: interpolate(m, p, "logit_diff", "m0->a1.h2<k>", points=4).effects,
-    "run_circuit": lambda m, p: eapcore.run_circuit(m, p, eapcore.attribute(m, p).top_n(30).prune()),
-    "acdc": lambda m, p: acdc(m, p, threshold=0.02, start=eapcore.attribute(m, p).greedy(50)).mask,
-    "mib": lambda m, p: mib(m, p, "nll", eapcore.attribute(m, p)).signed.faithfulness,
-    "completeness": lambda m, p: completeness(m, p, "nll", eapcore.attribute(m, p).top_n(30)).gap,
-    "minimality": lambda m, p: minimality(m, p, "nll", eapcore.attribute(m, p).top_n(30)).scores,
-    "verify": lambda m, p: verify(m, p, n=7, curves=["embed->logits"]).effects,
-    "roc": lambda m, p: roc(eapcore.attribute(m, p), patch_edges(m, p).top_n(9)).tpr,
-    "stability": lambda m, p: (
-        stability(eapcore.attribute(m, p, reduce="pair").per_pair, m.graph, top_n=9, n_resamples=5).std
-    ),
-    "routes": lambda m, p: routes(m.graph, ["embed"], ["a1.h0<q>"], through=["m0"]).mask,
+    "by position, mean": lambda m, p: FIRST_ORDER["by position"](m, p, ablation="mean"),
+    "nodes, mean by position": lambda m, p: EXACT["nodes by position"](m, p, ablation="mean-positional"),
 }
 
 
@@ -292,14 +228,8 @@ def test_ops_make_their_results_where_their_inputs_are(impl):
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def gpt2(request):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=29, n_positions=16, n_embd=24, n_layer=2, n_head=3, tie_word_embeddings=request.param,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).double().eval()
+def module(request):
+    return gpt2(tie_word_embeddings=request.param, attn_implementation="eager").double()
 
 
 def moved(module):
@@ -313,28 +243,28 @@ def moved(module):
     return module
 
 
-def test_a_gpt2lmheadmodel_on_the_device_shares_its_weights(gpt2):
+def test_a_gpt2lmheadmodel_on_the_device_shares_its_weights(module):
     tokens = torch.tensor([[4, 8, 15, 16], [23, 4, 2, 0]])
-    expected = gpt2(tokens).logits.detach()
-    tied = gpt2.config.tie_word_embeddings
+    expected = module(tokens).logits.detach()
+    tied = module.config.tie_word_embeddings
     with on_accel() as device:
         for convert in (from_gpt2, eapcore.load):
-            model = convert(moved(gpt2))
+            model = convert(moved(module))
             assert model.device == DEVICE and model.weights.w_e.device == DEVICE and not device.waits
             assert_same(forward(model, tokens.to(DEVICE)), expected, 1e-12)
             device.waits.clear()
-            owned = {p.raw.untyped_storage().data_ptr() for p in gpt2.parameters()}
+            owned = {p.raw.untyped_storage().data_ptr() for p in module.parameters()}
             used = {x.raw.untyped_storage().data_ptr() for _, x in model.weights.named()}
             assert used == owned
             assert (model.weights.w_u.data_ptr() == model.weights.w_e.data_ptr()) == tied
-        gpt2.transformer.h[1].mlp.c_fc.weight.zero_()
-        assert float(model.weights.layers[1].w_in.abs().max()) == 0.0
+        module.transformer.h[1].mlp.c_fc.weight.zero_()
+        assert float(model.stages[3].mlp.component.w_in.abs().max()) == 0.0
 
 
-def test_load_moves_a_model_to_the_device(gpt2):
-    here = eapcore.load(gpt2)
+def test_load_moves_a_model_to_the_device(module):
+    here = eapcore.load(module)
     with on_accel():
-        for there in (eapcore.load(gpt2, device=DEVICE), eapcore.load(moved(gpt2), device="accel")):
+        for there in (eapcore.load(module, device=DEVICE), eapcore.load(moved(module), device="accel")):
             assert {x.device for _, x in there.weights.named()} == {DEVICE}
             assert there.content_hash == here.content_hash
         toy = eapcore.load("toy-ioi", device="accel:0", dtype="float64")

@@ -10,12 +10,11 @@ import random
 import networkx
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import random_model, random_pairs, random_scores
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import eapcore.graph.files as circuit_module
-import eapcore.models.weights as config_module
+import eapcore.graph.files as files
 from eapcore.attribution.attribute import attribute
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import FORMAT_VERSION, replacing
@@ -40,16 +39,6 @@ def order(name):
     if component in ("embed", "logits"):
         return (-1, 0) if component == "embed" else (10**6, 0)
     return (int(component[1:].split(".")[0]), "am".index(component[0]))
-
-
-def random_scores(graph, seed=0, ties=False):
-    """Scores on every edge; with ties, each of few values many times."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (graph.n_senders, graph.n_receivers)
-    values = (
-        torch.randint(-3, 4, shape, generator=generator).double() if ties else torch.randn(shape, generator=generator)
-    )
-    return EdgeScores(values * graph.edge_mask(), graph, {"model": {"name": "random", "content_hash": "0123"}})
 
 
 def listed(scores):
@@ -482,7 +471,7 @@ def test_a_failure_in_the_middle_of_writing_leaves_the_old_file_and_no_other(tmp
         raise failure
 
     monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, temporary, **kwargs: broken(temporary))
-    monkeypatch.setattr(circuit_module.Path, "write_text", broken)
+    monkeypatch.setattr(files.Path, "write_text", broken)
     with pytest.raises(type(failure)):
         written.save(path)
     assert path.read_bytes() == before
@@ -575,59 +564,6 @@ def test_a_written_file_can_be_read_by_those_who_may(tmp_path):
     random_scores(Graph(1, 1, True)).save(tmp_path / "scores")
     (tmp_path / "plain").touch()
     assert (tmp_path / "scores").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-# The content hash
-
-
-def with_layer(model, **changes):
-    layer = dataclasses.replace(model.weights.layers[0], **changes)
-    weights = dataclasses.replace(model.weights, layers=(layer, *model.weights.layers[1:]))
-    return dataclasses.replace(model, weights=weights)
-
-
-def test_the_hash_does_not_depend_on_how_q_k_and_v_are_stored():
-    model = random_model()
-    (w,) = model.weights.layers[0].w_qkv
-    groups = tuple(part.contiguous() for part in w.split(model.config.n_heads))
-    assert len(groups) == 3
-    assert with_layer(model, w_qkv=groups).content_hash == model.content_hash
-    assert with_layer(model, w_qkv=(w.contiguous(),)).content_hash == model.content_hash
-
-
-def test_the_hash_does_not_depend_on_how_much_is_hashed_at_a_time(monkeypatch):
-    expected = random_model().content_hash
-    monkeypatch.setattr(config_module, "_HASH_BYTES", 1000)
-    assert random_model().content_hash == expected
-
-
-def test_every_single_weight_changes_the_hash():
-    model = random_model(n_layers=1)
-    hashes = {model.weights.content_hash()}
-    names = [name for name, _ in model.weights.named()]
-    for _name, tensor in model.weights.named():
-        index = (0,) * tensor.ndim
-        old = tensor[index].clone()
-        tensor[index] += 1e-9
-        hashes.add(model.weights.content_hash())
-        tensor[index] = old
-    assert model.weights.content_hash() in hashes
-    assert len(hashes) == len(names) + 1 == 19
-
-
-def test_the_hash_tells_apart_what_the_same_weights_compute():
-    model = random_model()
-    changes = [{"act_fn": "relu"}, {"attn_scale": 1.0}, {"eps": 1e-6}, {"scale_attn_by_inverse_layer_idx": True}]
-    others = [dataclasses.replace(model, config=dataclasses.replace(model.config, **change)) for change in changes]
-    assert len({m.content_hash for m in (model, *others)}) == 5
-
-
-def test_the_hash_tells_dtypes_a_tied_head_and_transposed_weights_apart():
-    model = random_model(d_model=24, d_vocab=24)
-    tied = dataclasses.replace(model, weights=dataclasses.replace(model.weights, w_u=model.weights.w_e.T))
-    turned = dataclasses.replace(model, weights=dataclasses.replace(model.weights, w_u=model.weights.w_u.T))
-    single = random_model(d_model=24, d_vocab=24, dtype=torch.float32)
-    assert len({m.content_hash for m in (model, tied, turned, single)}) == 4
 
 
 def test_what_json_cannot_say_is_null(tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 import eapcore.kernels as kernels
 import pytest
 import torch
-from eapcore.kernels import cpp, reference
+from eapcore.kernels import cpp
+from models import ROOT
 
 from eapcore import EdgeScores, attribute
 from eapcore.models.forward import forward
@@ -17,20 +18,20 @@ from eapcore.models.load import load
 from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 import bench_ig
 import bench_kernels
 import bench_methods
 import bench_pipeline
-import hooked
-import kernels_checks
-import kernels_work
-import pipeline_gpu
-import pipeline_work
-import published
+from ops import checks as op_checks
+from ops import work as op_work
+from peers import hooked, published
+from peers.plain import plain_forward
+from pipeline import gpu, scaling
+from pipeline import work as pipeline_work
 
 # What pytest-benchmark times, Triton where it does not interpret.
-LAYER = kernels_work.Model("one layer of GPT-2 small", 1, 12, 768)
+LAYER = op_work.Model("one layer of GPT-2 small", 1, 12, 768)
 TIMED = [
     name
     for name, reason in kernels.available().items()
@@ -63,7 +64,7 @@ def stand_in(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(bench_kernels, "Clock", StandIn)
-    monkeypatch.setattr(kernels_work, "fast_implementation", lambda kind: "reference")
+    monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "reference")
     return monkeypatch, fail
 
 
@@ -113,7 +114,7 @@ def test_the_gpu_list_begins_with_what_is_asked_for_and_is_summed_up(stand_in, c
     assert summary.count("x torch") == 10  # the factored op is also timed with both sides made in memory
     assert summary.count("of matmul's rate, asked 75: ") == 2
     assert summary.count("of the copy rate, asked 80: ") == 2
-    asked = [case.asked for case in kernels_work.cases("cuda", quick=False)]
+    asked = [case.asked for case in op_work.cases("cuda", quick=False)]
     assert None not in asked[:4]
     assert set(asked[4:]) == {None}
 
@@ -130,7 +131,7 @@ def test_one_failure_on_the_gpu_costs_only_itself(stand_in, tmp_path, capsys):
 
 def test_a_torch_way_that_cannot_run_is_left_out(stand_in, capsys):
     monkeypatch, fail = stand_in
-    whole = kernels_work.edge_scores_work
+    whole = op_work.edge_scores_work
 
     def without_einsum(*args):
         work = whole(*args)
@@ -151,12 +152,12 @@ def test_no_case_begins_after_the_minutes_are_over(stand_in, capsys):
 
 def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(kernels_work, "fast_implementation", lambda kind: "triton")
+    monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
     for check in ("check_edge_scores", "check_receiver_grads", "check_factored"):
-        monkeypatch.setattr(kernels_checks, check, lambda *args: None)
+        monkeypatch.setattr(op_checks, check, lambda *args: None)
     message = r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm by table, .*"
     with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, zero_non_edges did not"):
-        kernels_checks.check_every_kernel("cuda", "cpu")
+        op_checks.check_every_kernel("cuda", "cpu")
 
 
 def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
@@ -164,24 +165,17 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
     from eapcore.kernels import triton_common
 
     device = "cuda"
-    if triton_common.interpreted():
+    if triton_common.interpreted():  # which is slow
         device = "cpu"
         on = replace(triton_common.target(torch.device("cpu")), processors=132)  # an H200's: few tiles are split
         monkeypatch.setattr(triton_common, "target", lambda device: on)
-    monkeypatch.setattr(kernels_work, "fast_implementation", lambda kind: "triton")
-    scores, factored = kernels_checks.check_edge_scores, kernels_checks.check_factored
-
-    def some_scores(fast, device, dtype, width):  # the interpreter is slow
-        if dtype == torch.bfloat16 and width == 37:
-            scores(fast, device, dtype, width)
-
-    def some_factored(fast, device, dtype, reduce):
-        if reduce == "all":
-            factored(fast, device, dtype, reduce)
-
-    monkeypatch.setattr(kernels_checks, "check_edge_scores", some_scores)
-    monkeypatch.setattr(kernels_checks, "check_factored", some_factored)
-    kernels_checks.check_every_kernel("cuda", device)
+        monkeypatch.setattr(op_checks, "FACTORED", op_work.Model("K = 64", 3, 1, 64))
+        monkeypatch.setattr(op_checks.checks, "REDUCE", ("all",))
+        scores = op_checks.check_edge_scores
+        chosen = (torch.bfloat16, 37)
+        monkeypatch.setattr(op_checks, "check_edge_scores", lambda *args: args[2:] == chosen and scores(*args))
+    monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
+    op_checks.check_every_kernel("cuda", device)
 
 
 @needs_cpp
@@ -190,7 +184,7 @@ def test_the_checks_see_a_wrong_norm(monkeypatch, op):
     right = getattr(cpp, op)
     monkeypatch.setattr(cpp, op, lambda *args: right(*args) * (1 + 1e-4))
     with pytest.raises(RuntimeError, match=f"{op} cpp torch.float32 .*: error 1.0.e-04"):
-        kernels_checks.check_every_kernel("cpu", "cpu")
+        op_checks.check_every_kernel("cpu", "cpu")
 
 
 def test_the_error_allowed_to_tensor_cores_is_twice_what_cut_sums_lose():
@@ -203,12 +197,12 @@ def test_the_error_allowed_to_tensor_cores_is_twice_what_cut_sums_lose():
         over = size.double().abs() > (cut + products).abs()
         cut = torch.where(over, size.nextafter(torch.zeros(())), size).double()
         if blocks in (256, 1024):
-            lost, allowed = kernels_work.relative(cut, exact), 5e-8 * blocks
+            lost, allowed = op_work.relative(cut, exact), 5e-8 * blocks
             assert 0.3 * allowed < lost < 0.6 * allowed
-    assert kernels_work.allowed_error(torch.bfloat16, 1024 * 16, 90) == pytest.approx(5.12e-5)
-    assert kernels_work.allowed_error(torch.bfloat16, 1024 * 8, 80) == pytest.approx(5.12e-5)
-    assert kernels_work.allowed_error(torch.bfloat16, 2048, 90) == 1e-5
-    assert kernels_work.allowed_error(torch.float32, 1 << 20, 90) == 1e-5
+    assert op_work.allowed_error(torch.bfloat16, 1024 * 16, 90) == pytest.approx(5.12e-5)
+    assert op_work.allowed_error(torch.bfloat16, 1024 * 8, 80) == pytest.approx(5.12e-5)
+    assert op_work.allowed_error(torch.bfloat16, 2048, 90) == 1e-5
+    assert op_work.allowed_error(torch.float32, 1 << 20, 90) == 1e-5
 
 
 def test_a_triton_case_is_allowed_the_error_of_its_plan(monkeypatch):
@@ -217,9 +211,9 @@ def test_a_triton_case_is_allowed_the_error_of_its_plan(monkeypatch):
 
     one_processor = triton_common.Target("cuda", 90, 1, 50 << 20, 141 << 30)
     monkeypatch.setattr(triton_common, "target", lambda device: one_processor)
-    case = kernels_work.Case("edge_scores", kernels_work.TINY, 0, 2, 5, torch.bfloat16)
+    case = op_work.Case("edge_scores", op_work.TINY, 0, 2, 5, torch.bfloat16)
     for batch, limit in ((2, 1e-5), (1024, 5e-8 * 1024)):  # the longest chain that there is
-        work = kernels_work.edge_scores_work(replace(case, batch=batch), "cpu", "triton", False)
+        work = op_work.edge_scores_work(replace(case, batch=batch), "cpu", "triton", False)
         assert work.limit == pytest.approx(limit)
 
 
@@ -245,23 +239,19 @@ def test_the_device_is_busy_while_a_timed_call_is_launched(monkeypatch):
     assert events == ["sleep", "record", "run", "record", "synchronize"] and clock.flush.item() == 0
 
 
-def kernels_reference(delta, grads, *, mask, reduce, rows):
-    return reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
-
-
 def test_edge_tiles_are_counted_by_their_real_pairs():
     mask = torch.zeros(5, 7, dtype=torch.bool)
     mask[0, 0] = mask[4, 6] = True
-    assert kernels_work.edge_tile_pairs(mask, 4, 4) == 16 + 3
-    assert kernels_work.edge_tile_pairs(torch.ones(5, 7, dtype=torch.bool), 4, 4) == 35
+    assert op_work.edge_tile_pairs(mask, 4, 4) == 16 + 3
+    assert op_work.edge_tile_pairs(torch.ones(5, 7, dtype=torch.bool), 4, 4) == 35
 
 
 @pytest.mark.parametrize("impl", TIMED)
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_bench(benchmark, op, impl):
     on_gpu = impl == "triton"
-    layer = kernels_work.Case(op, LAYER, 0, 1, 4, torch.float32)
-    work = kernels_work.WORK[op](layer, "cuda" if on_gpu else "cpu", impl, False)
+    layer = op_work.Case(op, LAYER, 0, 1, 4, torch.float32)
+    work = op_work.WORK[op](layer, "cuda" if on_gpu else "cpu", impl, False)
     run = work.providers[impl]
 
     def whole():
@@ -277,7 +267,22 @@ def case(**changes):
     return replace(bench_pipeline.CASES[0], work=replace(bench_pipeline.SMALL, **bench_pipeline.TINY), **changes)
 
 
+@pytest.fixture
+def timed_here(monkeypatch):
+    """Times taken in this process, as starting one for each case takes seconds."""
+
+    def seconds(work, names, batches, repeats):
+        model, pairs = work.model(), work.pairs(batches)
+        return pipeline_work.in_turns(
+            [pipeline_work.implementation(name, model, pairs, work.B) for name in names], repeats
+        )
+
+    monkeypatch.setattr(bench_pipeline, "seconds", seconds)
+    monkeypatch.setattr(scaling, "seconds", seconds)
+
+
 @needs_peaks
+@pytest.mark.usefixtures("timed_here")
 def test_the_pipeline_s_table_checks_times_and_measures_its_cases(capsys):
     for chosen in ("first", "against"):
         assert bench_pipeline.main(["--quick", "--repeats", "1", "--case", chosen]) == 0
@@ -346,7 +351,7 @@ def test_the_floor_is_two_forwards_of_the_model_and_a_backward():
     model, pairs = work.model(dtype=torch.float64), work.pairs()
     weights = model.weights
     x = (weights.w_e[pairs.clean] + weights.w_pos[:7]).requires_grad_()
-    logits = pipeline_work.plain_forward(model, x)
+    logits = plain_forward(model, x)
     torch.testing.assert_close(logits, forward(model, pairs.clean)[:, -1], rtol=0, atol=1e-12)
     # The backward of the embedding is the sum of all receivers' gradients: their scores with it are one product.
     (grad,) = torch.autograd.grad((logits[:, pipeline_work.RIGHT] - logits[:, pipeline_work.WRONG]).sum(), x)
@@ -364,16 +369,15 @@ def test_published_tools_agree_or_are_said_to_be_absent(name):
 
 
 @needs_peaks
+@pytest.mark.usefixtures("timed_here")
 def test_scaling_tables_and_their_plot(tmp_path, capsys):
-    import pipeline_scaling
-
     plot, lines = tmp_path / "scaling.png", tmp_path / "rows.jsonl"
     bench_pipeline.main(["--only", "scaling", "--quick", "--repeats", "1", "--plot", str(plot), "--json", str(lines)])
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and plot.stat().st_size > 5000
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    axes = pipeline_scaling.QUICK_AXES
+    axes = scaling.QUICK_AXES
     assert [(r["axis"], r["size"], r["name"]) for r in rows] == [
-        (axis, size, name) for axis, sizes in axes.items() for size in sizes for name in pipeline_scaling.NAMES
+        (axis, size, name) for axis, sizes in axes.items() for size in sizes for name in scaling.NAMES
     ]
     assert all(row["seconds"] > 0 for row in rows)
     out = capsys.readouterr().out
@@ -381,18 +385,16 @@ def test_scaling_tables_and_their_plot(tmp_path, capsys):
 
 
 def test_a_scaling_table_gives_the_exponent():
-    import pipeline_scaling
-
     rows = [
         {"axis": "B", "size": size, "name": name, "seconds": size**power, "bytes": size << 20}
         for size in (1, 2, 8)
-        for name, power in zip(pipeline_scaling.NAMES, (1, 2, 0, 0.5), strict=True)
+        for name, power in zip(scaling.NAMES, (1, 2, 0, 0.5), strict=True)
     ]
-    table = pipeline_scaling.table(rows, "B", "seconds").splitlines()
+    table = scaling.table(rows, "B", "seconds").splitlines()
     assert table[0].split() == ["B,", "CPU", "ms", "1", "2", "8", "exponent"]
     assert [line.split()[-1] for line in table[1:]] == ["1.00", "2.00", "0.00", "0.50"]
     assert table[2].split() == ["dense", "1000.0", "4000.0", "64000.0", "2.00"]
-    assert pipeline_scaling.table(rows, "B", "bytes").splitlines()[1].split() == ["floor", "1.0", "2.0", "8.0", "1.00"]
+    assert scaling.table(rows, "B", "bytes").splitlines()[1].split() == ["floor", "1.0", "2.0", "8.0", "1.00"]
 
 
 class Host:
@@ -414,7 +416,7 @@ class Host:
 
     def profile(self, run):
         run()
-        return pipeline_gpu.Profile({"void partial_scores": 1.0, "channel_grads": 2.0, "gemm": 1.0}, 60, 80)
+        return gpu.Profile({"void partial_scores": 1.0, "channel_grads": 2.0, "gemm": 1.0}, 60, 80)
 
     def release(self):
         pass
@@ -422,7 +424,7 @@ class Host:
 
 def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys):
     lines = tmp_path / "rows.jsonl"
-    assert pipeline_gpu.main(quick=True, json_file=lines, on=Host()) == 0
+    assert gpu.main(quick=True, json_file=lines, on=Host()) == 0
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len([row for row in rows if "check" in row]) == 6
     dense = next(row for row in rows if row.get("name") == "dense")
@@ -443,9 +445,9 @@ def test_a_part_of_the_gpu_bench_that_fails_is_printed_and_the_rest_goes_on(monk
     def broken(self, name, work):
         raise RuntimeError("this part cannot run")
 
-    monkeypatch.setattr(pipeline_gpu.Bench, "large", broken)
+    monkeypatch.setattr(gpu.Bench, "large", broken)
     host = Host()
-    assert pipeline_gpu.main(quick=True, json_file=None, on=host) == 1
+    assert gpu.main(quick=True, json_file=None, on=host) == 1
     out, error = capsys.readouterr()
     assert "GPT-2 XL: FAILED" in out and out.endswith("FAILED: GPT-2 XL, 13B\n") and "this part cannot run" in error
     assert "hooked, B 6" in out and host.timed > 0
@@ -453,11 +455,11 @@ def test_a_part_of_the_gpu_bench_that_fails_is_printed_and_the_rest_goes_on(monk
 
 def test_the_gpu_bench_times_nothing_that_is_wrong_and_stops_when_its_time_is_up(monkeypatch, capsys):
     host = Host()
-    assert pipeline_gpu.main(quick=True, json_file=None, on=host, seconds=-1) == 1
+    assert gpu.main(quick=True, json_file=None, on=host, seconds=-1) == 1
     assert "not measured: the time is up" in capsys.readouterr().out and host.timed == 0
     right = hooked.eap
     monkeypatch.setattr(hooked, "eap", lambda *args: right(*args) * 1.01)
-    assert pipeline_gpu.main(quick=True, json_file=None, on=host) == 1
+    assert gpu.main(quick=True, json_file=None, on=host) == 1
     assert "FAILED: check" in capsys.readouterr().out and host.timed == 0
 
 
@@ -471,8 +473,8 @@ def test_hooks_that_do_not_fit_end_the_search_for_the_largest_batch():
                 raise torch.OutOfMemoryError("no more")
             return super().peak(run)
 
-    bench = pipeline_gpu.Bench(Small(), 60)
-    bench.largest("tiny", pipeline_gpu.TINY, 48)
+    bench = gpu.Bench(Small(), 60)
+    bench.largest("tiny", gpu.TINY, 48)
     assert [(row["name"], row["B"]) for row in bench.rows] == [("hooked", 6), ("factored", 6)]
 
 

@@ -1,4 +1,4 @@
-"""Makes tests/fixtures/interop with the real packages, in the environment of TransformerLens 2.16.1.
+"""Makes tests/interop/fixtures with the real packages, in the environment of TransformerLens 2.16.1.
 
     git clone https://github.com/hannamw/EAP-IG     # version 2.0.0, commit 795f560
     PYTHONPATH=. build/interop/tl-2.16/bin/python tests/interop/make_fixtures.py EAP-IG
@@ -18,7 +18,7 @@ from hooked_models import BATCHES, PAIRS, hooked_transformer, logit_diff, text_b
 from safetensors.torch import save_file
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent.parent / "fixtures" / "interop"
+HERE = Path(__file__).resolve().parent / "fixtures"
 METHODS = {
     "eap": {"method": "EAP"},
     "eap_ig_inputs_3": {"method": "EAP-IG-inputs", "ig_steps": 3},

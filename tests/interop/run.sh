@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the adapters against the real packages: makes one virtual environment for each release of TransformerLens, once,
-# and runs tests/interop in both. Arguments go to pytest.
+# and runs test_real_packages.py in both. Arguments go to pytest.
 #
 #     bash tests/interop/run.sh [-s] [-k name]
 #
@@ -19,6 +19,6 @@ for release in 2.16 3.9; do
         "$environment/bin/pip" install -q -r "tests/interop/environment-$release.txt"
     fi
     echo "== TransformerLens $release"
-    PYTHONPATH="$root" EAPCORE_INTEROP_REQUIRED="$release" "$environment/bin/python" -m pytest tests/interop "$@" || status=1
+    PYTHONPATH="$root" EAPCORE_INTEROP_REQUIRED="$release" "$environment/bin/python" -m pytest tests/interop/test_real_packages.py "$@" || status=1
 done
 exit $status

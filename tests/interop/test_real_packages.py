@@ -20,7 +20,9 @@ from hooked_models import PAIRS, config_fields, hooked_transformer, logit_diff, 
 from hooked_scores import hooked_scores
 
 from eapcore import attribute
+from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
 from eapcore.interop import auto_circuit, eap_ig
 from eapcore.interop import transformer_lens as tl
 from eapcore.interop.transformers import from_gpt2
@@ -232,13 +234,13 @@ def test_auto_circuit_s_prune_scores_are_the_same(attn_only, by_position):
 @pytest.mark.parametrize("name", ["transformer-lens", "transformer-lens, frozen", "auto-circuit"])
 def test_what_the_benchmark_times_as_published_gives_the_same_scores(name, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
-    import pipeline_work
-    import published
+    from peers import published
+    from pipeline import work as bench
 
     if published.why_not(name):
         pytest.skip(published.why_not(name))
-    work = pipeline_work.Work(3, 4, 64, 211, B=2, T=9)
-    assert pipeline_work.disagreement(work, ["dense", name], torch.float64) <= 1e-10
+    work = bench.Work(3, 4, 64, 211, B=2, T=9)
+    assert bench.disagreement(work, ["dense", name], torch.float64) <= 1e-10
 
 
 def test_auto_circuit_s_edges_have_the_names_that_we_give_them():
@@ -297,8 +299,8 @@ def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(attn_only, tm
         assert float((graph.scores - expected.scores).abs().max()) <= 1e-10
     graph.apply_topn(15, absolute=True)
     ours = Graph(2, 2, not attn_only)
-    scores = eap_ig.EdgeScores(eap_ig.in_our_order(ours, graph.scores), ours)
-    circuit = eap_ig.Circuit(eap_ig.in_our_order(ours, graph.in_graph), ours)
+    scores = EdgeScores(eap_ig.in_our_order(ours, graph.scores), ours)
+    circuit = Circuit(eap_ig.in_our_order(ours, graph.in_graph), ours)
     for suffix, read in ((".json", EapIgGraph.from_json), (".pt", EapIgGraph.from_pt)):
         eap_ig.GraphFile.of(scores, 16, circuit).save(tmp_path / f"graph{suffix}")
         again = read(str(tmp_path / f"graph{suffix}"))

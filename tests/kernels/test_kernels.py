@@ -1,7 +1,8 @@
 """The promises of the ops, kept by every implementation: the specification, C++ on each instruction set, Triton.
 
 The specification itself is held against loops and autograd in float64; everything else against the specification in
-float64 with one bound: error ≤ 2 × the error of plain PyTorch in the same dtype (tests/accuracy.py derives its floor).
+float64 with one bound: error ≤ 2 × the error of plain PyTorch in the same dtype (support/accuracy.py derives its
+floor).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 
 import eapcore.kernels as kernels
 import pytest
@@ -24,13 +25,13 @@ from accuracy import (
     assert_as_good_as_torch,
     closed_form,
     closed_form_factored,
-    deviation_of_scores,
     error_of,
     made,
     rounded,
     together,
 )
-from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, checks, cpp, reference
+from eapcore.kernels import Norm, checks, cpp, reference
+from kernel_cases import assert_factored_good, assert_scores_good, doubled, factors, n_edges
 
 CPP = [] if cpp.why_not() else cpp.isas()
 CPU = ["reference", *(f"cpp {isa}" for isa in CPP)]
@@ -85,17 +86,6 @@ def exact_scores(delta, grads, mask=None, reduce="all", rows=None):
     return reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
 
 
-def assert_scores_good(got, delta, grads, mask=None, reduce="all", rows=None):
-    wide = checks.output_dtype(delta.dtype)
-    assert got.dtype == wide
-    exact = exact_scores(delta, grads, mask, reduce, rows)
-    in_torch = reference.edge_scores(delta.to(wide), grads.to(wide), mask, reduce, rows)
-    deviation = deviation_of_scores(delta.double(), grads.double(), mask, reduce, rows, delta.dtype)
-    assert_as_good_as_torch(got, exact, error_of(in_torch, exact), deviation)
-    if mask is not None:
-        assert (got[..., ~mask] == 0).all()
-
-
 # --- The specification against its definition -------------------------------------------------------------------------
 
 
@@ -142,17 +132,6 @@ def layer_case(channels, batch, tokens, d_head, d_model, kind="layernorm", dtype
 def call_receiver_grads(case, impl):
     g, act, weight, norm, w_gamma, offset = case
     return kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=impl)
-
-
-def doubled(value):
-    """The same arguments in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    if is_dataclass(value):
-        return replace(value, **{field.name: doubled(getattr(value, field.name)) for field in fields(value)})
-    if isinstance(value, list | tuple):
-        return type(value)(doubled(each) for each in value)
-    return value
 
 
 @pytest.mark.parametrize("kind", checks.NORMS)
@@ -528,33 +507,11 @@ def test_receiver_grads_take_any_strides(impl, how):
 def model_case(
     layers, heads, kv_heads, batch, tokens, d_head, d_model, mlps=True, kind="layernorm", dtype=torch.float32
 ):
-    """Factors of a whole model's senders and receivers; grouped-query attention if kv_heads < heads."""
-    channels = heads + 2 * kv_heads
-    cases = [layer_case(channels, batch, tokens, d_head, d_model, kind, dtype)[0] for _ in range(layers)]
-    nothing = torch.zeros(channels, d_head, dtype=dtype)
-
-    def random(*shape):
-        return torch.randn(*shape).to(dtype)
-
-    stream = (batch, tokens, d_model)
-    senders = FactoredSenders(
-        embed=random(*stream),
-        dz=random(layers, batch, tokens, heads, d_head),
-        w_o=[(torch.randn(heads, d_head, d_model) / d_head**0.5).to(dtype) for _ in range(layers)],
-        mlp=random(layers, *stream) if mlps else None,
-    )
-    receivers = FactoredReceivers(
-        g=torch.stack([case[0] for case in cases]),
-        act=torch.stack([case[1] for case in cases]),
-        weight=[list(case[2].split([heads, kv_heads, kv_heads])) for case in cases],
-        norms=[case[3] for case in cases],
-        w_gamma=torch.stack([nothing if case[4] is None else case[4] for case in cases]),
-        offset=torch.stack([nothing if case[5] is None else case[5] for case in cases]),
-        logits=random(*stream),
-        mlp=random(layers, *stream) if mlps else None,
-    )
-    n_senders, n_receivers = 1 + layers * (heads + mlps), layers * (channels + mlps) + 1
-    return senders, receivers, torch.rand(n_senders, n_receivers) < 0.5
+    """Factors of a whole model, grouped-query attention if kv_heads < heads, and a mask of half of all pairs."""
+    groups = [heads, kv_heads, kv_heads]
+    cases = [layer_case(sum(groups), batch, tokens, d_head, d_model, kind, dtype)[0] for _ in range(layers)]
+    made = factors(cases, heads, groups, lambda *shape: torch.randn(*shape).to(dtype), mlps)
+    return *made, torch.rand(n_edges(*made)) < 0.5
 
 
 MODELS = {
@@ -580,8 +537,8 @@ EMPTY = {
 @pytest.mark.parametrize("reduce", checks.REDUCE)
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
 def test_factored_takes_sizes_of_zero(impl, shape, reduce):
-    senders, receivers, _ = model_case(*shape)
-    mask = torch.ones(1 + shape[0] * (shape[1] + shape[7]), shape[0] * (3 * shape[1] + shape[7]) + 1, dtype=torch.bool)
+    senders, receivers, mask = model_case(*shape)
+    mask |= True
     got = kernels.edge_scores_factored(senders, receivers, mask=mask, reduce=reduce, impl=impl)
     exact = reference.edge_scores_factored(doubled(senders), doubled(receivers), mask, reduce)
     assert got.shape == exact.shape
@@ -604,18 +561,6 @@ def test_the_reference_takes_layers_without_channels():
     )
     found = reference.edge_scores_factored(senders, receivers, None, "all")
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-4)
-
-
-def assert_factored_good(impl, got, senders, receivers, mask, reduce):
-    definition = reference.edge_scores_factored(doubled(senders), doubled(receivers), mask, reduce)
-    in_torch = reference.edge_scores_factored(senders, receivers, mask, reduce)
-    # C++ rounds nothing that it makes below float32; the others round it to the model's dtype.
-    made_in = torch.float32 if impl == "cpp" else senders.dz.dtype
-    exact, deviation = closed_form_factored(senders, receivers, mask, reduce, made_in)
-    # The specification reads x̂ where the closed form reads a rounded act: each is held against its own float64.
-    exact = definition if impl == "reference" else exact
-    assert_as_good_as_torch(got, exact, 0 if impl == "cpp" else error_of(in_torch, definition), deviation)
-    assert (got[..., ~mask] == 0).all()
 
 
 @cpu_impl

@@ -1,39 +1,15 @@
 """No implementation of edge_scores makes anything for edges that is larger than the result, but for bounded sums."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import eapcore.kernels as kernels
 import pytest
 import torch
 from eapcore.kernels import checks, cpp
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from memory import Storages, in_a_process, needs_peak
 
 # Many pairs of few numbers: every axis beside S and R would show. A tensor of all pairs and tokens has 30,000 elements.
 S, R, B, T, D = 40, 50, 3, 5, 2
 LEAD = {"all": 1, "pair": B, "position": T}
 reduces = pytest.mark.parametrize("reduce", checks.REDUCE)
-
-
-class Allocations(TorchDispatchMode):
-    """The bytes of every storage that torch's ops make while it is active, in their order; views make none."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.seen, self.kept = [], set(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known | self.seen:
-                self.seen.add(x.untyped_storage().data_ptr())
-                self.kept.append(x)  # so that no address is given twice
-                self.made.append(x.untyped_storage().nbytes())
-        return result
 
 
 def allocations(impl, reduce, masked, rows, d_model=D):
@@ -42,7 +18,7 @@ def allocations(impl, reduce, masked, rows, d_model=D):
     delta, grads = torch.randn(S, B, T, d_model), torch.randn(R, B, T, d_model)
     mask = torch.rand(S, R) < 0.5 if masked else None
     index = torch.tensor([3, 0, 11, 7]) if rows else None
-    with Allocations() as allocated:
+    with Storages() as allocated:
         scores = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, rows=index, impl=impl)
     assert scores.numel() == LEAD[reduce] * S * R
     arguments = [x.untyped_storage().nbytes() for x in (delta, grads, mask) if x is not None]
@@ -80,21 +56,15 @@ def test_triton_makes_the_result_and_partial_sums_within_their_bound(reduce, mas
 
 
 MEASURE = """
-import sys
-from pathlib import Path
 import torch
 import eapcore.kernels as kernels
+from memory import clear_peak, resident
 
-reduce, threads = sys.argv[1], int(sys.argv[2])
+reduce, threads = {!r}, {}
 torch.set_num_threads(threads)
 delta, grads = torch.randn(1500, 4, 8, 4), torch.randn(1500, 4, 8, 4)
-
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
 kernels.edge_scores(delta[:40], grads[:50], reduce=reduce, impl="cpp")
-Path("/proc/self/clear_refs").write_text("5")
+clear_peak()
 before = resident("VmRSS")
 scores = kernels.edge_scores(delta, grads, reduce=reduce, impl="cpp")
 print(resident("VmHWM") - before, scores.numel() * 4)
@@ -102,16 +72,11 @@ print(resident("VmHWM") - before, scores.numel() * 4)
 
 
 @pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no high-water mark of memory that can be set back")
+@needs_peak
 @reduces
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cpp_takes_the_result_and_partial_sums_within_their_bound(reduce, threads):
-    # The same eapcore as here: from the root, -c would find the source tree before the installed one.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
-    command, here = [sys.executable, "-c", MEASURE, reduce, str(threads)], Path(__file__).parent
-    done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    taken, result = map(int, done.stdout.split())
+    taken, result = map(int, in_a_process(MEASURE.format(reduce, threads)).split())
     # 9 MB of pairs a result; [S, R, B, T] would be 288 MB. 16 MiB: packed operands, and whole tiles.
     sums = {"all": threads, "pair": 4, "position": 8}[reduce] * 1500 * 1500 * 8
     assert result <= taken <= result + min(sums, 256 << 20) + (16 << 20)

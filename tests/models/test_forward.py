@@ -5,43 +5,61 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from models import random_model
+from models import KINDS, random_model
 
-from eapcore.models.forward import embed, run_layers, run_with_senders, sender_buffer
+from eapcore.models.forward import embed, forward, prefix, run_stages, run_with_senders, sender_buffer, unembed
+from eapcore.models.norm import Norm, NormInput
 
-MODELS = {
-    "gpt2": {},
-    "attention-only": {"d_mlp": None, "n_layers": 3},
-    "no LayerNorm": {"normalization": None, "scale": 0.2},
-    "q k v apart": {"split_qkv": True, "n_heads": 1, "n_layers": 1},
-}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
 def tokens_for(model, batch=3, length=7):
     return torch.randint(0, model.config.d_vocab, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@kinds
 def test_the_senders_and_the_output_biases_add_up_to_the_last_residual_stream(options):
     model = random_model(**options)
     tokens = tokens_for(model)
-    *_, last = run_layers(model, embed(model, tokens))
+    *_, last = run_stages(model, embed(model, tokens))
     senders = run_with_senders(model, tokens)[1]
     assert senders.shape == (model.graph.n_senders, 3, 7, model.config.d_model)
-    biases = sum(layer.b_o for layer in model.weights.layers)
+    biases = sum(attention.b_o for attention in model.attentions)
     assert last.out.abs().max() > 1 and biases.abs().max() > 0.01
     torch.testing.assert_close(senders.sum(0) + biases, last.out, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@kinds
 def test_each_sender_and_the_logits_equal_the_oracles(options):
     model = random_model(**options)
     tokens = tokens_for(model)
     logits, senders = run_with_senders(model, tokens)
     for b in range(len(tokens)):
-        expected, _, expected_logits = oracle.run(model, tokens[b])
-        torch.testing.assert_close(senders[:, b], torch.stack(expected).detach(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(logits[b], expected_logits.detach(), rtol=0, atol=1e-11)
+        expected = oracle.run(model, tokens[b])
+        torch.testing.assert_close(senders[:, b], torch.stack(expected.senders).detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(logits[b], expected.logits.detach(), rtol=0, atol=1e-11)
+
+
+def test_a_prefix_gives_what_the_whole_run_gives():
+    model = random_model(n_layers=3)
+    tokens = tokens_for(model, 2, 9)
+    expected = forward(model, tokens)[:, 5:]
+    x = embed(model, tokens[:, 5:], 5)
+    for run in run_stages(model, x, past=prefix(model, tokens[:, :5])):
+        x = run.out
+    torch.testing.assert_close(unembed(model, x)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_reading_some_positions_gives_what_the_whole_run_gives_there():
+    model = random_model(n_layers=3)
+    tokens = tokens_for(model, 2, 9)
+    read = torch.tensor([[8, 2], [0, 5]])
+    expected = torch.stack([forward(model, tokens)[b, read[b]] for b in range(2)])
+    x = embed(model, tokens)
+    for run in run_stages(model, x, read=read):
+        x = run.out
+    assert x.shape == (2, 2, model.config.d_model)
+    torch.testing.assert_close(unembed(model, x)[0], expected, rtol=0, atol=1e-12)
 
 
 def test_the_callers_buffer_is_the_one_that_is_written():
@@ -96,3 +114,15 @@ def test_a_buffer_that_does_not_fit_is_refused(buffer, message):
 def test_tokens_that_do_not_fit_are_refused(tokens, message):
     with pytest.raises(ValueError, match=message):
         run_with_senders(random_model(), tokens)
+
+
+def test_a_normalisations_gradient_is_right_for_statistics_that_are_a_slice():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    norm = Norm("layernorm", torch.randn(8, generator=generator, dtype=torch.float64), torch.zeros(8).double(), 1e-5)
+    grad = torch.randn(3, 2, 8, generator=generator, dtype=torch.float64)
+    whole = norm.forward(x)[1]
+    sliced = NormInput(whole.x[:, 1:3], whole.mean[:, 1:3], whole.rstd[:, 1:3])
+    leaf = x[:, 1:3].clone().requires_grad_()
+    (expected,) = torch.autograd.grad((oracle.norm(leaf, norm, 1e-5) * grad).sum(), leaf)
+    torch.testing.assert_close(norm.backward(grad, sliced), expected, rtol=0, atol=1e-12)

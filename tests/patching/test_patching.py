@@ -9,11 +9,11 @@ import sys
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from everything import EXACT
+from models import joined, random_circuit, random_model, random_pairs
 
-import eapcore.patching.edges as patch
-import eapcore.patching.record as runs
 from eapcore.attribution.attribute import attribute
+from eapcore.execution.experiment import Experiment
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.patching.circuits import metric_on, run_circuit
@@ -22,7 +22,7 @@ from eapcore.patching.interpolate import interpolate
 from eapcore.patching.nodes import patch_nodes
 from eapcore.patching.paths import path_patch, routes
 from eapcore.tasks import PromptPairs
-from eapcore.tasks.metrics import METRICS, MetricBatch
+from eapcore.tasks.metrics import METRICS
 
 MODELS = {
     "gpt2": {"n_layers": 2, "n_heads": 2, "d_model": 12},
@@ -40,28 +40,17 @@ def no_gradients():
         yield
 
 
-def ends_of(model, pairs):
-    """For each pair its clean tokens, the clean and corrupt senders, the answer position and the metric's batch."""
-    found = []
-    for i in range(len(pairs)):
-        clean, corrupt, position, answers, wrong = oracle.pair_at(pairs, i)
-        senders, _, logits = oracle.run(model, clean)
-        corrupt_senders, _, corrupt_logits = oracle.run(model, corrupt)
-        ends = (logits[position][None], corrupt_logits[position][None])
-        found.append((clean, senders, corrupt_senders, position, MetricBatch(answers, wrong, *ends, torch.tensor([i]))))
-    return found
-
-
-def literal(model, ends, metric, change):
+def literal(model, pairs, metric, change):
     """Mean over pairs of metric(changed run) − metric(clean run), one prompt at a time.
 
     change(clean senders, corrupt senders) gives read(r, senders, bias) for `oracle.run`.
     """
-    total = 0.0
-    for clean, senders, corrupt, position, batch in ends:
-        changed = oracle.run(model, clean, change(senders, corrupt))[2][position][None]
-        total += float(METRICS[metric](changed, batch) - METRICS[metric](batch.clean_logits, batch)) / len(ends)
-    return total
+
+    def score(pair):
+        read = change(pair.clean.senders, pair.corrupt.senders)
+        return float(pair.value(oracle.run(model, pair.tokens, read)) - pair.value(pair.clean))
+
+    return oracle.mean_of(model, pairs, score, METRICS[metric])
 
 
 def one_edge(edge, scale=1.0, other=None):
@@ -80,22 +69,17 @@ def one_edge(edge, scale=1.0, other=None):
     return change
 
 
-def one_by_one(model, pairs, metric, **options):
-    effects = torch.zeros(model.graph.n_senders, model.graph.n_receivers, dtype=torch.float64)
-    ends = ends_of(model, pairs)
-    for s, r in model.graph.edge_mask().nonzero().tolist():
-        effects[s, r] = literal(model, ends, metric, one_edge((s, r), **options))
-    return effects
+def one_by_one(model, pairs, metric, other=None):
+    """The effect of every edge, each patched alone."""
 
+    def score(pair):
+        effects = torch.zeros(model.graph.n_senders, model.graph.n_receivers, dtype=torch.float64)
+        for s, r in model.graph.edge_mask().nonzero().tolist():
+            read = one_edge((s, r), other=other)(pair.clean.senders, pair.corrupt.senders)
+            effects[s, r] = pair.value(oracle.run(model, pair.tokens, read)) - pair.value(pair.clean)
+        return effects
 
-def literal_mean(model, reference, per_position=False):
-    """What every sender sends on average over the clean prompts, each prompt by its own length: [S, D] or [S, T, D]."""
-    runs = [torch.stack(oracle.run(model, oracle.pair_at(reference, i)[0])[0]) for i in range(len(reference))]
-    if not per_position:
-        return sum(senders.mean(1) for senders in runs) / len(runs)
-    longest = max(senders.shape[1] for senders in runs)
-    places = [[senders[:, t] for senders in runs if senders.shape[1] > t] for t in range(longest)]
-    return torch.stack([sum(rows) / len(rows) for rows in places], 1)
+    return oracle.mean_of(model, pairs, score, METRICS[metric])
 
 
 def close(found, expected, atol=1e-10):
@@ -125,38 +109,34 @@ def test_the_effect_of_every_edge_is_that_of_the_metric(metric):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_effects_depend_neither_on_the_batch_size_nor_on_the_copies_in_a_forward(batch_size, monkeypatch):
+def test_effects_depend_neither_on_the_batch_size_nor_on_the_copies_in_a_forward(batch_size, limited):
     model = random_model()
     pairs = random_pairs(model, [6, 3, 7, 4, 7], first_difference=1)
     whole = patch_edges(model, pairs).scores
-    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 7 * batch_size * 3})
+    limited(copy_tokens=7 * batch_size * 3)
     close(patch_edges(model, pairs, batch_size=batch_size).scores, whole, 1e-13)
 
 
-@pytest.mark.parametrize(("enough", "expected"), [(1000, 1), (10, 3), (0, 5)])
-def test_pairs_of_different_windows_run_apart_once_each_has_enough_tokens(enough, expected):
-    first, stop = [0, 4, 0, 7, 4, 4, 3], [5, 8, 5, 9, 8, 6, 9]
-    groups = runs._groups(first, stop, 4 if enough < 1000 else 9, enough)
-    assert sorted(i for group in groups for i in group) == list(range(7))
-    assert len(groups) == expected
-    if not enough:  # no position runs for a pair that does not need it, but for a tenth
-        for group in groups:
-            width = max(stop[i] for i in group) - min(first[i] for i in group)
-            assert sum(stop[i] - first[i] for i in group) >= 0.9 * width * len(group)
+@pytest.mark.parametrize(("copies", "expected"), [(1, 1), (10, 2), (100, 3)])
+def test_pairs_of_different_spans_run_apart_once_each_has_enough_tokens(copies, expected, limited):
+    model, spans = random_model(), zip([0, 4, 0, 7, 4, 4, 3], [5, 8, 5, 9, 8, 6, 9], strict=True)
+    pairs = joined(*(random_pairs(model, [stop], first_difference=first) for first, stop in spans))
+    limited(copy_work=1000 * model.config.d_model**2)  # one group more is worth 100 tokens divided by the copies
+    experiment = Experiment.of(model, pairs)
+    groups = experiment.groups(9, copies)
+    assert sorted(i for group in groups for i in group) == list(range(7)) and len(groups) == expected
+    some = experiment.groups(9, copies, torch.arange(7) % 2 == 0)
+    assert sorted(i for group in some for i in group) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("ablation", ["corrupt", "zero"])
-def test_effects_do_not_depend_on_which_pairs_run_together(ablation, monkeypatch):
+def test_effects_do_not_depend_on_which_pairs_run_together(ablation, limited, monkeypatch):
     model = random_model()
-    clean, corrupt = [], []
-    for length, first in ((6, 1), (7, 5), (9, 0)):
-        part = random_pairs(model, [length] * 2, first_difference=first, seed=length)
-        clean += part.clean.tolist()
-        corrupt += part.corrupt.tolist()
-    pairs = PromptPairs.from_lists(clean, corrupt, [1] * 6, [2] * 6)
-    monkeypatch.setattr(runs, "_WORK", {"cpu": 0})
+    parts = ((6, 1), (7, 5), (9, 0))
+    pairs = joined(*(random_pairs(model, [n] * 2, first_difference=first, seed=n) for n, first in parts))
+    limited(copy_work=0)
     apart = patch_edges(model, pairs, ablation=ablation).scores
-    monkeypatch.setattr(runs, "_groups", lambda first, stop, size, enough: [list(range(len(first)))])
+    monkeypatch.setattr(Experiment, "groups", lambda self, *how: [list(range(len(self)))])
     close(patch_edges(model, pairs, ablation=ablation).scores, apart, 1e-13)
 
 
@@ -172,8 +152,8 @@ def test_an_edge_can_carry_zero_or_a_mean_instead_of_the_corrupt_activation():
     zero = one_by_one(model, pairs, "logit_diff", other=torch.zeros_like)
     close(patch_edges(model, pairs, ablation="zero").scores, zero)
     s, r = model.graph.edge("m0->a1.h1<v>")
-    mean = literal_mean(model, pairs)
-    expected = literal(model, ends_of(model, pairs), "logit_diff", one_edge((s, r), other=lambda _: mean[s]))
+    mean = oracle.ablated_means(model, pairs)
+    expected = literal(model, pairs, "logit_diff", one_edge((s, r), other=lambda _: mean[s]))
     effects = patch_edges(model, pairs, edges=["m0->a1.h1<v>"], ablation="mean")
     assert abs(effects["m0->a1.h1<v>"] - expected) <= 1e-12
     assert effects.meta["method"]["ablation"]["name"] == "mean"
@@ -208,7 +188,7 @@ def test_points_between_clean_and_corrupt_equal_the_oracle(tmp_path):
     pairs = random_pairs(model, LENGTHS)
     for name in ("embed->a0.h1<q>", "m0->a1.h0<k>", "a0.h1->m1", "m1->logits"):
         curve = interpolate(model, pairs, "logit_diff", name, points=3)
-        expected = literal(model, ends_of(model, pairs), "logit_diff", one_edge(model.graph.edge(name), scale=0.5))
+        expected = literal(model, pairs, "logit_diff", one_edge(model.graph.edge(name), scale=0.5))
         assert abs(curve.effects[1] - expected) <= 1e-12
     curve.save(tmp_path / "curve.json")
     content = json.loads((tmp_path / "curve.json").read_text())
@@ -216,8 +196,8 @@ def test_points_between_clean_and_corrupt_equal_the_oracle(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_progress_counts_what_is_run(batch_size, monkeypatch):
-    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 40})
+def test_progress_counts_what_is_run(batch_size, limited):
+    limited(copy_tokens=40)
     model = random_model(**SMALL)
     pairs = random_pairs(model, [6, 3, 5])
     for call, total in (
@@ -233,35 +213,19 @@ def test_progress_counts_what_is_run(batch_size, monkeypatch):
         assert set(totals) == {total} and list(done) == sorted(set(done)) and done[-1] == total
 
 
-def some_circuits(model):
-    scores = torch.linspace(-1, 1, model.graph.n_senders * model.graph.n_receivers, dtype=torch.float64)
-    scores = EdgeScores(scores.view(model.graph.n_senders, -1) * model.graph.edge_mask(), model.graph)
-    return [scores.top_n(n) for n in (4, 9, 17)]
-
-
-EXACT = {
-    "edges": lambda m, p: patch_edges(m, p).scores,
-    "edges, mean": lambda m, p: patch_edges(m, p, ablation="mean").scores,
-    "nodes": lambda m, p: patch_nodes(m, p).effects,
-    "positions": lambda m, p: patch_nodes(m, p, per_position=True).effects,
-    "interpolation": lambda m, p: torch.tensor(interpolate(m, p, "logit_diff", "embed->a0.h1<v>").effects),
-    "paths": lambda m, p: torch.tensor([
-        path_patch(m, p, "logit_diff", ["embed"], [f"embed->a0.h{head}<{part}>->logits"]).effect
-        for head in range(2) for part in "qkv"
-    ]),
-    "circuits": lambda m, p: run_circuit(m, p, some_circuits(m)),
-}  # fmt: skip
+NARROW = {name: run for name, run in EXACT.items() if name != "routes"}  # which is one small number
+NARROW["edges, mean"] = lambda m, p: EXACT["edges"](m, p, ablation="mean")
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.15)], ids=str
 )
 @pytest.mark.parametrize("options", [MODELS["gpt2"], MODELS["attention-only"]], ids=["gpt2", "attention-only"])
-@pytest.mark.parametrize("what", EXACT)
+@pytest.mark.parametrize("what", NARROW)
 def test_exact_effects_in_every_dtype_agree_with_float64(what, options, dtype, tolerance):
     wide, model = (random_model(**options, seed=2, dtype=d) for d in (torch.float64, dtype))
     pairs = random_pairs(wide, LENGTHS, first_difference=1)
-    expected, found = (EXACT[what](m, pairs).double() for m in (wide, model))
+    expected, found = (torch.as_tensor(NARROW[what](m, pairs)).double() for m in (wide, model))
     assert float((found - expected).norm() / expected.norm()) <= tolerance
 
 
@@ -292,8 +256,8 @@ def interrupted(model, pairs, path, after, **options):
 
 
 @pytest.mark.parametrize("after", [1, 100, 300])
-def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 64})
+def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, limited):
+    limited(copy_tokens=64)
     model = random_model()
     pairs = random_pairs(model, [6, 3, 7, 4, 7])
     expected = patch_edges(model, pairs, batch_size=2)
@@ -310,12 +274,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("after", [1, 100, 300])
 @pytest.mark.parametrize("ablation", ["corrupt", "mean"])
-def test_a_run_goes_on_where_other_sizes_go_through_the_model_together(after, ablation, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_other_sizes_go_through_the_model_together(after, ablation, tmp_path, limited, monkeypatch):
     model = random_model()
     pairs = random_pairs(model, [6, 3, 7, 4, 7])
     expected = patch_edges(model, pairs, ablation=ablation)
-    monkeypatch.setattr(runs, "_TOKENS", {"cpu": 64})
-    monkeypatch.setattr(runs, "_WORK", {"cpu": 0})
+    limited(copy_tokens=64, copy_work=0)
     interrupted(model, pairs, tmp_path / "partial", after, ablation=ablation)
     monkeypatch.undo()  # what another kind of device would choose, with pairs that go together otherwise
     counts = []
@@ -346,7 +309,8 @@ def test_an_interruption_between_any_two_steps_counts_no_edge_twice(tmp_path):
             return step
 
         def watch(frame, event, _):
-            if frame.f_code.co_name not in ("patch_edges", "begin", "end") or "eapcore" not in frame.f_code.co_filename:
+            watched = ("measure_edges", "begin", "end")
+            if frame.f_code.co_name not in watched or "eapcore" not in frame.f_code.co_filename:
                 return None
             frame.f_trace_opcodes = True
             return step
@@ -413,41 +377,31 @@ def test_a_partial_result_of_something_else_is_refused(tmp_path):
 
 
 def random_circuits(graph, count):
-    generator = torch.Generator().manual_seed(5)
-    return [Circuit(graph.edge_mask() & (torch.rand(graph.edge_mask().shape, generator=generator) < p), graph)
-            for p in torch.linspace(0.4, 0.9, count).tolist()]  # fmt: skip
-
-
-def ablated_logits(model, pairs, mask, other):
-    """Logits [N, V] with every edge outside the mask carrying other(s, clean senders, corrupt senders)."""
-    rows = []
-    for i in range(len(pairs)):
-        clean, corrupt, position, _, _ = oracle.pair_at(pairs, i)
-        ends = [oracle.run(model, tokens)[0] for tokens in (clean, corrupt)]
-
-        def read(r, senders, bias, ends=ends):
-            return bias + sum(a if mask[s, r] else other(s, *ends) for s, a in enumerate(senders))
-
-        rows.append(oracle.run(model, clean, read)[2][position].detach())
-    return torch.stack(rows)
+    return [
+        random_circuit(graph, share, seed) for seed, share in enumerate(torch.linspace(0.4, 0.9, count).tolist(), 5)
+    ]
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_several_circuits_in_one_forward_each_equal_the_oracle(options):
     model = random_model(**options)
     pairs = random_pairs(model, LENGTHS, first_difference=1)
-    circuits = random_circuits(model.graph, 3)
+    ends = [Circuit(model.graph.edge_mask() & keep, model.graph) for keep in (True, False)]
+    circuits = [*random_circuits(model.graph, 3), *ends]
     logits = run_circuit(model, pairs, circuits)
     for circuit, found in zip(circuits, logits, strict=True):
         close(found, oracle.circuit_logits(model, pairs, circuit.mask))
         close(run_circuit(model, pairs, circuit), found, 1e-12)
+    for prompts, found in zip((pairs.clean, pairs.corrupt), logits[-2:], strict=True):
+        runs = [oracle.run(model, row[:n]).logits[n - 1] for row, n in zip(prompts, LENGTHS, strict=True)]
+        close(found, torch.stack(runs))
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "mean-positional"])
 def test_circuits_with_zero_and_mean_ablation_equal_the_oracle(kind):
     model = random_model()
     pairs, reference = random_pairs(model, LENGTHS), random_pairs(model, [8, 5], seed=4)
-    mean = literal_mean(model, reference, per_position=kind == "mean-positional")
+    mean = oracle.ablated_means(model, reference, per_position=kind == "mean-positional")
 
     def other(s, clean, corrupt):
         if kind == "zero":
@@ -458,7 +412,7 @@ def test_circuits_with_zero_and_mean_ablation_equal_the_oracle(kind):
     empty = Circuit(torch.zeros_like(model.graph.edge_mask()), model.graph)
     circuits = [*random_circuits(model.graph, 2), empty, Circuit(model.graph.edge_mask(), model.graph)]
     for circuit, found in zip(circuits, run_circuit(model, pairs, circuits, **options), strict=True):
-        close(found, ablated_logits(model, pairs, circuit.mask, other))
+        close(found, oracle.circuit_logits(model, pairs, circuit.mask, other))
 
 
 def test_the_mean_of_a_metric_over_circuits_does_not_depend_on_the_batch_size():
@@ -498,7 +452,7 @@ def test_patching_a_node_equals_replacing_what_it_sends_everywhere(options):
     effects = patch_nodes(model, pairs)
     assert effects.nodes == model.graph.sender_names
     for s, name in enumerate(effects.nodes):
-        assert abs(float(effects[name]) - literal(model, ends_of(model, pairs), "logit_diff", node_change(s))) <= 1e-10
+        assert abs(float(effects[name]) - literal(model, pairs, "logit_diff", node_change(s))) <= 1e-10
 
 
 def test_patching_a_node_at_a_position_changes_that_position_alone():
@@ -509,7 +463,7 @@ def test_patching_a_node_at_a_position_changes_that_position_alone():
     assert effects.effects.shape == (5, 6)
     for name in names:
         for t in range(6):
-            expected = literal(model, ends_of(model, pairs), "logit_diff", node_change(model.graph.sender(name), t))
+            expected = literal(model, pairs, "logit_diff", node_change(model.graph.sender(name), t))
             assert abs(float(effects[name][t]) - expected) <= 1e-10
 
 
@@ -538,7 +492,7 @@ def test_path_patching_along_random_edges_equals_the_oracle():
         for origins in (["embed"], ["a0.h0", "a0.h1"]):
             for edges in random_circuits(model.graph, 2):
                 chosen = {model.graph.sender(name) for name in origins}
-                expected = literal(model, ends_of(model, pairs), "logit_diff", path_change(edges.mask, chosen))
+                expected = literal(model, pairs, "logit_diff", path_change(edges.mask, chosen))
                 found = path_patch(model, pairs, "logit_diff", origins, edges)
                 assert abs(found.effect - expected) <= 1e-10
 
@@ -549,9 +503,7 @@ def test_a_written_path_changes_what_lies_on_it_and_nothing_else():
     path = "a0.h1->a1.h0<k>->m1->a2.h1<q>->logits"
     steps = ["a0.h1->a1.h0<k>", "a1.h0->m1", "m1->a2.h1<q>", "a2.h1->logits"]
     edges = Circuit.from_edges(model.graph, steps)
-    expected = literal(
-        model, ends_of(model, pairs), "logit_diff", path_change(edges.mask, {model.graph.sender("a0.h1")})
-    )
+    expected = literal(model, pairs, "logit_diff", path_change(edges.mask, {model.graph.sender("a0.h1")}))
     found = path_patch(model, pairs, "logit_diff", ["a0.h1"], [path])
     assert abs(found.effect - expected) <= 1e-10 and found.edges.edges == edges.edges
     assert found.effect == pytest.approx(found.patched - found.clean)
@@ -608,6 +560,14 @@ def test_routes_lead_through_the_named_components_and_onward_from_the_receivers(
         (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0"]), "a path is written sender->receiver->"),
         (lambda m, p: path_patch(m, p, "nll", ["m0"], "m0->logits"), "paths must be a list of paths or a circuit"),
         (lambda m, p: run_circuit(m, p, []), "at least one circuit is needed"),
+        (
+            lambda m, p: metric_on(m, PromptPairs.from_lists([[1]], [[40]], [1]), "nll", random_circuits(m.graph, 1)),
+            "corrupt prompts have the token id 40",
+        ),
+        (
+            lambda m, p: patch_edges(m, PromptPairs.from_lists([[1] * 17], [[2] * 17], [1])),
+            "clean prompts have 17 positions",
+        ),
         (lambda m, p: run_circuit(m, p, random_circuits(random_model(n_layers=1).graph, 1)), "the circuit must belong"),
         (
             lambda m, p: patch_edges(m, p, ablation="mean-positional", reference=random_pairs(m, [3])),
@@ -649,7 +609,7 @@ def test_a_metric_that_is_not_finite_on_a_patched_run_is_refused():
 
 def test_damaged_weights_are_named_rather_than_measured():
     model = random_model()
-    model.weights.layers[1].b_o[0] = torch.nan
+    model.attentions[1].b_o[0] = torch.nan
     with pytest.raises(ValueError, match="of layer 1 has NaN or infinite activations on pair"):
         patch_edges(model, random_pairs(model, LENGTHS))
 
@@ -672,4 +632,3 @@ def test_results_are_saved_as_json_with_what_made_them(tmp_path):
     meta = EdgeScores.load(tmp_path / "effects.safetensors").meta
     assert meta["method"]["name"] == "patch"
     assert meta["sign"].startswith("score = measured change of the metric (higher = better) when the edge alone")
-    assert patch.__all__ == sorted(patch.__all__)

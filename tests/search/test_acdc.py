@@ -13,7 +13,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.graph.circuit import Circuit
 from eapcore.patching.circuits import metric_on
 from eapcore.search.acdc import acdc, prune_sweep
-from eapcore.tasks.metrics import METRICS, MetricBatch
+from eapcore.tasks.metrics import METRICS
 
 MODELS = {
     "gpt2": {"n_heads": 2, "d_model": 12},
@@ -33,28 +33,19 @@ class Literal:
     """The value of a mask, one prompt at a time, one forward for each."""
 
     def __init__(self, model, pairs, metric):
-        self.model, self.pairs, self.metric, self.forwards = model, pairs, METRICS[metric], 0
-        ends = [
-            torch.stack([oracle.run(model, tokens)[2][position] for tokens, position in rows])
-            for rows in zip(*(((c, p), (k, p)) for c, k, p, _, _ in map(self.pair, range(len(pairs)))), strict=True)
-        ]
-        self.corrupt = [oracle.run(model, self.pair(i)[1])[0] for i in range(len(pairs))]
-        self.batch = MetricBatch(pairs.answers, pairs.wrong, *ends, torch.arange(len(pairs)))
-
-    def pair(self, i):
-        return oracle.pair_at(self.pairs, i)
+        self.pairs = [oracle.Pair(model, pairs, i, METRICS[metric]) for i in range(len(pairs))]
+        self.forwards = 0
 
     def value(self, mask):
         self.forwards += 1
-        rows = []
-        for i, corrupt in enumerate(self.corrupt):
-            clean, _, position, _, _ = self.pair(i)
+        total = 0.0
+        for pair in self.pairs:
 
-            def read(r, senders, bias, corrupt=corrupt):
+            def read(r, senders, bias, corrupt=pair.corrupt.senders):
                 return bias + sum(a if mask[s, r] else corrupt[s] for s, a in enumerate(senders))
 
-            rows.append(oracle.run(self.model, clean, read)[2][position])
-        return float(self.metric(torch.stack(rows), self.batch).mean())
+            total += float(pair.value(oracle.run(pair.model, pair.tokens, read))) / len(self.pairs)
+        return total
 
 
 def literal_acdc(model, pairs, metric, threshold, start=None, order=lambda senders, r: senders[::-1]):

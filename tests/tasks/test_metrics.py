@@ -194,7 +194,7 @@ def test_a_metric_sees_both_runs_and_which_pairs_they_are():
     values = {0: set(), 1: set(), 2: set()}
     for i, (logits, clean, corrupt), answers, wrong in seen:
         for run, prompts in ((clean, pairs.clean), (corrupt, pairs.corrupt)):
-            expected_row = oracle.run(model, prompts[i, : pairs.lengths[i]])[2][-1].detach()
+            expected_row = oracle.run(model, prompts[i, : pairs.lengths[i]]).logits[-1].detach()
             torch.testing.assert_close(run, expected_row, rtol=0, atol=1e-12)
         assert torch.equal(answers, pairs.answers[i]) and torch.equal(wrong, pairs.wrong[i])
         values[i].add("clean" if torch.equal(logits, clean) else "corrupt" if torch.equal(logits, corrupt) else "")
@@ -208,7 +208,7 @@ def test_the_meta_holds_the_metric_on_both_runs():
     values = {"clean": 0.0, "corrupt": 0.0}
     for i, length in enumerate(pairs.lengths.tolist()):
         for name in values:
-            row = oracle.run(model, getattr(pairs, name)[i, :length])[2][-1].tolist()
+            row = oracle.run(model, getattr(pairs, name)[i, :length]).logits[-1].tolist()
             right, wrong = (ids[i].tolist() for ids in (pairs.answers, pairs.wrong))
             values[name] += expected("prob_diff", row, row, right, wrong) / 3
     assert meta["name"] == "prob_diff"

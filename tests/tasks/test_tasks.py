@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from models import SHARED
+from models import SHARED, lists
 
-from eapcore.tasks import TASKS, PromptPairs, find_pairs, sort, text, toy_induction, toy_ioi
+from eapcore.tasks import TASKS, PromptPairs, find_pairs, sort, text, toy_induction
 from eapcore.tasks.files import read_pairs
 
 WORDS = {"the": 1, "cat": 2, "dog": 3, "sat": 4, "ran": 5, ".": 6}
@@ -19,18 +19,6 @@ WORDS = {"the": 1, "cat": 2, "dog": 3, "sat": 4, "ran": 5, ".": 6}
 
 def encode(line):
     return [WORDS[word] for word in line.split()]
-
-
-def lists(pairs):
-    """The fields of some pairs as plain lists, padding removed."""
-    lengths = pairs.lengths.tolist()
-    return {
-        "clean": [row[:n] for row, n in zip(pairs.clean.tolist(), lengths, strict=True)],
-        "corrupt": [row[:n] for row, n in zip(pairs.corrupt.tolist(), lengths, strict=True)],
-        "answers": [[i for i in row if i >= 0] for row in pairs.answers.tolist()],
-        "wrong": [[i for i in row if i >= 0] for row in pairs.wrong.tolist()],
-        "positions": pairs.positions.tolist(),
-    }
 
 
 # Prompt pairs
@@ -106,15 +94,6 @@ def test_batches_hold_every_pair_once_and_in_order(size):
     assert [len(b) for b in batches] == [size] * (7 // size) + ([7 % size] if 7 % size else [])
     for name, expected in lists(pairs).items():
         assert list(itertools.chain(*(lists(b)[name] for b in batches))) == expected
-
-
-def test_an_answer_outside_the_vocabulary_is_named():
-    pairs = PromptPairs.from_lists(**GOOD)
-    pairs.check_vocabulary(11, "m")
-    with pytest.raises(ValueError, match=r"pair 1 has the wrong answer 10, but the vocabulary of m is 0\.\.9"):
-        pairs.check_vocabulary(10, "m")
-    with pytest.raises(ValueError, match=r"pair 1 has the answer 8, but the vocabulary of m is 0\.\.7"):
-        pairs.check_vocabulary(8, "m")
 
 
 # Task files
@@ -221,9 +200,8 @@ def test_an_entry_that_is_none_is_refused_by_its_line(write, changes, message):
     assert message.replace("{}", line(path, 2)) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text_of_file", "message"),
-    [
+MALFORMED = {
+    "t.jsonl": [
         (
             '{"clean": [1], "corrupt": [2], "answer": 3}\n{"clean": [1',
             r"line 2 of t\.jsonl is not JSON \(.*an entry is",
@@ -236,16 +214,7 @@ def test_an_entry_that_is_none_is_refused_by_its_line(write, changes, message):
         ('{"clean": [1], "corrupt": [2], "answer": 3, "position": 0.5}', "must be an integer, got 0.5"),
         ("", r"the task 't\.jsonl' is empty"),
     ],
-)
-def test_a_malformed_jsonl_file_is_refused_by_its_line(tmp_path, text_of_file, message):
-    (tmp_path / "t.jsonl").write_text(text_of_file)
-    with pytest.raises(ValueError, match=message):
-        read_pairs(tmp_path / "t.jsonl", encode)
-
-
-@pytest.mark.parametrize(
-    ("text_of_file", "message"),
-    [
+    "t.csv": [
         ("", r"the task 't\.csv' is empty"),
         ("clean,corrupt,answer\n", r"the task 't\.csv' is empty"),
         ("prompt,other\n[1],[2]\n", r"line 2 of t\.csv has no clean and no answer"),
@@ -253,11 +222,16 @@ def test_a_malformed_jsonl_file_is_refused_by_its_line(tmp_path, text_of_file, m
         ('clean,corrupt,answer\n"the cat"x,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
         ('clean,corrupt,answer\n"the cat,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), [(name, *fault) for name, faults in MALFORMED.items() for fault in faults]
 )
-def test_a_malformed_csv_file_is_refused_by_its_line(tmp_path, text_of_file, message):
-    (tmp_path / "t.csv").write_text(text_of_file)
+def test_a_malformed_file_is_refused_by_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_pairs(tmp_path / "t.csv", encode)
+        read_pairs(tmp_path / name, encode)
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
@@ -343,16 +317,6 @@ def test_the_sorting_model_gives_the_answers_of_the_sort_task():
 
 
 # Tokenizers
-
-
-@pytest.mark.parametrize(
-    ("task", "prompt"),
-    [(toy_ioi, "When Mary and John went to the store , John gave"), (toy_induction, "river stone")],
-)
-def test_a_toy_task_encodes_its_words_and_refuses_others(task, prompt):
-    assert [task.VOCAB[i] for i in task.encode(prompt)] == prompt.split()
-    with pytest.raises(ValueError, match="'blorp', is not among the"):
-        task.encode(prompt + " blorp")
 
 
 def test_text_files_work_with_a_toy_tokenizer(tmp_path):

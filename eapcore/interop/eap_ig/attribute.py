@@ -270,6 +270,8 @@ def _reads(metric: Metric, pairs: PromptPairs, label: Any, like: Tensor) -> Tens
         value = metric(leaf, clean, pairs.lengths, label)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise ValueError("the metric has no gradient: it must be computed from the logits by torch operations")
+        if not bool(value.isfinite().all()):
+            return None
         (grad,) = torch.autograd.grad(value.sum(), leaf)
     active = grad.ne(0).any(-1)  # [B, T]
     padding = torch.arange(like.shape[1], device=like.device) >= pairs.lengths[:, None]
@@ -298,6 +300,10 @@ def _score(
 ) -> Tensor:
     """Σ over a batch's pairs of their scores, float64 [S, R]."""
     tokens = pairs.clean.shape[1]
+    if values is not None and (averaged := len(values.each.embed)) not in (1, tokens):
+        raise ValueError(
+            f"mean-positional needs prompts as long as those that were averaged, {averaged} tokens, got {tokens}"
+        )
     # Before the first difference clean and corrupt are one run: every Δ is zero there, and needs no gradient.
     start = int(pairs.first_difference().min()) if values is None else 0
     if values is None and not bool((pairs.clean != pairs.corrupt).any()):

@@ -1,0 +1,88 @@
+"""The smallest circuit is the first of a row of sizes that keeps enough of the behaviour, with the prompts run once."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import pytest
+from models import random_model, random_pairs
+
+from eapcore.attribution.attribute import attribute
+from eapcore.execution.experiment import Experiment
+from eapcore.graph.circuit import Circuit
+from eapcore.patching.circuits import metric_on
+from eapcore.patching.record import Recording, Recordings
+from eapcore.search.smallest import SIZES, run_until, selections, smallest
+
+
+@pytest.fixture
+def case():
+    model = random_model(n_heads=2, d_model=12)
+    pairs = random_pairs(model, [6, 3, 5])
+    return model, pairs, attribute(model, pairs)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The pairs of every batch that is recorded."""
+    batches, of = [], Recording.of
+    monkeypatch.setattr(
+        Recording, "of", staticmethod(lambda experiment, index: (batches.append(list(index)), of(experiment, index))[1])
+    )
+    return batches
+
+
+def ends_of(model, pairs, **options):
+    full = Circuit(model.graph.edge_mask(), model.graph)
+    return metric_on(model, pairs, "logit_diff", [full, Circuit(full.mask & False, full.graph)], **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"ablation": "mean"}, {"batch_size": 1}], ids=str)
+def test_circuits_are_run_from_small_to_large_until_one_keeps_enough(case, options):
+    model, pairs, scores = case
+    calls = []
+    tried = smallest(model, pairs, "logit_diff", scores, 0.9, progress=lambda *call: calls.append(call), **options)
+    clean, ablated = ends_of(model, pairs, **options)
+    counts = sorted({max(1, round(share * model.graph.n_edges)) for share in SIZES})
+    assert [each.selected.n_edges for each in tried] == counts[: len(tried)]
+    for each in tried:
+        assert each.selected.edges == scores.top_n(each.selected.n_edges).edges
+        assert each.circuit.edges == each.selected.prune().edges
+        (value,) = metric_on(model, pairs, "logit_diff", [each.circuit], **options)
+        assert each.value == pytest.approx(value, abs=1e-12)
+        assert each.faithfulness == pytest.approx((value - ablated) / (clean - ablated), abs=1e-12)
+    kept = [each.faithfulness >= 0.9 for each in tried]
+    assert kept[-1] and not any(kept[:-1]) and len(tried) > 1
+    assert calls == [(n, len(counts)) for n in range(1, len(tried) + 1)]
+
+
+def test_where_no_circuit_keeps_enough_the_largest_is_the_last(case):
+    model, pairs, scores = case
+    tried = smallest(model, pairs, "logit_diff", scores, 2.0, sizes=[0.1, 0.2])
+    assert [each.selected.n_edges for each in tried] == [round(x * model.graph.n_edges) for x in (0.1, 0.2)]
+
+
+def test_sizes_of_less_than_an_edge_are_one_edge(case):
+    model, _, scores = case
+    assert [c.n_edges for c in selections(scores, [1e-6, 1e-5, 0.5])] == [1, model.graph.n_edges // 2]
+
+
+def test_a_metric_that_is_the_same_at_both_ends_has_no_share(case):
+    model, pairs, scores = case
+    experiment = Experiment.of(model, pairs, lambda logits: logits[:, 0] * 0)
+    tried, clean, ablated = run_until(experiment, Recordings(experiment), selections(scores, [0.5, 1.0]))
+    assert len(tried) == 2 and clean == ablated == 0
+    assert all(math.isnan(each.faithfulness) for each in tried)
+
+
+def test_every_batch_is_recorded_once_however_many_circuits_are_run(case, recorded):
+    tried = smallest(*case[:2], "logit_diff", case[2], 0.97, batch_size=2)
+    assert len(tried) > 2 and sorted(chain(*recorded)) == [0, 1, 2]
+
+
+def test_batches_that_do_not_fit_are_recorded_again(case, recorded, limited):
+    limited(record_share=0.0)
+    tried = smallest(*case[:2], "logit_diff", case[2], 0.97, batch_size=2)
+    rounds = 1 + len(tried)  # the two ends together, then each circuit
+    assert sorted(chain(*recorded)) == sorted([0, 1, 2] * rounds)
