@@ -65,7 +65,7 @@ class Model:
     def now(self) -> Model:
         """The same model without what was computed of its weights before, which somebody may have changed since."""
         same = replace(self)
-        same._hashed.update(self._hashed)
+        object.__setattr__(same, "_hashed", self._hashed)  # which follows the weights by itself
         vars(same)["edge_masks"] = self.edge_masks  # which depend on no weight
         return same
 

@@ -7,7 +7,7 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs, with_weights
+from models import random_case, random_model, random_pairs, with_weights
 
 from eapcore.attribution.attribute import attribute
 from eapcore.graph.circuit import Circuit
@@ -29,8 +29,7 @@ LENGTHS = [7, 4, 9, 1, 6]
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_scores_equal_a_literal_per_edge_autograd_oracle(options):
-    model = random_model(**options)
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **options)
     expected = oracle.eap(model, pairs)
     scores = attribute(model, pairs, "logit_diff").scores
     error = float((scores - expected).abs().max())
@@ -41,8 +40,7 @@ def test_scores_equal_a_literal_per_edge_autograd_oracle(options):
 
 @pytest.mark.parametrize("metric", ["logit_diff", "prob_diff", "logit_margin", "nll"])
 def test_every_metric_scores_as_the_oracle_does(metric):
-    model = random_model(seed=3)
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, seed=3)
     expected = oracle.eap(model, pairs, METRICS[metric])
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(attribute(model, pairs, metric).scores, expected, rtol=0, atol=1e-12)
@@ -67,22 +65,19 @@ def test_non_edges_are_exactly_zero_and_edges_are_not():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, "auto"])
 def test_scores_do_not_depend_on_the_batch_size(batch_size):
-    model = random_model()
-    pairs = random_pairs(model, [7, 4, 9, 1, 6, 5, 8])
+    model, pairs = random_case([7, 4, 9, 1, 6, 5, 8])
     whole = attribute(model, pairs, batch_size=7).scores
     torch.testing.assert_close(attribute(model, pairs, batch_size=batch_size).scores, whole, rtol=0, atol=1e-14)
 
 
 def test_a_pair_scores_the_same_alone_and_beside_longer_ones():
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     alone = sum(attribute(model, pairs.select(torch.tensor([i]))).scores for i in range(len(pairs))) / len(pairs)
     torch.testing.assert_close(attribute(model, pairs).scores, alone, rtol=0, atol=1e-14)
 
 
 def test_an_answer_position_before_the_last_token_is_read_there():
-    model = random_model()
-    pairs = random_pairs(model, [8, 8])
+    model, pairs = random_case([8, 8])
     earlier = dataclasses.replace(pairs, positions=torch.tensor([3, 5]))
     expected = oracle.eap(model, earlier, METRICS["logit_diff"])
     torch.testing.assert_close(attribute(model, earlier).scores, expected, rtol=0, atol=1e-12)

@@ -12,8 +12,9 @@ import oracle
 import pytest
 import torch
 from memory import peak_bytes
-from models import random_model, random_pairs, with_weights
+from models import random_case, random_model, random_pairs, with_weights
 from oracle import mean_of
+from refusal import refused
 from safetensors import safe_open
 
 import eapcore.attribution.dense as dense
@@ -56,17 +57,13 @@ def assert_equal(scores, expected, *, largest=1e-3):
 
 @storages
 @families
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"method": "eap", "gradient_at": "corrupt"},
-        {"method": "clean-corrupt"},
-        {"method": "eap-ig", "steps": 3, "points": "left"},
-        *({"method": "eap-ig", "steps": 2, "points": points} for points in ("right", "midpoint", "gauss")),
-        {"method": "eap-ig", "points": [(0.75, 1.0)]},
-    ],
-    ids=lambda m: " ".join(str(v) for v in m.values()),
-)
+@pytest.mark.parametrize("method", [
+    {"method": "eap", "gradient_at": "corrupt"},
+    {"method": "clean-corrupt"},
+    {"method": "eap-ig", "steps": 3, "points": "left"},
+    *({"method": "eap-ig", "steps": 2, "points": points} for points in ("right", "midpoint", "gauss")),
+    {"method": "eap-ig", "points": [(0.75, 1.0)]},
+], ids=lambda m: " ".join(str(v) for v in m.values()))  # fmt: skip
 def test_gradients_at_interpolated_inputs_equal_a_literal_oracle(method, options, storage):
     model, pairs = case(options, first=2)
     passes = recipe(method["method"], model.graph, Options(**{k: v for k, v in method.items() if k != "method"})).passes
@@ -243,11 +240,9 @@ def test_node_scores_meet_the_gradient_behind_each_sender(options, method):
     torch.testing.assert_close(scores.scores, edges, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"act_fn": "relu"}, {"n_layers": 1}, {"d_mlp": None}],
-    ids=["gpt2", "relu", "one layer", "attention-only"],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"act_fn": "relu"}, {"n_layers": 1}, {"d_mlp": None},
+], ids=["gpt2", "relu", "one layer", "attention-only"])  # fmt: skip
 @pytest.mark.parametrize("method", ["eap", "relp"])
 def test_neuron_scores_are_those_of_hidden_units_and_output_dimensions(options, method):
     model, pairs = case(options)
@@ -332,11 +327,9 @@ def test_node_scores_survive_a_file_and_a_score_file_of_edges_is_refused(tmp_pat
         assert loaded.per_position.keys() == scores.per_position.keys()
     assert loaded["a1.h2"] == float(loaded.scores[model.graph.sender("a1.h2")])
     assert loaded.top(1)[0][1] == float(loaded.scores[loaded.scores.abs().argmax()])
-    with pytest.raises(ValueError, match="load that one"):
-        NodeScores.load(path, content_hash="another")
+    refused("load that one", NodeScores.load, path, content_hash="another")
     attribute(model, pairs).save(path)
-    with pytest.raises(ValueError, match="score file that eapcore wrote"):
-        NodeScores.load(path)
+    refused("score file that eapcore wrote", NodeScores.load, path)
 
 
 # Storages, batches, pairs and positions
@@ -388,8 +381,7 @@ def test_scores_by_position_add_up_and_sit_where_they_belong(storage, batch_size
     ids=["torch", "torch on a CPU", "oneDNN", "C++"],
 )
 def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(monkeypatch, caplog, error):
-    model = random_model()
-    pairs = random_pairs(model, [6] * 7)
+    model, pairs = random_case([6] * 7)
     expected = attribute(model, pairs).scores
     real = dense.backward
     sizes = []
@@ -475,17 +467,13 @@ DESCRIBED = {
     "eap": {"gradient_at": "clean", "points": [[1.0, 1.0]]},
     "eap-ig": {"rule": "gauss", "steps": 4},
     "clean-corrupt": {"points": [[1.0, 0.5], [0.0, 0.5]]},
-    "eap-ig-activations": {
-        "rule": "right",
-        "steps": 5,
-        "components": ["embed", "a0", "m0", "a1", "m1"],
-        "points": [[k / 5, pytest.approx(0.2)] for k in range(1, 6)],
-    },
+    "eap-ig-activations": {"rule": "right", "steps": 5, "components": ["embed", "a0", "m0", "a1", "m1"],
+        "points": [[k / 5, pytest.approx(0.2)] for k in range(1, 6)]},
     "relp": {"rules": {"norm": "frozen", "activation": "identity", "attention": "frozen"}, "points": [[1.0, 1.0]]},
     "qk-fix": {"exact_softmax": True, "points": [[1.0, 1.0]]},
     "grad-drop": {"dropped": [["a0", "m0"], ["a1", "m1"]], "points": [[1.0, 1.0]]},
     "atp-star": {"dropped": [["a0", "m0"], ["a1", "m1"]], "exact_softmax": True, "points": [[1.0, 1.0]]},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -532,8 +520,7 @@ def test_steps_that_run_together_give_the_scores_of_one_after_another(options, h
 
 @storages
 def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
-    model = random_model(n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
-    pairs = random_pairs(model, [16] * 16)
+    model, pairs = random_case([16] * 16, n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
     limited(step_tokens=0)  # steps run one after another, as they do in larger batches
 
     def peak(steps):
@@ -547,44 +534,39 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
     assert eight <= 1.01 * two
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"method": "ig"}, "eap, eap-ig, clean-corrupt, .* got 'ig'"),
-        ({"gradient_at": "middle"}, "clean, corrupt, got 'middle'"),
-        ({"method": "eap-ig", "steps": 0}, "positive integer, got 0"),
-        ({"method": "eap-ig", "points": "simpson"}, "left, right, midpoint, gauss, got 'simpson'"),
-        ({"method": "eap-ig", "points": [(0.5, 0.7)]}, "weights that sum to 1"),
-        *(
-            ({"method": "eap-ig", "points": points}, "left, right, midpoint, gauss or a list of .* that sum to 1, got")
-            for points in ([], (), [0.5], 5, [("a", 1)], [(math.nan, 1.0)], [(0.5, math.nan)], [(math.inf, 1.0)])
-        ),
-        ({"method": "eap-ig", "points": ""}, "left, right, midpoint, gauss, got ''"),
-        ({"method": "eap-ig", "points": 5, "steps": 3}, "a list of .* that sum to 1, got 5"),
-        ({"gradient_at": ""}, "clean, corrupt, got ''"),
-        ({"method": "relp", "rules": "relp"}, "rules must be a Rules, .* got 'relp'"),
-        ({"method": "relp", "rules": {"norm": "frozen"}}, "rules must be a Rules, .* got {'norm': 'frozen'}"),
-        ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
-        ({"reduce": "head"}, "all, pair, position, got 'head'"),
-        ({"level": "layer"}, "edge, node, neuron, got 'layer'"),
-        ({"ablation": "noise"}, "corrupt, zero, mean, mean-positional, got 'noise'"),
-        ({"method": "eap", "steps": 5}, "the method eap has no option steps: it takes gradient_at"),
-        ({"method": "eap-ig", "gradient_at": "clean"}, "eap-ig has no option gradient_at: it takes points, steps"),
-        ({"method": "relp", "points": "left"}, "relp has no option points: it takes rules"),
-        ({"method": "qk-fix", "gradient_at": "corrupt"}, "qk-fix has no option gradient_at: it takes none of its own"),
-        ({"method": "eap", "rules": Rules()}, "eap has no option rules"),
-        ({"method": "eap-ig", "ablation": "zero"}, "'zero' has no prompt to take gradients at, as eap-ig"),
-        ({"method": "clean-corrupt", "ablation": "mean"}, "no prompt to take gradients at, as clean-corrupt"),
-        ({"gradient_at": "corrupt", "ablation": "zero"}, "no prompt to take gradients at, as eap with these options"),
-        ({"method": "qk-fix", "level": "node"}, "qk-fix treats q and k edges apart, so level must be 'edge'"),
-        ({"method": "qk-fix", "storage": "factored"}, "storage must be 'auto' or 'dense', got 'factored'"),
-        ({"level": "node", "storage": "dense"}, "storage must be 'auto' or 'factored', got 'dense'"),
-        ({"method": "grad-drop", "reduce": "position"}, "reduce must be 'all' or 'pair', got 'position'"),
-        ({"method": "eap-ig", "points": [(0.5, 1.0)], "steps": 3}, "points give their own 1: leave one of the two out"),
-        ({"method": "eap-ig-activations", "steps": 0}, "positive integer, got 0"),
-        ({"reference": "self"}, "a reference task belongs to the ablations mean and mean-positional, got 'corrupt'"),
-    ],
-)
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"method": "ig"}, "eap, eap-ig, clean-corrupt, .* got 'ig'"),
+    ({"gradient_at": "middle"}, "clean, corrupt, got 'middle'"),
+    ({"method": "eap-ig", "steps": 0}, "positive integer, got 0"),
+    ({"method": "eap-ig", "points": "simpson"}, "left, right, midpoint, gauss, got 'simpson'"),
+    ({"method": "eap-ig", "points": [(0.5, 0.7)]}, "weights that sum to 1"),
+    *(({"method": "eap-ig", "points": points}, "left, right, midpoint, gauss or a list of .* that sum to 1, got")
+        for points in ([], (), [0.5], 5, [("a", 1)], [(math.nan, 1.0)], [(0.5, math.nan)], [(math.inf, 1.0)])),
+    ({"method": "eap-ig", "points": ""}, "left, right, midpoint, gauss, got ''"),
+    ({"method": "eap-ig", "points": 5, "steps": 3}, "a list of .* that sum to 1, got 5"),
+    ({"gradient_at": ""}, "clean, corrupt, got ''"),
+    ({"method": "relp", "rules": "relp"}, "rules must be a Rules, .* got 'relp'"),
+    ({"method": "relp", "rules": {"norm": "frozen"}}, "rules must be a Rules, .* got {'norm': 'frozen'}"),
+    ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
+    ({"reduce": "head"}, "all, pair, position, got 'head'"),
+    ({"level": "layer"}, "edge, node, neuron, got 'layer'"),
+    ({"ablation": "noise"}, "corrupt, zero, mean, mean-positional, got 'noise'"),
+    ({"method": "eap", "steps": 5}, "the method eap has no option steps: it takes gradient_at"),
+    ({"method": "eap-ig", "gradient_at": "clean"}, "eap-ig has no option gradient_at: it takes points, steps"),
+    ({"method": "relp", "points": "left"}, "relp has no option points: it takes rules"),
+    ({"method": "qk-fix", "gradient_at": "corrupt"}, "qk-fix has no option gradient_at: it takes none of its own"),
+    ({"method": "eap", "rules": Rules()}, "eap has no option rules"),
+    ({"method": "eap-ig", "ablation": "zero"}, "'zero' has no prompt to take gradients at, as eap-ig"),
+    ({"method": "clean-corrupt", "ablation": "mean"}, "no prompt to take gradients at, as clean-corrupt"),
+    ({"gradient_at": "corrupt", "ablation": "zero"}, "no prompt to take gradients at, as eap with these options"),
+    ({"method": "qk-fix", "level": "node"}, "qk-fix treats q and k edges apart, so level must be 'edge'"),
+    ({"method": "qk-fix", "storage": "factored"}, "storage must be 'auto' or 'dense', got 'factored'"),
+    ({"level": "node", "storage": "dense"}, "storage must be 'auto' or 'factored', got 'dense'"),
+    ({"method": "grad-drop", "reduce": "position"}, "reduce must be 'all' or 'pair', got 'position'"),
+    ({"method": "eap-ig", "points": [(0.5, 1.0)], "steps": 3}, "points give their own 1: leave one of the two out"),
+    ({"method": "eap-ig-activations", "steps": 0}, "positive integer, got 0"),
+    ({"reference": "self"}, "a reference task belongs to the ablations mean and mean-positional, got 'corrupt'"),
+])  # fmt: skip
 def test_what_does_not_go_together_is_refused_in_one_sentence(bad, message):
     model, pairs = case({})
     bad = {name: pairs if value == "self" else value for name, value in bad.items()}
@@ -596,10 +578,8 @@ def test_what_does_not_go_together_is_refused_in_one_sentence(bad, message):
 def test_what_a_model_does_not_have_is_refused():
     model, pairs = case({"d_mlp": None})
     one, its = case({"n_layers": 1})
-    with pytest.raises(ValueError, match="needs at least two layers, this model has one"):
-        attribute(one, its, method="grad-drop")
+    refused("needs at least two layers, this model has one", attribute, one, its, method="grad-drop")
     short = random_pairs(model, [4, 5])
     with pytest.raises(ValueError, match="as long as the task's, 8 tokens, but the longest has 5"):
         attribute(model, pairs, ablation="mean-positional", reference=short)
-    with pytest.raises(ValueError, match=r"rules.norm must be one of gradient, frozen, got 'melted'"):
-        dataclasses.replace(Rules(), norm="melted")
+    refused(r"rules.norm must be one of gradient, frozen, got 'melted'", dataclasses.replace, Rules(), norm="melted")

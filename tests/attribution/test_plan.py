@@ -9,7 +9,7 @@ import eapcore.kernels as kernels
 import pytest
 import torch
 from memory import clear_peak, in_a_process, needs_peak, peak_bytes, resident
-from models import random_model, random_pairs
+from models import random_case, random_model, random_pairs
 
 import eapcore.attribution.plan as planning
 import eapcore.execution.memory as memory
@@ -39,11 +39,9 @@ SHAPES = {
     "no LayerNorm": (SMALL | {"n_layers": 3, "normalization": None}, 32, 20),
     "q k v apart": (SMALL | {"n_layers": 3, "split_qkv": True}, 32, 20),
     "attention-only, q k v apart": (SMALL | {"n_layers": 3, "d_mlp": None, "split_qkv": True}, 32, 20),
-    **{
-        str(dtype)[6:]: (SMALL | {"n_layers": 3, "dtype": dtype}, 32, 20)
-        for dtype in (torch.float64, torch.bfloat16, torch.float16)
-    },
-}
+    **{str(dtype)[6:]: (SMALL | {"n_layers": 3, "dtype": dtype}, 32, 20)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)},
+}  # fmt: skip
 
 
 shapes = pytest.mark.parametrize("shape", SHAPES)
@@ -190,8 +188,7 @@ def test_factored_storage_is_chosen_only_where_it_saves_memory(monkeypatch, make
 
 @needs_cpp
 def test_attribute_takes_the_storage_that_is_planned(monkeypatch):
-    model = random_model(dtype=torch.float32)
-    pairs = random_pairs(model, [5] * 9)
+    model, pairs = random_case([5] * 9, dtype=torch.float32)
     # What a quarter of the batch takes; the metric reads three logits a pair.
     quarter = plan_of(model, d_vocab=3).dense(9 // 4, 5)
     for free, expected in ((2 * quarter, "dense"), (2 * quarter - 2, "factored"), (1, "factored"), (1 << 40, "dense")):
@@ -258,8 +255,7 @@ def test_an_automatic_batch_is_no_larger_than_the_task_and_grows_with_the_memory
 
 
 def test_attribute_runs_in_the_batches_that_are_planned(monkeypatch):
-    model = random_model()
-    pairs = random_pairs(model, [5] * 9)
+    model, pairs = random_case([5] * 9)
     monkeypatch.setattr(Plan, "batch_size", lambda *args: 4)
     done = []
     attribute(model, pairs, progress=lambda now, total: done.append((now, total)))
@@ -315,8 +311,7 @@ def test_no_chunk_is_longer_than_the_batch():
 
 @needs_cpp
 def test_the_chunk_that_is_planned_is_the_one_that_is_taken_and_changes_no_score(monkeypatch):
-    model = random_model(n_layers=3, n_ctx=16, dtype=torch.float32)
-    pairs = random_pairs(model, [9] * 12)
+    model, pairs = random_case([9] * 12, n_layers=3, n_ctx=16, dtype=torch.float32)
     whole = attribute(model, pairs, storage="factored", batch_size=12).scores
     taken, contract = [], kernels.edge_scores_factored
     monkeypatch.setattr(

@@ -65,13 +65,10 @@ def test_eap_scores_equal_other_peoples_in_float64(kind, batch_size):
     assert torch.equal(scores.mask, in_our_order(case["edge_mask"].double(), names, model) > 0)
 
 
-@pytest.mark.parametrize(
-    ("key", "options"),
-    [
-        ("eap_ig_inputs_5", {"method": "eap-ig", "steps": 5, "points": "left"}),
-        ("clean_corrupt", {"method": "clean-corrupt"}),
-    ],
-)
+@pytest.mark.parametrize(("key", "options"), [
+    ("eap_ig_inputs_5", {"method": "eap-ig", "steps": 5, "points": "left"}),
+    ("clean_corrupt", {"method": "clean-corrupt"}),
+])  # fmt: skip
 @pytest.mark.parametrize("storage", ["dense", "factored"])
 @pytest.mark.parametrize("kind", ["gpt2-like", "attn-only"])
 def test_other_methods_equal_other_peoples_in_float64(kind, key, options, storage):

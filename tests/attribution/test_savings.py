@@ -7,7 +7,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from models import KINDS, joined, random_model, random_pairs
+from models import KINDS, joined, random_case, random_model, random_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
@@ -39,8 +39,7 @@ def test_different_prefixes_and_lengths_in_a_batch_leave_the_scores_as_they_were
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_answers_before_the_last_token_leave_the_scores_as_they_were(options):
-    model = random_model(**options)
-    pairs = random_pairs(model, [9, 9, 6], first_difference=2)
+    model, pairs = random_case([9, 9, 6], first_difference=2, **options)
     assert_exact(model, replace(pairs, positions=torch.tensor([4, 8, 2])))
 
 
@@ -71,8 +70,7 @@ def products(model, pairs, metric="logit_diff"):
     [*((method, reduce) for method in ("eap", "relp") for reduce in ("all", "pair", "position")), ("qk-fix", "pair")],
 )
 def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_were(method, reduce, limited):
-    model = random_model(n_layers=3)
-    pairs = random_pairs(model, [9, 9, 6, 7, 9], first_difference=2)
+    model, pairs = random_case([9, 9, 6, 7, 9], first_difference=2, n_layers=3)
     whole = attribute(model, pairs, method=method, reduce=reduce, storage="dense")
     one = 7 * model.graph.receivers_per_layer * model.config.d_model * 8
     limited(workspace=2 * one)  # two pairs of seven tokens: 2 + 2 + 1
@@ -92,8 +90,7 @@ def logit_diff_of_all(logits, batch):  # not the package's own: it may read any 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "clean-corrupt", "relp"])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_making_only_the_logits_that_a_metric_reads_leaves_the_scores_as_they_were(options, method):
-    model = random_model(**options)
-    pairs = random_pairs(model, [8, 8, 6], first_difference=2)
+    model, pairs = random_case([8, 8, 6], first_difference=2, **options)
     pairs = replace(pairs, wrong=torch.tensor([[3, 5, 7], [2, 2, -1], [9, -1, -1]]))
     for name, metric in (("logit_diff", logit_diff_of_all), ("logit_margin", None)):
         read = attribute(model, pairs, name, method=method)
@@ -104,8 +101,7 @@ def test_making_only_the_logits_that_a_metric_reads_leaves_the_scores_as_they_we
 
 
 def test_the_unembedding_is_read_only_where_the_metric_does():
-    model = random_model(d_vocab=200)
-    pairs = random_pairs(model, [8, 8, 6])
+    model, pairs = random_case([8, 8, 6], d_vocab=200)
     products(model, pairs)  # what is made once for a model is there
     wide = products(model, pairs, logit_diff_of_all) - products(model, pairs, METRICS["logit_diff"])
     read = pairs.answers.shape[1] + pairs.wrong.shape[1]

@@ -38,32 +38,22 @@ SCORED = ("--scores", "scores.safetensors")
 # attribute's methods
 
 
-@pytest.mark.parametrize(
-    ("options", "how"),
-    [
-        (["--gradient-at", "corrupt"], {"gradient_at": "corrupt"}),
-        (["--method", "eap-ig", "--points", "0.75:1"], {"method": "eap-ig", "points": [(0.75, 1.0)]}),
-        (
-            ["--method", "eap-ig-activations", "--points", "0.5:0.25,1:0.75"],
-            {"method": "eap-ig-activations", "points": [(0.5, 0.25), (1.0, 0.75)]},
-        ),
-        (
-            ["--method", "relp", "--rules", "norm=frozen, activation=identity"],
-            {"method": "relp", "rules": Rules("frozen", "identity")},
-        ),
-        (["--method", "relp", "--rules", "attention=frozen"], {"method": "relp", "rules": Rules(attention="frozen")}),
-        (["--ablation", "zero"], {"ablation": "zero"}),
-        (
-            ["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],
-            {"method": "relp", "ablation": "mean", "reference": find_pairs("sort", n=4, seed=0)},
-        ),
-        (["--reduce", "pair"], {"reduce": "pair"}),
-        (["--reduce", "position", "--storage", "factored"], {"reduce": "position", "storage": "factored"}),
-        (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair"}),
-        (["--level", "neuron"], {"level": "neuron"}),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize(("options", "how"), [
+    (["--gradient-at", "corrupt"], {"gradient_at": "corrupt"}),
+    (["--method", "eap-ig", "--points", "0.75:1"], {"method": "eap-ig", "points": [(0.75, 1.0)]}),
+    (["--method", "eap-ig-activations", "--points", "0.5:0.25,1:0.75"],
+        {"method": "eap-ig-activations", "points": [(0.5, 0.25), (1.0, 0.75)]}),
+    (["--method", "relp", "--rules", "norm=frozen, activation=identity"],
+        {"method": "relp", "rules": Rules("frozen", "identity")}),
+    (["--method", "relp", "--rules", "attention=frozen"], {"method": "relp", "rules": Rules(attention="frozen")}),
+    (["--ablation", "zero"], {"ablation": "zero"}),
+    (["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],
+        {"method": "relp", "ablation": "mean", "reference": find_pairs("sort", n=4, seed=0)}),
+    (["--reduce", "pair"], {"reduce": "pair"}),
+    (["--reduce", "position", "--storage", "factored"], {"reduce": "position", "storage": "factored"}),
+    (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair"}),
+    (["--level", "neuron"], {"level": "neuron"}),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_attribute_takes_every_first_order_option(eapcore, model, pairs, tmp_path, options, how):
     status, printed, _ = eapcore("attribute", "--metric", "logit_diff", *options, "--top-n", 3, out="s.safetensors")
     assert status == 0, printed
@@ -283,25 +273,19 @@ def test_another_ablation_is_not_shown_beside_the_corrupt_run(eapcore):
         assert "\ncorrupt " not in eapcore(*command, "--ablation", "zero")[1]
 
 
-@pytest.mark.parametrize(
-    ("command", "bars"),
-    [
-        (["attribute"], {"scoring": ("pair", 4)}),
-        (["patch"], {"patching": ("edge × pair", 46 * 4)}),
-        (["patch", "--nodes"], {"patching": ("node × pair", 7 * 4)}),
-        (["acdc", "--threshold", "0.05,0.1"], {"searching at 0.05": ("edge", 46), "searching at 0.1": ("edge", 46)}),
-        (["acdc", "--threshold", "0.05,0.1", *SCORED, "--top-n", "9,20"], {"searching": ("edge", 2 * 29)}),
-        (["acdc", "--threshold", "0.1", *SCORED, "--score-threshold", 0], {"searching": ("edge", 46)}),
-        (["path", "--path", "a0.h1->logits"], {"patching": ("pair", 4)}),
-        (
-            ["evaluate", *SCORED, "--circuit", "scores.json", "--true-top", 5],
-            {"evaluating": ("circuit × pair", 4 * (2 + 2 * 10 + 46 + 4 * 7))},
-        ),
-        (["verify", "--top-n", 6], {"scoring": ("pair", 4), "verifying": ("run × pair", 6 * 4)}),
-        (["verify", *SCORED, "--top-n", 6, "--curve", "a0.h1->m0"], {"verifying": ("run × pair", (6 + 11) * 4)}),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize(("command", "bars"), [
+    (["attribute"], {"scoring": ("pair", 4)}),
+    (["patch"], {"patching": ("edge × pair", 46 * 4)}),
+    (["patch", "--nodes"], {"patching": ("node × pair", 7 * 4)}),
+    (["acdc", "--threshold", "0.05,0.1"], {"searching at 0.05": ("edge", 46), "searching at 0.1": ("edge", 46)}),
+    (["acdc", "--threshold", "0.05,0.1", *SCORED, "--top-n", "9,20"], {"searching": ("edge", 2 * 29)}),
+    (["acdc", "--threshold", "0.1", *SCORED, "--score-threshold", 0], {"searching": ("edge", 46)}),
+    (["path", "--path", "a0.h1->logits"], {"patching": ("pair", 4)}),
+    (["evaluate", *SCORED, "--circuit", "scores.json", "--true-top", 5],
+        {"evaluating": ("circuit × pair", 4 * (2 + 2 * 10 + 46 + 4 * 7))}),
+    (["verify", "--top-n", 6], {"scoring": ("pair", 4), "verifying": ("run × pair", 6 * 4)}),
+    (["verify", *SCORED, "--top-n", 6, "--curve", "a0.h1->m0"], {"verifying": ("run × pair", (6 + 11) * 4)}),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")  # fmt: skip
 def test_progress_counts_to_its_end_in_its_own_unit(eapcore, score_file, scores, monkeypatch, command, bars):
     scores.top_n(15).save("scores.json")
     shown, bar = {}, tqdm.tqdm
@@ -347,31 +331,27 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["evaluate", "--true-top", "100000"], "--true-top must be at most the 46 edges of small, got 100000"),
-        (["evaluate", "--true-top", "46"], "a ROC needs true and false edges, but all 46 edges of small would be true"),
-        (["evaluate", "--true-circuit", "full.json"], "a ROC needs true and false edges, but all 46 edges"),
-        (["evaluate", "--true-circuit", "other.json"], "--true-circuit must be a circuit of small, Graph(n_layers=2"),
-        (["evaluate", "--true-circuit", "empty.json"], "--true-circuit must have edges, but the circuit in empty.json"),
-        (["evaluate", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
-        (["evaluate", "--circuit", "empty.json"], "--circuit must have edges, but the circuit in empty.json has none"),
-        (["evaluate", "--selection", "best"], "selection must be one of top_n, greedy, got 'best'"),
-        (["evaluate", "--rule", "simpson", "--true-top", "5"], "rule must be one of trapezoid"),
-        (["evaluate", "--bootstrap", "5", "--n", "1"], "--bootstrap needs at least 2 prompt pairs to draw from, got 1"),
-        (["evaluate", "--bootstrap", "5", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
-        (["verify", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
-        (["verify", "--curve", "m1->m0"], "'m1->m0' is no edge"),
-        (["acdc", "--threshold", "0.1,-2"], "threshold must be positive, got -2"),
-        (["acdc", "--threshold", "1", *SCORED, "--top-n", "5,47"], "--top-n must be at most the 46 edges of small"),
-        (["acdc", "--threshold", "1", *SCORED, "--score-threshold", "0,99"], "--score-threshold 99 leaves no edge to"),
-        (["acdc", "--threshold", "1", "--circuit", "empty.json"], "--circuit must have edges"),
-        (["patch", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
-        (["patch", *SCORED, "--top-n", "47"], "--top-n must be at most the 46 edges of small"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["evaluate", "--true-top", "100000"], "--true-top must be at most the 46 edges of small, got 100000"),
+    (["evaluate", "--true-top", "46"], "a ROC needs true and false edges, but all 46 edges of small would be true"),
+    (["evaluate", "--true-circuit", "full.json"], "a ROC needs true and false edges, but all 46 edges"),
+    (["evaluate", "--true-circuit", "other.json"], "--true-circuit must be a circuit of small, Graph(n_layers=2"),
+    (["evaluate", "--true-circuit", "empty.json"], "--true-circuit must have edges, but the circuit in empty.json"),
+    (["evaluate", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
+    (["evaluate", "--circuit", "empty.json"], "--circuit must have edges, but the circuit in empty.json has none"),
+    (["evaluate", "--selection", "best"], "selection must be one of top_n, greedy, got 'best'"),
+    (["evaluate", "--rule", "simpson", "--true-top", "5"], "rule must be one of trapezoid"),
+    (["evaluate", "--bootstrap", "5", "--n", "1"], "--bootstrap needs at least 2 prompt pairs to draw from, got 1"),
+    (["evaluate", "--bootstrap", "5", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
+    (["verify", "--top-n", "47"], "--top-n must be at most the 46 edges of small, got 47"),
+    (["verify", "--curve", "m1->m0"], "'m1->m0' is no edge"),
+    (["acdc", "--threshold", "0.1,-2"], "threshold must be positive, got -2"),
+    (["acdc", "--threshold", "1", *SCORED, "--top-n", "5,47"], "--top-n must be at most the 46 edges of small"),
+    (["acdc", "--threshold", "1", *SCORED, "--score-threshold", "0,99"], "--score-threshold 99 leaves no edge to"),
+    (["acdc", "--threshold", "1", "--circuit", "empty.json"], "--circuit must have edges"),
+    (["patch", "--circuit", "other.json"], "--circuit must be a circuit of small, Graph(n_layers=2"),
+    (["patch", *SCORED, "--top-n", "47"], "--top-n must be at most the 46 edges of small"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkeypatch, arguments, message):
     other = Graph(3, 2, True)
     empty = torch.zeros_like(model.graph.edge_mask())
@@ -391,16 +371,12 @@ def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkey
     assert status == 2 and message in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "out", "option"),
-    [
-        (["acdc", "--threshold", "1", "--circuit", "circuit.json"], "circuit.json", "--circuit"),
-        (["patch", "--scores", "scores.safetensors", "--top-n", "3"], "./scores.safetensors", "--scores"),
-        (["patch", "--resume", "done.partial"], "done.partial", "--resume"),
-        (["evaluate", "--true-circuit", "circuit.json"], "circuit.json", "--true-circuit"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
-)
+@pytest.mark.parametrize(("arguments", "out", "option"), [
+    (["acdc", "--threshold", "1", "--circuit", "circuit.json"], "circuit.json", "--circuit"),
+    (["patch", "--scores", "scores.safetensors", "--top-n", "3"], "./scores.safetensors", "--scores"),
+    (["patch", "--resume", "done.partial"], "done.partial", "--resume"),
+    (["evaluate", "--true-circuit", "circuit.json"], "circuit.json", "--true-circuit"),
+], ids=lambda value: value if isinstance(value, str) else value[0])  # fmt: skip
 def test_a_result_is_not_written_over_what_is_read(eapcore, scores, arguments, out, option):
     scores.save("scores.safetensors")
     scores.top_n(9).save("circuit.json")
@@ -428,18 +404,15 @@ def test_a_method_beside_a_score_file_is_refused(eapcore, score_file, command):
     assert status == 2 and "--scores names scores that are there, and --method, --steps how to make some" in printed
 
 
-@pytest.mark.parametrize(
-    ("option", "text", "message"),
-    [
-        ("--points", "0.5:", "must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got '0.5:'"),
-        ("--points", "nan:1", "must be a rule, or points as"),
-        ("--points", "0.5:0.5,1", "must be a rule, or points as"),
-        ("--rules", "norm=identity", "must be some of norm=frozen, activation=identity and attention=frozen"),
-        ("--rules", "norm=frozen,norm=frozen", "must be some of norm=frozen"),
-        ("--rules", "cut=a0", "must be some of norm=frozen"),
-        ("--rules", "", "must be some of norm=frozen"),
-    ],
-)
+@pytest.mark.parametrize(("option", "text", "message"), [
+    ("--points", "0.5:", "must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got '0.5:'"),
+    ("--points", "nan:1", "must be a rule, or points as"),
+    ("--points", "0.5:0.5,1", "must be a rule, or points as"),
+    ("--rules", "norm=identity", "must be some of norm=frozen, activation=identity and attention=frozen"),
+    ("--rules", "norm=frozen,norm=frozen", "must be some of norm=frozen"),
+    ("--rules", "cut=a0", "must be some of norm=frozen"),
+    ("--rules", "", "must be some of norm=frozen"),
+])  # fmt: skip
 def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, text, message):
     with pytest.raises(SystemExit) as stop:
         main(["attribute", option, text])
@@ -447,31 +420,28 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
     assert stop.value.code == 2 and f"argument {option}: {message}" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["attribute", "--method", "eap-ig", "--points", "0.5:0.5"], "weights that sum to 1, got [(0.5, 0.5)]"),
-        (["attribute", "--method", "eap-ig", "--ablation", "zero"], "ablation 'zero' has no prompt to take gradients"),
-        (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
-        (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 senders of small, got 8"),
-        (["patch", "--per-position"], "--per-position goes with --nodes"),
-        (["patch", "--top-n", "5"], "--scores and --top-n go together"),
-        (["patch", "--nodes", "--resume", "f"], "--nodes patches every sender in one go: leave out --resume"),
-        (["patch", "--nodes", "--scores", "f", "--top-n", "5"], "leave out --scores, --top-n, for edges alone"),
-        (["patch", "--nodes", "--circuit", "c.json"], "leave out --circuit"),
-        (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),
-        (["patch", "--circuit", "nowhere.json"], "nowhere.json"),
-        (["acdc", "--threshold", "-1"], "threshold must be positive, got -1"),
-        (["acdc", "--threshold", "0.1", "--scores", "f"], "--scores goes together with --top-n or --score-threshold"),
-        (["acdc", "--threshold", "0.1", "--top-n", "5"], "--scores goes together with --top-n or --score-threshold"),
-        (["path"], "give --path, or --senders and --receivers"),
-        (["path", "--path", "a0.h1->logits", "--through", "m0"], "--through goes with --senders and --receivers"),
-        (["evaluate", "--top-n", "5"], "--top-n goes with --bootstrap"),
-        (["evaluate", "--rule", "lower"], "--rule goes with --true-circuit or --true-top"),
-        (["path", "--path", "a0.h1"], "a path is written sender->receiver"),
-        (["verify", "--scores", "nowhere.safetensors"], "a score file was expected at nowhere.safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["attribute", "--method", "eap-ig", "--points", "0.5:0.5"], "weights that sum to 1, got [(0.5, 0.5)]"),
+    (["attribute", "--method", "eap-ig", "--ablation", "zero"], "ablation 'zero' has no prompt to take gradients"),
+    (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
+    (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 senders of small, got 8"),
+    (["patch", "--per-position"], "--per-position goes with --nodes"),
+    (["patch", "--top-n", "5"], "--scores and --top-n go together"),
+    (["patch", "--nodes", "--resume", "f"], "--nodes patches every sender in one go: leave out --resume"),
+    (["patch", "--nodes", "--scores", "f", "--top-n", "5"], "leave out --scores, --top-n, for edges alone"),
+    (["patch", "--nodes", "--circuit", "c.json"], "leave out --circuit"),
+    (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),
+    (["patch", "--circuit", "nowhere.json"], "nowhere.json"),
+    (["acdc", "--threshold", "-1"], "threshold must be positive, got -1"),
+    (["acdc", "--threshold", "0.1", "--scores", "f"], "--scores goes together with --top-n or --score-threshold"),
+    (["acdc", "--threshold", "0.1", "--top-n", "5"], "--scores goes together with --top-n or --score-threshold"),
+    (["path"], "give --path, or --senders and --receivers"),
+    (["path", "--path", "a0.h1->logits", "--through", "m0"], "--through goes with --senders and --receivers"),
+    (["evaluate", "--top-n", "5"], "--top-n goes with --bootstrap"),
+    (["evaluate", "--rule", "lower"], "--rule goes with --true-circuit or --true-top"),
+    (["path", "--path", "a0.h1"], "a path is written sender->receiver"),
+    (["verify", "--scores", "nowhere.safetensors"], "a score file was expected at nowhere.safetensors"),
+])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(eapcore, arguments, message):
     status, printed, _ = eapcore(*arguments)
     assert status == 2 and message in printed and printed.count("\n") == 1

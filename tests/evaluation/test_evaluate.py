@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_circuit, random_model, random_pairs, random_scores, saved
+from refusal import refused
 
 import eapcore.execution.ablation as ablations
 from eapcore.attribution.attribute import attribute
@@ -186,8 +187,7 @@ def test_the_rules_of_the_area_are_as_stated():
     assert area(x, y, "upper") == pytest.approx(0.2 * 0.5 + 0.4 * 0.4 + 0.4 * 1.0)
     assert area(x, y, "pareto") == pytest.approx(0.8 * 0.5)  # (0.6, 0.4) is below (0.2, 0.5)
     assert area([0, 1], [0, 1], "pareto") == 0
-    with pytest.raises(ValueError, match="rule must be one of trapezoid, lower, upper, pareto, got 'simpson'"):
-        area(x, y, "simpson")
+    refused("rule must be one of trapezoid, lower, upper, pareto, got 'simpson'", area, x, y, "simpson")
 
 
 def test_circuits_are_points_of_a_roc(tmp_path):
@@ -291,12 +291,9 @@ def test_scores_of_another_ablation_may_rank_and_the_curve_says_so(model, pairs)
 
 def test_verify_refuses_scores_of_something_else(model, pairs):
     scores = attribute(model, pairs)
-    with pytest.raises(ValueError, match="estimate the metric logit_diff, but nll was to be measured"):
-        verify(model, pairs, "nll", scores, 5)
-    with pytest.raises(ValueError, match="whose weights are not those of"):
-        verify(random_model(n_heads=2, seed=1), pairs, "logit_diff", scores, 5)
-    with pytest.raises(ValueError, match="n must be between 1 and the"):
-        verify(model, pairs, "logit_diff", scores, 0)
+    refused("estimate the metric logit_diff, but nll was to be measured", verify, model, pairs, "nll", scores, 5)
+    refused("whose weights are not those of", verify, random_model(n_heads=2, seed=1), pairs, "logit_diff", scores, 5)
+    refused("n must be between 1 and the", verify, model, pairs, "logit_diff", scores, 0)
     with pytest.raises(ValueError, match=r"n must be between 1 and the \d+ edges of this graph, got 2.5"):
         verify(model, pairs, "logit_diff", scores, 2.5)
     for judge in (verify, faithfulness, mib):
@@ -476,45 +473,33 @@ def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_resul
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[0.5, 0.1]), "sizes must ascend from 0 to at most the"),
-        (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[]), "sizes must ascend"),
-        (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[10**6]), "sizes must ascend"),
-        *(
-            (lambda m, p, s, x=x: mib(m, p, "nll", s, sizes=x), "sizes must ascend from 0 to at most the 46 edges")
-            for x in ([-0.001, 1.0], [0.5, 1.0005], [0.0109, 0.0105, 1.0], [46, 0.5])
-        ),
-        *(
-            (lambda m, p, s, x=x: faithfulness(m, p, "nll", s, sizes=x), r"sizes must ascend .* \(integers\), got .")
-            for x in (0.1, "0.1", ["0.1"], [float("nan")], [True], None)
-        ),
-        (lambda m, p, s: faithfulness(m, p, "nll", s, ranking="abs"), "ranking must be absolute or signed, got 'abs'"),
-        (lambda m, p, s: faithfulness(m, p, "nll", s, selection="best"), "selection must be top_n or greedy"),
-        (lambda m, p, s: faithfulness(m, p, "nll", random_scores(Graph(1, 1, True))), "the scores must be of"),
-        (
-            lambda m, p, s: faithfulness(m, p, lambda logits: logits[:, 0] * 0, s),
-            "the metric is 0 on the clean and on the ablated run",
-        ),
-        (lambda m, p, s: minimality(m, p, "nll", s.top_n(0)), "the circuit has no edges"),
-        (lambda m, p, s: completeness(m, p, "nll", random_circuit(Graph(1, 1, True))), "the circuit must belong to"),
-        (lambda m, p, s: roc(s, s.top_n(0)), "needs true and false edges, but 0 of"),
-        (lambda m, p, s: roc(s, random_circuit(Graph(1, 1, True))), "the reference must be a circuit of"),
-        (lambda m, p, s: roc(attribute(m, p, level="node"), s.top_n(3)), "must be EdgeScores of .*, got NodeScores"),
-        (
-            lambda m, p, s: roc(EdgeScores(s.scores * math.nan, s.graph), s.top_n(3)),
-            "edges are ranked by their scores, but 46 of 46 scores are NaN",
-        ),
-        (lambda m, p, s: roc(s, s.top_n(3), edges=torch.ones(2, 2)), r"edges must be bool \[S, R\]"),
-        (lambda m, p, s: roc_of_circuits([], s.top_n(3)), "at least one circuit is needed"),
-        (lambda m, p, s: overlap(s, s, 0), "n must be at least 1 edge"),
-        (lambda m, p, s: stability(s.per_pair, m.graph, top_n=3), "per_pair must be each pair's scores, .*, got None"),
-        (lambda m, p, s: stability(s.scores[None], m.graph, top_n=3), r"per_pair must be \[N ≥ 2, S, R\]"),
-        (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=0), "top_n must be between 1"),
-        (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=1, level=95), "level must lie between"),
-    ],
-)
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[0.5, 0.1]), "sizes must ascend from 0 to at most the"),
+    (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[]), "sizes must ascend"),
+    (lambda m, p, s: faithfulness(m, p, "nll", s, sizes=[10**6]), "sizes must ascend"),
+    *((lambda m, p, s, x=x: mib(m, p, "nll", s, sizes=x), "sizes must ascend from 0 to at most the 46 edges")
+        for x in ([-0.001, 1.0], [0.5, 1.0005], [0.0109, 0.0105, 1.0], [46, 0.5])),
+    *((lambda m, p, s, x=x: faithfulness(m, p, "nll", s, sizes=x), r"sizes must ascend .* \(integers\), got .")
+        for x in (0.1, "0.1", ["0.1"], [float("nan")], [True], None)),
+    (lambda m, p, s: faithfulness(m, p, "nll", s, ranking="abs"), "ranking must be absolute or signed, got 'abs'"),
+    (lambda m, p, s: faithfulness(m, p, "nll", s, selection="best"), "selection must be top_n or greedy"),
+    (lambda m, p, s: faithfulness(m, p, "nll", random_scores(Graph(1, 1, True))), "the scores must be of"),
+    (lambda m, p, s: faithfulness(m, p, lambda logits: logits[:, 0] * 0, s),
+        "the metric is 0 on the clean and on the ablated run"),
+    (lambda m, p, s: minimality(m, p, "nll", s.top_n(0)), "the circuit has no edges"),
+    (lambda m, p, s: completeness(m, p, "nll", random_circuit(Graph(1, 1, True))), "the circuit must belong to"),
+    (lambda m, p, s: roc(s, s.top_n(0)), "needs true and false edges, but 0 of"),
+    (lambda m, p, s: roc(s, random_circuit(Graph(1, 1, True))), "the reference must be a circuit of"),
+    (lambda m, p, s: roc(attribute(m, p, level="node"), s.top_n(3)), "must be EdgeScores of .*, got NodeScores"),
+    (lambda m, p, s: roc(EdgeScores(s.scores * math.nan, s.graph), s.top_n(3)),
+        "edges are ranked by their scores, but 46 of 46 scores are NaN"),
+    (lambda m, p, s: roc(s, s.top_n(3), edges=torch.ones(2, 2)), r"edges must be bool \[S, R\]"),
+    (lambda m, p, s: roc_of_circuits([], s.top_n(3)), "at least one circuit is needed"),
+    (lambda m, p, s: overlap(s, s, 0), "n must be at least 1 edge"),
+    (lambda m, p, s: stability(s.per_pair, m.graph, top_n=3), "per_pair must be each pair's scores, .*, got None"),
+    (lambda m, p, s: stability(s.scores[None], m.graph, top_n=3), r"per_pair must be \[N ≥ 2, S, R\]"),
+    (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=0), "top_n must be between 1"),
+    (lambda m, p, s: stability(s.scores.expand(3, -1, -1), m.graph, top_n=1, level=95), "level must lie between"),
+])  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence(model, pairs, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(model, pairs, random_scores(model.graph))
+    refused(message, call, model, pairs, random_scores(model.graph))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from everything import EVERYTHING
 from models import lists, random_circuit, random_model, random_pairs
+from refusal import refused
 
 from eapcore.attribution.attribute import attribute
 from eapcore.attribution.methods import METHODS
@@ -48,15 +49,13 @@ def test_an_ablation_needs_no_corrupt_prompt(model, pairs, name, ablation):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_corrupt_prompt_is_asked_for_where_it_is_the_ablation(model, pairs, name):
     message = r"clean and corrupt of pair 0 are identical: every score would be zero; without corrupt prompts choose"
-    with pytest.raises(ValueError, match=message):
-        RUNS[name](model, without_corrupt(pairs))
+    refused(message, RUNS[name], model, without_corrupt(pairs))
 
 
 def test_prompts_that_differ_behind_the_answer_alone_are_no_corrupt_prompts(model):
     late = random_pairs(model, LENGTHS, first_difference=2)
     late = dataclasses.replace(late, positions=torch.tensor([3, 2, 1]))
-    with pytest.raises(ValueError, match="of pair 2 are identical up to position 1, where the metric reads"):
-        attribute(model, late)
+    refused("of pair 2 are identical up to position 1, where the metric reads", attribute, model, late)
     assert bool(attribute(model, late, ablation="zero").scores.isfinite().all())
 
 
@@ -71,7 +70,6 @@ def test_a_position_outside_its_prompt_is_named(model, pairs, positions):
     outside = dataclasses.replace(pairs, positions=positions)
     message = rf"the position {int(positions[1])} of pair 1 is outside its prompt of 3 tokens"
     for call in (attribute, patch_edges, lambda m, p: run_circuit(m, p, random_circuit(m.graph))):
-        with pytest.raises(ValueError, match=message):
-            call(model, outside)
+        refused(message, call, model, outside)
     with pytest.raises(ValueError, match=r"positions must be int64 \[N\] = \[3\], one for each pair, got \[2\]"):
         attribute(model, dataclasses.replace(pairs, positions=positions[:2]))

@@ -8,7 +8,8 @@ import logging
 
 import pytest
 import torch
-from models import joined, random_model, random_pairs
+from models import joined, random_case, random_model, random_pairs
+from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -183,8 +184,7 @@ def test_a_look_at_a_value_is_seen():
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_no_more_than_so_many_are(recorder, monkeypatch):
-    model = random_model()
-    pairs = random_pairs(model, [8] * 14)
+    model, pairs = random_case([8] * 14)
     attribute(model, pairs, batch_size=4, graphs=True, storage="dense")  # 4, 4, 4 and the last 2
     assert (recorder.captured, recorder.replayed) == (1, 2)
     attribute(model, pairs, batch_size=14, graphs=True, storage="dense")
@@ -225,8 +225,7 @@ def test_batches_alike_are_counted(shared):
 
 
 def test_auto_records_metrics_by_name_alone(recorder):
-    model = random_model()
-    pairs = random_pairs(model, [8] * 12)
+    model, pairs = random_case([8] * 12)
 
     def callable_metric(logits):
         return logits[:, 1] - logits[:, 2]
@@ -246,8 +245,7 @@ def test_auto_records_metrics_by_name_alone(recorder):
 
 
 def test_a_recorded_metric_knows_which_pairs_it_is_of(recorder):
-    model = random_model()
-    pairs = random_pairs(model, [8] * 12)
+    model, pairs = random_case([8] * 12)
 
     def weighted(logits, batch):
         return (logits[:, 1] - logits[:, 2]) * (1 + batch.index)
@@ -264,8 +262,7 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
 
     monkeypatch.setattr(limits, "GRAPH_WORTH", 1)
     monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Broken())
-    model = random_model()
-    pairs = random_pairs(model, [8] * 12)
+    model, pairs = random_case([8] * 12)
     options = {"batch_size": 3, "storage": "dense"}
     with caplog.at_level(logging.WARNING, "eapcore"):
         found = attribute(model, pairs, **options)
@@ -273,8 +270,7 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
         "batches cannot be recorded as CUDA graphs, going on without: operation not permitted when stream is capturing"
     ]
     assert torch.equal(found.scores, attribute(model, pairs, graphs=False, **options).scores)
-    with pytest.raises(RuntimeError, match="operation not permitted"):
-        attribute(model, pairs, graphs=True, **options)
+    refused("operation not permitted", attribute, model, pairs, error=RuntimeError, graphs=True, **options)
 
 
 def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(recorder, monkeypatch, caplog):
@@ -305,8 +301,7 @@ def test_a_recording_for_which_memory_does_not_suffice_is_left_out(monkeypatch, 
             raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Full())
-    model = random_model()
-    pairs = random_pairs(model, [8] * 12)
+    model, pairs = random_case([8] * 12)
     expected = attribute(model, pairs, graphs=False, batch_size=3, storage="dense")
     with caplog.at_level(logging.WARNING, "eapcore"):
         found = attribute(model, pairs, graphs=True, batch_size=3, storage="dense")
@@ -316,18 +311,14 @@ def test_a_recording_for_which_memory_does_not_suffice_is_left_out(monkeypatch, 
     assert torch.equal(found.scores, expected.scores)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"graphs": "yes"}, "graphs must be True, False or 'auto', got 'yes'"),
-        ({"graphs": 1}, "graphs must be True, False or 'auto', got 1"),
-        ({"graphs": True}, "graphs=True needs a GPU, and of edges storage='dense', but the model is on cpu"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"graphs": "yes"}, "graphs must be True, False or 'auto', got 'yes'"),
+    ({"graphs": 1}, "graphs must be True, False or 'auto', got 1"),
+    ({"graphs": True}, "graphs=True needs a GPU, and of edges storage='dense', but the model is on cpu"),
+])  # fmt: skip
 def test_options_that_cannot_be_followed_are_refused(options, message):
     model = random_model()
-    with pytest.raises(ValueError, match=message):
-        attribute(model, random_pairs(model, [6, 6]), **options)
+    refused(message, attribute, model, random_pairs(model, [6, 6]), **options)
 
 
 def test_factored_edges_are_not_recorded(recorder):
@@ -451,8 +442,7 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(events):
             raise RuntimeError("operation not permitted when stream is capturing")
         return held
 
-    with pytest.raises(RuntimeError, match="operation not permitted"):
-        cuda_graphs.CudaRecorder(CPU).capture(work, [torch.ones(2)])
+    refused("operation not permitted", cuda_graphs.CudaRecorder(CPU).capture, work, [torch.ones(2)], error=RuntimeError)
     assert events["streams"] == ["main"]
 
 

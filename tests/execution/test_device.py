@@ -10,7 +10,8 @@ import pytest
 import torch
 from accel import DEVICE, AccelTensor, on_accel
 from everything import EVERYTHING, EXACT, FIRST_ORDER
-from models import gpt2, lens, random_model, random_pairs, tensors_of, with_weights
+from models import gpt2, lens, random_case, random_model, random_pairs, tensors_of, with_weights
+from refusal import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
@@ -47,8 +48,7 @@ def test_the_device_refuses_tensors_of_the_cpu_as_a_gpu_does():
         assert x.device == DEVICE and (x + torch.tensor(2.0)).raw.tolist() == [3.0] * 3
         assert x[[0, 2]].raw.tolist() == x[torch.tensor([0, 2])].raw.tolist() == [1.0] * 2
         for mix in (lambda: x + torch.ones(3), lambda: torch.ones(3).add_(x), lambda: torch.cat([x, torch.ones(1)])):
-            with pytest.raises(RuntimeError, match=r"tensors on accel:0 and .* on cpu"):
-                mix()
+            refused(r"tensors on accel:0 and .* on cpu", mix, error=RuntimeError)
     with pytest.raises(AssertionError, match="outside on_accel"):
         x + 1
 
@@ -173,17 +173,14 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
                          ids=["inference mode", "autocast"])  # fmt: skip
 def test_the_callers_modes_change_nothing(mode, storage):
     """Autocast would multiply in bfloat16, and in inference mode no metric has a gradient."""
-    model = random_model(dtype=torch.float32)
-    pairs = random_pairs(model, [6, 5, 6], first_difference=1)
+    model, pairs = random_case([6, 5, 6], first_difference=1, dtype=torch.float32)
     ways = [method for method in METHODS if storage == "dense" or method == "eap"]
     runs = {
-        **{
-            way: lambda m, p, way=way: eapcore.attribute(m, p, "nll", method=way, storage=storage).scores
-            for way in ways
-        },
+        **{way: lambda m, p, way=way: eapcore.attribute(m, p, "nll", method=way, storage=storage).scores
+            for way in ways},
         "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean)[1],
         **{name: EVERYTHING[name] for name in ("edges", "nodes", "a curve", "circuits", "acdc")},
-    }
+    }  # fmt: skip
     expected = {name: torch.as_tensor(run(model, pairs)) for name, run in runs.items()}
     with mode():
         found = {name: torch.as_tensor(run(model, pairs)) for name, run in runs.items()}
@@ -204,8 +201,7 @@ ANYWHERE = EVERYTHING | {
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_torchs_default_device_is_not_where_anything_is_made(name):
     """Neither a mask nor a sum; on the device "meta" numbers would be lost, and pointers be none."""
-    model = random_model()
-    pairs = random_pairs(model, [6, 5, 6], first_difference=1)
+    model, pairs = random_case([6, 5, 6], first_difference=1)
     expected = torch.as_tensor(ANYWHERE[name](model, pairs))
     with torch.device("meta"):
         model = dataclasses.replace(model)  # with nothing cached

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import refusal
 import torch
 from models import random_model, random_pairs, save_checkpoint, with_weights
 
@@ -34,46 +35,29 @@ def tokens(*rows):
 
 
 TOKENS = {
-    "different lengths": (
-        (tokens([1, 2, 3]), tokens([1, 2])),
-        r"clean and corrupt must both be tokens \[N, T\], got \[1, 3\] and \[1, 2\]",
-    ),
-    "different numbers": (
-        (tokens([1, 2], [3, 4]), tokens([1, 3])),
-        r"clean and corrupt must both be tokens \[N, T\], got \[2, 2\] and \[1, 2\]",
-    ),
-    "one dimension": (
-        (torch.tensor([1, 2]), torch.tensor([1, 3])),
-        r"must both be tokens \[N, T\], got \[2\] and \[2\]",
-    ),
-    "not integers": (
-        (torch.zeros(1, 3), torch.ones(1, 3)),
-        r"clean prompts must be int64 \[B, T\] with at least one token, got torch.float32 \[1, 3\]",
-    ),
-    "empty task": (
-        (torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)),
-        r"clean prompts must be int64 \[B, T\] with at least one token, got torch.int64 \[0, 3\]",
-    ),
-    "out of the vocabulary": (
-        (tokens([1, 29]), tokens([1, 2])),
-        r"clean prompts have the token id 29, but the vocabulary of random is 0\.\.28: was another",
-    ),
-    "negative": (
-        (tokens([1, 2]), tokens([1, -4])),
-        r"corrupt prompts have the token id -4, but the vocabulary of random is 0\.\.28",
-    ),
-    "longer than the context": (
-        (tokens(range(17)), tokens(range(1, 18))),
-        "clean prompts have 17 positions, but the context of random is 16",
-    ),
+    "different lengths": ((tokens([1, 2, 3]), tokens([1, 2])),
+        r"clean and corrupt must both be tokens \[N, T\], got \[1, 3\] and \[1, 2\]"),
+    "different numbers": ((tokens([1, 2], [3, 4]), tokens([1, 3])),
+        r"clean and corrupt must both be tokens \[N, T\], got \[2, 2\] and \[1, 2\]"),
+    "one dimension": ((torch.tensor([1, 2]), torch.tensor([1, 3])),
+        r"must both be tokens \[N, T\], got \[2\] and \[2\]"),
+    "not integers": ((torch.zeros(1, 3), torch.ones(1, 3)),
+        r"clean prompts must be int64 \[B, T\] with at least one token, got torch.float32 \[1, 3\]"),
+    "empty task": ((torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)),
+        r"clean prompts must be int64 \[B, T\] with at least one token, got torch.int64 \[0, 3\]"),
+    "out of the vocabulary": ((tokens([1, 29]), tokens([1, 2])),
+        r"clean prompts have the token id 29, but the vocabulary of random is 0\.\.28: was another"),
+    "negative": ((tokens([1, 2]), tokens([1, -4])),
+        r"corrupt prompts have the token id -4, but the vocabulary of random is 0\.\.28"),
+    "longer than the context": ((tokens(range(17)), tokens(range(1, 18))),
+        "clean prompts have 17 positions, but the context of random is 16"),
     "identical": ((tokens([1, 2], [3, 4]), tokens([1, 3], [3, 4])), "clean and corrupt of pair 1 are identical"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("prompts", "message"), TOKENS.values(), ids=TOKENS)
 def test_tokens_that_do_not_fit_are_refused(model, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        attribute(model, prompts, lambda logits: logits[:, 0])
+    refusal.refused(message, attribute, model, prompts, lambda logits: logits[:, 0])
 
 
 @pytest.mark.parametrize("task", ["toy-ioi", None, [1, 2, 3], (tokens([1]),), ([[1]], [[2]])])
@@ -86,40 +70,28 @@ def test_answers_outside_the_vocabulary_are_refused(model):
     for answers, wrong, what in (([28, 29], [1, 2], "answer"), ([1, 2], [3, 29], "wrong answer")):
         pairs = PromptPairs.from_lists([[1], [2]], [[2], [3]], answers, wrong)
         message = rf"pair 1 has the {what} 29, but the vocabulary of random is 0\.\.28"
-        with pytest.raises(ValueError, match=message):
-            attribute(model, pairs)
-        with pytest.raises(ValueError, match=message):
-            metric_on(model, pairs, "logit_diff", [Circuit(model.graph.edge_mask(), model.graph)])
+        refusal.refused(message, attribute, model, pairs)
+        refusal.refused(message, metric_on, model, pairs, "logit_diff", [Circuit(model.graph.edge_mask(), model.graph)])
 
 
 def test_tokens_without_answers_need_a_metric_that_needs_none(model):
     prompts = (tokens([1, 2], [3, 4]), tokens([1, 3], [3, 5]))
     for metric, what in (("logit_diff", "wrong answers"), ("nll", "answers")):
-        with pytest.raises(ValueError, match=f"the metric {metric} needs {what}, but pair 0 has none"):
-            attribute(model, prompts, metric)
+        refusal.refused(f"the metric {metric} needs {what}, but pair 0 has none", attribute, model, prompts, metric)
     assert attribute(model, prompts, lambda logits: logits[:, 3]).scores.abs().max() > 0
 
 
 # Options
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"impl": "cuda"}, "impl must be one of auto, reference, triton, cpp, got 'cuda'"),
-        (
-            {"metric": "accuracy"},
-            "metric must be one of logit_diff, prob_diff, logit_margin, nll, kl or a callable, got",
-        ),
-        *(
-            ({"batch_size": size}, f"batch_size must be 'auto' or a positive integer, got {size!r}")
-            for size in (0, -2, 1.5, True, "many")
-        ),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"impl": "cuda"}, "impl must be one of auto, reference, triton, cpp, got 'cuda'"),
+    ({"metric": "accuracy"}, "metric must be one of logit_diff, prob_diff, logit_margin, nll, kl or a callable, got"),
+    *(({"batch_size": size}, f"batch_size must be 'auto' or a positive integer, got {size!r}")
+        for size in (0, -2, 1.5, True, "many")),
+])  # fmt: skip
 def test_an_unknown_option_lists_the_valid_ones(model, pairs, options, message):
-    with pytest.raises(ValueError, match=message):
-        attribute(model, pairs, **options)
+    refusal.refused(message, attribute, model, pairs, **options)
 
 
 def test_an_impl_that_cannot_run_here_says_why(model, pairs, monkeypatch):
@@ -140,22 +112,13 @@ def damaged(model, name, index, value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    ("name", "index", "where"),
-    [
-        ("w_e", 1, "the embedding"),
-        ("w_pos", 2, "the embedding"),
-        ("layers.0.ln1.0", 3, "the attention of layer 0"),
-        ("layers.0.w_qkv.0", 5, "the attention of layer 0"),
-        ("layers.1.w_qkv.0", 5, "the attention of layer 1"),
-        ("layers.0.b_o", 0, "the attention of layer 0"),
-        ("layers.1.w_o", 0, "the attention of layer 1"),
-        ("layers.0.w_in", 4, "the MLP of layer 0"),
-        ("layers.1.b_out", 4, "the MLP of layer 1"),
-        ("ln_final.0", 4, "the logits"),
-        ("w_u", 4, "the logits"),
-    ],
-)
+@pytest.mark.parametrize(("name", "index", "where"), [
+    ("w_e", 1, "the embedding"), ("w_pos", 2, "the embedding"), ("layers.0.ln1.0", 3, "the attention of layer 0"),
+    ("layers.0.w_qkv.0", 5, "the attention of layer 0"), ("layers.1.w_qkv.0", 5, "the attention of layer 1"),
+    ("layers.0.b_o", 0, "the attention of layer 0"), ("layers.1.w_o", 0, "the attention of layer 1"),
+    ("layers.0.w_in", 4, "the MLP of layer 0"), ("layers.1.b_out", 4, "the MLP of layer 1"),
+    ("ln_final.0", 4, "the logits"), ("w_u", 4, "the logits"),
+])  # fmt: skip
 def test_activations_that_are_not_finite_name_the_layer_and_the_pair(model, name, index, where, value):
     pairs = PromptPairs.from_lists([[3, 5], [1, 2, 4]], [[3, 6], [1, 2, 5]], [1, 2], [3, 4])
     pair = 1 if name in ("w_e", "w_pos") else 0  # only the second pair has the token 1 and a position 2
@@ -281,18 +244,12 @@ def test_an_unknown_task_and_a_missing_one_list_the_valid_ones(refused, tmp_path
 
 GOOD_LINE = {"clean": [1, 2, 3], "corrupt": [1, 4, 3], "answer": 5, "wrong": 6}
 FILES = {
-    "different lengths": (
-        [GOOD_LINE, GOOD_LINE | {"corrupt": [1, 4]}],
-        "the same number of tokens, but pair 1 has 3 and 2",
-    ),
-    "out of the vocabulary": (
-        [GOOD_LINE | {"clean": [1, 2, 29]}],
-        "the token id 29, but the vocabulary of small is 0..28",
-    ),
-    "longer than the context": (
-        [GOOD_LINE | {"clean": [1] * 17, "corrupt": [2] * 17}],
-        "17 positions, but the context of small is 16",
-    ),
+    "different lengths": ([GOOD_LINE, GOOD_LINE | {"corrupt": [1, 4]}],
+        "the same number of tokens, but pair 1 has 3 and 2"),
+    "out of the vocabulary": ([GOOD_LINE | {"clean": [1, 2, 29]}],
+        "the token id 29, but the vocabulary of small is 0..28"),
+    "longer than the context": ([GOOD_LINE | {"clean": [1] * 17, "corrupt": [2] * 17}],
+        "17 positions, but the context of small is 16"),
     "empty": ([], "the task 'task.jsonl' is empty"),
     "identical": ([GOOD_LINE, GOOD_LINE | {"corrupt": [1, 2, 3]}], "clean and corrupt of pair 1 are identical"),
     "an answer of several ids": ([GOOD_LINE | {"answer": [[1, 2]]}], "the answer of line 1 of task.jsonl must be text"),
@@ -301,7 +258,7 @@ FILES = {
     "no wrong answers": ([GOOD_LINE, GOOD_LINE | {"wrong": []}], "needs wrong answers, but pair 1 has none"),
     "not an object": ([GOOD_LINE, [1, 2]], "line 2 of task.jsonl is not a JSON object"),
     "no answer": ([{"clean": [1], "corrupt": [2]}], "line 1 of task.jsonl has no answer"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("entries", "message"), FILES.values(), ids=FILES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from eapcore.kernels import cpp
 from models import ROOT
+from refusal import refused
 
 from eapcore import EdgeScores, attribute
 from eapcore.models.forward import forward
@@ -551,8 +552,7 @@ def test_effects_that_disagree_are_never_timed(induction, monkeypatch, off, mess
     monkeypatch.setattr(bench_methods, "patch_edges", wrong)
     monkeypatch.setattr(bench_methods, "seconds", lambda run: pytest.fail("something was timed"))
     edges = [name for name, _ in attribute(models[0], pairs).top(12)]
-    with pytest.raises(SystemExit, match=message):
-        bench_methods.speed_of_patching("tiny", models, pairs, edges, (12, 4), few=2)
+    refused(message, bench_methods.speed_of_patching, "tiny", models, pairs, edges, (12, 4), error=SystemExit, few=2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusal import refused
 
 if os.environ.get("EAPCORE_INTEROP_REQUIRED"):
     import transformer_lens
@@ -83,20 +84,17 @@ def test_logits_are_the_same_folded_and_centred(attn_only, fold_ln, center):
 
 
 @FAMILIES
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"use_attn_scale": False},
-        {"attn_scale": 3.0},
-        {"eps": 1e-2},
-        {"act_fn": "gelu"},
-        {"act_fn": "relu"},
-        {"act_fn": "gelu_fast"},
-        {"use_attn_result": False, "use_split_qkv_input": False, "use_hook_mlp_in": False},
-        {"d_head": 5, "n_heads": 3},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"use_attn_scale": False},
+    {"attn_scale": 3.0},
+    {"eps": 1e-2},
+    {"act_fn": "gelu"},
+    {"act_fn": "relu"},
+    {"act_fn": "gelu_fast"},
+    {"use_attn_result": False, "use_split_qkv_input": False, "use_hook_mlp_in": False},
+    {"d_head": 5, "n_heads": 3},
+])  # fmt: skip
 def test_logits_are_the_same_with_every_convention(attn_only, changes):
     hooked = hooked_transformer(attn_only, **changes)
     prompts = tokens(hooked.cfg.d_vocab)
@@ -183,28 +181,23 @@ def test_padded_text_is_tokenized_and_scored_as_with_an_attention_mask(attn_only
 def test_hooks_left_on_the_model_are_refused_and_go_with_reset_hooks():
     hooked = hooked_transformer(False)
     hooked.add_hook("blocks.1.attn.hook_z", lambda activation, hook: activation * 2)
-    with pytest.raises(ValueError, match=r"forward hook at blocks\.1\.attn\.hook_z"):
-        tl.from_hooked_transformer(hooked)
+    refused(r"forward hook at blocks\.1\.attn\.hook_z", tl.from_hooked_transformer, hooked)
     hooked.reset_hooks(including_permanent=True)
     tl.from_hooked_transformer(hooked)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"n_key_value_heads": 1}, "grouped-query attention"),
-        ({"positional_embedding_type": "rotary", "rotary_dim": 8}, "'rotary'"),
-        ({"positional_embedding_type": "shortformer"}, "'shortformer'"),
-        ({"normalization_type": "RMS"}, "other than LayerNorm"),
-        ({"parallel_attn_mlp": True}, "parallel attention and MLP blocks"),
-        ({"gated_mlp": True}, "gated MLPs"),
-        ({"attention_dir": "bidirectional"}, "not causal"),
-        ({"act_fn": "silu"}, "'silu'"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"n_key_value_heads": 1}, "grouped-query attention"),
+    ({"positional_embedding_type": "rotary", "rotary_dim": 8}, "'rotary'"),
+    ({"positional_embedding_type": "shortformer"}, "'shortformer'"),
+    ({"normalization_type": "RMS"}, "other than LayerNorm"),
+    ({"parallel_attn_mlp": True}, "parallel attention and MLP blocks"),
+    ({"gated_mlp": True}, "gated MLPs"),
+    ({"attention_dir": "bidirectional"}, "not causal"),
+    ({"act_fn": "silu"}, "'silu'"),
+])  # fmt: skip
 def test_real_models_of_other_kinds_are_refused(changes, named):
-    with pytest.raises(ValueError, match=named):
-        tl.from_hooked_transformer(hooked_transformer(False, **changes))
+    refused(named, tl.from_hooked_transformer, hooked_transformer(False, **changes))
 
 
 @pytest.mark.parametrize("by_position", [False, True])

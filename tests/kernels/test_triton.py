@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
+from refusal import refused
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
-    reason = "these tests interpret; on a GPU tests/test_kernels.py and bench/bench_kernels.py run Triton"
+    reason = "these tests interpret; on a GPU tests/kernels/test_kernels.py and bench/bench_kernels.py run Triton"
     pytest.skip(reason, allow_module_level=True)
 
 import eapcore.kernels as kernels
@@ -80,16 +81,6 @@ def test_edge_scores_is_the_specification(dtype, reduce, with_rows):
 def test_any_size(sizes):
     s, r, b, t, d = sizes
     check_scores(fenced(s, b, t, d, dtype=torch.float32, inner=1), fenced(r, b, t, d, dtype=torch.float32, inner=1))
-
-
-@pytest.mark.parametrize("empty", range(5))
-def test_empty_sizes_give_zeros(empty):
-    s, r, b, t, d = (0 if i == empty else 2 for i in range(5))
-    got = scores.edge_scores(torch.randn(s, b, t, d), torch.randn(r, b, t, d), None, "all", None)
-    assert got.shape == (s, r) and (got == 0).all()
-    no_rows = torch.empty(0, dtype=torch.int64)
-    got = scores.edge_scores(torch.randn(2, 2, 2, 2), torch.randn(2, 2, 2, 2), None, "pair", no_rows)
-    assert got.shape == (2, 2, 2) and (got == 0).all()
 
 
 LAYOUTS = {
@@ -174,37 +165,6 @@ def test_a_mask_changed_in_place_is_seen():
     assert (scores.edge_scores(delta, gradients, mask, "all", None) == 0).all()
     mask.numpy()[3, 4] = True
     check_scores(delta, gradients, mask)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-def test_values_of_non_edges_do_not_leak():
-    delta, gradients, mask = torch.randn(6, 2, 3, 16), torch.randn(4, 2, 3, 16), torch.ones(6, 4).bool()
-    delta[2], gradients[1] = float("nan"), float("inf")
-    mask[2], mask[:, 1] = False, False
-    got = scores.edge_scores(delta, gradients, mask, "all", None)
-    assert (got[~mask] == 0).all() and got[mask].isfinite().all()
-
-
-def test_the_same_bits_twice():
-    delta, gradients, mask = torch.randn(40, 3, 5, 64), torch.randn(30, 3, 5, 64), torch.rand(40, 30) < 0.5
-    for reduce in ("all", "pair", "position"):
-        first, second = (scores.edge_scores(delta, gradients, mask, reduce, None) for _ in range(2))
-        assert torch.equal(first, second)
-
-
-def test_properties_of_the_contraction():
-    delta, gradients = torch.randn(12, 4, 3, 64), torch.randn(9, 4, 3, 64)
-    whole = check_scores(delta, gradients)
-    order = torch.randperm(12)
-    assert torch.equal(scores.edge_scores(delta[order], gradients, None, "all", None), whole[order])
-    assert torch.equal(scores.edge_scores(2 * delta, gradients, None, "all", None), 2 * whole)
-    assert (scores.edge_scores(0 * delta, gradients, None, "all", None) == 0).all()
-    by_pair = scores.edge_scores(delta, gradients, None, "pair", None)
-    by_position = scores.edge_scores(delta, gradients, None, "position", None)
-    torch.testing.assert_close(by_pair.sum(0), whole, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(by_position.sum(0), whole, rtol=1e-5, atol=1e-4)
-    part = scores.edge_scores(delta, gradients, None, "all", torch.arange(6))
-    torch.testing.assert_close(part, by_pair[:2].sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_rows_outside_the_batch_raise():
@@ -512,16 +472,10 @@ def check_factored(senders, gradients, mask, reduce="all", chunk=None):
     return got
 
 
-@pytest.mark.parametrize(
-    ("dtype", "reduce", "chunk"),
-    [
-        *((dtype, "all", None) for dtype in DTYPES),
-        (torch.float32, "pair", 4),
-        (torch.bfloat16, "all", 3),
-        (torch.float16, "position", 2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "reduce", "chunk"), [
+    *((dtype, "all", None) for dtype in DTYPES), (torch.float32, "pair", 4), (torch.bfloat16, "all", 3),
+    (torch.float16, "position", 2),
+], ids=str)  # fmt: skip
 def test_factored_is_the_specification(dtype, reduce, chunk):
     senders, gradients, size = model_case(dtype)
     check_factored(senders, gradients, torch.rand(size) < 0.5, reduce, chunk)
@@ -575,9 +529,9 @@ def test_factored_and_dense_agree():
 
 
 def test_factored_gives_the_same_bits_twice():
-    senders, gradients, size = model_case(torch.bfloat16)
+    senders, gradients, size = model_case(torch.bfloat16, kinds=("layernorm",))
     mask = torch.rand(size) < 0.5
-    first, second = (factored.edge_scores_factored(senders, gradients, mask, "all", 3) for _ in range(2))
+    first, second = (factored.edge_scores_factored(senders, gradients, mask, "all", 5) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -626,20 +580,15 @@ def test_bfloat16_is_taken_to_float32_in_the_interpreter(launches):
 
 def test_what_triton_cannot_do_is_said():
     x = torch.randn(2, 1, 1, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="no float64 kernels"):
-        kernels.edge_scores(x, x, impl="triton")
+    refused("no float64 kernels", kernels.edge_scores, x, x, impl="triton")
     with pytest.raises(ValueError, match="no float64 kernels"):
         kernels.receiver_grads(x, x, torch.randn(2, 3, 4).double(), norm=Norm("none"), impl="triton")
-    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
-        common.check_precision("tf32x3", torch.float32, CDNA)
-    with pytest.raises(ValueError, match="precision must be one of ieee, tf32x3"):
-        kernels.edge_scores(x.float(), x.float(), precision="tf32")
+    refused("needs an NVIDIA GPU", common.check_precision, "tf32x3", torch.float32, CDNA, error=RuntimeError)
+    refused("precision must be one of ieee, tf32x3", kernels.edge_scores, x.float(), x.float(), precision="tf32")
     senders, made, size = model_case(torch.float32)
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
-        kernels.edge_scores_factored(senders, made, chunk=0, impl="triton")
+    refused("chunk must be at least 1", kernels.edge_scores_factored, senders, made, chunk=0, impl="triton")
     with pytest.raises(ValueError, match="mask must be bool"):
         kernels.edge_scores_factored(senders, made, mask=torch.ones(3, 3).bool(), impl="triton")
     assert size == (9, 21)
     made.norms[1] = Norm("layernorm", made.norms[0].x_hat[:1], made.norms[0].rstd)
-    with pytest.raises(ValueError, match=r"norms\[1\].x_hat must be"):
-        kernels.edge_scores_factored(senders, made, impl="triton")
+    refused(r"norms\[1\].x_hat must be", kernels.edge_scores_factored, senders, made, impl="triton")

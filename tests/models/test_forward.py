@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from models import KINDS, random_model
+from refusal import refused
 
 from eapcore.models.forward import embed, forward, prefix, run_stages, run_with_senders, sender_buffer, unembed
 from eapcore.models.norm import Norm, NormInput
@@ -82,38 +83,30 @@ def test_a_buffer_is_made_in_the_models_dtype(dtype):
     assert bool(buffer.isfinite().all())
 
 
-@pytest.mark.parametrize(
-    ("buffer", "message"),
-    [
-        (torch.zeros(9, 3, 7, 23, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[9, 3, 7, 23\]"),
-        (torch.zeros(8, 3, 7, 24, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[8, 3, 7, 24\]"),
-        (torch.zeros(9, 21, 24, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[9, 21, 24\]"),
-        (torch.zeros(9, 3, 7, 24), r"torch.float64 on cpu, got \[9, 3, 7, 24\] torch.float32 on cpu"),
-        (torch.zeros(9, 3, 7, 24, dtype=torch.float64, device="meta"), "torch.float64 on cpu, got .* on meta"),
-        (torch.zeros(9, 3, 24, 7, dtype=torch.float64).transpose(2, 3), r"senders must be contiguous, got strides \("),
-    ],
-)
+@pytest.mark.parametrize(("buffer", "message"), [
+    (torch.zeros(9, 3, 7, 23, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[9, 3, 7, 23\]"),
+    (torch.zeros(8, 3, 7, 24, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[8, 3, 7, 24\]"),
+    (torch.zeros(9, 21, 24, dtype=torch.float64), r"\[9, 3, 7, 24\] torch.float64 on cpu, got \[9, 21, 24\]"),
+    (torch.zeros(9, 3, 7, 24), r"torch.float64 on cpu, got \[9, 3, 7, 24\] torch.float32 on cpu"),
+    (torch.zeros(9, 3, 7, 24, dtype=torch.float64, device="meta"), "torch.float64 on cpu, got .* on meta"),
+    (torch.zeros(9, 3, 24, 7, dtype=torch.float64).transpose(2, 3), r"senders must be contiguous, got strides \("),
+])  # fmt: skip
 def test_a_buffer_that_does_not_fit_is_refused(buffer, message):
     model = random_model()
     assert model.graph.n_senders == 9
-    with pytest.raises(ValueError, match=message):
-        run_with_senders(model, tokens_for(model), buffer)
+    refused(message, run_with_senders, model, tokens_for(model), buffer)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (torch.zeros(7, dtype=torch.int64), r"tokens must be int64 \[B, T\] with at least one token, got .* \[7\]"),
-        (torch.zeros(2, 7), r"tokens must be int64 \[B, T\] with at least one token, got torch.float32 \[2, 7\]"),
-        (torch.zeros(2, 0, dtype=torch.int64), r"at least one token, got torch.int64 \[2, 0\]"),
-        (torch.zeros(1, 17, dtype=torch.int64), "tokens have 17 positions, but the context of random is 16"),
-        (torch.full((1, 3), 29), r"tokens have the token id 29, but the vocabulary of random is 0\.\.28"),
-        (torch.full((1, 3), -1), r"tokens have the token id -1, but the vocabulary of random is 0\.\.28"),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "message"), [
+    (torch.zeros(7, dtype=torch.int64), r"tokens must be int64 \[B, T\] with at least one token, got .* \[7\]"),
+    (torch.zeros(2, 7), r"tokens must be int64 \[B, T\] with at least one token, got torch.float32 \[2, 7\]"),
+    (torch.zeros(2, 0, dtype=torch.int64), r"at least one token, got torch.int64 \[2, 0\]"),
+    (torch.zeros(1, 17, dtype=torch.int64), "tokens have 17 positions, but the context of random is 16"),
+    (torch.full((1, 3), 29), r"tokens have the token id 29, but the vocabulary of random is 0\.\.28"),
+    (torch.full((1, 3), -1), r"tokens have the token id -1, but the vocabulary of random is 0\.\.28"),
+])  # fmt: skip
 def test_tokens_that_do_not_fit_are_refused(tokens, message):
-    with pytest.raises(ValueError, match=message):
-        run_with_senders(random_model(), tokens)
+    refused(message, run_with_senders, random_model(), tokens)
 
 
 def test_a_normalisations_gradient_is_right_for_statistics_that_are_a_slice():

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import refusal
 import torch
 from models import SHARED, gpt2, layers_of, lens, random_model
 from safetensors.torch import load_file, save_file
@@ -143,10 +144,8 @@ def test_the_sharded_layouts_really_have_several_shards(tmp_path):
 
 
 OPTIONS = {
-    **{
-        name: {"activation_function": name}
-        for name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu")
-    },
+    **{name: {"activation_function": name}
+        for name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu")},
     "inverse layer scale": {"scale_attn_by_inverse_layer_idx": True},
     "no attention scale": {"scale_attn_weights": False},
     "only the inverse layer scale": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
@@ -157,7 +156,7 @@ OPTIONS = {
     "n_inner": {"n_inner": 40},
     "large epsilon": {"layer_norm_epsilon": 0.3},
     "n_ctx beside n_positions": {"n_ctx": 16},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -338,16 +337,13 @@ def test_buffers_and_a_missing_unembedding_bias_do_not_matter():
     assert torch.equal(logits_of(loaded), expected)
 
 
-@pytest.mark.parametrize(
-    ("fields", "scales"),
-    [
-        ({}, [8**-0.5, 8**-0.5]),
-        ({"attn_scale": -1.0}, [8**-0.5, 8**-0.5]),
-        ({"attn_scale": 2.0}, [0.5, 0.5]),
-        ({"attn_scale": 2.0, "use_attn_scale": False}, [1.0, 1.0]),
-        ({"scale_attn_by_inverse_layer_idx": True}, [8**-0.5, 8**-0.5 / 2]),
-    ],
-)
+@pytest.mark.parametrize(("fields", "scales"), [
+    ({}, [8**-0.5, 8**-0.5]),
+    ({"attn_scale": -1.0}, [8**-0.5, 8**-0.5]),
+    ({"attn_scale": 2.0}, [0.5, 0.5]),
+    ({"attn_scale": 2.0, "use_attn_scale": False}, [1.0, 1.0]),
+    ({"scale_attn_by_inverse_layer_idx": True}, [8**-0.5, 8**-0.5 / 2]),
+])  # fmt: skip
 def test_attention_scores_are_scaled_as_transformer_lens_does(fields, scales):
     state, cfg = lens(random_model(), **fields)
     config = load_weights(state, config=cfg).config
@@ -420,10 +416,7 @@ def test_gpt_nano_sort_agrees_with_its_own_activations():
 
 
 def refused(match, source, error=ValueError, **options):
-    with pytest.raises(error, match=match) as caught:
-        load_weights(source, **options)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    return caught.value
+    assert len(refusal.refused(match, load_weights, source, error=error, **options)) < 500
 
 
 def plain_gpt2(folder, sizes):
@@ -470,29 +463,19 @@ TENSORS = {
     "missing, many": (lambda s: [s.pop(k) for k in list(s) if k.startswith("h.1.")], r"lacks h\.1\..* and 8 more"),
     "extra": (lambda s: s.update({"h.2.ln_2.bias": torch.ones(24)}), r"has h\.2\.ln_2\.bias besides"),
     "never a mask": (lambda s: s.update({"h.0.attn.c_attn.masked_bias": torch.ones(1)}), "c_attn.masked_bias besides"),
-    "no mask of ours": (
-        lambda s: s.update({"vision.h.0.attn.bias": torch.ones(1)}),
-        r"vision\.h\.0\.attn\.bias besides",
-    ),
-    "transposed": (
-        lambda s: s.update({"h.0.attn.c_attn.weight": torch.ones(72, 24)}),
-        r"h\.0\.attn\.c_attn\.weight must be \[24, 72\] by the configuration, got \[72, 24\]",
-    ),
+    "no mask of ours": (lambda s: s.update({"vision.h.0.attn.bias": torch.ones(1)}),
+        r"vision\.h\.0\.attn\.bias besides"),
+    "transposed": (lambda s: s.update({"h.0.attn.c_attn.weight": torch.ones(72, 24)}),
+        r"h\.0\.attn\.c_attn\.weight must be \[24, 72\] by the configuration, got \[72, 24\]"),
     "twice": (lambda s: s.update({"transformer.wpe.weight": torch.ones(16, 24)}), r"wpe\.weight twice"),
-    "head differs from the tied embedding": (
-        lambda s: s.update({"lm_head.weight": torch.ones(29, 24)}),
-        "lm_head.weight differs from wte.weight.*tie_word_embeddings",
-    ),
-    "fp8": (
-        lambda s: s.update({"wte.weight": torch.ones(29, 24).to(torch.float8_e4m3fn)}),
-        "wte.weight has dtype F8_E4M3: quantized weights are not supported, only float64",
-    ),
+    "head differs from the tied embedding": (lambda s: s.update({"lm_head.weight": torch.ones(29, 24)}),
+        "lm_head.weight differs from wte.weight.*tie_word_embeddings"),
+    "fp8": (lambda s: s.update({"wte.weight": torch.ones(29, 24).to(torch.float8_e4m3fn)}),
+        "wte.weight has dtype F8_E4M3: quantized weights are not supported, only float64"),
     "int8": (lambda s: s.update({"wte.weight": torch.ones(29, 24, dtype=torch.int8)}), "wte.weight has dtype I8"),
-    "mixed dtypes": (
-        lambda s: s.update({"ln_f.bias": torch.ones(24).half()}),
-        "mixes float16 and float32: give a dtype",
-    ),
-}
+    "mixed dtypes": (lambda s: s.update({"ln_f.bias": torch.ones(24).half()}),
+        "mixes float16 and float32: give a dtype"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "match"), TENSORS.values(), ids=TENSORS)
@@ -521,15 +504,13 @@ CONFIGS = {
     "true for a number": ({"n_layer": True}, "n_layer .*must be a positive integer, got True"),
     "epsilon": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon .*must be a positive number, got nan"),
     "flag": ({"scale_attn_weights": "no"}, "scale_attn_weights .*must be true or false, got 'no'"),
-    "untied without a head": (
-        {"tie_word_embeddings": False},
-        r"with an untied head.* lacks lm_head\.weight \[29, 24\]",
-    ),
+    "untied without a head": ({"tie_word_embeddings": False},
+        r"with an untied head.* lacks lm_head\.weight \[29, 24\]"),
     "more layers than there are": ({"n_layer": 3}, r"GPT-2 of 3 layers.* lacks h\.2\."),
     "fewer layers than there are": ({"n_layer": 1}, r"GPT-2 of 1 layers.* has h\.1\..* besides"),
     "another context": ({"n_positions": 32}, r"wpe\.weight must be \[32, 24\] .*got \[16, 24\]"),
     "another n_inner": ({"n_inner": 40}, r"c_fc\.\w+ must be"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("fields", "match"), CONFIGS.values(), ids=CONFIGS)
@@ -555,14 +536,12 @@ LENS_CONFIGS = {
     "soft cap": ({"output_logits_soft_cap": 30.0}, "output_logits_soft_cap 30.0"),
     "SoLU": ({"act_fn": "solu_ln"}, "act_fn 'solu_ln' is not supported: expected one of gelu_new"),
     "scaled neurons": ({"neuron_scale": 0.5}, "neuron_scale 0.5"),
-    "LayerNorm said to be absent": (
-        {"normalization_type": None},
-        r"normalization None .* has ln_final\.w, ln_final\.b, blocks\.0",
-    ),
+    "LayerNorm said to be absent": ({"normalization_type": None},
+        r"normalization None .* has ln_final\.w, ln_final\.b, blocks\.0"),
     "LayerNorm said to be folded": ({"normalization_type": "LNPre"}, r"normalization LNPre .* has ln_final\.w"),
     "no sizes": ({"n_heads": None, "d_head": None}, "lacks n_heads and d_head"),
     "attention-only with MLPs": ({"attn_only": True}, r"has blocks\.0\.\S+.* besides"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("fields", "match"), LENS_CONFIGS.values(), ids=LENS_CONFIGS)

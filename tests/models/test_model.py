@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from models import random_model, with_weights
+from models import random_model, random_pairs, with_weights
 
+import eapcore
 import eapcore.models.weights as weights
 
 
@@ -53,3 +54,17 @@ def test_the_hash_tells_dtypes_a_tied_head_and_transposed_weights_apart():
     turned = with_weights(model, {"w_u": model.weights.w_u.T})
     single = random_model(d_model=24, d_vocab=24, dtype=torch.float32)
     assert len({m.content_hash for m in (model, tied, turned, single)}) == 4
+
+
+def test_weights_that_stay_are_hashed_once_however_often_they_are_scored(monkeypatch):
+    model, hashed = random_model(), []
+    real = weights.Weights.content_hash
+    monkeypatch.setattr(weights.Weights, "content_hash", lambda self: hashed.append(1) or real(self))
+    pairs = random_pairs(model, [5, 5])
+    metas = [eapcore.attribute(model, pairs).meta for _ in range(3)]
+    assert len(hashed) == 1
+    model.weights.w_u.mul_(1.5)
+    metas.append(eapcore.attribute(model, pairs).meta)
+    assert len(hashed) == 2
+    hashes = [meta["model"]["content_hash"] for meta in metas]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3] == model.content_hash

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import KINDS, random_model, random_pairs, tensors_of, with_weights
+from models import KINDS, random_case, random_model, random_pairs, tensors_of, with_weights
 
 from eapcore.models.forward import embed, prefix, run_stages
 from eapcore.models.paired import run_paired
@@ -20,8 +20,7 @@ def parts_of(run):
 @pytest.mark.parametrize("first", [0, 1, 5])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_every_stage_makes_what_it_makes_alone(options, first, told):
-    model = random_model(**options)
-    pairs = random_pairs(model, [7, 7, 6], first_difference=first)
+    model, pairs = random_case([7, 7, 6], first_difference=first, **options)
     read = pairs.positions[:, None] - first
     both = torch.cat([embed(model, prompts[:, first:], first) for prompts in (pairs.clean, pairs.corrupt)])
     past = prefix(model, pairs.clean[:, :first])

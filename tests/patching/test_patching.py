@@ -10,7 +10,8 @@ import oracle
 import pytest
 import torch
 from everything import EXACT
-from models import joined, random_circuit, random_model, random_pairs
+from models import joined, random_case, random_circuit, random_model, random_pairs
+from refusal import refused
 
 from eapcore.attribution.attribute import attribute
 from eapcore.execution.experiment import Experiment
@@ -92,8 +93,7 @@ def close(found, expected, atol=1e-10):
 @pytest.mark.parametrize("first", [0, 2], ids=["first token", "shared prefix"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_the_effect_of_every_edge_equals_one_edge_at_a_time(options, first):
-    model = random_model(**options)
-    pairs = random_pairs(model, LENGTHS, first_difference=first)
+    model, pairs = random_case(LENGTHS, first_difference=first, **options)
     expected = one_by_one(model, pairs, "logit_diff")
     effects = patch_edges(model, pairs, "logit_diff", batch_size=2)
     assert expected.abs().max() > 1e-2
@@ -103,15 +103,13 @@ def test_the_effect_of_every_edge_equals_one_edge_at_a_time(options, first):
 
 @pytest.mark.parametrize("metric", ["kl", "prob_diff"])
 def test_the_effect_of_every_edge_is_that_of_the_metric(metric):
-    model = random_model(**SMALL)
-    pairs = random_pairs(model, [5, 4])
+    model, pairs = random_case([5, 4], **SMALL)
     close(patch_edges(model, pairs, metric).scores, one_by_one(model, pairs, metric))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_effects_depend_neither_on_the_batch_size_nor_on_the_copies_in_a_forward(batch_size, limited):
-    model = random_model()
-    pairs = random_pairs(model, [6, 3, 7, 4, 7], first_difference=1)
+    model, pairs = random_case([6, 3, 7, 4, 7], first_difference=1)
     whole = patch_edges(model, pairs).scores
     limited(copy_tokens=7 * batch_size * 3)
     close(patch_edges(model, pairs, batch_size=batch_size).scores, whole, 1e-13)
@@ -147,8 +145,7 @@ def test_answers_before_the_last_token_are_read_there():
 
 
 def test_an_edge_can_carry_zero_or_a_mean_instead_of_the_corrupt_activation():
-    model = random_model(**SMALL)
-    pairs = random_pairs(model, [5, 4])
+    model, pairs = random_case([5, 4], **SMALL)
     zero = one_by_one(model, pairs, "logit_diff", other=torch.zeros_like)
     close(patch_edges(model, pairs, ablation="zero").scores, zero)
     s, r = model.graph.edge("m0->a1.h1<v>")
@@ -160,8 +157,7 @@ def test_an_edge_can_carry_zero_or_a_mean_instead_of_the_corrupt_activation():
 
 
 def test_only_the_edges_that_were_asked_for_are_measured_and_named():
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     names = ["embed->a0.h1<k>", "m0->a1.h2<q>", "a1.h0->logits", "a0.h0->m1"]
     effects = patch_edges(model, pairs, edges=names)
     whole = patch_edges(model, pairs)
@@ -173,8 +169,7 @@ def test_only_the_edges_that_were_asked_for_are_measured_and_named():
 
 
 def test_the_slope_of_a_small_step_is_the_eap_score():
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     scores = attribute(model, pairs)
     for name, score in scores.top(3):
         curve = interpolate(model, pairs, "logit_diff", name, points=[0.0, 1e-6, 1.0], score=score)
@@ -184,8 +179,7 @@ def test_the_slope_of_a_small_step_is_the_eap_score():
 
 
 def test_points_between_clean_and_corrupt_equal_the_oracle(tmp_path):
-    model = random_model(**SMALL)
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **SMALL)
     for name in ("embed->a0.h1<q>", "m0->a1.h0<k>", "a0.h1->m1", "m1->logits"):
         curve = interpolate(model, pairs, "logit_diff", name, points=3)
         expected = literal(model, pairs, "logit_diff", one_edge(model.graph.edge(name), scale=0.5))
@@ -198,8 +192,7 @@ def test_points_between_clean_and_corrupt_equal_the_oracle(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_progress_counts_what_is_run(batch_size, limited):
     limited(copy_tokens=40)
-    model = random_model(**SMALL)
-    pairs = random_pairs(model, [6, 3, 5])
+    model, pairs = random_case([6, 3, 5], **SMALL)
     for call, total in (
         (lambda **o: interpolate(model, pairs, "nll", "m0->m1", points=7, **o), 7 * 3),
         (lambda **o: path_patch(model, pairs, "nll", ["m0"], ["m0->logits"], **o), 3),
@@ -258,8 +251,7 @@ def interrupted(model, pairs, path, after, **options):
 @pytest.mark.parametrize("after", [1, 100, 300])
 def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, limited):
     limited(copy_tokens=64)
-    model = random_model()
-    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+    model, pairs = random_case([6, 3, 7, 4, 7])
     expected = patch_edges(model, pairs, batch_size=2)
     path = tmp_path / "partial"
     interrupted(model, pairs, path, after)
@@ -275,8 +267,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(after, tmp_path, limited):
 @pytest.mark.parametrize("after", [1, 100, 300])
 @pytest.mark.parametrize("ablation", ["corrupt", "mean"])
 def test_a_run_goes_on_where_other_sizes_go_through_the_model_together(after, ablation, tmp_path, limited, monkeypatch):
-    model = random_model()
-    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+    model, pairs = random_case([6, 3, 7, 4, 7])
     expected = patch_edges(model, pairs, ablation=ablation)
     limited(copy_tokens=64, copy_work=0)
     interrupted(model, pairs, tmp_path / "partial", after, ablation=ablation)
@@ -292,8 +283,7 @@ def test_a_run_goes_on_where_other_sizes_go_through_the_model_together(after, ab
 
 
 def test_an_interruption_between_any_two_steps_counts_no_edge_twice(tmp_path):
-    model = random_model(n_layers=1, n_heads=1, d_model=6, d_head=3, d_mlp=5)
-    pairs = random_pairs(model, [3, 2])
+    model, pairs = random_case([3, 2], n_layers=1, n_heads=1, d_model=6, d_head=3, d_mlp=5)
     expected = patch_edges(model, pairs, batch_size=1)
 
     def run(path, at):
@@ -334,8 +324,7 @@ def test_an_interruption_between_any_two_steps_counts_no_edge_twice(tmp_path):
 
 
 def test_another_callable_of_the_same_name_is_refused(tmp_path):
-    model = random_model()
-    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+    model, pairs = random_case([6, 3, 7, 4, 7])
 
     def metrics(scale):
         return lambda logits: scale * logits[:, 3]
@@ -351,8 +340,7 @@ def test_another_callable_of_the_same_name_is_refused(tmp_path):
 
 
 def test_a_partial_result_of_something_else_is_refused(tmp_path):
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     path = tmp_path / "partial"
     interrupted(model, pairs, path, 1)
     other = random_pairs(model, LENGTHS, seed=9)
@@ -362,13 +350,10 @@ def test_a_partial_result_of_something_else_is_refused(tmp_path):
         "metric": (model, pairs, "nll"),
         "edges": (model, pairs, "logit_diff", ["m0->m1"]),
     }.items():
-        with pytest.raises(ValueError, match=f"belongs to another {changed}: delete it"):
-            patch_edges(*arguments, resume=path)
-    with pytest.raises(ValueError, match="another ablation"):
-        patch_edges(model, pairs, resume=path, ablation="zero")
+        refused(f"belongs to another {changed}: delete it", patch_edges, *arguments, resume=path)
+    refused("another ablation", patch_edges, model, pairs, resume=path, ablation="zero")
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="must be a partial result of patching"):
-        patch_edges(model, pairs, resume=path)
+    refused("must be a partial result of patching", patch_edges, model, pairs, resume=path)
     with pytest.raises(IsADirectoryError, match=r"resume must be a file for what is done so far, but .* is a folder"):
         patch_edges(model, pairs, resume=tmp_path)
 
@@ -384,8 +369,7 @@ def random_circuits(graph, count):
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_several_circuits_in_one_forward_each_equal_the_oracle(options):
-    model = random_model(**options)
-    pairs = random_pairs(model, LENGTHS, first_difference=1)
+    model, pairs = random_case(LENGTHS, first_difference=1, **options)
     ends = [Circuit(model.graph.edge_mask() & keep, model.graph) for keep in (True, False)]
     circuits = [*random_circuits(model.graph, 3), *ends]
     logits = run_circuit(model, pairs, circuits)
@@ -416,8 +400,7 @@ def test_circuits_with_zero_and_mean_ablation_equal_the_oracle(kind):
 
 
 def test_the_mean_of_a_metric_over_circuits_does_not_depend_on_the_batch_size():
-    model = random_model()
-    pairs = random_pairs(model, [6, 3, 7, 4, 7])
+    model, pairs = random_case([6, 3, 7, 4, 7])
     circuits = [*random_circuits(model.graph, 3), Circuit(model.graph.edge_mask(), model.graph)]
     whole = metric_on(model, pairs, "logit_diff", circuits, batch_size=5)
     meta = attribute(model, pairs).meta["metric"]
@@ -447,8 +430,7 @@ def node_change(s0, position=None):
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_patching_a_node_equals_replacing_what_it_sends_everywhere(options):
-    model = random_model(**options)
-    pairs = random_pairs(model, LENGTHS, first_difference=1)
+    model, pairs = random_case(LENGTHS, first_difference=1, **options)
     effects = patch_nodes(model, pairs)
     assert effects.nodes == model.graph.sender_names
     for s, name in enumerate(effects.nodes):
@@ -456,8 +438,7 @@ def test_patching_a_node_equals_replacing_what_it_sends_everywhere(options):
 
 
 def test_patching_a_node_at_a_position_changes_that_position_alone():
-    model = random_model(**SMALL)
-    pairs = random_pairs(model, [6, 4], first_difference=1)
+    model, pairs = random_case([6, 4], first_difference=1, **SMALL)
     names = ["embed", "a0.h1", "m0", "a1.h0", "m1"]
     effects = patch_nodes(model, pairs, nodes=names, per_position=True, batch_size=1)
     assert effects.effects.shape == (5, 6)
@@ -487,8 +468,7 @@ def path_change(mask, origins):
 
 def test_path_patching_along_random_edges_equals_the_oracle():
     for options in MODELS.values():
-        model = random_model(**options)
-        pairs = random_pairs(model, LENGTHS, first_difference=1)
+        model, pairs = random_case(LENGTHS, first_difference=1, **options)
         for origins in (["embed"], ["a0.h0", "a0.h1"]):
             for edges in random_circuits(model.graph, 2):
                 chosen = {model.graph.sender(name) for name in origins}
@@ -498,8 +478,7 @@ def test_path_patching_along_random_edges_equals_the_oracle():
 
 
 def test_a_written_path_changes_what_lies_on_it_and_nothing_else():
-    model = random_model(n_layers=3, n_heads=2)
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, n_layers=3, n_heads=2)
     path = "a0.h1->a1.h0<k>->m1->a2.h1<q>->logits"
     steps = ["a0.h1->a1.h0<k>", "a1.h0->m1", "m1->a2.h1<q>", "a2.h1->logits"]
     edges = Circuit.from_edges(model.graph, steps)
@@ -510,8 +489,7 @@ def test_a_written_path_changes_what_lies_on_it_and_nothing_else():
 
 
 def test_a_direct_effect_on_the_logits_is_that_of_the_edge():
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     effects = patch_edges(model, pairs)
     for name in ("a1.h2", "m0", "embed"):
         direct = path_patch(model, pairs, "logit_diff", [name], [f"{name}->logits"])
@@ -534,51 +512,37 @@ def test_routes_lead_through_the_named_components_and_onward_from_the_receivers(
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m, p: patch_edges(m, p, edges=["m1->m0"]), "'m1->m0' is no edge"),
-        (lambda m, p: patch_edges(m, p, edges=[]), "at least one edge is needed"),
-        (
-            lambda m, p: patch_edges(m, p, edges=Circuit(torch.ones_like(m.graph.edge_mask()), m.graph)),
-            "edges must be edges of .*, but 114 places of the circuit's mask are none",
-        ),
-        (lambda m, p: run_circuit(m, p, attribute(m, p)), "must be a Circuit, .*, got EdgeScores"),
-        (lambda m, p: run_circuit(m, p, ["m0->m1"]), "must be a Circuit, .*, got str"),
-        (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=True), "points must be at least 2, got True"),
-        *(
-            (lambda m, p, points=points: interpolate(m, p, "nll", "m0->m1", points=points), "a list of finite λ")
-            for points in ([], [float("nan")], ["half"], 0.5, None)
-        ),
-        (lambda m, p: patch_edges(m, p, edges="m0->m1"), "a circuit or a list of names, got the text"),
-        (lambda m, p: patch_edges(m, p, ablation="noise"), "ablation must be one of corrupt, zero"),
-        (lambda m, p: patch_edges(m, p, batch_size=0), "batch_size must be 'auto' or a positive integer"),
-        (lambda m, p: patch_edges(m, p, "accuracy"), "metric must be one of"),
-        (lambda m, p: patch_nodes(m, p, nodes=["m7"]), "a sender is embed or"),
-        (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=1), "points must be at least 2, got 1"),
-        (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0->m1"]), "no path leads from m0 to the logits"),
-        (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0"]), "a path is written sender->receiver->"),
-        (lambda m, p: path_patch(m, p, "nll", ["m0"], "m0->logits"), "paths must be a list of paths or a circuit"),
-        (lambda m, p: run_circuit(m, p, []), "at least one circuit is needed"),
-        (
-            lambda m, p: metric_on(m, PromptPairs.from_lists([[1]], [[40]], [1]), "nll", random_circuits(m.graph, 1)),
-            "corrupt prompts have the token id 40",
-        ),
-        (
-            lambda m, p: patch_edges(m, PromptPairs.from_lists([[1] * 17], [[2] * 17], [1])),
-            "clean prompts have 17 positions",
-        ),
-        (lambda m, p: run_circuit(m, p, random_circuits(random_model(n_layers=1).graph, 1)), "the circuit must belong"),
-        (
-            lambda m, p: patch_edges(m, p, ablation="mean-positional", reference=random_pairs(m, [3])),
-            "needs reference prompts as long as the task's, 6 tokens, but the longest has 3",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda m, p: patch_edges(m, p, edges=["m1->m0"]), "'m1->m0' is no edge"),
+    (lambda m, p: patch_edges(m, p, edges=[]), "at least one edge is needed"),
+    (lambda m, p: patch_edges(m, p, edges=Circuit(torch.ones_like(m.graph.edge_mask()), m.graph)),
+        "edges must be edges of .*, but 114 places of the circuit's mask are none"),
+    (lambda m, p: run_circuit(m, p, attribute(m, p)), "must be a Circuit, .*, got EdgeScores"),
+    (lambda m, p: run_circuit(m, p, ["m0->m1"]), "must be a Circuit, .*, got str"),
+    (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=True), "points must be at least 2, got True"),
+    *((lambda m, p, points=points: interpolate(m, p, "nll", "m0->m1", points=points), "a list of finite λ")
+        for points in ([], [float("nan")], ["half"], 0.5, None)),
+    (lambda m, p: patch_edges(m, p, edges="m0->m1"), "a circuit or a list of names, got the text"),
+    (lambda m, p: patch_edges(m, p, ablation="noise"), "ablation must be one of corrupt, zero"),
+    (lambda m, p: patch_edges(m, p, batch_size=0), "batch_size must be 'auto' or a positive integer"),
+    (lambda m, p: patch_edges(m, p, "accuracy"), "metric must be one of"),
+    (lambda m, p: patch_nodes(m, p, nodes=["m7"]), "a sender is embed or"),
+    (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=1), "points must be at least 2, got 1"),
+    (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0->m1"]), "no path leads from m0 to the logits"),
+    (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0"]), "a path is written sender->receiver->"),
+    (lambda m, p: path_patch(m, p, "nll", ["m0"], "m0->logits"), "paths must be a list of paths or a circuit"),
+    (lambda m, p: run_circuit(m, p, []), "at least one circuit is needed"),
+    (lambda m, p: metric_on(m, PromptPairs.from_lists([[1]], [[40]], [1]), "nll", random_circuits(m.graph, 1)),
+        "corrupt prompts have the token id 40"),
+    (lambda m, p: patch_edges(m, PromptPairs.from_lists([[1] * 17], [[2] * 17], [1])),
+        "clean prompts have 17 positions"),
+    (lambda m, p: run_circuit(m, p, random_circuits(random_model(n_layers=1).graph, 1)), "the circuit must belong"),
+    (lambda m, p: patch_edges(m, p, ablation="mean-positional", reference=random_pairs(m, [3])),
+        "needs reference prompts as long as the task's, 6 tokens, but the longest has 3"),
+])  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence(call, message):
     model = random_model()
-    with pytest.raises(ValueError, match=message):
-        call(model, random_pairs(model, LENGTHS))
+    refused(message, call, model, random_pairs(model, LENGTHS))
 
 
 def test_a_metric_that_is_not_finite_on_a_patched_run_is_refused():
@@ -599,10 +563,7 @@ def test_a_metric_that_is_not_finite_on_a_patched_run_is_refused():
         lambda: metric_on(model, pairs, later, [circuit]),
     ):
         shown.clear()
-        with pytest.raises(
-            ValueError, match=r"later is NaN or infinite on a patched run in torch\.float64: use a wider"
-        ):
-            measure()
+        refused(r"later is NaN or infinite on a patched run in torch\.float64: use a wider", measure)
     with pytest.raises(ValueError, match="the metric is NaN or infinite on pair 0"):
         metric_on(model, pairs, lambda logits: logits[:, 0] * float("nan"), [circuit])
 
@@ -610,13 +571,11 @@ def test_a_metric_that_is_not_finite_on_a_patched_run_is_refused():
 def test_damaged_weights_are_named_rather_than_measured():
     model = random_model()
     model.attentions[1].b_o[0] = torch.nan
-    with pytest.raises(ValueError, match="of layer 1 has NaN or infinite activations on pair"):
-        patch_edges(model, random_pairs(model, LENGTHS))
+    refused("of layer 1 has NaN or infinite activations on pair", patch_edges, model, random_pairs(model, LENGTHS))
 
 
 def test_results_are_saved_as_json_with_what_made_them(tmp_path):
-    model = random_model()
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS)
     patch_nodes(model, pairs, per_position=True).save(tmp_path / "nodes.json")
     content = json.loads((tmp_path / "nodes.json").read_text())
     assert content["nodes"] == model.graph.sender_names and content["meta"]["method"]["name"] == "patch-nodes"

@@ -7,7 +7,8 @@ import math
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import random_case, random_model, random_pairs
+from refusal import refused
 
 from eapcore.attribution.attribute import attribute
 from eapcore.graph.circuit import Circuit
@@ -64,17 +65,13 @@ def literal_acdc(model, pairs, metric, threshold, start=None, order=lambda sende
     return mask, literal.forwards
 
 
-@pytest.mark.parametrize(
-    ("options", "threshold", "metric"),
-    [
-        *((name, threshold, "kl") for name in MODELS for threshold in (0.003, 0.1)),
-        ("gpt2", 0.1, "logit_diff"),
-        ("attention-only", 0.5, "logit_diff"),
-    ],
-)
+@pytest.mark.parametrize(("options", "threshold", "metric"), [
+    *((name, threshold, "kl") for name in MODELS for threshold in (0.003, 0.1)),
+    ("gpt2", 0.1, "logit_diff"),
+    ("attention-only", 0.5, "logit_diff"),
+])  # fmt: skip
 def test_decisions_are_those_of_a_search_that_takes_one_edge_at_a_time(options, threshold, metric):
-    model = random_model(**MODELS[options])
-    pairs = random_pairs(model, LENGTHS, first_difference=1)
+    model, pairs = random_case(LENGTHS, first_difference=1, **MODELS[options])
     expected, forwards = literal_acdc(model, pairs, metric, threshold)
     found = acdc(model, pairs, metric, threshold=threshold, batch_size=1)
     assert torch.equal(found.mask, expected)
@@ -84,16 +81,14 @@ def test_decisions_are_those_of_a_search_that_takes_one_edge_at_a_time(options, 
 
 
 def test_the_searches_above_remove_some_edges_and_keep_some():
-    model = random_model(**MODELS["gpt2"])
-    pairs = random_pairs(model, LENGTHS, first_difference=1)
+    model, pairs = random_case(LENGTHS, first_difference=1, **MODELS["gpt2"])
     sizes = [acdc(model, pairs, threshold=t).n_edges for t in (0.003, 0.1)]
     assert model.graph.n_edges > sizes[0] > sizes[1] > 0
 
 
 @pytest.mark.parametrize("order", ["earliest", "scores"])
 def test_the_stated_order_of_senders_is_kept(order):
-    model = random_model(**MODELS["gpt2"])
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **MODELS["gpt2"])
     scores = attribute(model, pairs)
 
     def literal_order(senders, r):
@@ -106,8 +101,7 @@ def test_the_stated_order_of_senders_is_kept(order):
 
 
 def test_a_start_is_pruned_as_the_search_would_from_there():
-    model = random_model(**MODELS["gpt2"])
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **MODELS["gpt2"])
     scores = attribute(model, pairs)
     start = scores.top_n(model.graph.n_edges // 2)
     expected, _ = literal_acdc(model, pairs, "kl", 0.05, start)
@@ -119,8 +113,7 @@ def test_a_start_is_pruned_as_the_search_would_from_there():
 
 
 def test_a_sweep_prunes_every_size_with_every_threshold():
-    model = random_model(**MODELS["one layer"])
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **MODELS["one layer"])
     scores = attribute(model, pairs)
     found = prune_sweep(model, pairs, scores, [5, 9], [0.01, 1.0])
     each = [acdc(model, pairs, threshold=t, start=scores.top_n(n)) for n in (5, 9) for t in (0.01, 1.0)]
@@ -129,8 +122,7 @@ def test_a_sweep_prunes_every_size_with_every_threshold():
 
 
 def test_a_sweep_prunes_the_edges_above_each_score_threshold():
-    model = random_model(**MODELS["one layer"])
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **MODELS["one layer"])
     scores, calls = attribute(model, pairs), []
     cuts = [abs(scores.top(n)[-1][1]) for n in (4, 9)]
     found = prune_sweep(
@@ -151,8 +143,7 @@ def test_a_sweep_prunes_the_edges_above_each_score_threshold():
 
 @pytest.mark.parametrize("ablation", ["zero"])
 def test_removed_edges_carry_the_ablation_that_was_asked_for(ablation):
-    model = random_model(**MODELS["gpt2"])
-    pairs = random_pairs(model, LENGTHS)
+    model, pairs = random_case(LENGTHS, **MODELS["gpt2"])
     found = acdc(model, pairs, threshold=0.3, ablation=ablation)
     (value,) = metric_on(model, pairs, "kl", [found], ablation=ablation)
     assert 0 < found.n_edges < model.graph.n_edges
@@ -175,28 +166,23 @@ def test_a_circuit_remembers_how_it_was_found(tmp_path):
     assert loaded.meta["method"]["name"] == "acdc" and loaded.meta["metric"]["name"] == "kl"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": 0}, "threshold must be positive and finite, got 0"),
-        ({"threshold": "0.1"}, "threshold must be positive and finite, got '0.1'"),
-        ({"threshold": float("nan")}, "threshold must be positive and finite, got nan"),
-        ({"threshold": math.inf}, "threshold must be positive and finite, got inf"),
-        ({"threshold": 0.1, "order": "random"}, "order must be latest, earliest or edge scores, got 'random'"),
-        ({"threshold": 0.1, "metric": "accuracy"}, "metric must be one of"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"threshold": 0}, "threshold must be positive and finite, got 0"),
+    ({"threshold": "0.1"}, "threshold must be positive and finite, got '0.1'"),
+    ({"threshold": float("nan")}, "threshold must be positive and finite, got nan"),
+    ({"threshold": math.inf}, "threshold must be positive and finite, got inf"),
+    ({"threshold": 0.1, "order": "random"}, "order must be latest, earliest or edge scores, got 'random'"),
+    ({"threshold": 0.1, "metric": "accuracy"}, "metric must be one of"),
+])  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence(options, message):
     model = random_model()
-    with pytest.raises(ValueError, match=message):
-        acdc(model, random_pairs(model, LENGTHS), **options)
+    refused(message, acdc, model, random_pairs(model, LENGTHS), **options)
 
 
 def test_a_start_of_another_graph_is_refused():
     model, other = random_model(), random_model(n_layers=1)
     start = Circuit(other.graph.edge_mask(), other.graph)
-    with pytest.raises(ValueError, match="start must be a circuit of"):
-        acdc(model, random_pairs(model, LENGTHS), threshold=0.1, start=start)
+    refused("start must be a circuit of", acdc, model, random_pairs(model, LENGTHS), threshold=0.1, start=start)
     everywhere = Circuit(torch.ones_like(model.graph.edge_mask()), model.graph)
     with pytest.raises(ValueError, match=r"start must be edges of .*, but some places of its mask are none"):
         acdc(model, random_pairs(model, LENGTHS), threshold=0.1, start=everywhere)

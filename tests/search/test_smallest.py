@@ -6,7 +6,7 @@ import math
 from itertools import chain
 
 import pytest
-from models import random_model, random_pairs
+from models import random_case
 
 from eapcore.attribution.attribute import attribute
 from eapcore.execution.experiment import Experiment
@@ -18,8 +18,7 @@ from eapcore.search.smallest import SIZES, run_until, selections, smallest
 
 @pytest.fixture
 def case():
-    model = random_model(n_heads=2, d_model=12)
-    pairs = random_pairs(model, [6, 3, 5])
+    model, pairs = random_case([6, 3, 5], n_heads=2, d_model=12)
     return model, pairs, attribute(model, pairs)
 
 

@@ -30,15 +30,12 @@ EXACT = {
     "edges": lambda m, p, **o: patch_edges(m, p, batch_size=2, **o).scores,
     "nodes": lambda m, p, **o: patch_nodes(m, p, **o).effects,
     "nodes by position": lambda m, p, **o: patch_nodes(m, p, per_position=True, **o).effects,
-    "paths": lambda m, p, **o: [
-        path_patch(m, p, "logit_diff", ["embed"], [f"embed->a0.h{head}<{part}>->logits"], **o).effect
-        for head in range(2)
-        for part in "qkv"
-    ],
+    "paths": lambda m, p, **o: [path_patch(m, p, "logit_diff", ["embed"], [f"embed->a0.h{head}<{part}>->logits"],
+        **o).effect for head in range(2) for part in "qkv"],
     "routes": lambda m, p, **o: path_patch(m, p, "nll", ["embed"], between(m.graph), **o).effect,
     "a curve": lambda m, p, **o: interpolate(m, p, "logit_diff", "embed->a0.h1<v>", points=4, **o).effects,
     "circuits": lambda m, p, **o: run_circuit(m, p, [random_circuit(m.graph, share) for share in (0.3, 0.8)], **o),
-}
+}  # fmt: skip
 SEARCHES = {
     "acdc": lambda m, p, **o: acdc(m, p, threshold=0.02, **o).mask.double(),
     "acdc from a start": lambda m, p, **o: acdc(m, p, threshold=0.02, start=chosen(m, p, **o), **o).mask.double(),

@@ -131,6 +131,12 @@ def random_pairs(model: Model, lengths: list[int], *, seed: int = 1, first_diffe
     return PromptPairs.from_lists(clean, corrupt, answers, wrong, name="random", seed=seed)
 
 
+def random_case(lengths: list[int], *, first_difference: int = 0, **options: Any) -> tuple[Model, PromptPairs]:
+    """A random model and pairs for it."""
+    model = random_model(**options)
+    return model, random_pairs(model, lengths, first_difference=first_difference)
+
+
 def lists(pairs: PromptPairs) -> dict[str, list]:
     """The fields of some pairs as plain lists, padding removed."""
     lengths, prompts, ids = pairs.lengths.tolist(), ("clean", "corrupt"), ("answers", "wrong")

@@ -9,7 +9,8 @@ import math
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import random_case, random_model, random_pairs
+from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
@@ -111,15 +112,13 @@ def test_a_callable_goes_by_its_name():
 
 @pytest.mark.parametrize("metric", ["accuracy", "", "Logit_Diff"])
 def test_an_unknown_metric_lists_the_valid_ones(metric):
-    with pytest.raises(ValueError, match="metric must be one of logit_diff, prob_diff, logit_margin, nll, kl") as error:
-        find_metric(metric, padded(ANSWERS), padded(WRONG))
-    assert repr(metric) in str(error.value)
+    names = "metric must be one of logit_diff, prob_diff, logit_margin, nll, kl"
+    assert repr(metric) in refused(names, find_metric, metric, padded(ANSWERS), padded(WRONG))
 
 
 @pytest.mark.parametrize("metric", [None, 3, torch.zeros(2)])
 def test_a_metric_that_cannot_be_called_is_refused(metric):
-    with pytest.raises(ValueError, match=r"metric must be one of .* or a callable, got"):
-        find_metric(metric, padded(ANSWERS), padded(WRONG))
+    refused(r"metric must be one of .* or a callable, got", find_metric, metric, padded(ANSWERS), padded(WRONG))
 
 
 @pytest.mark.parametrize("name", ["logit_diff", "prob_diff", "logit_margin"])
@@ -155,8 +154,7 @@ def test_a_callable_with_one_parameter_takes_the_logits_and_with_two_the_batch_a
 
 
 def test_callables_score_as_the_named_metric_does():
-    model = random_model()
-    pairs = random_pairs(model, [4, 6])
+    model, pairs = random_case([4, 6])
     named = attribute(model, pairs, "logit_margin")
     two = attribute(model, pairs, lambda logits, batch: METRICS["logit_margin"](logits, batch))
     assert torch.equal(two.scores, named.scores)
@@ -180,8 +178,7 @@ def test_callables_score_as_the_named_metric_does():
 
 
 def test_a_metric_sees_both_runs_and_which_pairs_they_are():
-    model = random_model()
-    pairs = random_pairs(model, [4, 6, 3])
+    model, pairs = random_case([4, 6, 3])
     seen = []
 
     def metric(logits, batch):
@@ -202,8 +199,7 @@ def test_a_metric_sees_both_runs_and_which_pairs_they_are():
 
 
 def test_the_meta_holds_the_metric_on_both_runs():
-    model = random_model()
-    pairs = random_pairs(model, [4, 6, 3])
+    model, pairs = random_case([4, 6, 3])
     meta = attribute(model, pairs, "prob_diff", batch_size=2).meta["metric"]
     values = {"clean": 0.0, "corrupt": 0.0}
     for i, length in enumerate(pairs.lengths.tolist()):
@@ -219,13 +215,10 @@ def test_the_meta_holds_the_metric_on_both_runs():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_metric_without_a_gradient_at_the_clean_run_is_refused_rather_than_scored_zero(dtype):
-    model = random_model(dtype=dtype)
-    pairs = random_pairs(model, [4, 6, 3])
-    with pytest.raises(ValueError, match="the gradient of the metric kl is zero on every pair") as error:
-        attribute(model, pairs, "kl")
-    assert "use another metric" in str(error.value)
-    with pytest.raises(ValueError, match="the gradient of the metric constant is zero on every pair"):
-        attribute(model, pairs, constant)
+    model, pairs = random_case([4, 6, 3], dtype=dtype)
+    zero = "the gradient of the metric {} is zero on every pair"
+    assert "use another metric" in refused(zero.format("kl"), attribute, model, pairs, "kl")
+    refused(zero.format("constant"), attribute, model, pairs, constant)
 
 
 def constant(logits):
@@ -246,30 +239,24 @@ BAD = {
     "numpy": (lambda logits: logits.detach().numpy()[:, 0], r"one value a pair, \[B\] = \[3\], got ndarray"),
     "NaN": (lambda logits, batch: logits[:, 0] * nan_if(batch.index == 1), "NaN or infinite on pair 1"),
     "infinity": (lambda logits, batch: logits[:, 0] / (batch.index != 2), "NaN or infinite on pair 2"),
-    "detached": (
-        lambda logits: logits.detach()[:, 0],
-        NO_GRADIENT,
-    ),
+    "detached": (lambda logits: logits.detach()[:, 0], NO_GRADIENT),
     "integers": (lambda logits: logits.argmax(-1), NO_GRADIENT),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("metric", "message"), BAD.values(), ids=BAD)
 def test_a_metric_that_returns_something_else_is_refused(metric, message):
     model = random_model()
-    with pytest.raises(ValueError, match=message):
-        attribute(model, random_pairs(model, [4, 6, 3]), metric)
+    refused(message, attribute, model, random_pairs(model, [4, 6, 3]), metric)
 
 
 def test_a_bad_pair_is_named_by_its_place_in_the_task_not_in_the_batch():
-    model = random_model()
-    pairs = random_pairs(model, [4, 6, 3, 5])
+    model, pairs = random_case([4, 6, 3, 5])
 
     def metric(logits, batch):
         return logits[:, 0] / (batch.index != 3)
 
-    with pytest.raises(ValueError, match="NaN or infinite on pair 3"):
-        attribute(model, pairs, metric, batch_size=2)
+    refused("NaN or infinite on pair 3", attribute, model, pairs, metric, batch_size=2)
 
 
 def test_a_metric_with_a_gradient_that_is_not_finite_is_refused():
@@ -278,8 +265,7 @@ def test_a_metric_with_a_gradient_that_is_not_finite_is_refused():
     def metric(logits):
         return (logits[:, 0] - logits[:, 0].detach()).abs().sqrt() + logits[:, 1]
 
-    with pytest.raises(ValueError, match="gradient"):
-        attribute(model, random_pairs(model, [4, 6, 3]), metric)
+    refused("gradient", attribute, model, random_pairs(model, [4, 6, 3]), metric)
 
 
 class Vocabulary(TorchDispatchMode):
@@ -307,8 +293,7 @@ class Vocabulary(TorchDispatchMode):
 
 @pytest.mark.parametrize("metric", ["logit_diff", "prob_diff", "nll"])
 def test_logits_are_computed_only_where_the_metric_reads(metric):
-    model = random_model(d_vocab=97)
-    pairs = random_pairs(model, [9, 4, 7, 8, 9])
+    model, pairs = random_case([9, 4, 7, 8, 9], d_vocab=97)
     with Vocabulary(97, model.weights) as seen:
         attribute(model, pairs, metric, batch_size=3)
     if metric in ("logit_diff", "logit_margin"):
@@ -333,8 +318,7 @@ def test_a_metric_is_the_same_on_the_logits_that_it_reads(metric):
 
 
 def test_patching_computes_logits_only_where_the_metric_reads():
-    model = random_model(d_vocab=97)
-    pairs = random_pairs(model, [9, 4, 7])
+    model, pairs = random_case([9, 4, 7], d_vocab=97)
     circuit = attribute(model, pairs).top_n(10)
     with Vocabulary(97, model.weights) as seen:
         metric_on(model, pairs, "nll", [circuit])

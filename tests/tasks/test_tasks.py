@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from models import SHARED, lists
+from refusal import refused
 
 from eapcore.tasks import TASKS, PromptPairs, find_pairs, sort, text, toy_induction
 from eapcore.tasks.files import read_pairs
@@ -49,33 +50,27 @@ def test_corrupt_prompts_may_be_left_out():
 
 GOOD = {"clean": [[1, 2], [3, 4, 5]], "corrupt": [[1, 3], [3, 4, 6]], "answers": [[7], [8]], "wrong": [[9], [10]]}
 FAULTS = {
-    "empty": (
-        {"clean": [], "corrupt": [], "answers": [], "wrong": []},
-        "the task 'n' is empty: at least one prompt pair is needed",
-    ),
+    "empty": ({"clean": [], "corrupt": [], "answers": [], "wrong": []},
+        "the task 'n' is empty: at least one prompt pair is needed"),
     "fewer corrupt": ({"corrupt": [[1, 3]]}, "one entry in each list, got {'clean': 2, 'corrupt': 1, 'answers': 2"),
     "fewer answers": ({"answers": [[7]]}, "one entry in each list, got {'clean': 2, 'corrupt': 2, 'answers': 1"),
     "more wrong": ({"wrong": [[7]] * 3}, "'wrong': 3}"),
     "fewer positions": ({"positions": [0]}, "'positions': 1}"),
-    "lengths": (
-        {"corrupt": [[1, 3], [3, 4]]},
-        "clean and corrupt must have the same number of tokens, but pair 1 has 3 and 2",
-    ),
+    "lengths": ({"corrupt": [[1, 3], [3, 4]]},
+        "clean and corrupt must have the same number of tokens, but pair 1 has 3 and 2"),
     "no tokens": ({"clean": [[], [3, 4, 5]], "corrupt": [[], [3, 4, 6]]}, "at least one token, but pair 0 has none"),
     "no answer": ({"answers": [[7], []]}, "pair 1 has no answer: at least one token id is needed"),
     "a negative answer": ({"answers": [[7], [-1]]}, "a token id of at least 0, but pair 1 has -1"),
     "a negative wrong answer": ({"wrong": [[2, -3], [1]]}, "a token id of at least 0, but pair 0 has -3"),
     "position behind": ({"positions": [1, 3]}, "the position 3 of pair 1 is outside its prompt of 3 tokens"),
     "position before": ({"positions": [-1, 2]}, "the position -1 of pair 0 is outside its prompt of 2 tokens"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
 def test_pairs_that_do_not_fit_are_refused_by_number(changes, message):
     assert len(PromptPairs.from_lists(**GOOD, name="n")) == 2
-    with pytest.raises(ValueError) as error:
-        PromptPairs.from_lists(**GOOD | changes, name="n")
-    assert message in str(error.value)
+    assert message in refused("", PromptPairs.from_lists, **GOOD | changes, name="n")
 
 
 def test_select_keeps_the_pairs_and_cuts_to_the_longest_among_them():
@@ -170,59 +165,42 @@ def line(path, number):
 ENTRY_FAULTS = {
     "no clean": ({"clean": ""}, "{} has no clean: an entry is"),
     "no clean, no answer": ({"clean": "", "answer": ""}, "{} has no clean and no answer: an entry is"),
-    "answer of two tokens": (
-        {"answer": "cat ran"},
-        "the answer of {} must be one token, but 'cat ran' is 2 tokens [2, 5]",
-    ),
+    "answer of two tokens": ({"answer": "cat ran"},
+        "the answer of {} must be one token, but 'cat ran' is 2 tokens [2, 5]"),
     "answer of no token": ({"answer": " "}, "the answer of {} must be one token, but ' ' is 0 tokens []"),
-    "one of the wrong of two tokens": (
-        {"wrong": ["sat", "the cat"]},
-        "the wrong answer of {} must be one token, but 'the cat' is 2 tokens [1, 2]",
-    ),
+    "one of the wrong of two tokens": ({"wrong": ["sat", "the cat"]},
+        "the wrong answer of {} must be one token, but 'the cat' is 2 tokens [1, 2]"),
     "a position in words": ({"position": "last"}, "the position of {} must be an integer, got 'last'"),
     "a position with two signs": ({"position": "--1"}, "the position of {} must be an integer, got '--1'"),
-    "a list of words": (
-        {"clean": ["the", "cat"]},
-        "clean of {} must be text or a list of token ids, got ['the', 'cat']",
-    ),
-    "an answer of lists": (
-        {"answer": [[1], 2]},
-        "the answer of {} must be text, a token id, or a list of them, got [1]",
-    ),
-}
+    "a list of words": ({"clean": ["the", "cat"]},
+        "clean of {} must be text or a list of token ids, got ['the', 'cat']"),
+    "an answer of lists": ({"answer": [[1], 2]},
+        "the answer of {} must be text, a token id, or a list of them, got [1]"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), ENTRY_FAULTS.values(), ids=ENTRY_FAULTS)
 def test_an_entry_that_is_none_is_refused_by_its_line(write, changes, message):
     path = write([ENTRIES[1], ENTRIES[0] | changes])
-    with pytest.raises(ValueError) as error:
-        read_pairs(path, encode)
-    assert message.replace("{}", line(path, 2)) in str(error.value)
+    assert message.replace("{}", line(path, 2)) in refused("", read_pairs, path, encode)
 
 
 MALFORMED = {
-    "t.jsonl": [
-        (
-            '{"clean": [1], "corrupt": [2], "answer": 3}\n{"clean": [1',
-            r"line 2 of t\.jsonl is not JSON \(.*an entry is",
-        ),
+    "t.jsonl": [('{"clean": [1], "corrupt": [2], "answer": 3}\n{"clean": [1',
+        r"line 2 of t\.jsonl is not JSON \(.*an entry is"),
         ("[1, 2]\n", r"line 1 of t\.jsonl is not a JSON object: an entry is"),
         ('\n\n{"clean": [1], "corrupt": [2]}', r"line 3 of t\.jsonl has no answer"),
         ('{"clean": [1], "corrupt": [true], "answer": 3}', r"corrupt of line 1 of t\.jsonl must be text or a list"),
         ('{"clean": [1], "corrupt": [2.0], "answer": 3}', r"corrupt of line 1 of t\.jsonl must be text or a list"),
         ('{"clean": [1], "corrupt": [2], "answer": 3.0}', r"the answer of line 1 of t\.jsonl must be text, a token id"),
         ('{"clean": [1], "corrupt": [2], "answer": 3, "position": 0.5}', "must be an integer, got 0.5"),
-        ("", r"the task 't\.jsonl' is empty"),
-    ],
-    "t.csv": [
-        ("", r"the task 't\.csv' is empty"),
-        ("clean,corrupt,answer\n", r"the task 't\.csv' is empty"),
+        ("", r"the task 't\.jsonl' is empty")],
+    "t.csv": [("", r"the task 't\.csv' is empty"), ("clean,corrupt,answer\n", r"the task 't\.csv' is empty"),
         ("prompt,other\n[1],[2]\n", r"line 2 of t\.csv has no clean and no answer"),
         ("clean,corrupt,answer\n[1],[2],[3]\n[1],[2]\n", r"line 3 of t\.csv has no answer"),
         ('clean,corrupt,answer\n"the cat"x,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
-        ('clean,corrupt,answer\n"the cat,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
-    ],
-}
+        ('clean,corrupt,answer\n"the cat,the dog,ran\n', r"line 2 of t\.csv is not CSV")],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -230,15 +208,13 @@ MALFORMED = {
 )
 def test_a_malformed_file_is_refused_by_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_pairs(tmp_path / name, encode)
+    refused(message, read_pairs, tmp_path / name, encode)
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x02\xff\xfe")
-    with pytest.raises(ValueError, match=f"{name} must be UTF-8 text"):
-        read_pairs(tmp_path / name, encode)
+    refused(f"{name} must be UTF-8 text", read_pairs, tmp_path / name, encode)
 
 
 def test_a_byte_order_mark_and_line_separators_inside_text_do_no_harm(tmp_path):
@@ -252,8 +228,7 @@ def test_a_byte_order_mark_and_line_separators_inside_text_do_no_harm(tmp_path):
 
 def test_a_file_of_another_format_or_a_missing_one_is_refused(tmp_path):
     (tmp_path / "t.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a task file must end in \.jsonl or \.csv, got 't\.json'"):
-        read_pairs(tmp_path / "t.json")
+    refused(r"a task file must end in \.jsonl or \.csv, got 't\.json'", read_pairs, tmp_path / "t.json")
     with pytest.raises(FileNotFoundError):
         read_pairs(tmp_path / "t.jsonl")
     with pytest.raises(ValueError, match=r"sort or a \.jsonl or \.csv file, got .*nothing\.csv"):
@@ -272,8 +247,7 @@ def test_an_unknown_task_lists_the_valid_ones(task):
 @pytest.mark.parametrize("n", [0, -3])
 @pytest.mark.parametrize("task", ["sort", "toy-ioi", "some.jsonl"])
 def test_fewer_than_one_pair_is_refused(task, n):
-    with pytest.raises(ValueError, match=f"n must be at least 1 pair, got {n}"):
-        find_pairs(task, n=n, seed=0)
+    refused(f"n must be at least 1 pair, got {n}", find_pairs, task, n=n, seed=0)
 
 
 # Built-in tasks
@@ -369,13 +343,10 @@ def test_a_folder_without_a_tokenizer_has_none_and_a_damaged_one_is_refused(tmp_
     (tmp_path / "vocab.json").write_text("{}")
     assert text.encoder(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{not json")
-    with pytest.raises(ValueError, match=r"the tokenizer files in .* cannot be read") as error:
-        text.encoder(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    assert str(tmp_path) in refused(r"the tokenizer files in .* cannot be read", text.encoder, tmp_path)
 
 
 def test_without_the_package_tokenizers_text_gets_a_sentence_that_says_what_to_do(tmp_path, monkeypatch):
     byte_level_files(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'eapcore\[tokenizers\]', or give token ids"):
-        text.encoder(tmp_path)
+    refused(r"pip install 'eapcore\[tokenizers\]', or give token ids", text.encoder, tmp_path, error=RuntimeError)
