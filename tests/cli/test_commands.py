@@ -164,15 +164,10 @@ def test_acdc_writes_the_circuit_and_counts_its_forwards(eapcore, model, pairs, 
     assert f"{expected.meta['forwards']['decided']} decided by a forward" in printed
 
 
-def test_acdc_prunes_the_top_edges_of_a_score_file(eapcore, score_file, model, pairs, scores, tmp_path):
-    status, _, _ = eapcore("acdc", "--threshold", 0.05, "--scores", score_file, "--top-n", 20, "--metric", "nll")
-    expected = acdc(model, pairs, "nll", threshold=0.05, start=scores.top_n(20))
-    assert status == 0 and torch.equal(Circuit.load(tmp_path / "result.json").mask, expected.mask)
-
-
-def test_acdc_prunes_the_edges_above_a_score(eapcore, score_file, model, pairs, scores, tmp_path):
-    least = sorted(scores.scores[scores.mask].abs().tolist())[-15]
-    options = ("--threshold", 0.05, "--scores", score_file, "--score-threshold", least, "--metric", "nll")
+@pytest.mark.parametrize("by", ["--top-n", "--score-threshold"])
+def test_acdc_prunes_the_best_edges_of_a_score_file(eapcore, score_file, model, pairs, scores, tmp_path, by):
+    least = 15 if by == "--top-n" else sorted(scores.scores[scores.mask].abs().tolist())[-15]
+    options = ("--threshold", 0.05, "--scores", score_file, by, least, "--metric", "nll")
     status, printed, _ = eapcore("acdc", *options)
     expected = acdc(model, pairs, "nll", threshold=0.05, start=scores.top_n(15))
     assert status == 0 and torch.equal(Circuit.load(tmp_path / "result.json").mask, expected.mask)

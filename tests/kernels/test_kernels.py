@@ -20,18 +20,9 @@ from dataclasses import replace
 import eapcore.kernels as kernels
 import pytest
 import torch
-from accuracy import (
-    STORED,
-    assert_as_good_as_torch,
-    closed_form,
-    closed_form_factored,
-    error_of,
-    made,
-    rounded,
-    together,
-)
+from accuracy import STORED, assert_as_good_as_torch, closed_form_factored, error_of
 from eapcore.kernels import Norm, checks, cpp, reference
-from kernel_cases import assert_factored_good, assert_scores_good, doubled, factors, n_edges
+from kernel_cases import assert_factored_good, assert_layer_good, assert_scores_good, doubled, factors, layer_error
 from refusal import refused
 
 CPP = [] if cpp.why_not() else cpp.isas()
@@ -413,15 +404,6 @@ def test_the_error_does_not_grow_with_the_inner_dimension(impl):
 CHANNELS = [(3, 2, 5, 8, 32), (1, 1, 1, 1, 3), (4, 2, 17, 7, 33), (2, 1, 13, 64, 96), (1, 2, 120, 16, 70)]
 
 
-def deviation_of_layer(whole, exact, dtype):
-    """Of the results made from an unrounded case of which each term's factors were rounded once, at most four of them:
-
-    g, W, γ and rstd, or g, act, x̂ and rstd.
-    """
-    size = closed_form(*whole)[1]
-    return together(size * rounded(4, dtype), size * made(whole[0].shape[-1], dtype), exact * rounded(1, dtype))
-
-
 def assert_receiver_grads_good(impl, *how):
     """Of the arguments that `layer_case` makes of `how`: shape, kind, dtype, turned."""
     *shape, kind, dtype, turned = how
@@ -435,11 +417,9 @@ def assert_receiver_grads_good(impl, *how):
     in_torch = reference.receiver_grads(g, weight, norm)
     got = call_receiver_grads(case, impl)
     assert got.dtype == dtype
-    assert_as_good_as_torch(got, exact, error_of(in_torch, exact), deviation_of_layer(whole, exact, dtype))
-    if impl != "reference":  # only sums and the result are rounded
-        exact, size = closed_form(*case)
-        deviation = together(size * made(g.shape[-1], dtype), exact * rounded(1, dtype))
-        assert_as_good_as_torch(got, exact, 0, deviation)
+    assert_as_good_as_torch(got, exact, error_of(in_torch, exact), layer_error(whole, exact, dtype))
+    if impl != "reference":
+        assert_layer_good(got, case)
 
 
 @cpu_impl
@@ -498,8 +478,8 @@ def model_case(
     """Factors of a whole model, grouped-query attention if kv_heads < heads, and a mask of half of all pairs."""
     groups = [heads, kv_heads, kv_heads]
     cases = [layer_case(sum(groups), batch, tokens, d_head, d_model, kind, dtype)[0] for _ in range(layers)]
-    made = factors(cases, heads, groups, lambda *shape: torch.randn(*shape).to(dtype), mlps)
-    return *made, torch.rand(n_edges(*made)) < 0.5
+    *made, size = factors(cases, heads, groups, lambda *shape: torch.randn(*shape).to(dtype), mlps)
+    return *made, torch.rand(size) < 0.5
 
 
 MODELS = {

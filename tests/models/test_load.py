@@ -135,12 +135,9 @@ def test_every_layout_has_the_tensors_and_the_logits_of_transformers(save, tmp_p
 
 
 def test_the_sharded_layouts_really_have_several_shards(tmp_path):
-    model = gpt2()
-    for number, (layout, pattern) in enumerate(
-        [("safetensors in shards", "*.safetensors"), ("bin in shards", "*.bin")]
-    ):
-        LAYOUTS[layout](model, tmp_path / str(number))
-        assert len(list((tmp_path / str(number)).glob(pattern))) > 1
+    for kind in ("safetensors", "bin"):
+        LAYOUTS[f"{kind} in shards"](gpt2(), tmp_path / kind)
+        assert len(list((tmp_path / kind).glob(f"*.{kind}"))) > 1
 
 
 OPTIONS = {
@@ -324,14 +321,16 @@ def test_a_folded_model_normalises_without_gain_and_bias():
     assert torch.equal(logits_of(load_weights(state, config=cfg)), logits_of(expected))
 
 
+BUFFERS = {f"blocks.{layer}.attn.mask": torch.ones(16, 16, dtype=torch.bool) for layer in (0, 1)}
+BUFFERS |= {f"blocks.{layer}.attn.IGNORE": torch.tensor(-1e5) for layer in (0, 1)}
+
+
 def test_buffers_and_a_missing_unembedding_bias_do_not_matter():
     state, cfg = lens(random_model(d_mlp=None))
     state["unembed.b_U"] = torch.zeros_like(state["unembed.b_U"])
     expected = logits_of(load_weights(state, config=cfg))
     del state["unembed.b_U"]
-    for layer in (0, 1):
-        state[f"blocks.{layer}.attn.mask"] = torch.ones(16, 16, dtype=torch.bool)
-        state[f"blocks.{layer}.attn.IGNORE"] = torch.tensor(-1e5)
+    state |= BUFFERS
     loaded = load_weights(state, config=cfg)
     assert loaded.weights.b_u is None
     assert torch.equal(logits_of(loaded), expected)
@@ -362,9 +361,7 @@ def published(folder, *, file="model_final.pth", **fields):
     model = random_model(d_mlp=None, dtype=torch.float32)
     state, _ = lens(model)
     del state["unembed.b_U"]
-    for layer in (0, 1):
-        state[f"blocks.{layer}.attn.mask"] = torch.ones(16, 16, dtype=torch.bool)
-        state[f"blocks.{layer}.attn.IGNORE"] = torch.tensor(-1e5)
+    state |= BUFFERS
     config = {
         "n_layers": 2, "d_model": 24, "d_mlp": 96, "d_head": 8, "n_heads": 3, "n_ctx": 16, "d_vocab": 29,
         "normalization": "LN", "ln_eps": 1e-5, "act_fn": "solu_ln", "attn_only": True, "shortformer_pos": False,

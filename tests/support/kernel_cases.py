@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
 
+import accuracy
 import torch
-from accuracy import assert_as_good_as_torch, closed_form_factored, deviation_of_scores, error_of
+from accuracy import assert_as_good_as_torch, closed_form, closed_form_factored, error_of, made, rounded, together
 from eapcore.kernels import FactoredReceivers, FactoredSenders, checks, reference
 
 
@@ -21,7 +22,7 @@ def doubled(value):
 
 
 def factors(layers, heads, groups, draw, mlps=True):
-    """Factors of a whole model's senders and receivers.
+    """Factors of a whole model's senders and receivers, and how many there are of either.
 
     layers: for each the arguments of `receiver_grads`, of its q, k and v heads. groups: how many of them each weight
     has. draw(*shape): what makes the rest.
@@ -29,27 +30,17 @@ def factors(layers, heads, groups, draw, mlps=True):
     g, act, weight, norms, w_gamma, offset = zip(*layers, strict=True)
     channels, batch, tokens, d_head = g[0].shape
     stream = (batch, tokens, weight[0].shape[1])
-    constants = [
-        torch.stack([g[0].new_zeros(channels, d_head) if c is None else c.to(g[0].dtype) for c in each])
-        for each in (w_gamma, offset)
-    ]
+    none = g[0].new_zeros(channels, d_head)
+    constants = [torch.stack([none if c is None else c.to(none) for c in each]) for each in (w_gamma, offset)]
     senders = FactoredSenders(
-        embed=draw(*stream),
-        dz=draw(len(layers), batch, tokens, heads, d_head),
-        w_o=[draw(heads, d_head, stream[2]) for _ in layers],
-        mlp=draw(len(layers), *stream) if mlps else None,
-    )
+        embed=draw(*stream), dz=draw(len(layers), batch, tokens, heads, d_head),
+        w_o=[draw(heads, d_head, stream[2]) for _ in layers], mlp=draw(len(layers), *stream) if mlps else None,
+    )  # fmt: skip
     receivers = FactoredReceivers(
         torch.stack(g), torch.stack(act), [list(w.split(groups)) for w in weight], list(norms), *constants,
         logits=draw(*stream), mlp=draw(len(layers), *stream) if mlps else None,
     )  # fmt: skip
-    return senders, receivers
-
-
-def n_edges(senders, receivers):
-    """[S, R] of factors."""
-    mlps = senders.mlp is not None
-    return 1 + sum(len(w) + mlps for w in senders.w_o), 1 + sum(len(w) + mlps for w in receivers.w_gamma)
+    return senders, receivers, tuple(1 + len(layers) * (n + mlps) for n in (heads, channels))
 
 
 def assert_scores_good(got, delta, grads, mask=None, reduce="all", rows=None):
@@ -57,7 +48,7 @@ def assert_scores_good(got, delta, grads, mask=None, reduce="all", rows=None):
     assert got.dtype == checks.output_dtype(delta.dtype)
     exact = reference.edge_scores(delta.double(), grads.double(), mask, reduce, rows)
     in_torch = reference.edge_scores(delta, grads, mask, reduce, rows)
-    deviation = deviation_of_scores(delta.double(), grads.double(), mask, reduce, rows, delta.dtype)
+    deviation = accuracy.deviation_of_scores(delta.double(), grads.double(), mask, reduce, rows, delta.dtype)
     assert_as_good_as_torch(got, exact, error_of(in_torch, exact), deviation)
     if mask is not None:
         assert (got[..., ~mask] == 0).all()
@@ -73,3 +64,20 @@ def assert_factored_good(impl, got, senders, receivers, mask, reduce):
     exact = definition if impl == "reference" else exact
     assert_as_good_as_torch(got, exact, 0 if impl == "cpp" else error_of(in_torch, definition), deviation)
     assert (got[..., ~mask] == 0).all()
+
+
+def layer_error(whole, exact, dtype):
+    """Of the results made from an unrounded case of which each term's factors were rounded once, at most four of them:
+
+    g, W, γ and rstd, or g, act, x̂ and rstd.
+    """
+    size = closed_form(*whole)[1]
+    return together(size * rounded(4, dtype), size * made(whole[0].shape[-1], dtype), exact * rounded(1, dtype))
+
+
+def assert_layer_good(got, case, torch_error=0):
+    """Receivers' gradients in which sums and the result alone are rounded; the closed form in float64."""
+    exact, size = closed_form(*case)
+    deviation = together(size * made(case[0].shape[-1], got.dtype), exact * rounded(1, got.dtype))
+    assert_as_good_as_torch(got, exact, torch_error, deviation)
+    return exact

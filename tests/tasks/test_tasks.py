@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -70,7 +71,7 @@ FAULTS = {
 @pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
 def test_pairs_that_do_not_fit_are_refused_by_number(changes, message):
     assert len(PromptPairs.from_lists(**GOOD, name="n")) == 2
-    assert message in refused("", PromptPairs.from_lists, **GOOD | changes, name="n")
+    refused(re.escape(message), PromptPairs.from_lists, **GOOD | changes, name="n")
 
 
 def test_select_keeps_the_pairs_and_cuts_to_the_longest_among_them():
@@ -182,7 +183,7 @@ ENTRY_FAULTS = {
 @pytest.mark.parametrize(("changes", "message"), ENTRY_FAULTS.values(), ids=ENTRY_FAULTS)
 def test_an_entry_that_is_none_is_refused_by_its_line(write, changes, message):
     path = write([ENTRIES[1], ENTRIES[0] | changes])
-    assert message.replace("{}", line(path, 2)) in refused("", read_pairs, path, encode)
+    refused(re.escape(message.replace("{}", line(path, 2))), read_pairs, path, encode)
 
 
 MALFORMED = {
