@@ -56,7 +56,8 @@ def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str)
     embed, dz = senders.embed, senders.dz
     channels = sum(len(w) for w in receivers.weight[0])
     mlps = senders.mlp is not None
-    sizes = checks.Sizes(*embed.shape, channels=channels, layers=len(dz), heads=dz.shape[3], mlps=mlps)
+    batch, tokens, d_model = embed.shape
+    sizes = checks.Sizes(batch, tokens, d_model, channels=channels, layers=len(dz), heads=dz.shape[3], mlps=mlps)
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
     return embed.new_empty((*lead, sizes.all_senders, sizes.all_receivers), dtype=checks.output_dtype(embed.dtype))
 

@@ -182,7 +182,7 @@ class Plan:
         the larger part of it, a chunk of half the size saves a quarter of the workspace, and 16 rows are left. Beyond
         that a smaller batch saves more for the time that it costs.
         """
-        where = {"dtype": self.dtype, "device": self.device, "impl": self.impl}
+        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "impl": self.impl}
         rows = min(kernels.fast_chunk(self._factored_sizes(batch, tokens), **where), max(1, batch * tokens))
         if self._surely_fits(batch, tokens, budget):
             return rows
@@ -226,12 +226,26 @@ class Plan:
 
     def _factored_sizes(self, batch: int, tokens: int) -> kernels.Sizes:
         c = self.config
-        sizes = {"channels": c.graph.channels_per_layer, "d_head": c.d_head, "layers": c.n_layers, "heads": c.n_heads}
-        return kernels.Sizes(batch, tokens, c.d_model, mlps=not c.attn_only, **sizes)
+        return kernels.Sizes(
+            batch,
+            tokens,
+            c.d_model,
+            channels=c.graph.channels_per_layer,
+            d_head=c.d_head,
+            layers=c.n_layers,
+            heads=c.n_heads,
+            mlps=not c.attn_only,
+        )
 
     def _chunk_bytes(self, batch: int, tokens: int, chunk: int | None) -> int:
         """What contracting in chunks takes besides the factors: its workspace and the scores."""
-        how = {"dtype": self.dtype, "device": self.device, "reduce": self._reduce, "chunk": chunk, "impl": self.impl}
+        how: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "reduce": self._reduce,
+            "chunk": chunk,
+            "impl": self.impl,
+        }
         # Nearly all edges are contracted at all positions, the rest at one.
         sizes = (self._factored_sizes(batch, positions) for positions in (tokens, 1))
         masks = _edge_masks(self.config.graph)
