@@ -41,7 +41,7 @@ def factored_case(layers, heads, batch, tokens, d_head, d_model, dtype, mlps=Tru
         norm = Norm("layernorm", draw(batch, tokens, d_model), torch.rand(batch, tokens), draw(d_model))
         return g, act, draw(channels, d_model, d_head), norm, *draw(2, channels, d_head)
 
-    senders, receivers = factors([layer() for _ in range(layers)], heads, channels, draw, mlps)
+    senders, receivers, _ = factors([layer() for _ in range(layers)], heads, channels, draw, mlps)
     receivers = replace(receivers, g=list(receivers.g), act=list(receivers.act))  # apart, as a backward pass makes them
     mask = torch.ones(sizes.all_senders, sizes.all_receivers, dtype=torch.bool).triu(-2)
     return sizes, senders, receivers, mask
