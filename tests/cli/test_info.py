@@ -12,11 +12,12 @@ from eapcore.attribution.plan import Plan
 from eapcore.cli import main
 from eapcore.models.load import load
 
-LLAMA_8B = {
+# Llama 3.1 8B but for its layers, 4 instead of 32.
+LLAMA = {
     "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 32,
+    "num_hidden_layers": 4,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "vocab_size": 128256,
@@ -30,7 +31,7 @@ LLAMA_8B = {
 @pytest.fixture
 def folder(tmp_path):
     """Of a model without its weights."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return tmp_path
 
 
@@ -41,15 +42,15 @@ def printed(capsys, *options):
 
 
 def test_a_model_without_its_weights_is_planned_for_a_device_that_is_not_here(folder, capsys):
-    status, out = printed(capsys, folder, "--device", "cuda", "--memory", 80, "--batch-size", 8, "--tokens", 32)
+    status, out = printed(capsys, folder, "--device", "cuda", "--memory", 20, "--batch-size", 8, "--tokens", 32)
     assert status == 0
     for part in (
         "bfloat16 on cuda",
         "32 heads (8 of keys and values)",
-        "8,030,261,248 parameters, 14.96 GiB",
-        "1057 senders × 3105 receivers, 1,592,881 edges",
+        "1,923,125,248 parameters, 3.58 GiB",
+        "133 senders × 389 receivers, 19,855 edges",
         "auto takes triton",
-        "80.00 GiB in all, 65.04 GiB without the weights",
+        "20.00 GiB in all, 16.42 GiB without the weights",
     ):
         assert part in out
     storage, taken, within = re.search(r"takes (\w+), (\d+) pairs at a time, within ([\d.]+) GiB", out).groups()
@@ -60,11 +61,11 @@ def test_a_model_without_its_weights_is_planned_for_a_device_that_is_not_here(fo
 
 
 def test_weights_that_do_not_fit_alone(folder, capsys):
-    assert "12.00 GiB in all: the weights alone do not fit" in printed(capsys, folder, "--memory", 12)[1]
+    assert "3.00 GiB in all: the weights alone do not fit" in printed(capsys, folder, "--memory", 3)[1]
 
 
 def test_a_small_card_takes_factors(folder, capsys):
-    _, out = printed(capsys, folder, "--device", "cuda", "--memory", 24, "--tokens", 96, "--batch-size", 1)
+    _, out = printed(capsys, folder, "--device", "cuda", "--memory", 6, "--tokens", 96, "--batch-size", 1)
     assert "by itself attribute takes factored" in out
 
 
