@@ -58,7 +58,10 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         metavar="METRIC",
         help=f"logit_diff, prob_diff, logit_margin, nll or kl (default: {metric})",
     )
-    parser.add_argument("--n", type=positive, metavar="N", help="prompt pairs (default: 64, or all of a file)")
+    # torchrun takes --n for the beginning of several options of its own.
+    parser.add_argument(
+        "--n-pairs", "--n", dest="n", type=positive, metavar="N", help="prompt pairs (default: 64, or all of a file)"
+    )
     parser.add_argument("--seed", type=integer, default=0, help="of the prompt pairs that are drawn")
     parser.add_argument(
         "--batch-size", type=batch_size, default="auto", metavar="B", help="pairs at a time, or auto by memory"

@@ -50,7 +50,7 @@ def rows_of(path):
 
 def test_run_writes_scores_edges_and_circuit_and_prints_them(eapcore, model, task_file, tmp_path):
     out = tmp_path / "some" / "folder"
-    status, printed, _ = eapcore("run", "--task", task_file, "--n", 3, "--top-n", 30, out=out)
+    status, printed, _ = eapcore("run", "--task", task_file, "--n-pairs", 3, "--top-n", 30, out=out)
     assert status == 0 and {p.name for p in out.iterdir()} == FILES
     pairs = find_pairs(task_file, n=None, seed=0)
     expected = attribute(model, pairs)
@@ -224,6 +224,18 @@ def test_help_lists_the_commands(capsys):
     assert status.value.code == 0
     text = capsys.readouterr().out
     assert all(f"    {command}" in text for command in COMMANDS)
+
+
+def test_torchrun_takes_no_option_for_an_abbreviation_of_its_own():
+    from torch.distributed.run import get_args_parser
+
+    theirs = set(get_args_parser()._option_string_actions)
+    for command, parser in subparsers(_parser()).items():
+        for names in (action.option_strings for action in parser._actions if action.option_strings):
+            free = [n for n in names if n in theirs or sum(t.startswith(n) for t in theirs) < 2]
+            assert free, f"{command}: torchrun finds {names} ambiguous"
+    given = ["attribute", "--n-pairs", "48", "--method", "eap-ig"]
+    assert get_args_parser().parse_args(["--nproc-per-node=4", "-m", "eapcore", *given]).training_script_args == given
 
 
 def test_the_options_of_the_main_job_are_all_there():

@@ -176,9 +176,9 @@ def refused(capsys, tmp_path, monkeypatch, checkpoint):
 
 
 OPTIONS = {
-    "--n 0": "argument --n: must be an integer of at least 1, got '0'",
-    "--n -1": "argument --n: must be an integer of at least 1, got '-1'",
-    "--n many": "argument --n: must be an integer of at least 1, got 'many'",
+    "--n 0": "argument --n-pairs/--n: must be an integer of at least 1, got '0'",
+    "--n -1": "argument --n-pairs/--n: must be an integer of at least 1, got '-1'",
+    "--n many": "argument --n-pairs/--n: must be an integer of at least 1, got 'many'",
     "--batch-size 0": "argument --batch-size: must be auto or an integer of at least 1, got '0'",
     "--batch-size -4": "argument --batch-size: must be auto or an integer of at least 1, got '-4'",
     "--batch-size big": "argument --batch-size: must be auto or an integer of at least 1, got 'big'",
