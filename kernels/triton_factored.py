@@ -272,23 +272,26 @@ def edge_scores_factored(
         grid = (pairs.stop - pairs.start, positions.stop - positions.start, d_model)
         made_senders = sender_space[: n_senders * rows * d_model].view(n_senders, *grid)
         made_receivers = receiver_space[: n_receivers * rows * d_model].view(n_receivers, *grid)
-        if n_layers and rows not in tables:
+        if n_layers and d_head and rows not in tables:
             tables[rows] = (
                 _parts(w_o, [NO_NORM] * n_layers, dz, None, heads + mlps, 1, rows * d_model) if heads else [],
                 _parts(w_qkv, norms, g, act, channels + mlps, 0, rows * d_model) if channels else [],
             )
+        if d_head == 0:  # heads send and receive zeros, which no product writes
+            made_senders.zero_()
+            made_receivers.zero_()
         made_senders[0] = embed[pairs, positions]
         made_receivers[-1] = receivers.logits.detach()[pairs, positions]
         if senders.mlp is not None and receivers.mlp is not None:
             made_senders[1 + heads :: heads + 1] = senders.mlp.detach()[:, pairs, positions]
             made_receivers[channels : -1 : channels + 1] = receivers.mlp.detach()[:, pairs, positions]
-        for part in tables[rows][0] if n_layers else []:
+        for part in tables[rows][0] if rows in tables else []:
             work = Channels(
                 g=dz[0, :, pairs, positions], act=None, weight=part.weight, norm=NO_NORM, w_gamma=None, offset=None,
                 count=len(part.layers) * heads, table=part.table, align=part.align, wanted=wanted[0],
             )  # fmt: skip
             triton_receiver_grads.project(work, made_senders, 0)
-        for part in tables[rows][1] if n_layers else []:
+        for part in tables[rows][1] if rows in tables else []:
             work = Channels(
                 g=g[0, :, pairs, positions], act=act[0, :, pairs, positions], weight=part.weight,
                 norm=_cut(part.norm, pairs, positions), w_gamma=w_gamma, offset=offset,

@@ -15,6 +15,7 @@ tensor: tensor-core instructions in the machine code (HMMA, HGMMA, UTCHMMA, v_mf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,78 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     return calls
 
 
+def _smallest_calls() -> list[tuple[str, str, Any]]:
+    """Calls in which one size after another is 1 and 0, as (case, no expectation, call).
+
+    Triton makes a constant of an argument that is 1 and takes other branches at 0, where the interpreter sees numbers
+    and names bound on any way: what it accepts need not compile.
+    """
+    import torch
+    from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm
+    from eapcore.kernels import triton_edge_scores as scores
+    from eapcore.kernels import triton_factored as factored
+    from eapcore.kernels import triton_receiver_grads as grads
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    calls: list[tuple[str, str, Any]] = []
+    usual = {"S": 3, "R": 5, "C": 3, "B": 2, "T": 3, "D": 48, "K": 5, "L": 2, "H": 2}
+
+    def sizes(letters: str) -> list[tuple[str, list[int]]]:
+        small = [(f"{name} = {n}", {name: n}) for name in letters for n in (1, 0)]
+        small.append(("all 1", dict.fromkeys(letters, 1)))
+        return [(named, [{**usual, **changed}[name] for name in letters]) for named, changed in small]
+
+    for named, (s, r, b, t, d) in sizes("SRBTD"):
+        delta, gradients, mask = empty(s, b, t, d), empty(r, b, t, d), empty(s, r, dtype=torch.bool)
+        rows = empty(max(1, b * t - 1), dtype=torch.int64)
+        for reduce in ("all", "pair", "position"):
+            for index in (None, rows) if b * t else (None,):
+                call = partial(scores.edge_scores, delta, gradients, mask, reduce, index)
+                calls.append((f"edge_scores, {named}, {reduce}", "", call))
+    for named, (c, b, t, d, k) in sizes("CBTDK"):
+        for kind in ("layernorm", "none"):
+            norm = Norm("none") if kind == "none" else Norm(kind, empty(b, t, d), empty(b, t), empty(d))
+            g, constants = empty(c, b, t, k), empty(c, k)
+            call = partial(grads.receiver_grads, g, g, empty(c, d, k), norm, constants, constants)
+            calls.append((f"receiver_grads, {named}, {kind}", "", call))
+    for named, (layers, h, b, t, d, k) in sizes("LHBTDK"):
+        norm, stream, mlp = (
+            Norm("layernorm", empty(b, t, d), empty(b, t), empty(d)),
+            empty(b, t, d),
+            empty(layers, b, t, d),
+        )
+        qkv, constants = empty(layers, 3 * h, b, t, k), empty(layers, 3 * h, k)
+        senders = FactoredSenders(stream, empty(layers, b, t, h, k), [empty(h, k, d)] * layers, mlp)
+        weights = [[empty(3 * h, d, k)]] * layers
+        receivers = FactoredReceivers(qkv, qkv, weights, [norm] * layers, constants, constants, stream, mlp)
+        mask = empty(1 + layers * (h + 1), 1 + layers * (3 * h + 1), dtype=torch.bool)
+        call = partial(factored.edge_scores_factored, senders, receivers, mask, "all", None)
+        calls.append((f"edge_scores_factored, {named}", "", call))
+    return calls
+
+
+class _Read(Exception):
+    """The front end is done with a kernel."""
+
+
+def _stop_behind_the_front_end() -> None:
+    """Let no kernel be compiled further than to Triton's own form, the first of NVIDIA's stages."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    add_all = CUDABackend.add_stages
+
+    def stop(*_: Any) -> None:
+        raise _Read
+
+    def add_stages(self: Any, stages: dict[str, Any], *arguments: Any) -> None:
+        add_all(self, stages, *arguments)
+        stages["ttgir"] = stop
+
+    CUDABackend.add_stages = add_stages
+
+
 def compile_target(name: str) -> list[Row]:
     """Compile everything for one target in this process, which can compile for no other afterwards."""
     sys.path.insert(0, str(ROOT))
@@ -264,10 +338,23 @@ def compile_target(name: str) -> list[Row]:
         measured = (registers, *size, spills, tensor, fma, round(seconds, 2))
         rows.append(Row(name, case, kernel.__name__, config, judged, *measured))
 
+    def read_instead(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
+        with contextlib.suppress(_Read):
+            kernel.warmup(*args, grid=(1,), **meta)
+
     triton_common.target = lambda device: on
     triton_common.launch = compile_instead
     for case, expects, call in _calls(machine):  # noqa: B007 - both are read by compile_instead
         call()
+    if name == "sm_90":  # one front end for all targets
+        _stop_behind_the_front_end()
+        triton_common.launch = read_instead
+        for case, _, call in _smallest_calls():
+            try:
+                call()
+            except Exception as error:
+                error.add_note(case)
+                raise
     return rows
 
 
