@@ -34,6 +34,8 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     before = k.shape[2] - part.saved.kv.shape[1]
     pattern = attention.pattern(q, k, before, part.read)  # [B, H, Q, P + T]
     d_pattern = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+    if attention.joint:
+        return _jointly_normed(part, channels, delta, (q, k, pattern, d_pattern), reduce)
     size = max(pattern.numel(), delta[0].numel())
     scores = []
     places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
@@ -50,4 +52,39 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
         grouped = not queries and attention.grouped
         scores.append(each.unflatten(2, (-1, attention.group)).sum(3) if grouped else each)
     joined = torch.cat(scores, 1)  # [B, S, H]
+    return joined if reduce == "pair" else joined.sum(0)
+
+
+def _jointly_normed(
+    part: Channels, channels: slice, delta: Tensor, run: tuple[Tensor, Tensor, Tensor, Tensor], reduce: str
+) -> Tensor:
+    """`exact_scores` where q and k are normed with those of all heads: an edge into one changes every head's pattern.
+
+    run: the heads' q, k and pattern, and ∂metric/∂pattern.
+    """
+    attention, read, queries = part.attention, part.read, channels.start == 0
+    q, k, pattern, d_pattern = run
+    before = k.shape[2] - part.saved.kv.shape[1]
+    made = part.saved.q if queries else part.saved.kv[:, :, : attention.n_kv]
+    made = made if queries or attention.grouped else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
+    size, scores = max(pattern.numel(), delta[0].numel(), made.numel()), []
+    for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
+        n, _ = attention.norm.forward((part.norm_in.x + some).flatten(0, 1))
+        of_channels = []
+        for channel in range(channels.start, channels.stop):
+            place = attention.projection(channel)
+            others = made.expand(len(some), *made.shape).clone()  # [S', B, T, C, K]
+            others[:, :, :, channel - channels.start] = attention.project(n, slice(place, place + 1)).view(
+                *some.shape[:3], -1
+            )
+            others = others.transpose(2, 3)
+            if queries:
+                other = attention.pattern(attention.ready_queries(others, before, read), k, before, read)
+            else:
+                front = k[:, :, :before].repeat_interleave(others.shape[2] // k.shape[1], 1)
+                keys = [front.expand(len(some), -1, -1, -1, -1), attention.ready_keys(others, before)]
+                other = attention.pattern(q.expand(len(some), *q.shape), torch.cat(keys, 3), before, read)
+            of_channels.append(torch.einsum("cbhqt,bhqt->bc", other - pattern, d_pattern))
+        scores.append(torch.stack(of_channels, -1))
+    joined = torch.cat(scores, 1)  # [B, S, C]
     return joined if reduce == "pair" else joined.sum(0)

@@ -328,7 +328,8 @@ def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tu
         for part, count in enumerate(parts):
             yield f"{at}w_qkv.{part}", make(D, count, K).permute(1, 0, 2) if groups == 1 else make(count, D, K)
         yield from ((at + "b_qkv", make(each, K)), (at + "w_o", make(H, K, D)), (at + "b_o", make(D)))
-        yield from ((at + "q_norm.0", make(K)), (at + "k_norm.0", make(K)))
+        normed = (H * K, config.n_kv * K) if config.qk_norm_joint else (K, K)
+        yield from ((f"{at}{x}_norm.0", make(size)) for x, size in zip("qk", normed, strict=True))
         for ln in ("ln1", "ln2"):
             yield from ((f"{at}{ln}.0", make(D)), (f"{at}{ln}.1", make(D)))
         yield from (

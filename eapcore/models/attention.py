@@ -74,10 +74,12 @@ class Attention:
     norm: what they read through. w_qkv: weights [·, D, K] that together are the q, the k and the v heads in that order:
     one where a checkpoint stores them as one matrix, three where it stores three; strided views will do. b_qkv:
     [H + 2G, K]. w_o: [H, K, D]. b_o: [D]. scale: of q·k. rotary, q_norm, k_norm: what q and k go through, the norms
-    first, between their projection and the pattern; receivers' activations and gradients are those before. softcap:
-    scores s become softcap · tanh(s / softcap). window: how many positions a query sees, itself the last. grouped: the
-    query heads of a group have one k and one v receiver, instead of one each. post: a norm γ∘Σ_h z_h W_O[h]/σ of what
-    all heads make together; head h then sends γ∘(z_h W_O[h])/σ. None is what a model does not have.
+    first, between their projection and the pattern; receivers' activations and gradients are those before. joint: these
+    norms are of all heads' q, and of all their k, together, [H·K] and [G·K]; where each query head has a k receiver of
+    its own, of the H keys, [H·K], with a group's γ once for each. softcap: scores s become softcap · tanh(s / softcap).
+    window: how many positions a query sees, itself the last. grouped: the query heads of a group have one k and one v
+    receiver, instead of one each. post: a norm γ∘Σ_h z_h W_O[h]/σ of what all heads make together; head h then sends
+    γ∘(z_h W_O[h])/σ. None is what a model does not have.
     """
 
     norm: Norm
@@ -89,6 +91,7 @@ class Attention:
     rotary: Rotary | None = None
     q_norm: Norm = NO_NORM
     k_norm: Norm = NO_NORM
+    joint: bool = False
     softcap: float | None = None
     window: int | None = None
     grouped: bool = False
@@ -226,13 +229,39 @@ class Attention:
 
     def ready_queries(self, q: Tensor, before: int, read: Tensor | None) -> Tensor:
         """Queries [..., H, Q, K] behind `before` positions, normed and turned."""
-        q = self.q_norm.forward(q)[0]
+        q = self.normed(self.q_norm, q)
         return q if self.rotary is None else self.rotary.turn(q, _query_positions(q, before, read))
 
     def ready_keys(self, k: Tensor, before: int) -> Tensor:
         """Keys [..., G, T, K] behind `before` positions, normed and turned."""
-        k = self.k_norm.forward(k)[0]
+        k = self.normed(self.k_norm, k)
         return k if self.rotary is None else self.rotary.turn(k, _positions(k, before))
+
+    def normed(self, norm: Norm, x: Annotated[Tensor, "... C T K"]) -> Annotated[Tensor, "... C T K"]:
+        """Queries or keys of all heads through the norm of them; C may be H for keys, a group's once for each query."""
+        norm, x = self._over(norm, x)
+        return self._apart(norm.forward(x)[0])
+
+    def _normed_back(self, norm: Norm, grad: Tensor, x: Tensor) -> Annotated[Tensor, "... C T K"]:
+        """∂metric/∂x from that of `normed`, of all heads; both [..., C, T, K]."""
+        if norm.kind == "none":
+            return grad
+        norm, x = self._over(norm, x)
+        return self._apart(norm.backward(self._over(norm, grad)[1], norm.forward(x)[1]))
+
+    def _over(self, norm: Norm, x: Annotated[Tensor, "... C T K"]) -> tuple[Norm, Tensor]:
+        """A norm of q or k and what it takes of them: a joint one [..., T, C·K], with γ once for each of C heads."""
+        if not self.joint:
+            return norm, x
+        x = x.transpose(-3, -2).flatten(-2)
+        if norm.gamma is not None and len(norm.gamma) != x.shape[-1]:
+            size = x.shape[-1] // len(norm.gamma)
+            norm = replace(norm, gamma=norm.gamma.view(self.n_kv, -1).repeat_interleave(size, 0).flatten())
+        return norm, x
+
+    def _apart(self, x: Tensor) -> Annotated[Tensor, "... C T K"]:
+        """What `_over` joined."""
+        return x.unflatten(-1, (-1, self.w_o.shape[1])).transpose(-3, -2) if self.joint else x
 
     def mixtures(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, read: Tensor | None) -> Tensor:
         """softmax(..) v [B, H, Q, K] from q [B, H, Q, K], k and v [B, G, P + T, K]; tokens is T.
@@ -385,10 +414,10 @@ class Attention:
         if self.rotary is not None:
             dq = self.rotary.back(dq, _query_positions(dq, before, read))
             dk = self.rotary.back(dk, _positions(dk, before))
-        dq = self.q_norm.backward(dq, self.q_norm.forward(saved.q.transpose(1, 2))[1])
+        dq = self._normed_back(self.q_norm, dq, saved.q.transpose(1, 2))
         if self.k_norm.kind != "none":
             raw = saved.kv[:, :, : self.n_kv].transpose(1, 2).repeat_interleave(self.group, 1)  # [B, H, T, K]
-            dk = self.k_norm.backward(dk, self.k_norm.forward(raw)[1])
+            dk = self._normed_back(self.k_norm, dk, raw)
         return dq, dk, dv
 
     # Patched
@@ -415,6 +444,11 @@ class Attention:
         first = (channel - self.n_heads) % self.n_kv * self.group
         return range(first, first + self.group)
 
+    def moved_by(self, channel: int) -> range:
+        """The heads that mix otherwise where a channel reads something else: all, where it is normed with theirs."""
+        joint = self.joint and channel < self.channels[1].stop
+        return range(self.n_heads) if joint else self.behind(channel)
+
     def patched(
         self,
         channel: int,
@@ -423,7 +457,7 @@ class Attention:
         past: Tensor | None,
         read: Tensor | None,
     ) -> Annotated[Tensor, "N B Q h K"]:
-        """The mixtures of the heads behind a channel in N copies of a run, where it alone reads other normalised
+        """The mixtures of the heads that a channel moves in N copies of a run, where it alone reads other normalised
         streams.
 
         n: at the positions read for q, at all others. saved: of the run, at all positions.
@@ -431,7 +465,10 @@ class Attention:
         place, heads, copies = self.projection(channel), self.behind(channel), len(n)
         (w,) = self.weights(slice(place, place + 1))
         bias = None if self.b_qkv is None else self.b_qkv[place]
-        changed = product(n, w[0], bias).transpose(0, 1)  # [B, N, Q', K], the copies in the heads' place
+        changed = product(n, w[0], bias)  # [N, B, Q', K]
+        if self.joint:
+            return self._patched_jointly(channel, changed, saved, past, read)
+        changed = changed.transpose(0, 1)  # the copies in the heads' place
         shared = self.n_heads + heads.start // self.group
         qkv, tokens = [], saved.qkv[0].shape[1]
         for first, count in ((heads.start, len(heads)), (shared, 1), (shared + self.n_kv, 1)):
@@ -450,6 +487,42 @@ class Attention:
         q, k = self.ready_queries(q, k.shape[2] - tokens, read), self.ready_keys(k, 0)
         z = self.mixtures(q, k, v, tokens, read)  # [B, N·h, Q, K]
         return z.unflatten(1, (copies, -1)).permute(1, 0, 3, 2, 4)
+
+    def _patched_jointly(
+        self,
+        channel: int,
+        changed: Annotated[Tensor, "N B Q' K"],
+        saved: AttentionSaved,
+        past: Tensor | None,
+        read: Tensor | None,
+    ) -> Annotated[Tensor, "N B Q h K"]:
+        """`patched` from a channel's activations, where q and k are normed with those of all heads."""
+        of_q, of_k, of_v = self.channels
+        q, kv = at_positions(saved.q, read), saved.kv
+        if past is not None:
+            kv = torch.cat([past.expand(len(kv), *past.shape[1:]), kv], 1)
+        before, copies = kv.shape[1] - saved.kv.shape[1], len(changed)
+        k, v = kv.chunk(2, 2)
+
+        def with_changed(x: Tensor, head: int) -> Tensor:  # [N, B, T, C, K], the past as it is
+            x = x.expand(copies, *x.shape).clone()
+            x[:, :, x.shape[2] - changed.shape[2] :, head] = changed
+            return x
+
+        if channel < of_q.stop:
+            q = with_changed(q, channel)
+        elif channel < of_k.stop:
+            k, v = (x if self.grouped else x.repeat_interleave(self.group, 2) for x in (k, v))
+            k = with_changed(k, channel - of_k.start)
+        q = self.ready_queries(q.transpose(-3, -2), before, read)  # [.., B, H, Q, K]
+        k = self.ready_keys(k.transpose(-3, -2), 0)
+        if channel >= of_v.start:
+            heads = self.behind(channel)
+            shared = slice(heads.start // self.group, heads.start // self.group + 1)
+            q, k, v = q[:, heads.start : heads.stop], k[:, shared], with_changed(v[:, :, shared], 0)
+        q, k, v = (x.expand(copies, *x.shape[-4:]).flatten(0, 1) for x in (q, k, v.transpose(-3, -2)))
+        z = self.mixtures(q, k, v, saved.kv.shape[1], None if read is None else read.repeat(copies, 1))
+        return z.unflatten(0, (copies, -1)).transpose(2, 3)
 
     def each_channel(
         self, channels: Sequence[int], v: Annotated[Tensor, "N C' B Q D"]

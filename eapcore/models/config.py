@@ -28,9 +28,10 @@ class ModelConfig:
     layer's MLP reads the stream that its heads read. rotary_frequencies: radians a position of the pairs of dimensions
     of each head that are turned, see `rotary.Rotary`; local_frequencies: in layers with a window, where they are
     others. gated: the MLPs' units are gated. n_key_value_heads: fewer than n_heads where queries are grouped;
-    kv_grouped: a group's heads have one k and one v receiver. qk_norm: q and k are normalised. windows: for each layer
-    how many positions a query sees, None for all. attn_softcap, logits_softcap: s becomes cap · tanh(s / cap).
-    embed_scale: of the tokens' embedding. post_norms: heads and MLPs have a norm behind them.
+    kv_grouped: a group's heads have one k and one v receiver. qk_norm: q and k are normalised, each head's own; with
+    qk_norm_joint those of all heads together. windows: for each layer how many positions a query sees, None for all.
+    attn_softcap, logits_softcap: s becomes cap · tanh(s / cap). embed_scale: of the tokens' embedding. post_norms:
+    heads and MLPs have a norm behind them. pre_norms: they read through one.
     """
 
     n_layers: int
@@ -57,6 +58,8 @@ class ModelConfig:
     logits_softcap: float | None = None
     embed_scale: float = 1.0
     post_norms: bool = False
+    qk_norm_joint: bool = False
+    pre_norms: bool = True
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
@@ -86,6 +89,11 @@ class ModelConfig:
         """The senders, receivers and edges of a model of these dimensions."""
         n_kv = self.n_kv if self.kv_grouped and self.n_kv < self.n_heads else None
         return Graph(self.n_layers, self.n_heads, not self.attn_only, self.parallel, n_kv)
+
+    @property
+    def heads_coupled(self) -> bool:
+        """Whether the heads of a layer share a norm, so that what one of them reads changes what all of them send."""
+        return self.post_norms or self.qk_norm_joint
 
     def window(self, layer: int) -> int | None:
         """How many positions a query of a layer sees."""

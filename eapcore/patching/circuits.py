@@ -81,9 +81,10 @@ def circuit_logits(
     masks = torch.stack([circuit.mask for circuit in circuits])
     embedding = graph.members([0])
     union = masks.any(0)
-    again = needed(graph, union) & ~embedding
+    coupled = recording.model.config.heads_coupled
+    again = needed(graph, union, coupled=coupled) & ~embedding
     if recording.ablated.stages:  # a run: what nothing new reaches sends what it sends there, which is no change
-        again &= reached(graph, union, embedding)
+        again &= reached(graph, union, embedding, coupled=coupled)
     masks = masks & (embedding | again)[:, None]
     fixed = Changes.between(recording, recording.clean.senders, recording.ablated.senders)
     logits = []

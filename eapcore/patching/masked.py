@@ -9,7 +9,6 @@ from torch import Tensor
 
 from eapcore.models.attention import Attention
 from eapcore.models.model import Model, Place
-from eapcore.models.tensors import at_positions
 from eapcore.patching.record import Recording, Run
 
 
@@ -112,11 +111,12 @@ class _Masked:
         self.made += len(senders)
 
     def through_heads(self, place: Place[Attention], number: int) -> None:
-        """The heads of a stage that are computed again."""
+        """The heads of a stage that are computed again; where they share a norm, what it reads is made of all heads."""
         recording, attention, stage = self.recording, place.component, self.model.stages[number]
-        heads = [h for h in range(attention.n_heads) if bool(self.recompute[place.senders.start + h])]
-        if not heads:
+        sending = [h for h in range(attention.n_heads) if bool(self.recompute[place.senders.start + h])]
+        if not sending:
             return
+        heads = list(range(attention.n_heads)) if self.model.config.heads_coupled else sending
         stream, (rows, _) = self.base.streams[number], recording.batch.shape
         _, of_k, of_v = attention.channels
         behind = {channel: attention.behind(channel) for channel in range(of_k.start, of_v.stop)}
@@ -135,20 +135,10 @@ class _Masked:
         read = recording.read.repeat(self.copies, 1) if stage.last else None
         z = attention.mix(q, kv, past, read).unflatten(0, (self.copies, rows))  # [C, B, Q, h, K]
         if attention.post.kind != "none":
-            z = z * self._rstd(attention, number, heads, z)
+            rstd = attention.post.forward(attention.made_by(z.flatten(0, 1)))[1].rstd
+            assert rstd is not None
+            z = z * rstd[..., None].unflatten(0, z.shape[:2])
+        z = z if sending == heads else z[..., sending, :]
         each = z.to(attention.w_o.dtype).flatten(0, 2).transpose(0, 1)  # [h, C·B·Q, K]
-        sent = (each @ attention.w_send[heads]).unflatten(1, z.shape[:3])  # [h, C, B, Q, D]
-        self.keep(sent.transpose(0, 1), [place.senders.start + h for h in heads], stage.last)
-
-    def _rstd(self, attention: Attention, number: int, heads: list[int], z: Tensor) -> Tensor:
-        """1/σ of what all heads make together, [C, B, Q, 1, 1]; those that are not computed again mix as in the run
-        that an absent edge carries, or in the clean run where that is none."""
-        base = self.base if self.base.stages else self.recording.clean
-        run, read = base.stages[number].attention, self.recording.read if self.model.stages[number].last else None
-        assert run is not None and run.saved.post_in is not None and run.saved.post_in.rstd is not None
-        known = at_positions(run.z / run.saved.post_in.rstd[..., None], read)[:, :, heads]
-        w_o = attention.w_o[heads].flatten(0, 1)
-        made = at_positions(run.saved.post_in.x, read) + (z - known).to(w_o.dtype).flatten(3) @ w_o
-        rstd = attention.post.forward(made)[1].rstd
-        assert rstd is not None
-        return rstd[..., None]
+        sent = (each @ attention.w_send[sending]).unflatten(1, z.shape[:3])  # [h, C, B, Q, D]
+        self.keep(sent.transpose(0, 1), [place.senders.start + h for h in sending], stage.last)

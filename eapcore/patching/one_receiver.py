@@ -89,12 +89,12 @@ class Readers:
 
     def _through_head(self, place: Place[Attention], receiver: int, rows: list[int], stream: Tensor) -> None:
         """Add to the streams behind the stage, [C, B, Q, D], what a head sends otherwise than in the clean run where
-        its q, k or v reads the changes `rows`. Only the heads behind it mix otherwise."""
+        its q, k or v reads the changes `rows`. Only the heads that it moves mix otherwise."""
         recording, attention = self.recording, place.component
         stage, run = recording.model.stages[self.number], recording.clean.stages[self.number].attention
         assert run is not None
         channel = receiver - place.receivers.start
-        heads = attention.behind(channel)
+        heads = attention.moved_by(channel)
         read, some = recording.read if stage.last else None, slice(heads.start, heads.stop)
         known, normed = self.normed[channel >= attention.n_heads]
         n = _take(normed, [known.index(row) for row in rows])

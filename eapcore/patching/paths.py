@@ -129,10 +129,11 @@ def path_patch(
     if edges.graph != graph:
         raise ValueError(f"the paths must belong to {graph}, got some of {edges.graph}")
     origins = graph.members(graph.sender(name) for name in senders)
-    useful = needed(graph, edges.mask)
+    coupled = model.config.heads_coupled
+    useful = needed(graph, edges.mask, coupled=coupled)
     if not bool((useful & origins).any()):
         raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
-    again = reached(graph, edges.mask, origins) & useful & ~origins
+    again = reached(graph, edges.mask, origins, coupled=coupled) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     count = Count(progress, len(experiment))

@@ -15,7 +15,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
-from eapcore.graph.paths import needed, reached
+from eapcore.graph.paths import moved_by, needed, reached
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
@@ -76,7 +76,7 @@ def acdc(
     Source: Conmy et al. 2023, algorithm 1; with start, Syed, Rager, Conmy 2023, section 5.2.
     """
     experiment = Experiment.of(model, task, metric, ablation, reference)
-    graph = model.graph
+    graph, coupled = model.graph, model.config.heads_coupled
     if isinstance(threshold, bool) or not isinstance(threshold, float | int) or not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
     if start is not None and start.graph != graph:
@@ -90,8 +90,8 @@ def acdc(
     for r in reversed(range(graph.n_receivers)):
         present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
         senders = [s for _, s in sorted((keys[s][r], s) for s in present)]
-        behind = graph.senders_behind(r)
-        if behind and not bool(needed(graph, mask)[behind.start : behind.stop].any()):
+        behind = moved_by(graph, r, coupled)
+        if behind and not bool(needed(graph, mask, coupled=coupled)[behind.start : behind.stop].any()):
             mask[:, r] = False
         else:
             search.decide(r, senders, threshold)
@@ -185,14 +185,17 @@ class _Search:
 
     def __init__(self, experiment: Experiment, mask: Tensor, batch_size: int | str) -> None:
         self.experiment, self.graph, self.mask = experiment, experiment.model.graph, mask
+        self.coupled = experiment.model.config.heads_coupled
         self.decided, self.evaluated, self.launches, self.guess = 0, 0, 0, 4
         embedding = self.graph.members([0])
-        again = needed(self.graph, mask) & ~embedding
+        again = needed(self.graph, mask, coupled=self.coupled) & ~embedding
         self.states = []
         values = torch.zeros(3, dtype=torch.float64, device="cpu")
         for recording in record(experiment, batch_size):
             ablated = recording.ablated
-            present = again & reached(self.graph, mask, embedding) if ablated.stages else again
+            present = again
+            if ablated.stages:
+                present = again & reached(self.graph, mask, embedding, coupled=self.coupled)
             now = Changes.between(recording, recording.clean.senders, ablated.senders)
             for pool in (now.everywhere, now.at_read):
                 pool[1:] = 0
@@ -207,10 +210,10 @@ class _Search:
     def decide(self, receiver: int, senders: list[int], threshold: float) -> None:
         """Take the edges into a receiver out of the mask, in the order of the senders, where that costs too little."""
         graph, mask = self.graph, self.mask
-        behind = graph.senders_behind(receiver)
+        behind = moved_by(graph, receiver, self.coupled)
         again = graph.members(behind)
         if behind:
-            again = reached(graph, mask, again) & needed(graph, mask)
+            again = reached(graph, mask, again, coupled=self.coupled) & needed(graph, mask, coupled=self.coupled)
         limit = min(state.recording.copies(senders=1 + int(again.sum())) for state in self.states)
         while senders:
             part = senders[: min(self.guess, limit)]

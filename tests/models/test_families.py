@@ -20,8 +20,10 @@ from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
+from eapcore.patching.paths import path_patch
+from eapcore.search.acdc import acdc
 from eapcore.tasks import PromptPairs
-from eapcore.tasks.metrics import METRICS
+from eapcore.tasks.metrics import METRICS, MetricBatch
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -34,6 +36,7 @@ QWEN2 = {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}
 ROPE = {"rope_theta": 500.0, "factor": 4.0}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 NEOX = {"hidden_size": 24, "num_attention_heads": 3, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+OLMO = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
 CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 KINDS = {
     "query_pre_attn_scalar": 5,
@@ -66,6 +69,9 @@ CASES = {
         "Gemma3TextConfig",
         HEADS | {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]} | KINDS,
     ),
+    "olmo2": ("Olmo2Config", OLMO),
+    "olmo2, one key head": ("Olmo2Config", OLMO | {"num_key_value_heads": 1, "num_hidden_layers": 3}),
+    "olmo2, one head each": ("Olmo2Config", OLMO | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "neox": ("GPTNeoXConfig", NEOX),
     "neox, one after the other, half turned": (
         "GPTNeoXConfig",
@@ -102,7 +108,8 @@ def pairs_for(model, lengths=(9, 9, 6)):
     for at, prompt in enumerate(corrupt, 1):
         prompt[at] = (prompt[at] + 1) % V
         prompt[-2] = (prompt[-2] + 3) % V
-    return PromptPairs.from_lists(clean, corrupt, [[1], [2], [3]], [[4, 5], [6], [7]])
+    count = len(lengths)
+    return PromptPairs.from_lists(clean, corrupt, [[1], [2], [3]][:count], [[4, 5], [6], [7]][:count])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,7 +147,8 @@ def test_grouped_scores_are_the_sums_of_the_others(name):
     size = each.config.n_heads // each.config.n_kv
     assert shared.graph.n_kv == each.config.n_kv and each.graph.n_kv is None and size > 1
     pairs = pairs_for(each)
-    for options in ({"method": "eap-ig"}, {"method": "qk-fix"}, {"storage": "factored"}, {"method": "relp"}):
+    methods = ["eap-ig", "relp"] + ["qk-fix"] * (not each.config.qk_norm_joint)  # which a norm of all keys joins
+    for options in ({"storage": "factored"}, *({"method": method} for method in methods)):
         many, few = (eapcore.attribute(model, pairs, **options) for model in (each, shared))
         for r, receiver in enumerate(few.graph.receiver_names):
             names = [receiver]
@@ -178,6 +186,74 @@ def test_the_full_circuit_is_the_clean_run_and_the_empty_one_the_corrupt(name, k
 
 
 @pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", ["llama", "neox", "gemma2", "olmo2", "olmo2, one key head"])
+def test_patched_edges_and_circuits_are_the_literal_run_with_a_stream_for_every_receiver(name, kv):
+    model = ours(name, kv)
+    pairs, graph = pairs_for(model, (6, 5)), model.graph
+    whole, inputs = graph.edge_mask(), range(0, graph.channels_per_layer, 3 if graph.n_kv is None else 2)
+    edges = [graph.edge("a0.h1->m1"), graph.edge("m0->logits")]
+    edges += [(0, graph.qkv(at % 2).start + at) for at in inputs] + [(2, graph.qkv(1).stop - 1)]
+    masks = []
+    for edge in edges:
+        masks.append(whole.clone())
+        masks[-1][edge] = False
+    draw = torch.Generator().manual_seed(3)
+    masks += [whole & (torch.rand(whole.shape, generator=draw) < share) for share in (0.1, 0.2, 0.4, 0.9)]
+    expected = torch.stack([decoder.patched_logits(model, pairs, mask) for mask in [whole, *masks]])
+    circuits = [eapcore.Circuit(mask, graph) for mask in [whole, *masks]]
+    torch.testing.assert_close(run_circuit(model, pairs, circuits), expected, rtol=0, atol=1e-11)
+    for circuit, logits in zip(circuits[-4:-1], expected[-4:-1], strict=True):  # nothing is run for the others' sake
+        torch.testing.assert_close(run_circuit(model, pairs, circuit), logits, rtol=0, atol=1e-11)
+
+    def value(logits):
+        return METRICS["logit_diff"](
+            logits, MetricBatch(pairs.answers, pairs.wrong, logits, logits, torch.arange(len(pairs)))
+        ).mean()
+
+    names = [graph.edge_name(*edge) for edge in edges]
+    effects = patch_edges(model, pairs, edges=names)
+    for name, logits in zip(names, expected[1:], strict=False):
+        assert float(value(logits) - value(expected[0])) == pytest.approx(effects[name], abs=1e-10)
+        way = path_patch(model, pairs, "logit_diff", [name.split("->")[0]], [name]) if name.endswith("logits") else None
+        assert way is None or way.effect == pytest.approx(effects[name], abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_acdc_s_circuit_runs_as_it_was_measured_where_heads_share_a_norm(name):
+    model = ours(name)
+    pairs = pairs_for(model, (6, 5))
+    start = eapcore.attribute(model, pairs).top_n(60)
+    circuit = acdc(model, pairs, "logit_diff", threshold=0.1, start=start)
+    assert 0 < circuit.n_edges < 60
+    (value,) = metric_on(model, pairs, "logit_diff", [circuit])
+    assert circuit.meta["metric"]["circuit"] == pytest.approx(value, abs=1e-10)
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_qk_fix_is_what_the_edge_makes_of_all_patterns_of_its_layer(name, kv):
+    model = ours(name, kv)
+    pairs, graph = pairs_for(model, (6,)), model.graph
+    found, whole = eapcore.attribute(model, pairs, method="qk-fix"), graph.edge_mask()
+    patterns, others = [], decoder.run(model, pairs.corrupt[0])[0]
+    logits = decoder.run(model, pairs.clean[0], patterns=patterns)[2][-1][None]
+    answers = MetricBatch(pairs.answers, pairs.wrong, logits.detach(), logits.detach(), torch.arange(1))
+    grads = torch.autograd.grad(METRICS["logit_diff"](logits, answers).sum(), patterns)
+    heads = graph.n_heads
+    for layer in range(2):
+        queries_and_keys = (heads + graph.channels_per_layer) // 2
+        for r in range(graph.qkv(layer).start, graph.qkv(layer).start + queries_and_keys):
+            for s in {0, graph.senders_before(r) - 1}:
+                mask, changed = whole.clone(), []
+                mask[s, r] = False
+                decoder.run(model, pairs.clean[0], mask, others, patterns=changed)
+                here = slice(layer * heads, (layer + 1) * heads)
+                terms = zip(changed[here], patterns[here], grads[here], strict=True)
+                expected = sum(float(((one - two) * grad).sum().detach()) for one, two, grad in terms)
+                assert float(found.scores[s, r]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "neox", "mistral", "gemma2"])
 def test_edges_into_the_logits_patched_are_circuits_without_them(name, kv):
     """Two ways through the model agree: one receiver at a time, and every receiver with its own stream."""
@@ -194,7 +270,7 @@ def test_edges_into_the_logits_patched_are_circuits_without_them(name, kv):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "qwen2, later layers windowed", "neox", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2, later layers windowed", "neox", "gemma3", "olmo2"])
 def test_every_method_is_the_same_in_batches_of_any_size(name, method):
     model = ours(name)
     pairs = pairs_for(model)
@@ -203,7 +279,7 @@ def test_every_method_is_the_same_in_batches_of_any_size(name, method):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama3 rope", "qwen3", "gemma", "gemma2", "neox"])
+@pytest.mark.parametrize("name", ["llama3 rope", "qwen3", "gemma", "gemma2", "olmo2", "neox"])
 def test_narrower_dtypes_are_near(name, dtype):
     narrow = ours(name, "each", dtype)
     # Of the same weights and the same factor of the embedding, so that their rounding is not counted.
@@ -221,7 +297,7 @@ def _widened(model):
 
 @pytest.mark.parametrize("kv", ["each", "grouped"])
 @pytest.mark.parametrize("storage", ["dense", "factored"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "olmo2", "neox"])
 def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(name, storage, kv):
     kind, given = CASES[name]
     width = 16 * given["num_attention_heads"]
@@ -242,7 +318,7 @@ def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(name, storage
     assert 0.9 <= planned / measured <= 1.1
 
 
-@pytest.mark.parametrize("name", ["llama, linear rope, biases, tied", "qwen3", "gemma3", "neox"])
+@pytest.mark.parametrize("name", ["llama, linear rope, biases, tied", "qwen3", "gemma3", "olmo2", "neox"])
 def test_a_saved_folder_is_the_model_in_memory(name, tmp_path):
     theirs(name).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -7,6 +7,7 @@ numbers, positions are looped over by masks, and key and value heads are looked 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -35,15 +36,23 @@ def turned(x, frequencies):
     return torch.cat([pairs.real, pairs.imag, x[:, 2 * half :]], 1)
 
 
-def run(model, tokens):
-    """(senders, receivers, logits [T, V]) of a prompt, tokens [T]; every receiver reads a stream of its own."""
+def run(model, tokens, mask=None, others=None, patterns=None):
+    """(senders, receivers, logits [T, V]) of a prompt, tokens [T]; every receiver reads a stream of its own.
+
+    With a mask, bool [S, R], a receiver reads of the senders outside it what they send in `others`. patterns: a list
+    that takes each head's, [T, T].
+    """
     weights, config = model.weights, model.config
     embedding = weights.w_e[tokens] * config.embed_scale
     senders = [embedding if weights.w_pos is None else embedding + weights.w_pos[: len(tokens)]]
     biases, receivers = [], []
 
     def stream(count):
-        receivers.append(sum(senders[:count]) + sum(biases) + torch.zeros_like(senders[0]).requires_grad_())
+        read = senders[:count]
+        if mask is not None:
+            inside = mask[:, len(receivers)].tolist()
+            read = [e if inside[s] else others[s] for s, e in enumerate(read)]
+        receivers.append(sum(read) + sum(biases) + torch.zeros_like(senders[0]).requires_grad_())
         return receivers[-1]
 
     for index, layer in enumerate(weights.layers):
@@ -51,7 +60,7 @@ def run(model, tokens):
             before, sent, added = len(senders), [], []
             for part in stage:
                 if hasattr(part, "w_o"):
-                    heads, bias = attend(config, index, part, lambda before=before: stream(before))
+                    heads, bias = attend(config, index, part, lambda before=before: stream(before), patterns)
                     sent += heads
                     added += bias
                     continue
@@ -67,7 +76,7 @@ def run(model, tokens):
     return senders, receivers, logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def attend(config, index, part, stream):
+def attend(config, index, part, stream, patterns=None):
     """What the heads send, each [T, D], and the bias that they add; the q, k and v streams in the graph's order."""
     w, b = torch.cat(list(part.w_qkv)), part.b_qkv
     heads, kv = config.n_heads, config.n_kv
@@ -83,7 +92,7 @@ def attend(config, index, part, stream):
     window, frequencies = config.window(index), config.rotary_frequencies
     if window is not None and config.local_frequencies:
         frequencies = config.local_frequencies
-    q, k = ([normed(x, norm) for x in xs] for xs, norm in ((q, part.q_norm), (k, part.k_norm)))
+    q, k = (normed_heads(xs, norm, part.joint) for xs, norm in ((q, part.q_norm), (k, part.k_norm)))
     q, k = ([turned(x, frequencies) if frequencies else x for x in xs] for xs in (q, k))
     sent = []
     for h in range(heads):
@@ -95,11 +104,35 @@ def attend(config, index, part, stream):
             [j > i or (window is not None and j <= i - window) for j in range(len(scores))] for i in range(len(scores))
         ]
         scores = scores.masked_fill(torch.tensor(hidden), -math.inf)
-        sent.append(scores.softmax(-1) @ v[own] @ part.w_o[h])
+        pattern = scores.softmax(-1)
+        if patterns is not None:
+            patterns.append(pattern)
+        sent.append(pattern @ v[own] @ part.w_o[h])
     if part.post.kind != "none":  # of what they make together; a share of it is each head's
         sigma = (sum(sent).pow(2).mean(-1, keepdim=True) + part.post.eps).sqrt()
         sent = [made / sigma * part.post.gamma for made in sent]
     return sent, [] if part.b_o is None else [part.b_o]
+
+
+def normed_heads(xs, norm, joint):
+    """Heads' q or k, each [T, K], each through a norm of its own, or one behind the other through one.
+
+    Where each query head of a group has its own key, they are as many key heads with the same weights, γ's among them.
+    """
+    if not joint:
+        return [normed(x, norm) for x in xs]
+    gamma = norm.gamma.view(-1, xs[0].shape[1])
+    repeated = [gamma[i * len(gamma) // len(xs)] for i in range(len(xs))]
+    return list(normed(torch.cat(xs, 1), replace(norm, gamma=torch.cat(repeated))).split(xs[0].shape[1], 1))
+
+
+def patched_logits(model, pairs, mask):
+    """Logits [N, V] where the metric reads, of clean prompts in which edges outside a mask carry the corrupt ones'."""
+    found = []
+    for i in range(len(pairs)):
+        clean, corrupt = (prompts[i, : int(pairs.lengths[i])] for prompts in (pairs.clean, pairs.corrupt))
+        found.append(run(model, clean, mask, run(model, corrupt)[0])[2][int(pairs.positions[i])].detach())
+    return torch.stack(found)
 
 
 def eap(model, pairs, metric):

@@ -20,6 +20,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "gemma": llama,
     "gemma2": llama,
     "gemma3_text": llama,
+    "olmo2": llama,
     "gpt_neox": gpt_neox,
 }
 

@@ -1,4 +1,4 @@
-"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma 1 to 3."""
+"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma 1 to 3, OLMo 2."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ _ONLY = {
 def llama(raw: Mapping[str, Any]) -> Layout:
     """The layout that a configuration describes; ValueError for what is not supported, by name."""
     refuse(raw, _ONLY)
-    kind, gemma = raw["model_type"], raw["model_type"].startswith("gemma")
-    later = gemma and kind != "gemma"  # with norms behind heads and MLPs
-    if later:
+    kind, gemma, olmo = raw["model_type"], raw["model_type"].startswith("gemma"), raw["model_type"] == "olmo2"
+    later = gemma and kind != "gemma"
+    behind = later or olmo  # there are norms behind heads and MLPs
+    if behind:
         refuse(raw, {"attention_bias": (False,)})  # which the norm behind the heads would scale from prompt to prompt
     d_model, heads, layers = (
         integer(raw, "hidden_size"),
@@ -56,15 +57,17 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         act_fn=_activation(raw, gemma),
         attn_scale=math.sqrt(positive(raw, "query_pre_attn_scalar", default=d_head) if later else d_head),
         normalization="rmsnorm",
-        eps=positive(raw, "rms_norm_eps", default=1e-6),
+        eps=positive(raw, "rms_norm_eps", default=1e-5 if olmo else 1e-6),
         rotary_frequencies=_frequencies(raw, d_head, "full_attention"),
         gated=True,
         n_key_value_heads=None if n_kv == heads else n_kv,
         local_frequencies=_frequencies(raw, d_head, "sliding_attention") if kind == "gemma3_text" else (),
-        qk_norm=kind in ("qwen3", "gemma3_text"),
+        qk_norm=kind in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm_joint=olmo,
+        pre_norms=not olmo,
         attn_softcap=_cap(raw, "attn_logit_softcapping") if later else None,
         logits_softcap=_cap(raw, "final_logit_softcapping") if later else None,
-        post_norms=later,
+        post_norms=behind,
         windows=_windows(raw, layers),
         embed_scale=math.sqrt(d_model) if gemma else 1.0,
     )
@@ -79,12 +82,10 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         "w_u": Source(("lm_head.weight",), (V, D), lambda w: w.T, required=not tied),
     }
     layer = {
-        "ln1.0": Source((at + "input_layernorm.weight",), (D,), shift),
         "w_qkv.0": linear(attention + "q_proj.weight", H * K, D, H),
         "w_qkv.1": linear(attention + "k_proj.weight", G * K, D, G),
         "w_qkv.2": linear(attention + "v_proj.weight", G * K, D, G),
         "w_o": Source((attention + "o_proj.weight",), (D, H * K), lambda w: w.T.unflatten(0, (H, K))),
-        "ln2.0": Source((at + ("pre_feedforward" if later else "post_attention") + "_layernorm.weight",), (D,), shift),
         "w_in": linear(at + "mlp.gate_proj.weight", M, D),
         "w_up": linear(at + "mlp.up_proj.weight", M, D),
         "w_out": linear(at + "mlp.down_proj.weight", D, M),
@@ -94,11 +95,12 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         layer["b_qkv"] = Source(names, ((H * K,), (G * K,), (G * K,)), lambda *b: torch.cat(b).view(-1, K))
         if kind != "qwen2":
             layer["b_o"] = Source((attention + "o_proj.bias",), (D,))
+    norms = {} if olmo else {"ln1": "input", "ln2": "pre_feedforward" if later else "post_attention"}
+    norms |= {"post_a": "post_attention", "post_m": "post_feedforward"} if behind else {}
+    layer |= {f"{x}.0": Source((f"{at}{name}_layernorm.weight",), (D,), shift) for x, name in norms.items()}
     if config.qk_norm:
-        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (K,), shift) for x in "qk"}
-    if later:
-        behind = (("post_a", "post_attention"), ("post_m", "post_feedforward"))
-        layer |= {f"{x}.0": Source((f"{at}{name}_layernorm.weight",), (D,), shift) for x, name in behind}
+        sizes = (("q", H * K), ("k", G * K)) if olmo else (("q", K), ("k", K))
+        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (size,), shift) for x, size in sizes}
     what = f"{kind} of {layers} layers with {'a tied' if tied else 'an untied'} head"
     return Layout(what, config, ends, layer, tied, family=kind)
 

@@ -139,7 +139,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
         w_qkv = tuple(own[name] for name in ("w_qkv.0", "w_qkv.1", "w_qkv.2") if name in own)
         scale = config.score_scale(index)
         attention = Attention(
-            norm(at + "ln1"),
+            norm(at + "ln1") if config.pre_norms else NO_NORM,
             w_qkv,
             own.get("b_qkv"),
             own["w_o"],
@@ -148,6 +148,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
             config.rotary(index),
             q_norm=Norm("rmsnorm", own["q_norm.0"], None, config.eps) if config.qk_norm else NO_NORM,
             k_norm=Norm("rmsnorm", own["k_norm.0"], None, config.eps) if config.qk_norm else NO_NORM,
+            joint=config.qk_norm_joint,
             softcap=config.attn_softcap,
             window=config.window(index),
             grouped=config.kv_grouped,
@@ -157,7 +158,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
             layers.append(((attention,),))
             continue
         mlp = Mlp(
-            norm(at + "ln2"),
+            norm(at + "ln2") if config.pre_norms else NO_NORM,
             own["w_in"],
             own.get("b_in"),
             own["w_out"],
