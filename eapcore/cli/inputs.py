@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores, NodeScores
     from eapcore.models.model import Model
     from eapcore.tasks.pairs import PromptPairs
+    from eapcore.text.tokenizer import Tokenizer
 
 
 def load_model(args: argparse.Namespace, source: str, device: str | None = None) -> Model:
@@ -39,59 +39,38 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
             )
         task = args.model
     model = load_model(args, args.model)
-    encode = None if task in TASKS else find_encoder(args, model)
-    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=encode)
+    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=find_tokenizer(args, model))
     return model, pairs, args.metric or (TASKS[task].metric if task in TASKS else "logit_diff")
 
 
-def find_encoder(args: argparse.Namespace, model: Model) -> Callable[[str], list[int]] | None:
-    """The tokenizer that was named, the toy's own, that of the model's folder, or that of its repository on the Hub."""
-    from eapcore.models.checkpoint import fetch_tokenizer
-    from eapcore.models.families.gguf_tokenizer import GgufEncoder
-    from eapcore.tasks import TASKS
-    from eapcore.tasks.text import encoder
+def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:
+    """The tokenizer that was named, or the model's own, with the beginning of prompts that was asked for."""
+    import eapcore.text.folder as folder
+    from eapcore.models.families.gguf_tokenizer import gguf_tokenizer
 
-    if args.tokenizer is not None:
-        is_gguf = args.tokenizer.suffix == ".gguf" and args.tokenizer.is_file()
-        named = GgufEncoder(args.tokenizer) if is_gguf else encoder(args.tokenizer)
-        if named is None:
-            raise ValueError(
-                f"--tokenizer must be a folder with tokenizer.json or vocab.json and merges.txt, got {args.tokenizer}"
-            )
-        return named
-    if model.name in TASKS:
-        return TASKS[model.name].encode
-    own = model.folder
-    if own is None:
-        return None
-    found = GgufEncoder(own) if own.is_file() else encoder(own)
-    if found is not None or Path(args.model).expanduser().is_dir():
+    found, path = model.tokenizer, args.tokenizer
+    if path is not None:
+        is_gguf = path.suffix == ".gguf" and path.is_file()
+        found = gguf_tokenizer(path) if is_gguf else folder.find_tokenizer(path)
+        if found is None:
+            raise ValueError(f"--tokenizer must be a folder with {folder.NAMED}, or a GGUF file, got {path}")
+    if args.bos == "auto":
         return found
-    later: list[Callable[[str], list[int]]] = []
-
-    def encode(text: str) -> list[int]:  # a file of token ids needs no tokenizer, and no network
-        if not later:
-            folder = fetch_tokenizer(model.name, own)
-            fetched = None if folder is None else encoder(folder)
-            if fetched is None:
-                raise ValueError(
-                    f"{model.name} on the Hub has no tokenizer.json: give token ids, or --tokenizer FOLDER"
-                )
-            later.append(fetched)
-        return later[0](text)
-
-    return encode
+    if found is None:
+        raise ValueError(
+            f"--bos is for prompts as text, but {model.name} has no tokenizer here: give --tokenizer FOLDER"
+        )
+    return found.with_bos(args.bos)
 
 
 def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> Ablation:
     """The ablation that the options name; a mean is made here, once."""
     from eapcore.execution.ablation import Ablation
-    from eapcore.tasks import TASKS, find_pairs
+    from eapcore.tasks import find_pairs
 
     task, reference = args.reference_task, None
     if task is not None:
-        encode = None if task in TASKS else find_encoder(args, model)
-        reference = find_pairs(task, n=args.n, seed=args.seed, encode=encode)
+        reference = find_pairs(task, n=args.n, seed=args.seed, encode=find_tokenizer(args, model))
     return Ablation.of(model, pairs, args.ablation, reference)
 
 

@@ -51,7 +51,13 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="folder with tokenizer.json, or a GGUF file (default: the model's own folder)",
+        help="folder with tokenizer.json, or a GGUF file (default: the model's own)",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="what prompts as text begin with: auto what the tokenizer itself puts there, yes its BOS token",
     )
     parser.add_argument(
         "--metric",

@@ -88,11 +88,13 @@ def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
     """Two lines that name the model, the task and the metric."""
     config = model.config
     kind = "attention-only" if config.attn_only else model.family
-    seed = "" if pairs.seed is None else f", seed {pairs.seed}"
+    about = "".join(
+        f", {what} {said}" for what, said in {"seed": pairs.seed, **pairs.details}.items() if said is not None
+    )
     return (
         f"model    {model.name}: {kind}, {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}\n"
-        f"task     {pairs.name}: {len(pairs)} prompt pairs{seed}; metric {metric}"
+        f"task     {pairs.name}: {len(pairs)} prompt pairs{about}; metric {metric}"
     )
 
 

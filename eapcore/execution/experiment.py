@@ -132,7 +132,7 @@ def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:
         own = "source tree"
     return {
         "model": {"name": model.name, "content_hash": model.content_hash},
-        "task": {"name": pairs.name, "n_pairs": len(pairs), "seed": pairs.seed},
+        "task": {"name": pairs.name, "n_pairs": len(pairs), "seed": pairs.seed, **pairs.details},
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {"eapcore": own, "torch": torch.__version__, "python": platform.python_version()},
     }

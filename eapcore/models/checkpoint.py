@@ -269,9 +269,20 @@ def _shards(path: Path) -> list[str]:
 
 
 def fetch_tokenizer(repo: str, folder: Path) -> Path | None:
-    """The folder with the tokenizer.json of the commit whose model lies in `folder`; None if it has none."""
+    """The folder with the tokenizer files of the commit whose model lies in `folder`; None if the model has none.
+
+    What says whether prompts begin with a token, tokenizer_config.json, is fetched too where the Hub can be reached.
+    """
     path = _fetch(repo, "tokenizer.json", folder.name, None)
-    return None if path is None else path.parent
+    if path is None:
+        path, merges = (_fetch(repo, file, folder.name, None) for file in ("vocab.json", "merges.txt"))
+        if path is None or merges is None:
+            return None
+    try:
+        _fetch(repo, "tokenizer_config.json", folder.name, None)
+    except ConnectionError as error:
+        _log.info("%s: prompts begin as tokenizer.json says", error)
+    return path.parent
 
 
 def _cached(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:

@@ -15,6 +15,7 @@ from eapcore.kernels.checks import one_of
 from eapcore.models.checkpoint import (
     Stored,
     fetch_config,
+    fetch_tokenizer,
     fetch_weights,
     find_weights,
     hub_id,
@@ -29,6 +30,8 @@ from eapcore.models.families.names import Layout, build_weights
 from eapcore.models.model import Model
 from eapcore.models.modules import refuse_hooks, refuse_replaced, refuse_several_devices
 from eapcore.models.weights import Weights
+from eapcore.text.folder import fetched_tokenizer, find_tokenizer
+from eapcore.text.tokenizer import Tokenizer
 
 TOYS = {f"toy-{name}": Path(__file__).parents[1] / "toys" / name for name in ("ioi", "induction")}
 
@@ -64,18 +67,20 @@ def load(
     one_of("kv", kv, ("each", "grouped"))
     loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device, kv=kv)
     name = source if toy is not None and isinstance(source, str) else loaded.model_id
-    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family)
+    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family, loaded.tokenizer)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model. folder: where its files lie, a GGUF file itself, None for one that came from memory."""
+    """A loaded model. folder: where its files lie, a GGUF file itself; it and tokenizer are None for one that came from
+    memory."""
 
     config: ModelConfig
     weights: Weights
     model_id: str
     folder: Path | None
     family: str
+    tokenizer: Tokenizer | None
 
 
 def load_weights(
@@ -110,17 +115,21 @@ def load_weights(
         RuntimeError: a device that is not there.
     """
     folder, own, where = None, None, usable(device)
+    tokenizer: Tokenizer | None = None
     found = find_gguf(source) if isinstance(source, str | Path) else None
     if found is not None:
         if config is not None or revision is not None:
             raise ValueError(f"{found[1]} has a configuration of its own and no revisions: give neither of them")
         model_id, folder = found
         file = gguf_model(folder)
-        layout, tensors, own = file.layout, file.tensors, file.dtype
+        layout, tensors, own, tokenizer = file.layout, file.tensors, file.dtype, file.tokenizer
     elif isinstance(source, str | Path):
         shapes_alone = where is not None and where.type == "meta"
         model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
         raw = read_config(folder) if config is None else config
+        tokenizer = find_tokenizer(folder)
+        if tokenizer is None and not Path(source).expanduser().is_dir():
+            tokenizer = fetched_tokenizer(model_id, partial(fetch_tokenizer, model_id, folder))
         layout = layout_of(raw)  # refused before the weights are opened
         tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
     else:
@@ -137,7 +146,7 @@ def load_weights(
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
     weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where)
-    return Loaded(layout.config, weights, model_id, folder, layout.family)
+    return Loaded(layout.config, weights, model_id, folder, layout.family, tokenizer)
 
 
 def _locate(

@@ -17,6 +17,7 @@ from eapcore.models.attention import Attention
 from eapcore.models.config import ModelConfig
 from eapcore.models.mlp import Mlp
 from eapcore.models.weights import Weights
+from eapcore.text.tokenizer import Tokenizer
 
 # Fields from here on belong to a model's identity where they are not what they are by default.
 _HASHED = [known.name for known in fields(ModelConfig)].index("parallel")
@@ -52,7 +53,8 @@ class Model:
     """A configuration with its weights, on one device, in one dtype.
 
     name says where they came from, folder where their files lie (None for weights from memory), family for people what
-    it is.
+    it is. tokenizer: its own, read when it is first asked for; None for weights from memory, and where none lies beside
+    them.
     """
 
     config: ModelConfig
@@ -60,6 +62,7 @@ class Model:
     name: str = "unnamed"
     folder: Path | None = None
     family: str = "decoder"
+    tokenizer: Tokenizer | None = field(default=None, compare=False)
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def now(self) -> Model:

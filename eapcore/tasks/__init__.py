@@ -6,28 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import sort, toy_induction, toy_ioi
-from .files import Encode, read_pairs
-from .pairs import PromptPairs
+from eapcore.tasks import sort, toy_induction, toy_ioi
+from eapcore.tasks.files import Encode, read_pairs
+from eapcore.tasks.pairs import PromptPairs
+from eapcore.text.tokenizer import Tokenizer
 
 __all__ = ["TASKS", "PromptPairs", "Task", "find_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A built-in task. generate(n, seed) draws its pairs; metric is the one it is judged by; encode its tokenizer."""
+    """A built-in task. generate(n, seed) draws its pairs; metric is the one it is judged by."""
 
     description: str
     generate: Callable[[int, int], PromptPairs]
     metric: str = "logit_diff"
-    encode: Encode | None = None
 
 
 TASKS: dict[str, Task] = {
-    "toy-ioi": Task("indirect objects, for the model toy-ioi", toy_ioi.generate, encode=toy_ioi.encode),
-    "toy-induction": Task(
-        "induction, for the model toy-induction", toy_induction.generate, encode=toy_induction.encode
-    ),
+    "toy-ioi": Task("indirect objects, for the model toy-ioi", toy_ioi.generate),
+    "toy-induction": Task("induction, for the model toy-induction", toy_induction.generate),
     "sort": Task("sorting six digits, for gpt-nano-sort", sort.generate),
 }
 
@@ -39,15 +37,20 @@ def find_pairs(task: str | Path, *, n: int | None, seed: int, encode: Encode | N
         task: a name out of TASKS, or a path.
         n: how many pairs; None is 64 for a built-in task and all of a file.
         seed: of the draw; a file is read in order.
-        encode: text → token ids for a file with text.
+        encode: text → token ids for a file with text, best a `Tokenizer`.
 
     Raises:
-        ValueError: an unknown name, n < 1, or a file that `files.read_pairs` refuses.
+        ValueError: an unknown name, n < 1, a file that `files.read_pairs` refuses, or a tokenizer whose `bos` was set
+            where no prompt is text.
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 pair, got {n}")
     if str(task) in TASKS:
-        return TASKS[str(task)].generate(64 if n is None else n, seed)
-    if not Path(task).is_file():
+        pairs = TASKS[str(task)].generate(64 if n is None else n, seed)
+    elif not Path(task).is_file():
         raise ValueError(f"task must be one of {', '.join(TASKS)} or a .jsonl or .csv file, got {str(task)!r}")
-    return read_pairs(task, encode, n=n)
+    else:
+        pairs = read_pairs(task, encode, n=n)
+    if isinstance(encode, Tokenizer) and encode.bos != "auto" and "bos" not in pairs.details:
+        raise ValueError(f"bos is for prompts as text, but those of {pairs.name} are token ids: leave it at auto")
+    return pairs

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.text.tokenizer import Tokenizer, one_token
 
 Encode = Callable[[str], list[int]]
 _FIELDS = ("clean", "answer")
@@ -26,7 +27,7 @@ def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None 
 
     Args:
         path: the file; its ending says which format, .jsonl or .csv.
-        encode: text → token ids, needed where the file has text.
+        encode: text → token ids, needed where the file has text; a `Tokenizer` says what prompts begin with.
         n: only the first n pairs; None reads all.
 
     Raises:
@@ -39,6 +40,7 @@ def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None 
     if path.suffix not in readers:
         raise ValueError(f"a task file must end in {' or '.join(readers)}, got {path.name!r}")
     clean, corrupt, answers, wrong, positions = [], [], [], [], []
+    text = False
     try:
         entries = readers[path.suffix](path)
     except UnicodeDecodeError as error:
@@ -48,6 +50,7 @@ def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None 
         if missing:
             raise ValueError(f"{where} has no {' and no '.join(missing)}: {_FORM}")
         clean.append(_prompt(entry["clean"], encode, f"clean of {where}"))
+        text = text or isinstance(entry["clean"], str)
         given = entry.get("corrupt") not in (None, "")
         corrupt.append(_prompt(entry["corrupt"], encode, f"corrupt of {where}") if given else clean[-1])
         answers.append(_tokens(entry["answer"], encode, f"the answer of {where}"))
@@ -60,7 +63,8 @@ def read_pairs(path: str | Path, encode: Encode | None = None, *, n: int | None 
         if not isinstance(position, int) or isinstance(position, bool):
             raise ValueError(f"the position of {where} must be an integer, got {entry['position']!r}")
         positions.append(position)
-    return PromptPairs.from_lists(clean, corrupt, answers, wrong, positions=positions, name=path.name)
+    details = {"bos": encode.begins_with} if text and isinstance(encode, Tokenizer) else {}
+    return PromptPairs.from_lists(clean, corrupt, answers, wrong, positions=positions, name=path.name, details=details)
 
 
 def _jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -103,7 +107,8 @@ def _is_id(value: object) -> bool:
 
 def _prompt(value: Any, encode: Encode | None, what: str) -> list[int]:
     if isinstance(value, str):
-        return _encode(value, getattr(encode, "prompt", encode), what)  # some know what a prompt begins with
+        known = _known(encode, what)
+        return (known.prompt if isinstance(known, Tokenizer) else known)(value)
     if isinstance(value, list) and all(_is_id(v) for v in value):
         return value
     raise ValueError(f"{what} must be text or a list of token ids, got {value!r}")
@@ -119,17 +124,11 @@ def _tokens(value: Any, encode: Encode | None, what: str) -> list[int]:
             continue
         if not isinstance(item, str):
             raise ValueError(f"{what} must be text, a token id, or a list of them, got {item!r}")
-        tokens = _encode(item, encode, what)
-        if len(tokens) != 1:
-            raise ValueError(
-                f"{what} must be one token, but {item!r} is {len(tokens)} tokens {tokens}: begin it with a space, or "
-                "choose another word"
-            )
-        ids += tokens
+        ids.append(one_token(_known(encode, what), item, what))
     return ids
 
 
-def _encode(text: str, encode: Encode | None, what: str) -> list[int]:
+def _known(encode: Encode | None, what: str) -> Encode:
     if encode is None:
         raise ValueError(f"{what} is text, but this model has no tokenizer here: give token ids, or --tokenizer FOLDER")
-    return encode(text)
+    return encode

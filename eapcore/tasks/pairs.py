@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from eapcore.text.tokenizer import Tokenizer, one_token, tokenizer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,9 @@ class PromptPairs:
     clean, corrupt: int64 [N, T], padded on the right with 0; the same where nothing but an ablation with zero or a mean
     is to be run. lengths: int64 [N]. positions: int64 [N], where the metric
     reads the logits (the last token by default). answers, wrong: int64 [N, A], [N, W] token ids, padded with −1; W may
-    be 0. name says which task this is, seed how it was drawn (None where nothing was), vocab names the ids.
+    be 0. name says which task this is, seed how it was drawn (None where nothing was), vocab names the ids, details say
+    what else one must know of it, such as what prompts begin with. places: int64 [N] for each position that has a name,
+    such as where a word is that the corrupt prompt changes; −1 in a pair that has none.
     """
 
     clean: Annotated[Tensor, "int64 N T"]
@@ -29,6 +33,8 @@ class PromptPairs:
     name: str = "unnamed"
     seed: int | None = None
     vocab: tuple[str, ...] | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, Annotated[Tensor, "int64 N"]] = field(default_factory=dict)
 
     @staticmethod
     def from_lists(
@@ -41,6 +47,8 @@ class PromptPairs:
         name: str = "unnamed",
         seed: int | None = None,
         vocab: Sequence[str] | None = None,
+        details: Mapping[str, str] | None = None,
+        places: Mapping[str, Sequence[int]] | None = None,
     ) -> PromptPairs:
         """Build the pairs from lists of token ids, one entry a pair; corrupt=None where there are no corrupt prompts.
 
@@ -76,6 +84,7 @@ class PromptPairs:
             if positions is not None and not 0 <= positions[i] < len(a):
                 raise ValueError(f"the position {positions[i]} of pair {i} is outside its prompt of {len(a)} tokens")
         lengths = torch.tensor([len(a) for a in clean], device="cpu")
+        named = {place: torch.tensor(list(at), device="cpu") for place, at in (places or {}).items()}
         return PromptPairs(
             clean=_padded(clean, 0),
             corrupt=_padded(corrupt, 0),
@@ -86,6 +95,61 @@ class PromptPairs:
             name=name,
             seed=seed,
             vocab=None if vocab is None else tuple(vocab),
+            details=dict(details or {}),
+            places=named,
+        )
+
+    @staticmethod
+    def from_text(
+        source: Any,
+        clean: Sequence[str],
+        corrupt: Sequence[str] | None = None,
+        answers: Sequence[str | Sequence[str]] = (),
+        wrong: Sequence[str | Sequence[str]] | None = None,
+        *,
+        bos: str | None = None,
+        positions: Sequence[int] | None = None,
+        name: str = "unnamed",
+    ) -> PromptPairs:
+        """Build the pairs from texts, one entry a pair; corrupt=None where there are no corrupt prompts.
+
+        Args:
+            source: a model that carries a tokenizer, or a tokenizer: `model.tokenizer`, or one of the packages
+                tokenizers and transformers.
+            clean, corrupt: prompts; those of a pair must have equally many tokens. A chat template is not applied.
+            answers, wrong: the texts that may follow, one or several a pair, each one token. A text is taken as it
+                stands: behind "… is" the answer is " Paris", with its space.
+            bos: what prompts begin with: "auto" what the tokenizer's own rule puts there, "yes" its
+                beginning-of-sequence token, "no" nothing; None is the tokenizer's `bos`, "auto" if nobody changed it.
+            positions: which token the metric reads, counting what prompts begin with; None is the last.
+            name: of the task.
+
+        Raises:
+            ValueError: an answer of several tokens, with its pair and its pieces; prompts of different numbers of
+                tokens; a model without a tokenizer; or what `from_lists` refuses.
+            RuntimeError, OSError: a tokenizer that cannot be made here, see `Tokenizer`.
+        """
+        tokenizer = tokenizer_of(source) if bos is None else tokenizer_of(source).with_bos(bos)
+
+        def prompts(texts: Sequence[str], what: str) -> list[list[int]]:
+            return [tokenizer.prompt(text) for text in _texts(texts, what)]
+
+        def ids(entries: Sequence[str | Sequence[str]], what: str) -> list[list[int]]:
+            sets = [entry if isinstance(entry, list | tuple) else [entry] for entry in _listed(entries, what)]
+            return [
+                [one_token(tokenizer, text, f"{what} of pair {i}") for text in _texts(texts, f"{what} of pair {i}")]
+                for i, texts in enumerate(sets)
+            ]
+
+        ours = prompts(clean, "clean")
+        theirs = None if corrupt is None else prompts(corrupt, "corrupt")
+        for i, (a, b) in enumerate(zip(ours, theirs or (), strict=False)):
+            if len(a) != len(b):
+                raise ValueError(_parted(tokenizer, i, a, b))
+        others = None if wrong is None else ids(wrong, "the wrong answer")
+        details = {"bos": tokenizer.begins_with}
+        return PromptPairs.from_lists(
+            ours, theirs, ids(answers, "the answer"), others, positions=positions, name=name, details=details
         )
 
     def __len__(self) -> int:
@@ -102,6 +166,7 @@ class PromptPairs:
             positions=self.positions[index],
             answers=self.answers[index],
             wrong=self.wrong[index],
+            places={place: at[index] for place, at in self.places.items()},
         )
 
     def first_difference(self) -> Annotated[Tensor, "int64 N"]:
@@ -116,7 +181,8 @@ class PromptPairs:
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same pairs on another device."""
         names = ("clean", "corrupt", "lengths", "positions", "answers", "wrong")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        places = {place: at.to(device) for place, at in self.places.items()}
+        return replace(self, **{name: getattr(self, name).to(device) for name in names}, places=places)
 
     def check_positions(self) -> None:
         """Raise ValueError if the metric reads a position outside a prompt."""
@@ -154,6 +220,30 @@ class PromptPairs:
                 raise ValueError(
                     f"pair {pair} has the {what} {value}, but the vocabulary of {model} is 0..{d_vocab - 1}"
                 )
+
+
+def _listed(entries: Any, what: str) -> Sequence[Any]:
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"{what} must be a list with one entry for each pair, got {entries!r}")
+    return entries
+
+
+def _texts(entries: Any, what: str) -> Sequence[str]:
+    for entry in _listed(entries, what):
+        if not isinstance(entry, str):
+            raise ValueError(f"{what} must be text, got {entry!r}: from_lists takes token ids")
+    return entries
+
+
+def _parted(tokenizer: Tokenizer, pair: int, clean: list[int], corrupt: list[int]) -> str:
+    """Where the prompts of a pair part, whose numbers of tokens differ."""
+    same = [a == b for a, b in zip(clean, corrupt, strict=False)]
+    at = (*same, False).index(False)
+    behind = [" + ".join(map(repr, tokenizer.pieces(ids[at : at + 4]))) or "its end" for ids in (clean, corrupt)]
+    return (
+        f"clean and corrupt must have the same number of tokens, but pair {pair} has {len(clean)} and {len(corrupt)}: "
+        f"behind the first {at}, which are the same, clean has {behind[0]}, corrupt {behind[1]}"
+    )
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -6,8 +6,8 @@ import random
 from functools import cache
 from itertools import permutations
 
-from .pairs import PromptPairs
-from .words import vocabulary
+from eapcore.tasks.pairs import PromptPairs
+from eapcore.text.words import vocabulary
 
 _WORDS = (
     "river stone cloud apple tiger paper glass wheel bread chair horse knife lemon mouse night ocean piano queen robot "

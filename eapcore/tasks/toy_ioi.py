@@ -6,8 +6,8 @@ import random
 from functools import cache
 from itertools import combinations
 
-from .pairs import PromptPairs
-from .words import vocabulary
+from eapcore.tasks.pairs import PromptPairs
+from eapcore.text.words import vocabulary
 
 NAMES = tuple(
     "Mary John Alice Ben Clara David Emma Frank Grace Henry Irene Jack Kate Liam Nina Oscar Paula Quinn Rosa Sam "

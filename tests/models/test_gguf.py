@@ -16,7 +16,7 @@ import torch
 from eapcore.cli import main
 from eapcore.models import gguf as gguf_file
 from eapcore.models.families import gguf as family
-from eapcore.models.families.gguf_tokenizer import PRE, GgufEncoder
+from eapcore.models.families.gguf_tokenizer import PRE, gguf_tokenizer, rebuilt
 from eapcore.models.forward import forward
 from eapcore.models.gguf import read_gguf
 from eapcore.models.load import load, load_weights
@@ -323,7 +323,7 @@ def test_damage_in_the_header_is_refused_or_harmless(plain, tmp_path):
         path.write_bytes(damaged)
         try:
             load(path)
-            GgufEncoder(path)("ab a")
+            gguf_tokenizer(path)("ab a")
         except ValueError as error:
             assert str(path) in str(error), error
 
@@ -348,7 +348,7 @@ def encoder(tmp_path, **changes):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return GgufEncoder(tmp_path / "t.gguf")
+    return gguf_tokenizer(tmp_path / "t.gguf")
 
 
 def ids(*tokens):
@@ -359,8 +359,9 @@ def test_a_text_is_split_merged_and_its_special_tokens_found(tmp_path):
     encode = encoder(tmp_path)
     assert encode("ab a x") == ids("ab", "Ġa", "Ġ", "x")
     assert encode("a<|end|> ab<tool>b") == ids("a", "<|end|>", "Ġab", "<tool>", "b")
-    assert encode.tokenizer.decode(encode("ab a ab")) == "ab a ab"
-    assert encode.tokenizer.decode(encode("<|end|><tool>")) == "<tool>"  # the one is special, the other is the user's
+    assert encode.decode(encode("ab a ab<|end|>")) == "ab a ab<|end|>"
+    whole = rebuilt(tmp_path / "t.gguf", metadata_of_tokenizer())
+    assert whole.decode(encode("<|end|><tool>")) == "<tool>"  # the one is special, the other is the user's
     assert encode("") == []
 
 
@@ -375,15 +376,16 @@ SPLIT = {
 
 @pytest.mark.parametrize("pre", PRE)
 def test_each_rule_splits_a_text_in_its_own_way(pre, tmp_path):
-    split = encoder(tmp_path, pre=pre).tokenizer.pre_tokenizer.pre_tokenize_str("It's 1234 a+b!  \nDON'T")
+    split = rebuilt(tmp_path, metadata_of_tokenizer(pre)).pre_tokenizer.pre_tokenize_str("It's 1234 a+b!  \nDON'T")
     assert [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in split] == SPLIT[pre]
 
 
 def test_the_beginning_of_a_prompt_is_the_file_s_affair(tmp_path):
-    answers = {True: ids("<|begin|>", "ab"), False: ids("ab"), None: ids("ab")}
-    for given, expected in answers.items():
+    without, begun = ids("ab"), ids("<|begin|>", "ab")
+    for given, expected in {True: begun, False: without, None: without}.items():
         encode = encoder(tmp_path, add_bos_token=given)
-        assert (encode.prompt("ab"), encode("ab")) == (expected, ids("ab"))
+        assert (encode.prompt("ab"), encode("ab")) == (expected, without)
+        assert (encode.with_bos("yes").prompt("ab"), encode.with_bos("no").prompt("ab")) == (begun, without)
     by_rule = encoder(tmp_path, pre="llama-bpe")
     assert by_rule.prompt("ab") == by_rule.prompt("<|begin|>ab") == ids("<|begin|>", "ab")
     assert encoder(tmp_path, pre="llama-bpe", add_bos_token=False).prompt("ab") == ids("ab")
@@ -422,14 +424,20 @@ def test_without_the_package_tokenizers_text_gets_a_sentence_that_says_what_to_d
         encode("ab")
 
 
+def test_a_file_without_a_tokenizer_gives_a_model_without_one(plain, tmp_path):
+    assert load(plain[1]).tokenizer.prompt("ab") == ids("ab")
+    assert load(write(tmp_path / "a.gguf", plain[0])).tokenizer is None
+
+
 def test_the_commands_take_a_file_with_its_own_tokenizer(plain, tmp_path, capsys):
     entry = {"clean": "ab a x", "corrupt": "ab a y", "answer": " a", "wrong": "b"}
     (tmp_path / "t.jsonl").write_text(json.dumps(entry) + "\n")
     begins = write(tmp_path / "b.gguf", plain[0], tokenizer=metadata_of_tokenizer(add_bos_token=True))
     for path in (plain[1], begins):
         main(["attribute", "--model", str(path), "--task", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "s")])
-        assert f"{path.stem}: llama, 2 layers × 4 heads" in capsys.readouterr().out
-    pairs = read_pairs(tmp_path / "t.jsonl", GgufEncoder(begins))
+        printed, bos = capsys.readouterr().out, "<|begin|>" if path == begins else "none"
+        assert f"{path.stem}: llama, 2 layers × 4 heads" in printed and f"1 prompt pairs, bos {bos}; metric" in printed
+    pairs = read_pairs(tmp_path / "t.jsonl", gguf_tokenizer(begins))
     assert pairs.clean.tolist() == [ids("<|begin|>", "ab", "Ġa", "Ġ", "x")]
     assert (pairs.answers.tolist(), pairs.wrong.tolist()) == ([ids("Ġa")], [ids("b")])
 
@@ -440,7 +448,7 @@ def test_the_commands_take_a_file_with_its_own_tokenizer(plain, tmp_path, capsys
 @pytest.fixture(scope="module")
 def smollm2():
     model = load("smollm2-135m")
-    return model, GgufEncoder(model.folder)
+    return model, model.tokenizer
 
 
 @needs_smollm2
@@ -448,7 +456,7 @@ def test_smollm2_is_found_by_its_name_and_its_tokenizer_is_its_own(smollm2):
     model, encode = smollm2
     config = model.config
     assert (model.name, config.n_layers, config.n_heads, config.n_kv, config.d_model) == ("smollm2-135m", 30, 9, 3, 576)
-    assert (config.d_vocab, config.eps, encode.bos) == (49152, 1e-5, None)
+    assert (config.d_vocab, config.eps, encode.begins_with) == (49152, 1e-5, "none")
     known = {
         "The capital of France is": [504, 3575, 282, 4649, 314],
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
@@ -457,7 +465,7 @@ def test_smollm2_is_found_by_its_name_and_its_tokenizer_is_its_own(smollm2):
         "<|im_start|>hi": [1, 6004],
     }
     assert {text: encode(text) for text in known} == known
-    assert all(encode.tokenizer.decode(found, skip_special_tokens=False) == text for text, found in known.items())
+    assert all(encode.decode(found) == text for text, found in known.items())
 
 
 @needs_smollm2
@@ -484,4 +492,4 @@ def test_smollm2_continues_a_sentence(smollm2):
     with torch.no_grad():
         for _ in range(2):
             tokens.append(int(forward(model, torch.tensor([tokens]))[0, -1].argmax()))
-    assert encode.tokenizer.decode(tokens) == "The capital of France is Paris."
+    assert encode.decode(tokens) == "The capital of France is Paris."

@@ -1,4 +1,4 @@
-"""Prompt pairs, task files and tokenizers: what they make of good input, and the sentence that bad input gets."""
+"""Prompt pairs and task files: what they make of good input, and the sentence that bad input gets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import csv
 import itertools
 import json
 import re
-import sys
 
 import pytest
 import torch
 from models import SHARED, lists
 from refusal import refused
 
-from eapcore.tasks import TASKS, PromptPairs, find_pairs, sort, text, toy_induction
+from eapcore.tasks import TASKS, PromptPairs, find_pairs, sort
 from eapcore.tasks.files import read_pairs
 
 WORDS = {"the": 1, "cat": 2, "dog": 3, "sat": 4, "ran": 5, ".": 6}
@@ -289,65 +288,3 @@ def test_the_sorting_model_gives_the_answers_of_the_sort_task():
         for prompts, expected in ((pairs.clean, pairs.answers), (pairs.corrupt, pairs.wrong)):
             predicted = forward(model, prompts)[torch.arange(len(pairs)), pairs.positions].argmax(-1)
             assert float((predicted == expected[:, 0]).double().mean()) >= 0.99
-
-
-# Tokenizers
-
-
-def test_text_files_work_with_a_toy_tokenizer(tmp_path):
-    entry = {"clean": "river stone river", "corrupt": "river stone cloud", "answer": "stone"}
-    path = write_jsonl(tmp_path / "t.jsonl", [entry])
-    pairs = find_pairs(path, n=None, seed=0, encode=TASKS["toy-induction"].encode)
-    ids = [toy_induction.VOCAB.index(word) for word in ("river", "stone", "cloud")]
-    assert lists(pairs)["clean"] == [[ids[0], ids[1], ids[0]]]
-    assert lists(pairs)["corrupt"] == [ids] and lists(pairs)["answers"] == [[ids[1]]]
-
-
-@pytest.mark.skipif(not (SHARED / "gpt2-tokenizer").is_dir(), reason="GPT-2's tokenizer files are not here")
-def test_gpt2_text_is_encoded_as_gpt2_does(tmp_path):
-    pytest.importorskip("tokenizers")
-    encode_gpt2 = text.encoder(SHARED / "gpt2-tokenizer")
-    assert [encode_gpt2(word) for word in (" John", " Mary", " the")] == [[1757], [5335], [262]]
-    prompt = "When Mary and John went to the store, John gave a drink to"
-    assert encode_gpt2(prompt) == [2215, 5335, 290, 1757, 1816, 284, 262, 3650, 11, 1757, 2921, 257, 4144, 284]
-    corrupt = prompt.replace("John gave", "Mary gave")
-    entry = {"clean": prompt, "corrupt": corrupt, "answer": " Mary", "wrong": [" John"]}
-    pairs = read_pairs(write_jsonl(tmp_path / "t.jsonl", [entry]), encode_gpt2)
-    assert (pairs.answers.tolist(), pairs.wrong.tolist()) == ([[5335]], [[1757]])
-    with pytest.raises(ValueError, match=r"must be one token, but ' Mary Anne' is 2 tokens \[5335, 15397\]: begin it"):
-        read_pairs(write_jsonl(tmp_path / "t.jsonl", [entry | {"answer": " Mary Anne"}]), encode_gpt2)
-
-
-def byte_level_files(folder):
-    """A tokenizer of single bytes and one merge, as GPT-2 stores it."""
-    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "Ġ": 2, "Ġa": 3}))
-    (folder / "merges.txt").write_text("#version: 0.2\nĠ a\n", encoding="utf-8")
-
-
-def test_a_folder_with_vocab_and_merges_or_tokenizer_json_encodes_alike(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    byte_level_files(tmp_path)
-    from_two = text.encoder(tmp_path)
-    assert from_two("ab a b") == [0, 1, 3, 2, 1]
-    whole = tokenizers.Tokenizer(
-        tokenizers.models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    )
-    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    (tmp_path / "whole").mkdir()
-    whole.save(str(tmp_path / "whole" / "tokenizer.json"))
-    assert text.encoder(tmp_path / "whole")("ab a b") == [0, 1, 3, 2, 1]
-
-
-def test_a_folder_without_a_tokenizer_has_none_and_a_damaged_one_is_refused(tmp_path):
-    pytest.importorskip("tokenizers")
-    assert text.encoder(tmp_path) is None
-    (tmp_path / "vocab.json").write_text("{}")
-    assert text.encoder(tmp_path) is None
-    (tmp_path / "tokenizer.json").write_text("{not json")
-    assert str(tmp_path) in refused(r"the tokenizer files in .* cannot be read", text.encoder, tmp_path)
-
-
-def test_without_the_package_tokenizers_text_gets_a_sentence_that_says_what_to_do(tmp_path, monkeypatch):
-    byte_level_files(tmp_path)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    refused(r"pip install 'eapcore\[tokenizers\]', or give token ids", text.encoder, tmp_path, error=RuntimeError)

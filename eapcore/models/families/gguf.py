@@ -14,9 +14,11 @@ from torch import Tensor
 
 from eapcore.models.checkpoint import Stored
 from eapcore.models.config import DTYPES
+from eapcore.models.families.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 from eapcore.models.families.llama import llama
 from eapcore.models.families.names import Layout
 from eapcore.models.gguf import Gguf, read_gguf
+from eapcore.text.tokenizer import Tokenizer
 
 # Architecture: whether llama.cpp turns neighbouring dimensions of q and k, whose rows are then stored in that order.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
@@ -72,11 +74,13 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a file describes. dtype: of its matrices, float32 where they are quantised or differ."""
+    """What a file describes. dtype: of its matrices, float32 where they are quantised or differ. tokenizer: its own,
+    None where it has none."""
 
     layout: Layout
     tensors: list[Stored]
     dtype: torch.dtype
+    tokenizer: Tokenizer | None
 
 
 def find_gguf(source: str | Path) -> tuple[str, Path] | None:
@@ -155,7 +159,8 @@ def _model(file: Gguf) -> GgufModel:
             read = partial(_halves, read, heads if part == "attn_q" else n_kv)
         tensors.append(Stored(names[name], tensor.shape, tensor.dtype, read))
     dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
-    return GgufModel(layout, tensors, DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32)
+    dtype = DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
+    return GgufModel(layout, tensors, dtype, gguf_tokenizer(file.path) if has_tokenizer(own) else None)
 
 
 def _config(kind: str, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
