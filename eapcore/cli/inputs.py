@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,18 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
     if task is None:
         if args.model not in TASKS:
             raise ValueError(
-                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl or .csv file"
+                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl, .json, .csv or "
+                ".tsv file"
             )
         task = args.model
     model = load_model(args, args.model)
-    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=find_tokenizer(args, model))
-    return model, pairs, args.metric or (TASKS[task].metric if task in TASKS else "logit_diff")
+    tokenizer = find_tokenizer(args, model)
+    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=tokenizer, corruption=args.corruption)
+    return (
+        replace(model, tokenizer=tokenizer),
+        pairs,
+        args.metric or (TASKS[task].metric if task in TASKS else "logit_diff"),
+    )
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:
@@ -70,7 +77,7 @@ def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs) ->
 
     task, reference = args.reference_task, None
     if task is not None:
-        reference = find_pairs(task, n=args.n, seed=args.seed, encode=find_tokenizer(args, model))
+        reference = find_pairs(task, n=args.n, seed=args.seed, encode=model.tokenizer)
     return Ablation.of(model, pairs, args.ablation, reference)
 
 

@@ -44,8 +44,13 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
     parser.add_argument(
         "--task",
         metavar="TASK",
-        help="toy-ioi, toy-induction, sort, or a .jsonl or .csv file of clean, corrupt, answer, wrong, as text or as "
-        "token ids (default: the toy model's own task)",
+        help="toy-ioi, toy-induction, sort, or a .jsonl, .json, .csv or .tsv file of clean, corrupt, answer, wrong, as "
+        "text or as token ids, or of another tool's fields (default: the toy model's own task)",
+    )
+    parser.add_argument(
+        "--corruption",
+        metavar="FIELD",
+        help="which corrupt prompts of a file that has several, of PEAP's the second file (default: its publisher's)",
     )
     parser.add_argument(
         "--tokenizer",

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores, NodeScores
     from eapcore.models.model import Model
     from eapcore.tasks.pairs import PromptPairs
+    from eapcore.text.tokenizer import Tokenizer
+
+_FEW, _TOKENS = 6, 48  # answers and changes, and tokens, of the first pair that are shown
 
 
 def scored_heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeScores, seconds: float) -> str:
@@ -85,17 +88,60 @@ def check_writable(folder: Path) -> None:
 
 
 def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
-    """Two lines that name the model, the task and the metric."""
+    """What is named: the model, the task and the metric; and what is read: the fields of a file, the first pair."""
     config = model.config
     kind = "attention-only" if config.attn_only else model.family
-    about = "".join(
-        f", {what} {said}" for what, said in {"seed": pairs.seed, **pairs.details}.items() if said is not None
-    )
+    said = {"seed": pairs.seed, **{what: text for what, text in pairs.details.items() if what != "fields"}}
+    about = "".join(f", {what} {text}" for what, text in said.items() if text is not None)
+    fields = pairs.details.get("fields")
     return (
         f"model    {model.name}: {kind}, {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}\n"
-        f"task     {pairs.name}: {len(pairs)} prompt pairs{about}; metric {metric}"
+        f"task     {pairs.name}: {len(pairs)} prompt pairs{about}; metric {metric}\n"
+        + ("" if fields is None else f"fields   {fields}\n")
+        + first_pair(pairs, model.tokenizer)
     )
+
+
+def first_pair(pairs: PromptPairs, tokenizer: Tokenizer | None) -> str:
+    """The first pair as it was understood: its tokens, where they differ, where the metric reads, and what is right."""
+    length, reads = int(pairs.lengths[0]), int(pairs.positions[0])
+    clean, corrupt = (prompts[0, :length].tolist() for prompts in (pairs.clean, pairs.corrupt))
+    right, wrong = ([i for i in ids[0].tolist() if i >= 0] for ids in (pairs.answers, pairs.wrong))
+    text = _pieces(pairs, tokenizer)
+
+    def named(ids: Sequence[int]) -> str:
+        few = [f"{text(i)} ({i})" if text(i) != str(i) else str(i) for i in ids[:_FEW]]
+        return ", ".join(few) + (f" and {len(ids) - _FEW} more" if len(ids) > _FEW else "")
+
+    changes = [place for place in range(length) if clean[place] != corrupt[place]]
+    changed = [f"{text(clean[place])} → {text(corrupt[place])} at {place}" for place in changes[:_FEW]]
+    more = f" and {len(changes) - _FEW} more" if len(changes) > _FEW else ""
+    start = max(0, reads + 1 - _TOKENS)
+    shown = ("… " if start else "") + " ".join(text(i) for i in clean[start : start + _TOKENS])
+    shown += " …" if start + _TOKENS < length else ""
+    return (
+        f"first    {length} tokens: {shown}\n"
+        f"         corrupt {', '.join(changed) + more if changes else 'the same'}; read at {reads}, behind "
+        f"{text(clean[reads])}: right {named(right) or 'none'}, wrong {named(wrong) or 'none'}"
+    )
+
+
+def _pieces(pairs: PromptPairs, tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    """What shows a token: its text where that is known, without asking a network for it."""
+    vocab = pairs.vocab
+    if vocab is not None:
+        return lambda i: repr(vocab[i]) if 0 <= i < len(vocab) else str(i)
+    if tokenizer is None or not ("bos" in pairs.details or tokenizer.at_hand):
+        return str
+
+    def piece(i: int) -> str:
+        try:
+            return repr(tokenizer.pieces([i])[0])
+        except (ValueError, RuntimeError, OSError, OverflowError):  # ids need no tokenizer that can be read
+            return str(i)
+
+    return piece
 
 
 class Saved(Protocol):

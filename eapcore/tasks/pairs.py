@@ -49,12 +49,16 @@ class PromptPairs:
         vocab: Sequence[str] | None = None,
         details: Mapping[str, str] | None = None,
         places: Mapping[str, Sequence[int]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> PromptPairs:
         """Build the pairs from lists of token ids, one entry a pair; corrupt=None where there are no corrupt prompts.
 
+        names: what an error calls each pair, "pair 0" and so on by default.
+
         Raises:
             ValueError: nothing given; lists of different numbers of entries; a pair whose prompts differ in length or
-                are empty; a pair without an answer; a position outside its prompt. The pair is named.
+                are empty; a pair without an answer, with one twice, or with one that is wrong too; a position outside
+                its prompt. The pair is named.
         """
         corrupt = clean if corrupt is None else corrupt
         if not clean:
@@ -68,21 +72,22 @@ class PromptPairs:
         right = [[ids] if isinstance(ids, int) else list(ids) for ids in answers]
         others = [[ids] if isinstance(ids, int) else list(ids) for ids in wrong]
         for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
+            pair = f"pair {i}" if names is None else names[i]
             if len(a) != len(b):
                 raise ValueError(
-                    f"clean and corrupt must have the same number of tokens, but pair {i} has {len(a)} and {len(b)}: "
+                    f"clean and corrupt must have the same number of tokens, but {pair} has {len(a)} and {len(b)}: "
                     "positions are compared one by one"
                 )
             if not a:
-                raise ValueError(f"a prompt needs at least one token, but pair {i} has none")
+                raise ValueError(f"a prompt needs at least one token, but {pair} has none")
             if not right[i]:
-                raise ValueError(f"pair {i} has no answer: at least one token id is needed")
+                raise ValueError(f"{pair} has no answer: at least one token id is needed")
             if min(*right[i], *others[i], 0) < 0:
-                raise ValueError(
-                    f"an answer is a token id of at least 0, but pair {i} has {min(*right[i], *others[i])}"
-                )
+                raise ValueError(f"an answer is a token id of at least 0, but {pair} has {min(*right[i], *others[i])}")
+            if fault := _fault(right[i], others[i]):
+                raise ValueError(f"{pair} has {fault}")
             if positions is not None and not 0 <= positions[i] < len(a):
-                raise ValueError(f"the position {positions[i]} of pair {i} is outside its prompt of {len(a)} tokens")
+                raise ValueError(f"the position {positions[i]} of {pair} is outside its prompt of {len(a)} tokens")
         lengths = torch.tensor([len(a) for a in clean], device="cpu")
         named = {place: torch.tensor(list(at), device="cpu") for place, at in (places or {}).items()}
         return PromptPairs(
@@ -210,6 +215,15 @@ class PromptPairs:
                 "prompts choose the ablation zero, mean or mean-positional"
             )
 
+    def check_answers(self) -> None:
+        """Raise ValueError if a pair has an answer twice, or one that is wrong too."""
+        some = torch.cat([self.answers, self.wrong], 1).sort(1).values
+        again = ((some[:, 1:] == some[:, :-1]) & (some[:, 1:] >= 0)).any(1).nonzero()
+        if len(again):
+            pair = int(again[0])
+            right, wrong = ([int(i) for i in ids[pair].tolist() if i >= 0] for ids in (self.answers, self.wrong))
+            raise ValueError(f"pair {pair} has {_fault(right, wrong)}")
+
     def check_vocabulary(self, d_vocab: int, model: str) -> None:
         """Raise ValueError if an answer or a wrong token id is not in the vocabulary of a model."""
         for what, ids in (("answer", self.answers), ("wrong answer", self.wrong)):
@@ -220,6 +234,16 @@ class PromptPairs:
                 raise ValueError(
                     f"pair {pair} has the {what} {value}, but the vocabulary of {model} is 0..{d_vocab - 1}"
                 )
+
+
+def _fault(right: Sequence[int], wrong: Sequence[int]) -> str | None:
+    """What makes nonsense of a pair's answers."""
+    for what, ids in (("the answer", right), ("the wrong answer", wrong)):
+        if len(set(ids)) < len(ids):
+            return f"{what} {next(i for i in ids if list(ids).count(i) > 1)} twice"
+    if both := set(right) & set(wrong):
+        return f"the answer {min(both)} among its wrong answers too: nothing would tell them apart"
+    return None
 
 
 def _listed(entries: Any, what: str) -> Sequence[Any]:

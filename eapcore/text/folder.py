@@ -24,7 +24,7 @@ def find_tokenizer(folder: str | Path, name: str | None = None) -> Tokenizer | N
 
 def fetched_tokenizer(name: str, fetch: Callable[[], Path | None]) -> Tokenizer:
     """A tokenizer whose folder is fetched when it is first asked for; fetch gives None where there is none."""
-    return Tokenizer(name, partial(_fetched, name, fetch))
+    return Tokenizer(name, partial(_fetched, name, fetch), local=False)
 
 
 def _fetched(name: str, fetch: Callable[[], Path | None]) -> Made:

@@ -34,7 +34,7 @@ class Tokenizer:
 
     name says where it comes from. bos, what a prompt begins with: "auto" what the tokenizer's own rule puts there (its
     post-processor, add_bos_token, or a GGUF file's flag), "yes" its beginning-of-sequence token, "no" nothing. A text
-    that spells the token out gets no second one.
+    that spells the token out gets no second one. local: its files need not be fetched.
 
     Raises, when it is first asked for:
         RuntimeError: a package that it needs is not installed.
@@ -42,25 +42,30 @@ class Tokenizer:
         OSError: files that can neither be found nor fetched.
     """
 
-    def __init__(self, name: str, make: Callable[[], Made], bos: str = "auto") -> None:
+    def __init__(self, name: str, make: Callable[[], Made], bos: str = "auto", *, local: bool = True) -> None:
         if bos not in BOS:
             raise ValueError(f"bos must be one of {', '.join(BOS)}, got {bos!r}")
-        self.name, self.bos, self._make = name, bos, make
+        self.name, self.bos, self._make, self._local = name, bos, make, local
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, bos={self.bos!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "bos": self.bos, "_make": self._make}
+        return {"name": self.name, "bos": self.bos, "_make": self._make, "_local": self._local}
 
     @cached_property
     def made(self) -> Made:
         """The tokenizer itself, read now if it was not before."""
         return self._make()
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether nothing has to be fetched for it."""
+        return self._local or "made" in vars(self)
+
     def with_bos(self, bos: str) -> Tokenizer:
         """The same tokenizer with another rule for what a prompt begins with."""
-        other = Tokenizer(self.name, self._make, bos)
+        other = Tokenizer(self.name, self._make, bos, local=self._local)
         if "made" in vars(self):
             vars(other)["made"] = self.made
         return other

@@ -239,13 +239,13 @@ def test_an_unknown_model_is_refused_by_name(refused, tmp_path):
 def test_an_unknown_task_and_a_missing_one_list_the_valid_ones(refused, tmp_path):
     for argv in (["--task", "ioi"], ["--task", tmp_path / "nothing.jsonl"], []):
         line = refused(*argv, task=False)
-        assert "one of toy-ioi, toy-induction, sort" in line and ".jsonl or .csv file" in line
+        assert "one of toy-ioi, toy-induction, sort" in line and ".csv or .tsv file" in line
 
 
 GOOD_LINE = {"clean": [1, 2, 3], "corrupt": [1, 4, 3], "answer": 5, "wrong": 6}
 FILES = {
     "different lengths": ([GOOD_LINE, GOOD_LINE | {"corrupt": [1, 4]}],
-        "the same number of tokens, but pair 1 has 3 and 2"),
+        "the same number of tokens, but line 2 of task.jsonl has 3 and 2"),
     "out of the vocabulary": ([GOOD_LINE | {"clean": [1, 2, 29]}],
         "the token id 29, but the vocabulary of small is 0..28"),
     "longer than the context": ([GOOD_LINE | {"clean": [1] * 17, "corrupt": [2] * 17}],
@@ -284,9 +284,13 @@ def test_malformed_and_foreign_task_files_are_refused(refused, tmp_path):
     (tmp_path / "task.jsonl").write_text('{"clean": [1, 2')
     assert "line 1 of task.jsonl is not JSON" in refused("--task", tmp_path / "task.jsonl", task=False)
     (tmp_path / "task.csv").write_text("a,b\n1,2\n")
-    assert "line 2 of task.csv has no clean and no answer" in refused("--task", tmp_path / "task.csv", task=False)
+    assert "task.csv has fields that nothing reads: 'a', 'b'; its fields are a, b" in refused(
+        "--task", tmp_path / "task.csv", task=False
+    )
     (tmp_path / "task.txt").write_text("Mary")
-    assert "must end in .jsonl or .csv, got 'task.txt'" in refused("--task", tmp_path / "task.txt", task=False)
+    assert "must end in .jsonl, .json, .csv or .tsv, got 'task.txt'" in refused(
+        "--task", tmp_path / "task.txt", task=False
+    )
 
 
 def test_damaged_weights_name_the_layer(refused, tmp_path):

@@ -112,15 +112,13 @@ def write_jsonl(path, entries):
     return path
 
 
-def write_csv(path, entries):
+def write_csv(path, entries, delimiter=","):
+    fields = list(dict.fromkeys(field for entry in entries for field in entry))
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["clean", "corrupt", "answer", "wrong", "position"])
+        writer = csv.DictWriter(file, fields, delimiter=delimiter)
         writer.writeheader()
-        # an id alone is text in CSV: a list says that it is an id
         for entry in entries:
-            ids = {k: [v] for k, v in entry.items() if isinstance(v, int) and k != "position"}
-            cells = {k: v if isinstance(v, str | int) else json.dumps(v) for k, v in (entry | ids).items()}
-            writer.writerow(cells)
+            writer.writerow({k: v if isinstance(v, str | int) else json.dumps(v) for k, v in entry.items()})
     return path
 
 
@@ -130,31 +128,58 @@ def write(request, tmp_path):
     return lambda entries: request.param(path, entries)
 
 
-def test_a_file_of_text_and_ids_is_read(write):
-    path = write(ENTRIES)
+TEXTS = [
+    {"clean": "the cat sat", "corrupt": "the dog sat", "answer": "ran", "wrong": ["sat", "."], "position": ""},
+    {"clean": "cat ran the dog", "corrupt": "dog ran the dog", "answer": ["cat"], "wrong": "the", "position": 2},
+]
+IDS = [
+    {"clean": [1, 2, 4], "corrupt": [1, 3, 4], "answer": 5, "wrong": [4, 6], "position": ""},
+    {"clean": [2, 5, 1, 3], "corrupt": [3, 5, 1, 3], "answer": [2], "wrong": 1, "position": 2},
+]
+SAME = {"clean": [[1, 2, 4], [2, 5, 1, 3]], "corrupt": [[1, 3, 4], [3, 5, 1, 3]], "answers": [[5], [2]],
+    "wrong": [[4, 6], [1]], "positions": [2, 2]}  # fmt: skip
+
+
+def test_json_values_are_text_or_ids_by_their_type(tmp_path):
+    path = write_jsonl(tmp_path / "task.jsonl", ENTRIES)
     pairs = read_pairs(path, encode)
     assert lists(pairs) == READ
     assert (pairs.name, pairs.seed) == (path.name, None)
     assert lists(find_pairs(path, n=None, seed=0, encode=encode)) == READ
+    assert "clean text and token ids" in pairs.details["fields"]
+
+
+def test_a_task_reads_the_same_from_every_kind_of_file(tmp_path):
+    for entries in (TEXTS, IDS):
+        found = [read_pairs(write_jsonl(tmp_path / "t.jsonl", entries), encode)]
+        for name, delimiter in (("t.csv", ","), ("semicolons.CSV", ";"), ("tabs.csv", "\t"), ("t.Tsv", "\t")):
+            found.append(read_pairs(write_csv(tmp_path / name, entries, delimiter), encode))
+        (tmp_path / "t.JSON").write_text(json.dumps(entries))
+        found.append(read_pairs(tmp_path / "t.JSON", encode))
+        assert all(lists(pairs) == SAME for pairs in found)
+        kind = "text" if entries is TEXTS else "token ids"
+        for pairs in found:
+            assert re.sub("_(ids|text)", "", pairs.details["fields"]) == (
+                f"clean {kind}, corrupt {kind}, answer {kind}, wrong {kind}, position (position)"
+            )
 
 
 def test_a_file_may_leave_out_corrupt_prompts(write):
-    entries = [{key: value for key, value in entry.items() if key != "corrupt"} for entry in ENTRIES]
-    pairs = read_pairs(write(entries), encode)
-    assert lists(pairs) == READ | {"corrupt": READ["clean"]}
-    assert lists(read_pairs(write([ENTRIES[0], *entries[1:]]), encode))["corrupt"] == [
-        READ["corrupt"][0], *READ["clean"][1:]
+    entries = [{key: value for key, value in entry.items() if key != "corrupt"} for entry in TEXTS]
+    assert lists(read_pairs(write(entries), encode)) == SAME | {"corrupt": SAME["clean"]}
+    assert lists(read_pairs(write([TEXTS[0], *entries[1:]]), encode))["corrupt"] == [
+        SAME["corrupt"][0], *SAME["clean"][1:]
     ]  # fmt: skip
 
 
 def test_n_takes_the_first_pairs_of_a_file(write):
-    assert lists(read_pairs(write(ENTRIES), encode, n=2)) == {k: v[:2] for k, v in READ.items()}
+    assert lists(read_pairs(write(TEXTS), encode, n=1)) == {k: v[:1] for k, v in SAME.items()}
 
 
 def test_ids_need_no_tokenizer_and_text_does(write):
-    assert lists(read_pairs(write(ENTRIES[1:2])))["clean"] == [[1, 2]]
-    with pytest.raises(ValueError, match=r"clean of line [23] of task\.\w+ is text, .* --tokenizer FOLDER"):
-        read_pairs(write(ENTRIES[1:] + ENTRIES[:1]))
+    assert lists(read_pairs(write(IDS)))["clean"] == SAME["clean"]
+    with pytest.raises(ValueError, match=r"clean of line [12] of task\.\w+ is text, .* --tokenizer FOLDER"):
+        read_pairs(write(TEXTS))
 
 
 def line(path, number):
@@ -172,32 +197,30 @@ ENTRY_FAULTS = {
         "the wrong answer of {} must be one token, but 'the cat' is 2 tokens [1, 2]"),
     "a position in words": ({"position": "last"}, "the position of {} must be an integer, got 'last'"),
     "a position with two signs": ({"position": "--1"}, "the position of {} must be an integer, got '--1'"),
-    "a list of words": ({"clean": ["the", "cat"]},
-        "clean of {} must be text or a list of token ids, got ['the', 'cat']"),
-    "an answer of lists": ({"answer": [[1], 2]},
-        "the answer of {} must be text, a token id, or a list of them, got [1]"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), ENTRY_FAULTS.values(), ids=ENTRY_FAULTS)
 def test_an_entry_that_is_none_is_refused_by_its_line(write, changes, message):
-    path = write([ENTRIES[1], ENTRIES[0] | changes])
+    path = write([TEXTS[1], TEXTS[0] | changes])
     refused(re.escape(message.replace("{}", line(path, 2))), read_pairs, path, encode)
 
 
 MALFORMED = {
     "t.jsonl": [('{"clean": [1], "corrupt": [2], "answer": 3}\n{"clean": [1',
         r"line 2 of t\.jsonl is not JSON \(.*an entry is"),
-        ("[1, 2]\n", r"line 1 of t\.jsonl is not a JSON object: an entry is"),
+        ("[1, 2]\n", r"line 1 of t\.jsonl is not a JSON object, but \[1, 2\]: an entry is"),
         ('\n\n{"clean": [1], "corrupt": [2]}', r"line 3 of t\.jsonl has no answer"),
         ('{"clean": [1], "corrupt": [true], "answer": 3}', r"corrupt of line 1 of t\.jsonl must be text or a list"),
         ('{"clean": [1], "corrupt": [2.0], "answer": 3}', r"corrupt of line 1 of t\.jsonl must be text or a list"),
         ('{"clean": [1], "corrupt": [2], "answer": 3.0}', r"the answer of line 1 of t\.jsonl must be text, a token id"),
+        ('{"clean": ["the", "cat"], "answer": "ran"}', r"clean of line 1 .* must be text or a list of token ids"),
+        ('{"clean": [1], "answer": [[1], 2]}', "the answer of line 1 of t.jsonl must be text, a token id, or a list"),
         ('{"clean": [1], "corrupt": [2], "answer": 3, "position": 0.5}', "must be an integer, got 0.5"),
         ("", r"the task 't\.jsonl' is empty")],
     "t.csv": [("", r"the task 't\.csv' is empty"), ("clean,corrupt,answer\n", r"the task 't\.csv' is empty"),
-        ("prompt,other\n[1],[2]\n", r"line 2 of t\.csv has no clean and no answer"),
-        ("clean,corrupt,answer\n[1],[2],[3]\n[1],[2]\n", r"line 3 of t\.csv has no answer"),
+        ("prompt,other\n[1],[2]\n", r"t\.csv has fields that nothing reads: 'prompt' \(is clean meant\?\), 'other'"),
+        ("clean,corrupt,answer\n[1],[2],[3]\n[1],[2]\n", r"line 3 of t\.csv has 2 cells, but the header names 3"),
         ('clean,corrupt,answer\n"the cat"x,the dog,ran\n', r"line 2 of t\.csv is not CSV"),
         ('clean,corrupt,answer\n"the cat,the dog,ran\n', r"line 2 of t\.csv is not CSV")],
 }  # fmt: skip
@@ -227,18 +250,18 @@ def test_a_byte_order_mark_and_line_separators_inside_text_do_no_harm(tmp_path):
 
 
 def test_a_file_of_another_format_or_a_missing_one_is_refused(tmp_path):
-    (tmp_path / "t.json").write_text("{}")
-    refused(r"a task file must end in \.jsonl or \.csv, got 't\.json'", read_pairs, tmp_path / "t.json")
+    (tmp_path / "t.txt").write_text("{}")
+    refused(r"a task file must end in \.jsonl, \.json, \.csv or \.tsv, got 't\.txt'", read_pairs, tmp_path / "t.txt")
     with pytest.raises(FileNotFoundError):
         read_pairs(tmp_path / "t.jsonl")
-    with pytest.raises(ValueError, match=r"sort or a \.jsonl or \.csv file, got .*nothing\.csv"):
+    with pytest.raises(ValueError, match=r"sort or a \.jsonl, \.json, \.csv or \.tsv file, got .*nothing\.csv"):
         find_pairs(tmp_path / "nothing.csv", n=None, seed=0)
 
 
 @pytest.mark.parametrize("task", ["ioi", "", "Sort", "."])
 def test_an_unknown_task_lists_the_valid_ones(task):
     with pytest.raises(
-        ValueError, match=r"must be one of toy-ioi, toy-induction, sort or a \.jsonl or \.csv file"
+        ValueError, match=r"must be one of toy-ioi, toy-induction, sort or a \.jsonl, \.json, \.csv or \.tsv file"
     ) as e:
         find_pairs(task, n=None, seed=0)
     assert repr(task) in str(e.value)
