@@ -147,13 +147,13 @@ def pairs_of(name: str, n: int = 8, seed: int = 0) -> Any:
 
 def accepted(case: dict[str, Any]) -> bool:
     """Whether the library scores this, as far as is known here: a case that it refuses is only one less."""
-    method, edges = case["method"], case["level"] == "edge"
+    method, level = case["method"], case["level"]
     apart, dropped = method in ("qk-fix", "atp-star"), method in ("grad-drop", "atp-star")
-    prompts = method.startswith(("eap-ig", "clean-corrupt", "eap corrupt")) and "activations" not in method
+    prompts = method in ("clean-corrupt", "eap corrupt")
     return not (
-        (case["storage"] == "dense" and not edges)
-        or (apart and (case["storage"] == "factored" or not edges))
-        or (case["reduce"] == "position" and (apart or dropped))
+        (case["storage"] == "dense" and level != "edge" and not (apart and level == "node"))
+        or (apart and level == "neuron")
+        or (case["reduce"] == "position" and dropped)
         or (prompts and case["ablation"] != "corrupt")
         or (dropped and case["model"] == "no-norm")  # its only layer
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -60,10 +61,12 @@ def attribute(
     *,
     method: str = "eap",
     level: str = "edge",
-    gradient_at: str | None = None,
+    gradient_at: str | float | None = None,
     steps: int | None = None,
     points: str | Points | None = None,
     rules: Rules | None = None,
+    qk: str | None = None,
+    exact: str | Sequence[str] | None = None,
     ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     reduce: str = "all",
@@ -102,16 +105,22 @@ def attribute(
             "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
             (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
             "atp-star": "grad-drop" with the exact patterns of "qk-fix".
-        level: "edge"; "node" scores senders; "neuron" also scores each sender's D output dimensions and the MLPs'
-            hidden units, where there are MLPs.
-        gradient_at: of "eap": "clean" (the default) or "corrupt" (denoising).
-        steps: m, of "eap-ig" (4 by default) and "eap-ig-activations" (5, as published).
-        points: of the same: "left" k/m for k = 0…m−1, "right" for k = 1…m (the default of "eap-ig-activations", as
-            published), "midpoint" (k + ½)/m, "gauss" the Gauss–Legendre nodes and weights (the default of "eap-ig"), or
-            [(α, weight), …] with weights that sum to 1. Which rule is nearest to exact patching:
-            bench/RESULTS.md.
-        rules: of "relp", other rules, e.g. `Rules("frozen", "identity")` without the frozen attention pattern, the
-            default of its authors' code.
+            All of them are choices of points, `qk`, `rules` and `exact`, each of which can be made otherwise; the file
+            says which.
+        level: "edge"; "node" scores senders, with exact patterns or edges by the sum over their edges; "neuron" also
+            scores each sender's D output dimensions and the MLPs' hidden units, where there are MLPs.
+        gradient_at: one point at which gradients are taken: "clean" (of all methods that integrate nothing), "corrupt"
+            (denoising), or a number from corrupt 0 to clean 1.
+        steps, points: several, or of "eap-ig-activations" those of each component: by a rule with m = steps, "left" k/m
+            for k = 0…m−1, "right" for k = 1…m ("eap-ig-activations", with m = 5 as published), "midpoint" (k + ½)/m,
+            "gauss" the Gauss–Legendre nodes and weights ("eap-ig", with m = 4); or [(α, weight), …] with weights that
+            sum to 1. Between an ablation without prompts and the clean run they move the embedding alike. Which points
+            are nearest to exact patching: bench/RESULTS.md.
+        qk: how edges into q and k are scored: by their "gradient", or by the "exact" pattern that they make.
+        rules: how gradients go back, e.g. `Rules("frozen", "identity")`; of "relp" all three are frozen or identities.
+        exact: which edges are patched exactly, since that is cheap: "none", or some of "logits", all edges into the
+            logits, and "mlp", "q", "k", "v", those into the last layer's, as a list or with commas in between; "last"
+            is all of these. See `exact_edges`; `EdgeScores.exact` says which they were.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
             "mean" over reference prompts and their positions; "mean-positional" over them for each position. Or an
             `Ablation` that was made before.
@@ -150,14 +159,15 @@ def attribute(
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
     ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
-    options = Options(gradient_at, steps, points, rules)
+    options = Options(gradient_at, steps, points, rules, qk, exact)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
     experiment = Experiment.of(model, task, metric, ablation, reference)
     model, pairs, values = experiment.model, experiment.pairs, experiment.ablation.values
     passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
     groups = len(model.attentions[0].w_qkv)
     plan = Plan(_as_read(experiment), model.dtype, model.device, impl, groups, passes)
-    storage = _storage(plan, pairs, how, level, storage)
+    by_node = level != "edge" and not how.by_edge
+    storage = _storage(plan, pairs, level, storage, by_node)
     within = budget(model.device)
     check_batch_size(batch_size)
     size = batch_size if isinstance(batch_size, int) else plan.batch_size(pairs, storage)
@@ -170,11 +180,11 @@ def attribute(
     measured = torch.zeros(2, len(pairs), dtype=torch.float64, device=model.device)  # of the clean, of the corrupt runs
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
     feed = Feed(pairs, in_order(pairs), model.device, shared=experiment.shared, copy=pinned_copy(model.device))
-    replays = _replays(model, experiment.metric, graphs, recordable=storage == "dense" or level != "edge")
+    replays = _replays(model, experiment.metric, graphs, recordable=storage == "dense" or by_node)
     memory = torch.empty(0, dtype=model.dtype, device=model.device)
 
     def store_of(batch: Batch) -> Store:
-        if level != "edge":
+        if by_node:
             return NodeStore(model, batch, units=level == "neuron")
         if storage == "dense":
             return DenseStore(model, batch, memory)
@@ -182,7 +192,9 @@ def attribute(
 
     def score(batch: Batch) -> Tensors:
         """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
-        sums, store = Sums(shapes, batch, reduce, impl, absolute=how.absolute), store_of(batch)
+        made = {"scores": (model.graph.n_senders, model.graph.n_receivers)} if passes.by_sender else shapes
+        sums = Sums(made, batch, reduce, impl, absolute=how.absolute, by_sender=passes.by_sender)
+        store = store_of(batch)
         groups = passes.grouped(lambda n: plan.steps_together(*batch.shape, n, within) if store.steps else 1)
         what = (model, batch, experiment.metric, store, sums, passes, groups)
         found = score_batch(*what, values=values, units=level == "neuron")
@@ -232,7 +244,7 @@ def attribute(
         "impl": kernels.choose("edge_scores", device=model.device, dtype=model.dtype) if impl == "auto" else impl,
         "storage": storage,
     }
-    return _result(model, scores, meta, level, reduce, len(pairs))
+    return _result(model, scores, meta, level, reduce, len(pairs), how.exact)
 
 
 def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, Tensor]) -> None:
@@ -249,22 +261,14 @@ def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, 
         )
 
 
-def _storage(plan: Plan, pairs: PromptPairs, how: Recipe, level: str, storage: str) -> str:
+def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: bool) -> str:
     """The storage that is used; ValueError for one that does not suit what is scored."""
-    if level != "edge":
+    if by_node:
         if storage == "dense":
             raise ValueError(
                 f"level {level!r} keeps no sender buffer: storage must be 'auto' or 'factored', got 'dense'"
             )
         return "factored"
-    if how.exact_softmax:
-        if storage == "factored":
-            name = how.described["name"]
-            raise ValueError(
-                f"the method {name} adds each sender to its receivers' input: storage must be 'auto' or 'dense', got "
-                "'factored'"
-            )
-        return "dense"
     return plan.storage(pairs) if storage == "auto" else storage
 
 
@@ -313,7 +317,13 @@ def _reached(model: Model, how: Recipe, name: str) -> Tensor:
 
 
 def _result(
-    model: Model, scores: dict[str, Tensor], meta: dict[str, Any], level: str, reduce: str, n_pairs: int
+    model: Model,
+    scores: dict[str, Tensor],
+    meta: dict[str, Any],
+    level: str,
+    reduce: str,
+    n_pairs: int,
+    receivers: tuple[int, ...],
 ) -> EdgeScores | NodeScores:
     """The mean over pairs, with the parts that were asked for."""
     keep = result_dtype(model.dtype)
@@ -323,13 +333,17 @@ def _result(
     if reduce != "all":
         parts = {name: (x if reduce == "pair" else x / n_pairs).to(keep).cpu() for name, x in scores.items()}
     if level == "edge":
-        part = parts.get("scores")
+        part, exact = parts.get("scores"), None
+        if receivers:
+            exact = torch.zeros_like(model.graph.edge_mask())
+            exact[:, list(receivers)] = model.graph.edge_mask()[:, list(receivers)]
         return EdgeScores(
             whole["scores"],
             model.graph,
             meta,
             per_pair=part if reduce == "pair" else None,
             per_position=part if reduce == "position" else None,
+            exact=exact,
         )
     return NodeScores(
         graph=model.graph,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 import eapcore.kernels as kernels
-from eapcore.attribution.exact_patterns import exact_scores
+from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
@@ -66,6 +67,9 @@ class DenseStore:
         graph = self.model.graph
         self.rows(graph.is_last(index))[graph.mlp(index)] = delta
 
+    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, count), self.rows(at_read)[:count]
+
     def moved(self, name: str) -> Tensor:
         index, graph = int(name[1:]), self.model.graph
         rows = self.rows(graph.is_last(index))
@@ -106,12 +110,11 @@ class _Edges(Sink):
             self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=between)
 
     def channels(self, part: Channels) -> Tensor:
-        by_gradient, (of_q, of_k, of_v) = part.channels, part.attention.channels
+        by_gradient, of_v = part.channels, part.attention.channels[2]
         if self.step.exact_softmax:  # v alone
             by_gradient = slice(max(part.channels.start, of_v.start), part.channels.stop)
-            for kind in (of_q, of_k):
-                if part.channels.start <= kind.start < part.channels.stop:
-                    self.add_exact(part, kind)
+            if part.channels.stop == of_v.stop:  # the last piece
+                add_exact(self.store, self.sums, part, self.step.weight)
         first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
         mlp, self.mlp, total = self.mlp, None, []
         receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))
@@ -128,13 +131,6 @@ class _Edges(Sink):
                 before = slice(0, self.graph.senders_before(part.receivers.start))
                 self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
         return torch.cat(total, 1).flatten(0, 1)
-
-    def add_exact(self, part: Channels, channels: slice) -> None:
-        delta = self.store.rows(part.at_read)[: self.graph.senders_before(part.receivers.start)]
-        block = exact_scores(part, channels, delta, self.sums.inner)
-        first = part.receivers.start - part.channels.start
-        place = (slice(0, len(delta)), slice(first + channels.start, first + channels.stop))
-        self.sums.add("scores", block, place, self.step.weight)
 
     def add(
         self,

@@ -9,82 +9,101 @@ the metric is first order. Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.limits import limits
 from eapcore.models.attention import Channels, by_group
 from eapcore.models.tensors import accumulate_dtype
 
 
+def add_exact(store: Store, sums: Sums, part: Channels, weight: float) -> None:
+    """Add the scores of all edges into a layer's q and k receivers; part: one that has its v receivers."""
+    first = part.receivers.start - part.channels.start
+    for kind in part.attention.channels[:2]:
+        at_read = part.read is not None and kind.start == 0
+        for senders, delta in store.deltas(at_read, store.model.graph.senders_before(first)):
+            block = exact_scores(part, kind, delta, sums.reduction(at_read))
+            sums.add("scores", block, (senders, slice(first + kind.start, first + kind.stop)), weight, at_read)
+
+
 def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) -> Tensor:
     """Scores of the edges from all senders in delta to a layer's q or k receivers.
+
+    With reduce="position" a query's are those of its own position, and keys' those of the positions t of the keys: with
+    s the scores, s′ those with the edge's difference, d = ∂metric/∂pattern and Z = Σ_t pattern_t exp(s′_t − s_t),
+
+        Σ_t (pattern′_t − pattern_t) d_t = Σ_t (pattern′_t − pattern_t / Z) (d_t − Σ_u pattern_u d_u),
+
+    whose terms are 0 where a key is the same, and to first order the gradient's.
 
     Args:
         part: what the backward pass made of the layer.
         channels: all of its q heads, or all of its k heads.
-        delta: [S, B, T, D] the senders' differences, at the positions at which `part` is.
-        reduce: "all" or "pair".
+        delta: [S, B, T, D] the senders' differences; for q at the positions that are read where the layer is at these.
+        reduce: "all", "pair" or "position".
 
     Returns:
-        [S, H] or [B, S, H], in float32 at least.
+        [S, H], [B, S, H] or [T, S, H], in float32 at least.
     """
-    attention, queries = part.attention, channels.start == 0
-    q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, part.read)
+    attention, queries, read = part.attention, channels.start == 0, part.read
+    norm_in = part.saved.norm_in.at(read) if queries else part.saved.norm_in
+    q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, read)
     before = k.shape[2] - part.saved.kv.shape[1]
-    pattern = attention.pattern(q, k, before, part.read)  # [B, H, Q, P + T]
+    known = attention.scores(q, k, before, read)
+    pattern = known.softmax(-1)  # [B, H, Q, P + T]
     d_pattern = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
-    if attention.joint:
-        return _jointly_normed(part, channels, delta, (q, k, pattern, d_pattern), reduce)
+    by_key = reduce == "position" and not queries
+    if by_key:
+        d_pattern = d_pattern - (pattern * d_pattern).sum(-1, keepdim=True)
+    kept = "b" if reduce != "position" else "q" if queries else "t"
+
+    def changed(made: Tensor, summed: bool = False) -> Tensor:
+        """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
+        if queries:
+            other = attention.scores(attention.ready_queries(made, before, read), k, before, read)
+        else:
+            front = k[:, :, :before]
+            front = front.repeat_interleave(made.shape[2] // k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
+            keys = torch.cat([front, attention.ready_keys(made, before)], 3)  # [S', B, G, P + T, K]
+            other = attention.scores(q.expand(len(made), *q.shape), keys, before, read)
+        base = pattern
+        if by_key:
+            base = pattern * (known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()
+        return torch.einsum(f"cbhqt,bhqt->{kept}c{'' if summed else 'h'}", other.softmax(-1) - base, d_pattern)
+
     size = max(pattern.numel(), delta[0].numel())
     scores = []
     places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
     for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
-        n, _ = attention.norm.forward((part.norm_in.x + some).flatten(0, 1))
-        changed = attention.project(n, places).unflatten(0, some.shape[:2]).transpose(2, 3)  # [C, B, H or G, T, K]
-        if queries:
-            other = attention.pattern(attention.ready_queries(changed, before, part.read), k, before, part.read)
-        else:
-            front = k[:, :, :before].expand(len(some), -1, -1, -1, -1)
-            keys = torch.cat([front, attention.ready_keys(changed, before)], 3)  # [C, B, G, P + T, K]
-            other = attention.pattern(q.expand(len(some), *q.shape), keys, before, part.read)
-        each = torch.einsum("cbhqt,bhqt->bch", other - pattern, d_pattern)
+        n, _ = attention.norm.forward((norm_in.x + some).flatten(0, 1))
+        if attention.joint:
+            scores.append(_jointly_normed(part, channels, n.unflatten(0, some.shape[:2]), changed))
+            continue
+        each = changed(attention.project(n, places).unflatten(0, some.shape[:2]).transpose(2, 3))
         grouped = not queries and attention.grouped
         scores.append(each.unflatten(2, (-1, attention.group)).sum(3) if grouped else each)
-    joined = torch.cat(scores, 1)  # [B, S, H]
-    return joined if reduce == "pair" else joined.sum(0)
+    joined = torch.cat(scores, 1)  # [B or T, S, H]
+    if by_key:
+        return joined[before:]
+    return joined.sum(0) if reduce == "all" else joined
 
 
-def _jointly_normed(
-    part: Channels, channels: slice, delta: Tensor, run: tuple[Tensor, Tensor, Tensor, Tensor], reduce: str
-) -> Tensor:
-    """`exact_scores` where q and k are normed with those of all heads: an edge into one changes every head's pattern.
-
-    run: the heads' q, k and pattern, and ∂metric/∂pattern.
-    """
-    attention, read, queries = part.attention, part.read, channels.start == 0
-    q, k, pattern, d_pattern = run
-    before = k.shape[2] - part.saved.kv.shape[1]
-    made = part.saved.q if queries else part.saved.kv[:, :, : attention.n_kv]
-    made = made if queries or attention.grouped else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
-    size, scores = max(pattern.numel(), delta[0].numel(), made.numel()), []
-    for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
-        n, _ = attention.norm.forward((part.norm_in.x + some).flatten(0, 1))
-        of_channels = []
-        for channel in range(channels.start, channels.stop):
-            place = attention.projection(channel)
-            others = made.expand(len(some), *made.shape).clone()  # [S', B, T, C, K]
-            others[:, :, :, channel - channels.start] = attention.project(n, slice(place, place + 1)).view(
-                *some.shape[:3], -1
-            )
-            others = others.transpose(2, 3)
-            if queries:
-                other = attention.pattern(attention.ready_queries(others, before, read), k, before, read)
-            else:
-                front = k[:, :, :before].repeat_interleave(others.shape[2] // k.shape[1], 1)
-                keys = [front.expand(len(some), -1, -1, -1, -1), attention.ready_keys(others, before)]
-                other = attention.pattern(q.expand(len(some), *q.shape), torch.cat(keys, 3), before, read)
-            of_channels.append(torch.einsum("cbhqt,bhqt->bc", other - pattern, d_pattern))
-        scores.append(torch.stack(of_channels, -1))
-    joined = torch.cat(scores, 1)  # [B, S, C]
-    return joined if reduce == "pair" else joined.sum(0)
+def _jointly_normed(part: Channels, channels: slice, n: Tensor, changed: Callable[..., Tensor]) -> Tensor:
+    """Scores [B or T, S', C] where q and k are normed with those of all heads: an edge into one changes every head's
+    pattern. n: [S', B, T, D]."""
+    attention = part.attention
+    made = part.saved.q if channels.start == 0 else part.saved.kv[:, :, : attention.n_kv]
+    each = channels.start == 0 or attention.grouped
+    made = made if each else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
+    found = []
+    for channel in range(channels.start, channels.stop):
+        place = attention.projection(channel)
+        others = made.expand(len(n), *made.shape).clone()  # [S', B, T, C, K]
+        new = attention.project(n.flatten(0, 1), slice(place, place + 1))
+        others[:, :, :, channel - channels.start] = new.view(*n.shape[:3], -1)
+        found.append(changed(others.transpose(2, 3), summed=True))
+    return torch.stack(found, -1)

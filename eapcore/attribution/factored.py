@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import eapcore.kernels as kernels
+from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Sums, rows_at
 from eapcore.execution.batch import Batch
@@ -50,6 +52,17 @@ class FactoredStore:
             return ...
         return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
 
+    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
+        graph, read = self.model.graph, self.read if at_read else None
+        yield slice(0, 1), at_positions(self.embed, read)[None]
+        for index, attention in enumerate(self.model.attentions):
+            heads, mlp = graph.heads(index), graph.mlp(index)
+            if heads.start >= count:
+                return
+            yield heads, attention.send(at_positions(self.dz[index], read))
+            if self.mlp is not None and mlp < count:
+                yield slice(mlp, mlp + 1), at_positions(self.mlp[index], read)[None]
+
     def moved(self, name: str) -> Tensor:
         index = int(name[1:])
         read = self.read if self.model.graph.is_last(index) else None
@@ -63,11 +76,12 @@ class FactoredStore:
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         like = next(run.attention for run in reversed(saved) if run.attention is not None)
-        factors = _Factors(self.model, self.read, like.kv)
+        factors = _Factors(self, sums, step, like.kv)
         del like
         backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
         w_o = [attention.w_send for attention in self.model.attentions]
         for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
+            mask = mask & ~factors.exact if step.exact_softmax else mask
             embed, mlp, dz = self.embed, self.mlp, self.dz
             if at_read:
                 embed = at_positions(embed, self.read)
@@ -87,9 +101,14 @@ class _Factors(Sink):
     What has a gradient only at the positions that are read, see `Graph.read_receivers`, is kept at these alone.
     """
 
-    def __init__(self, model: Model, read: Tensor, kv: Tensor) -> None:
-        config = model.config
-        self.model, self.like = model, kv
+    def __init__(self, store: FactoredStore, sums: Sums, step: Pass, kv: Tensor) -> None:
+        model, read = store.model, store.read
+        config, graph = model.config, model.graph
+        self.store, self.sums, self.step, self.model, self.like = store, sums, step, model, kv
+        self.exact = torch.zeros(graph.n_receivers, dtype=torch.bool, device=kv.device)  # q and k
+        for index, attention in enumerate(model.attentions):
+            start = graph.qkv(index).start
+            self.exact[start : start + attention.channels[1].stop] = True
         self.tokens = {False: kv.shape[1], True: read.shape[1]}
         # Of all layers but the last, and of the last at the positions read: [L, B, T, D] of which the rest stays zero.
         self.mlp = {
@@ -107,6 +126,8 @@ class _Factors(Sink):
             mlp[int(name[1:])] = grad
 
     def channels(self, part: Channels) -> Tensor:
+        if self.step.exact_softmax and part.channels.stop == part.attention.channels[2].stop:  # the last piece
+            add_exact(self.store, self.sums, part, 1.0)  # its gradient has the pass's weight
         g, norm, groups = part.factors()
         act, count = part.act, part.attention.channels[2].stop
         missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here

@@ -1,4 +1,4 @@
-"""The first-order methods as data: at which points gradients are taken, by which rules, and how they add up."""
+"""The first-order methods as data: at which points gradients are taken, by which rules, which parts are exact."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from eapcore.tasks.metrics import Metric
 ENDS = {"clean": 1.0, "corrupt": 0.0}
 POINTS = ("left", "right", "midpoint", "gauss")
 Points = Sequence[tuple[float, float]]
+QK = ("gradient", "exact")
+EXACT = ("logits", "mlp", "q", "k", "v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,17 @@ class Passes:
     """The backward passes of a method, and what else decides how a batch of it runs.
 
     passes: one after the other. corrupt: senders are ablated to what they send on the corrupt run, which passes may
-    start from. reduce: "pair" and "position" keep sums for each. absolute: sums for each pair, and those of a pass
-    apart. metric: what a dry run makes of the logits, None for as little as any metric.
+    start from. reduce: "pair" and "position" keep sums for each. absolute: sums for each pair, and those of passes that
+    drop the same gradients apart. exact: the receivers whose edges are patched instead, see `exact_edges`. by_sender:
+    of each sender the sum over its edges. metric: what a dry run makes of the logits, None for as little as any metric.
     """
 
     passes: tuple[Pass, ...] = (Pass(1.0, 1.0),)
     corrupt: bool = True
     reduce: str = "all"
     absolute: bool = False
+    exact: tuple[int, ...] = ()
+    by_sender: bool = False
     metric: Metric | None = None
 
     @property
@@ -67,9 +72,13 @@ class Passes:
         return tuple(None if step.end == 0.0 and not self.corrupt else step.end for step in self.passes)
 
     def alike(self, done: int) -> int:
-        """How many of the passes behind the first `done` make all of their own activations, up to one that does not."""
-        behind = self.origins[done:]
-        return next((n for n, origin in enumerate(behind) if origin is not None), len(behind))
+        """How many of the passes behind the first `done` go back alike from activations all of their own, up to one
+        that does not; none where patterns are made exactly, which are of one run."""
+        first, behind = self.passes[done], zip(self.passes[done:], self.origins[done:], strict=True)
+        if first.exact_softmax:
+            return 0
+        others = (n for n, (step, origin) in enumerate(behind) if origin is not None or step.rules != first.rules)
+        return next(others, len(self.passes) - done)
 
     def grouped(self, together: Callable[[int], int]) -> list[int]:
         """How many passes, in order, run as one batch; together: how many of so many that are alike."""
@@ -78,46 +87,59 @@ class Passes:
             groups.append(together(self.alike(done)))
         return groups
 
+    def apart(self, done: int) -> bool:
+        """Whether what the first `done` passes made is no sum with what the next one makes."""
+        return done == len(self.passes) or self.passes[done].rules.cut != self.passes[done - 1].rules.cut
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A method with all its parameters.
 
     passes: the backward passes. absolute: add |score of a pair|, not the score; a score is then divided by the number
-    of passes that reach its receiver instead of being weighted. described: what a score file says of it. sign: the
-    scores' convention in words.
+    of dropped layers whose gradients leave its receiver one. exact: the receivers whose edges are patched instead of
+    estimated. described: what a score file says of it. sign: the scores' convention in words.
     """
 
     passes: tuple[Pass, ...]
     described: dict[str, Any]
     absolute: bool = False
     sign: str = ""
+    exact: tuple[int, ...] = ()
 
     @property
     def exact_softmax(self) -> bool:
         return any(step.exact_softmax for step in self.passes)
 
+    @property
+    def by_edge(self) -> bool:
+        """Whether a node's score can only be the sum of its edges' scores."""
+        return self.exact_softmax or bool(self.exact)
+
     def planned(self, ablation: str, reduce: str, metric: Metric | None = None) -> Passes:
         """What the run and the memory of a batch depend on."""
-        return Passes(self.passes, ablation == "corrupt", reduce, self.absolute, metric)
+        by_sender = self.by_edge and self.described["level"] == "node"
+        return Passes(self.passes, ablation == "corrupt", reduce, self.absolute, self.exact, by_sender, metric)
 
     def reached(self, graph: Graph) -> Tensor:
-        """int64 [S + 1], how many passes have a gradient at what a component reads; the last entry is the logits'."""
+        """int64 [S + 1], how many cuts leave a gradient at what a component reads; the last entry is the logits'."""
         components = ["embed"]
         for layer in range(graph.n_layers):
             components += [f"a{layer}"] * graph.n_heads + [f"m{layer}"] * graph.has_mlp
-        cut = [step.rules.cut for step in self.passes]
+        cut = {step.rules.cut for step in self.passes}
         return torch.tensor([sum(name not in c for c in cut) for name in [*components, "logits"]], device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller chose of the methods' parameters; None is the method's own default."""
+    """What a caller chose of the methods' parameters; None is the method's own default. See `attribute`."""
 
-    gradient_at: str | None = None
+    gradient_at: str | float | None = None
     steps: int | None = None
     points: str | Points | None = None
     rules: Rules | None = None
+    qk: str | None = None
+    exact: str | Sequence[str] | None = None
 
 
 def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float]]:
@@ -149,88 +171,38 @@ def components(graph: Graph) -> list[str]:
     return ["embed", *(name for layer in layers for name in layer)]
 
 
-def _one_gradient(options: Options, graph: Graph) -> Recipe:
-    where = "clean" if options.gradient_at is None else options.gradient_at
-    one_of("gradient_at", where, tuple(ENDS))
-    return Recipe((Pass(ENDS[where], 1.0),), {"gradient_at": where})
-
-
-def _both_ends(options: Options, graph: Graph) -> Recipe:
-    return Recipe((Pass(1.0, 0.5), Pass(0.0, 0.5)), {})
-
-
-def _path(options: Options, rule: str, steps: int) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """The points of an integral, with a method's own rule and steps where none were chosen, and their description."""
-    points = rule if options.points is None else options.points
-    at = gradient_points(steps if options.steps is None else options.steps, points)
-    if options.steps is not None and not isinstance(points, str):
-        raise ValueError(f"steps belong to a rule, but points give their own {len(at)}: leave one of the two out")
-    return at, {"rule": points if isinstance(points, str) else "given", "steps": len(at)}
-
-
-def _inputs(options: Options, graph: Graph) -> Recipe:
-    at, described = _path(options, "gauss", 4)
-    return Recipe(tuple(Pass(alpha, weight) for alpha, weight in at), described)
-
-
-def _activations(options: Options, graph: Graph) -> Recipe:
-    at, described = _path(options, "right", 5)
-    names = components(graph)
-    passes = [
-        Pass(alpha, weight / len(names), name, Rules(cut=frozenset({name}) - {"embed"}))
-        for name in names
-        for alpha, weight in at
-    ]
-    return Recipe(tuple(passes), described | {"components": names})
-
-
-def _relevance(options: Options, graph: Graph) -> Recipe:
-    rules = RELP if options.rules is None else options.rules
-    if not isinstance(rules, Rules):
-        raise ValueError(f"rules must be a Rules, e.g. Rules(norm='frozen'), got {rules!r}")
-    return Recipe((Pass(1.0, 1.0, rules=rules),), {"rules": _described(rules)})
-
-
-def _exact_softmax(options: Options, graph: Graph) -> Recipe:
-    return Recipe((Pass(1.0, 1.0, exact_softmax=True),), {"exact_softmax": True})
-
-
-def _dropped(options: Options, graph: Graph) -> Recipe:
-    if graph.n_layers < 2:
-        raise ValueError("dropping one layer's gradient at a time needs at least two layers, this model has one")
-    cuts = [frozenset({f"a{layer}"} | ({f"m{layer}"} if graph.has_mlp else set())) for layer in range(graph.n_layers)]
-    passes = tuple(Pass(1.0, 1.0, rules=Rules(cut=cut)) for cut in cuts)
-    described = {
-        "sign": "absolute: the mean of |score| over pairs and passes",
-        "dropped": [sorted(cut) for cut in cuts],
-    }
-    return Recipe(passes, described, absolute=True)
-
-
-def _dropped_exact_softmax(options: Options, graph: Graph) -> Recipe:
-    made = _dropped(options, graph)
-    passes = tuple(replace(step, exact_softmax=True) for step in made.passes)
-    return replace(made, passes=passes, described=made.described | {"exact_softmax": True})
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a method's recipe is made, which options it takes, and whether ablations without prompts suit it."""
+    """A choice of points, of rules, of how q and k are treated and of exact edges; each can be chosen anew.
 
-    make: Callable[[Options, Graph], Recipe]
-    options: frozenset[str] = frozenset()
-    ablations: bool = True
+    points: a rule with its number of steps, or (α, weight) of each. replaced: what is at the point: "inputs", the
+    embedding; "components", each component in turn. dropped: one layer's gradient at a time, and absolute scores.
+    exact: out of EXACT, those that a model has.
+    """
+
+    points: str | Points = ((1.0, 1.0),)
+    steps: int | None = None
+    replaced: str = "inputs"
+    rules: Rules = GRADIENT
+    qk: str = "gradient"
+    dropped: bool = False
+    exact: tuple[str, ...] = ()
+
+    @property
+    def ablations(self) -> bool:
+        """Whether ablations without prompts suit its own points."""
+        return isinstance(self.points, str) or all(alpha != ENDS["corrupt"] for alpha, _ in self.points)
 
 
 METHODS: dict[str, Method] = {
-    "eap": Method(_one_gradient, frozenset({"gradient_at"})),
-    "eap-ig": Method(_inputs, frozenset({"steps", "points"}), ablations=False),
-    "clean-corrupt": Method(_both_ends, ablations=False),
-    "eap-ig-activations": Method(_activations, frozenset({"steps", "points"})),
-    "relp": Method(_relevance, frozenset({"rules"})),
-    "qk-fix": Method(_exact_softmax),
-    "grad-drop": Method(_dropped),
-    "atp-star": Method(_dropped_exact_softmax),
+    "eap": Method(),
+    "eap-ig": Method("gauss", 4),
+    "clean-corrupt": Method(((1.0, 0.5), (0.0, 0.5))),
+    "eap-ig-activations": Method("right", 5, replaced="components"),
+    "relp": Method(rules=RELP),
+    "qk-fix": Method(qk="exact"),
+    "grad-drop": Method(dropped=True),
+    "atp-star": Method(dropped=True, qk="exact"),
 }
 LEVELS = ("edge", "node", "neuron")
 _UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; it has no sign"
@@ -246,33 +218,131 @@ def recipe(
     """
     one_of("method", method, tuple(METHODS))
     one_of("level", level, LEVELS)
-    chosen = METHODS[method]
-    for name in ("gradient_at", "steps", "points", "rules"):
-        if name not in chosen.options and getattr(options, name) is not None:
-            takes = ", ".join(sorted(chosen.options)) or "none of its own"
-            raise ValueError(f"the method {method} has no option {name}: it takes {takes}")
-    made = chosen.make(options, graph)
-    if ablation != "corrupt" and (not chosen.ablations or options.gradient_at == "corrupt"):
+    preset = METHODS[method]
+    at, described = _where(method, preset, options)
+    rules = preset.rules if options.rules is None else options.rules
+    if not isinstance(rules, Rules):
+        raise ValueError(f"rules must be a Rules, e.g. Rules(norm='frozen'), got {rules!r}")
+    if preset.dropped and rules.cut:
+        raise ValueError(f"{method} drops gradients itself, so rules.cut must be empty, got {sorted(rules.cut)}")
+    qk = preset.qk if options.qk is None else options.qk
+    one_of("qk", qk, QK)
+    kinds = _exact_kinds(preset, options.exact, graph)
+    if rules != GRADIENT or options.rules is not None:
+        described["rules"] = _described(rules)
+    if qk == "exact":
+        described["exact_softmax"] = True
+    if kinds:
+        described["exact"] = list(kinds)
+    own_points = options.points is None and options.gradient_at is None
+    if ablation != "corrupt" and (options.gradient_at == "corrupt" or (own_points and not preset.ablations)):
         raise ValueError(
             f"ablation {ablation!r} has no prompt to take gradients at, as {method} with these options does: use "
-            f"{', '.join(name for name, other in METHODS.items() if other.ablations)} with gradients at the clean run"
+            f"{', '.join(name for name, other in METHODS.items() if other.ablations)}, or other points"
         )
-    if made.exact_softmax and level != "edge":
-        raise ValueError(f"the method {method} treats q and k edges apart, so level must be 'edge', got {level!r}")
-    if (made.absolute or made.exact_softmax) and reduce == "position":
+    if preset.dropped and reduce == "position":
         raise ValueError(
             f"the method {method} is no sum over positions, so reduce must be 'all' or 'pair', got 'position'"
         )
+    if reduce == "position" and {"k", "v"} & set(kinds):
+        raise ValueError(
+            "the keys and values of an exact edge change together at all positions, so with reduce='position' exact "
+            f"must be some of logits, mlp and q, got {', '.join(kinds)}"
+        )
+    if level == "neuron" and (qk == "exact" or kinds):
+        raise ValueError(
+            f"exact patterns and exact edges are of all that a sender sends, so level must be 'edge' or 'node' with "
+            f"{method} and these options, got 'neuron'"
+        )
+    passes: list[Pass] = []
+    if preset.replaced == "components":
+        described["components"] = names = components(graph)
+        for name in names:
+            own = replace(rules, cut=rules.cut | (frozenset({name}) - {"embed"}))
+            passes += [Pass(alpha, weight / len(names), name, own, qk == "exact") for alpha, weight in at]
+    else:
+        for cut in _cuts(graph) if preset.dropped else [rules.cut]:
+            passes += [Pass(alpha, weight, "embed", replace(rules, cut=cut), qk == "exact") for alpha, weight in at]
+    if preset.dropped:
+        described["sign"] = "absolute: the mean of |score| over pairs and passes"
+        described["dropped"] = [sorted(cut) for cut in _cuts(graph)]
     total: dict[float, float] = {}
-    for step in made.passes:
+    for step in passes:
         total[step.alpha] = total.get(step.alpha, 0.0) + step.weight
     everything = sum(total.values())  # 1, but where passes are not weighted
     points = [[alpha, weight / everything] for alpha, weight in total.items()]
-    described = {"name": method, "level": level, "ablation": {"name": ablation}, "points": points} | made.described
+    described = {"name": method, "level": level, "ablation": {"name": ablation}, "points": points} | described
     when = EDGE_WHEN if level == "edge" else NODE_WHEN
-    sign = _UNSIGNED.format(when) if made.absolute else sign_text("score", "predicted", when)
-    return replace(made, described=described, sign=sign)
+    sign = _UNSIGNED.format(when) if preset.dropped else sign_text("score", "predicted", when)
+    return Recipe(tuple(passes), described, preset.dropped, sign, exact_receivers(graph, kinds))
+
+
+def _where(method: str, preset: Method, options: Options) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """(α, weight) of the points at which gradients are taken, and what a file says of them."""
+    where, rule = options.gradient_at, options.points
+    if where is not None and (options.steps is not None or rule is not None):
+        raise ValueError("gradient_at is one point, and points and steps are several: leave one of the two out")
+    if where is not None:
+        number = isinstance(where, int | float) and not isinstance(where, bool) and 0 <= where <= 1
+        if not number and where not in ENDS:
+            raise ValueError(
+                f"gradient_at must be {', '.join(ENDS)}, or a number from corrupt 0 to clean 1, got {where!r}"
+            )
+        return [(ENDS[where] if isinstance(where, str) else float(where), 1.0)], {"gradient_at": where}
+    rule = preset.points if rule is None else rule
+    steps = preset.steps if options.steps is None else options.steps
+    if isinstance(rule, str):
+        if steps is None and rule in POINTS:
+            raise ValueError(f"points by the rule {rule} need steps, their number")
+        return gradient_points(1 if steps is None else steps, rule), {"rule": rule, "steps": steps}
+    at = gradient_points(1, rule)
+    if options.steps is not None:
+        if options.points is None:
+            or_ = " or ".join(POINTS)
+            raise ValueError(f"the method {method} has points of its own: steps need a rule, {or_}")
+        raise ValueError(f"steps belong to a rule, but points give their own {len(at)}: leave one of the two out")
+    if options.points is not None:
+        return at, {"rule": "given", "steps": len(at)}
+    return at, {"gradient_at": "clean"} if method == "eap" else {}
+
+
+def _exact_kinds(preset: Method, chosen: str | Sequence[str] | None, graph: Graph) -> tuple[str, ...]:
+    """Which kinds of edges are patched, out of EXACT in that order; ValueError for what a model does not have."""
+    there = [kind for kind in EXACT if kind == "logits" or (graph.n_layers and (kind != "mlp" or graph.has_mlp))]
+    if chosen is None:
+        return tuple(kind for kind in there if kind in preset.exact)
+    names = [name.strip() for name in chosen.split(",")] if isinstance(chosen, str) else list(chosen)
+    if names in (["none"], ["last"]):
+        return tuple(there) if names == ["last"] else ()
+    for name in names:
+        if name not in there:
+            raise ValueError(
+                f"exact must be none, last (all edges into the last layer and the logits) or some of {', '.join(there)}"
+                f", got {name!r}"
+            )
+    return tuple(kind for kind in there if kind in names)
+
+
+def exact_receivers(graph: Graph, kinds: Sequence[str]) -> tuple[int, ...]:
+    """The receivers of the last layer and the logits that are of some kinds out of EXACT, in the graph's order."""
+    names, last = graph.receiver_names, f"{graph.n_layers - 1}"
+    found = []
+    for receiver, name in enumerate(names):
+        kind = "logits" if name == "logits" else "mlp" if name == f"m{last}" else ""
+        if name.startswith(f"a{last}."):
+            kind = name[-2]
+        if kind in kinds:
+            found.append(receiver)
+    return tuple(found)
+
+
+def _cuts(graph: Graph) -> list[frozenset[str]]:
+    """The components of each layer, whose gradients are dropped together."""
+    if graph.n_layers < 2:
+        raise ValueError("dropping one layer's gradient at a time needs at least two layers, this model has one")
+    return [frozenset({f"a{layer}"} | ({f"m{layer}"} if graph.has_mlp else set())) for layer in range(graph.n_layers)]
 
 
 def _described(rules: Rules) -> dict[str, Any]:
-    return {"norm": rules.norm, "activation": rules.activation, "attention": rules.attention}
+    cut = {"cut": sorted(rules.cut)} if rules.cut else {}
+    return {"norm": rules.norm, "activation": rules.activation, "attention": rules.attention} | cut

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -300,14 +300,16 @@ def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, t
     count = plan.passes.grouped(lambda alike: max(1, min(together, alike)))
     with _Attention(), dry_run(plan.device, begins), memory:
         shapes = {"scores": (model.graph.n_senders, model.graph.n_receivers)}
-        sums = Sums(shapes, what, plan.passes.reduce, plan.impl, absolute=plan.passes.absolute)
+        passes = replace(plan.passes, exact=_one_of_each(model, plan.passes.exact))
+        apart = {"absolute": passes.absolute, "by_sender": passes.by_sender}
+        sums = Sums(shapes, what, passes.reduce, plan.impl, **apart)
         store: Store
         if storage == "dense":
             buffer = torch.empty(DenseStore.size(model, what), dtype=plan.dtype, device="meta")
             store = DenseStore(model, what, buffer, plan.device)
         else:
             store = FactoredStore(model, what)
-        score_batch(model, what, metric, store, sums, plan.passes, count)
+        score_batch(model, what, metric, store, sums, passes, count)
     return memory.peak, max(contracting)
 
 
@@ -315,6 +317,12 @@ def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, t
 def _meta_model(config: ModelConfig, dtype: torch.dtype, groups: int) -> Model:
     """A model of these sizes without memory."""
     return Model(config, assemble(config, dict(_shapes(config, dtype, groups))))
+
+
+def _one_of_each(model: Model, receivers: tuple[int, ...]) -> tuple[int, ...]:
+    """One of the exact receivers of each kind: the others take no more memory."""
+    names = model.graph.receiver_names
+    return tuple({names[r][-3:] if "<" in names[r] else names[r]: r for r in receivers}.values())
 
 
 def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from eapcore.attribution.exact_edges import Block, LastLayer
 from eapcore.attribution.methods import Pass, Passes
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.ablation import Values
@@ -79,6 +80,7 @@ def score_batch(
 
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
     pasts: list[Tensor] = []
+    last: list[StageSaved] = []  # of the clean run
     out = read.new_empty(0)
     shared = embed(model, pairs.clean[:, : batch.start])
     runs = run_paired(model, shared, start[1.0], start[0.0], read, moved)
@@ -90,6 +92,9 @@ def score_batch(
         for alpha, rows in halves.items():
             if alpha in kept:
                 kept[alpha].append(run.saved.of(lambda x, rows=rows: x[rows].clone()))  # type: ignore[misc]
+        if plan.exact and run.stage.last:
+            clean = slice(0, len(pairs))
+            last.append(kept[1.0][-1] if 1.0 in kept else run.saved.of(lambda x, rows=clean: x[rows].clone()))  # type: ignore[misc]
         out = run.out
         del run, before  # before the next stage runs, and before the gradients are made
     del shared, runs
@@ -103,10 +108,18 @@ def score_batch(
         for alpha, rows in halves.items()
     }
     logits = {alpha: all_logits[rows].double() for alpha, rows in halves.items()}
+    clean_out = out[halves[1.0]]
     del out, all_logits, norm_in
     reference = MetricBatch(reads.answers, reads.wrong, logits[1.0], logits[0.0], batch.index)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
+    exact: list[Block] = []
+    if plan.exact:
+        here = None if past is None else past[-1]
+        layer = LastLayer(model, batch, metric, reads, reference, last, clean_out, here, measured[0])
+        exact = list(layer.effects(store, plan.exact))
+        del layer
+    del last, clean_out
     done = 0
     for count in groups:
         steps, origin = passes[done : done + count], origins[done]
@@ -134,9 +147,22 @@ def score_batch(
             del reference, logits
         grad = grad[:, None] if batch.positions is None else grad
         store.contract(sums, at.saved, grad, past, step if count == 1 else replace(step, weight=1.0))
-        sums.end_pass()
+        if plan.apart(done):
+            _end_pass(model, sums, exact, step.rules.cut)
         del at, grad  # which would still be there while the next pass makes its own
     return Measured(measured, largest)
+
+
+def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str]) -> None:
+    """Put the exact effects in place of estimates, where no gradient is dropped, and end what belongs together."""
+    graph = model.graph
+    names = ["embed", *(name.split(".")[0] for name in graph.sender_names[1:])]
+    dropped = {s for s, name in enumerate(names) if name in cut} if cut else set()
+    for receiver, effects in exact:
+        if dropped.isdisjoint(graph.senders_behind(receiver)):
+            sums.replace("scores", effects, (slice(0, effects.shape[1]), receiver))
+    keep = ~graph.members(dropped).to(sums.read.device) if dropped and sums.by_sender else None
+    sums.end_pass(keep)
 
 
 def _set_embed(model: Model, batch: Batch, start: dict[float, Tensor], values: Values | None, store: Store) -> Tensor:

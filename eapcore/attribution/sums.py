@@ -8,7 +8,7 @@ each sender.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,26 +17,36 @@ from torch import Tensor
 from eapcore.attribution.methods import Pass
 from eapcore.execution.batch import Batch
 from eapcore.models.forward import StageSaved
+from eapcore.models.model import Model
 
 
 class Sums:
     """A batch's scores by name, float64: as they are, for each pair [B, ..], or for each position from the first on
     [T, ..].
 
-    absolute: a pair's scores are added to `total` as |score| at the end of every pass.
+    absolute: a pair's scores are added to `total` as |score| at the end of every pass. by_sender: of edges' scores, the
+    result is the sum over the edges of each sender.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], batch: Batch, reduce: str, impl: str, *, absolute: bool = False
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        batch: Batch,
+        reduce: str,
+        impl: str,
+        *,
+        absolute: bool = False,
+        by_sender: bool = False,
     ) -> None:
         self.reduce, self.impl, self.read, self.start = reduce, impl, batch.pairs.positions, batch.start
         self.absolute, self.inner = absolute, "pair" if absolute else reduce
+        self.by_sender = by_sender
         size = {"all": (), "pair": (len(batch.pairs),), "position": (batch.stop,)}[self.inner]
         self.scores = {
             name: torch.zeros((*size, *shape), dtype=torch.float64, device=self.read.device)
             for name, shape in shapes.items()
         }
-        self.total = {name: torch.zeros_like(x) for name, x in self.scores.items()} if absolute else {}
+        self.total = {name: torch.zeros_like(self._summed(x)) for name, x in self.scores.items()} if absolute else {}
 
     def reduction(self, at_read: bool) -> str:
         """What a block is to be summed over; see `add`."""
@@ -59,14 +69,31 @@ class Sums:
             here = {"all": slice(None), "pair": pairs, "position": slice(self.start, None)}[self.inner]
             scores[here].add_(block, alpha=weight)
 
-    def end_pass(self) -> None:
+    def replace(self, name: str, block: Tensor, place: tuple[Any, ...]) -> None:
+        """Put a block for each pair, [B, *place], in the place of what all passes make there."""
+        scores = self.scores[name][(..., *place)]
+        if self.inner == "pair":
+            scores.copy_(block)
+        elif self.inner == "all":
+            scores.copy_(block.double().sum(0))
+        else:
+            scores.zero_()
+            scores.index_add_(0, self.read, block.double())
+
+    def end_pass(self, keep: Tensor | None = None) -> None:
+        """What was added so far is one pass's; keep: bool [S], the senders whose sums it counts in."""
         for name in self.total:
-            self.total[name] += self.scores[name].abs()
+            self.total[name] += self._summed(self.scores[name], keep).abs()
             self.scores[name].zero_()
+
+    def _summed(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
+        if not self.by_sender:
+            return scores
+        return scores.sum(-1) if keep is None else scores.sum(-1) * keep
 
     def result(self) -> dict[str, Tensor]:
         if not self.absolute:
-            return self.scores
+            return {name: self._summed(x) for name, x in self.scores.items()}
         return {name: x.sum(0) if self.reduce == "all" else x for name, x in self.total.items()}
 
 
@@ -77,6 +104,7 @@ class Store(Protocol):
     """
 
     steps: bool
+    model: Model
 
     def set_embed(self, delta: Tensor) -> None:
         """Δ of the embedding, [B, T, D]."""
@@ -86,6 +114,10 @@ class Store(Protocol):
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
+
+    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """The first so many senders' Δ, some at a time: which they are, and [S', B, T, D], or [S', B, Q, D] at the
+        positions that are read. The last layer's are there at those alone."""
 
     def moved(self, name: str) -> Tensor:
         """Δ of what all heads of a layer "a{l}" or its MLP "m{l}" send together, [B, T, D], of the last [B, Q, D]."""

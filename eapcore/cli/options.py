@@ -11,7 +11,7 @@ from typing import Any, Protocol
 _DEFAULT_MODEL = "toy-ioi"
 EACH, RUN = "edge × pair", "circuit × pair"  # what patching, and running circuits, counts
 TOP = "(default: 50, or all edges of a smaller graph)"
-METHOD = ("method", "gradient_at", "steps", "points", "rules", "storage", "impl")
+METHOD = ("method", "gradient_at", "steps", "points", "rules", "qk", "exact", "storage", "impl")
 
 
 class Command(Protocol):
@@ -101,12 +101,18 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="eap, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop or atp-star (default: eap)",
     )
-    parser.add_argument("--gradient-at", metavar="RUN", help="of eap: clean or corrupt (default: clean)")
+    parser.add_argument(
+        "--gradient-at",
+        type=point,
+        metavar="POINT",
+        help="where the gradient is taken: clean, corrupt, or a number from corrupt 0 to clean 1 (default: "
+        "the method's)",
+    )
     parser.add_argument(
         "--steps",
         type=positive,
         metavar="M",
-        help="of integrated gradients: points from corrupt to clean (default: 4 for eap-ig, 5 for eap-ig-activations)",
+        help="of an integral: points from corrupt to clean (default: 4 for eap-ig, 5 for eap-ig-activations)",
     )
     parser.add_argument(
         "--points",
@@ -119,8 +125,19 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--rules",
         type=rules,
         metavar="RULES",
-        help="of relp: norm=frozen, activation=identity, attention=frozen, some of them with commas in between, the "
-        "others by their gradient (default: all three)",
+        help="how gradients go back: norm=frozen, activation=identity, attention=frozen, some of them with commas in "
+        "between, the others by their gradient (default: all three for relp, none for others)",
+    )
+    parser.add_argument(
+        "--qk",
+        metavar="HOW",
+        help="edges into q and k: by their gradient, or by the exact pattern they make (default: the method's)",
+    )
+    parser.add_argument(
+        "--exact",
+        metavar="WHICH",
+        help="edges that are patched, which is cheap: none, last, or some of logits, mlp, q, k, v with commas in "
+        "between, the last layer's (default: the method's)",
     )
     parser.add_argument(
         "--storage", metavar="HOW", help="dense, or factored: less memory for large models (default: auto)"
@@ -177,6 +194,14 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def point(text: str) -> str | float:
+    """clean, corrupt, or a number; other texts go on to be refused by name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def points(text: str) -> str | list[tuple[float, float]]:

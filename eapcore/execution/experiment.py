@@ -80,10 +80,7 @@ class Experiment:
 
     def values(self, logits: Annotated[Tensor, "C B V"], reference: MetricBatch) -> Annotated[Tensor, "float64 C B"]:
         """The metric on each copy of a batch."""
-        if self.metric not in METRICS.values():  # a caller's own knows no copies
-            return torch.stack([evaluate(self.metric, row, reference).double() for row in logits])
-        some = logits.split(max(1, limits.EVALUATED // logits[0].numel()))
-        return torch.cat([evaluate(self.metric, part, reference).double() for part in some])
+        return values_of(self.metric, logits, reference)
 
     def ends(self, reference: MetricBatch) -> Annotated[Tensor, "float64 2 B"]:
         """The metric on the clean and on the corrupt run of a batch; ValueError where it is not finite."""
@@ -122,6 +119,16 @@ class Experiment:
     def describe(self) -> dict[str, Any]:
         """What a file says of the model, the task, the metric, and what ran."""
         return {**describe(self.model, self.pairs), "metric": {"name": self.metric_name}}
+
+
+def values_of(
+    metric: Metric, logits: Annotated[Tensor, "C B V"], reference: MetricBatch
+) -> Annotated[Tensor, "float64 C B"]:
+    """A metric on copies of a batch, float64 [C, B]."""
+    if metric not in METRICS.values():  # a caller's own knows no copies
+        return torch.stack([evaluate(metric, row, reference).double() for row in logits])
+    some = logits.split(max(1, limits.EVALUATED // logits[0].numel()))
+    return torch.cat([evaluate(metric, part, reference).double() for part in some])
 
 
 def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:

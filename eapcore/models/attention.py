@@ -289,11 +289,15 @@ class Attention:
     def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
         """softmax of the causal scores in float32 at least, from q [.., H, Q, K] and k [.., G, P + T, K] as `heads`
         gives them; before is P."""
+        return self.scores(q, k, before, read).softmax(-1)
+
+    def scores(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """What `pattern` is the softmax of: −∞ where a query must not see a key."""
         hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
         scores = by_group(q, k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        return scores.masked_fill_(hidden, -torch.inf)
 
     def added(self, run: AttentionRun) -> Annotated[Tensor, "B Q D"]:
         """What all heads add to the residual stream together, the bias included."""

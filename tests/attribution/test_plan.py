@@ -111,6 +111,7 @@ METHODS = {
     "right": {"method": "eap-ig", "points": "right", "steps": 5},
     "clean-corrupt": {"method": "clean-corrupt"},
     "activations": {"method": "eap-ig-activations", "steps": 2},
+    "exact edges": {"method": "eap", "exact": "last"},
     **{method: {"method": method} for method in ("qk-fix", "grad-drop", "atp-star", "relp")},
 }
 SOME = ("attention-only", "a large vocabulary", "many heads", "bfloat16")

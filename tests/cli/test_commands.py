@@ -40,6 +40,8 @@ SCORED = ("--scores", "scores.safetensors")
 
 @pytest.mark.parametrize(("options", "how"), [
     (["--gradient-at", "corrupt"], {"gradient_at": "corrupt"}),
+    (["--gradient-at", "0.75", "--qk", "exact", "--exact", "logits, mlp"],
+        {"gradient_at": 0.75, "qk": "exact", "exact": ["logits", "mlp"]}),
     (["--method", "eap-ig", "--points", "0.75:1"], {"method": "eap-ig", "points": [(0.75, 1.0)]}),
     (["--method", "eap-ig-activations", "--points", "0.5:0.25,1:0.75"],
         {"method": "eap-ig-activations", "points": [(0.5, 0.25), (1.0, 0.75)]}),

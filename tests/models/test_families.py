@@ -269,6 +269,18 @@ def test_edges_into_the_logits_patched_are_circuits_without_them(name, kv):
         assert value - values[0] == pytest.approx(effects[edge], abs=1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_exact_edges_of_the_last_layer_are_those_that_patching_measures(name):
+    for kv, metric, storage in (("each", "logit_diff", "dense"), ("grouped", "nll", "factored")):
+        model = ours(name, kv)
+        pairs = pairs_for(model)
+        found = eapcore.attribute(model, pairs, metric, exact="last", batch_size=2, storage=storage)
+        edges = eapcore.Circuit(found.exact, model.graph)
+        assert edges.n_edges > 40
+        expected = patch_edges(model, pairs, metric, edges).scores
+        torch.testing.assert_close(found.scores[found.exact], expected[found.exact], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama", "qwen2, later layers windowed", "neox", "gemma3", "olmo2"])
 def test_every_method_is_the_same_in_batches_of_any_size(name, method):

@@ -80,7 +80,7 @@ def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation
         for h in range(config.n_heads):
             q, k, v = (channels[part * config.n_heads + h] for part in range(3))
             pattern = causal(q, k, config.score_scale(index))
-            pattern = pattern.detach() if attention == "frozen" else pattern
+            pattern = pattern.detach().requires_grad_() if attention == "frozen" else pattern
             made.patterns[index, h], made.queries_keys[index, h] = pattern, (q, k)
             outputs.append(pattern @ v @ heads.w_o[h])
         send(f"a{index}", outputs)

@@ -1,0 +1,146 @@
+"""Edges into the last layer and into the logits, patched where the metric reads instead of estimated.
+
+    effect[s, r] = metric(clean run with v[r] + Δ_s at r alone) − metric(clean run)
+
+Behind these receivers lie at most the last layer's MLP, the final norm and the unembedding, at the positions that are
+read: an edge into the logits costs a norm and the rows of the unembedding, one into the MLP also the MLP, one into q, k
+or v also a head's mixture. No forward of the model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import eapcore.execution.limits as limits
+from eapcore.attribution.sums import Store
+from eapcore.execution.batch import Batch, LogitsRead
+from eapcore.execution.experiment import values_of
+from eapcore.models.attention import Attention, AttentionRun, AttentionSaved
+from eapcore.models.forward import StageSaved, unembed
+from eapcore.models.model import Model, Place, Stage
+from eapcore.models.tensors import spread
+from eapcore.tasks.metrics import Metric, MetricBatch
+
+Block = tuple[int, Tensor]
+"""(receiver, effects [B, S'] of the edges from the first S' senders)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """A batch's clean run in the last layer.
+
+    saved: what its stages kept. out: the last residual stream [B, Q, D]. past: the layer's k and v heads of the tokens
+    before, or None. clean: the metric on the clean run, [B].
+    """
+
+    model: Model
+    batch: Batch
+    metric: Metric
+    reads: LogitsRead
+    reference: MetricBatch
+    saved: Sequence[StageSaved]
+    out: Tensor
+    past: Tensor | None
+    clean: Tensor
+
+    def effects(self, store: Store, receivers: Sequence[int]) -> Iterator[Block]:
+        """The effects of all edges into some receivers of the layer or the logits."""
+        graph, stages, wanted = self.model.graph, self._stages(), set(receivers)
+        if graph.logits in wanted:
+            yield graph.logits, self._through(store, graph.logits, len(stages))
+        for number, stage in enumerate(stages):
+            mlp = stage.mlp
+            if mlp is not None and mlp.receivers.start in wanted:
+                yield mlp.receivers.start, self._through(store, mlp.receivers.start, number)
+            if stage.attention is not None:
+                yield from self._heads(store, stage.attention, number, wanted)
+
+    def _through(self, store: Store, receiver: int, number: int) -> Tensor:
+        """[B, S'] where the MLP of the layer's stage `number` alone reads other streams, or behind it the logits."""
+        count, stages = self.model.graph.senders_before(receiver), self._stages()
+        effects = []
+        for _, delta in store.deltas(True, count):
+            for some in delta.split(self._copies(self.out.shape[1])):
+                change = some
+                if number < len(stages):
+                    place, saved = stages[number].mlp, self.saved[number].mlp
+                    assert place is not None and saved is not None
+                    stream, mlp = saved.norm_in.x, place.component
+                    change = mlp.forward((stream + some).flatten(0, 1)).sent.view_as(some) - mlp.forward(stream).sent
+                effects.append(self._effect(number, change))
+        return torch.cat(effects).T
+
+    def _heads(self, store: Store, place: Place[Attention], number: int, wanted: set[int]) -> Iterator[Block]:
+        """The same of a stage's heads, whose q, k or v alone reads other streams."""
+        attention, first, saved = place.component, place.receivers.start, self.saved[number].attention
+        assert saved is not None
+        read = self.batch.read
+        run = attention.behind_post(saved, attention.mix(saved.q, saved.kv, self.past, read))
+        count = self.model.graph.senders_before(first)
+        for kind, channels in enumerate(attention.channels):
+            mine = [channel for channel in range(channels.start, channels.stop) if first + channel in wanted]
+            found: dict[int, list[Tensor]] = {channel: [] for channel in mine}
+            for _, delta in store.deltas(kind == 0, count) if mine else ():
+                for some in delta.split(self._copies(saved.kv.shape[1] if attention.joint else delta.shape[2])):
+                    for channel, z in self._mixtures(attention, run, kind, mine, some):
+                        heads = attention.moved_by(channel)
+                        change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
+                        found[channel].append(self._effect(number, change))
+            yield from ((first + channel, torch.cat(effects).T) for channel, effects in found.items())
+
+    def _mixtures(
+        self, attention: Attention, run: AttentionRun, kind: int, channels: list[int], delta: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """For each of some q (kind 0), k (1) or v (2) channels the mixtures [C, B, Q, h, K] of the heads that it moves
+        where it reads C other streams."""
+        read, saved = self.batch.read, run.saved
+        heads, kv, copies = attention.n_heads, attention.n_kv, len(delta)
+        stream = saved.norm_in.at(read).x if kind == 0 else saved.norm_in.x
+        n, _ = attention.norm.forward((stream + delta).flatten(0, 1))
+        if attention.joint:  # each channel moves the others' norm
+            q = spread(saved.q, read, saved.kv.shape[1])
+            full = AttentionSaved(saved.norm_in, (q, saved.kv), saved.n_heads)
+            for channel in channels:
+                yield channel, attention.patched(channel, n.unflatten(0, delta.shape[:2]), full, self.past, read)
+            return
+        first, size = (0, heads) if kind == 0 else (heads + (kind - 1) * kv, kv)
+        changed = attention.project(n, slice(first, first + size)).unflatten(0, delta.shape[:2])  # [C, B, ., ., K]
+        if kind == 0:  # the copies are more queries of the same keys
+            q = changed.transpose(0, 1).flatten(1, 2)  # [B, C·Q, H, K]
+            z = attention.mix(q, saved.kv, self.past, read.repeat(1, copies))
+            z = z.unflatten(1, (copies, -1)).transpose(0, 1)  # [C, B, Q, H, K]
+        else:
+            k, v = saved.kv.expand(copies, *saved.kv.shape).split(kv, 3)
+            both = torch.cat([changed, v] if kind == 1 else [k, changed], 3).flatten(0, 1)
+            q = saved.q.expand(copies, *saved.q.shape).flatten(0, 1)
+            z = attention.mix(q, both, self.past, read.repeat(copies, 1)).unflatten(0, delta.shape[:2])
+        for channel in channels:
+            behind = attention.behind(channel)
+            yield channel, z[..., behind.start : behind.stop, :]
+
+    def _effect(self, number: int, change: Tensor) -> Tensor:
+        """[C, B] the metric's change where other C·[B, Q, D] are added behind the layer's stage `number`."""
+        behind = self._stages()[number + 1 :]
+        x = change + (self.saved[number + 1].stream if behind else self.out)
+        for stage in behind:
+            assert stage.mlp is not None
+            x = x + stage.mlp.component.forward(x.flatten(0, 1)).sent.view_as(x)
+        x = x.flatten(0, 1)
+        stream = x[:, 0] if self.batch.positions is None else x
+        logits = unembed(self.model, stream, self.reads.tokens)[0].double().unflatten(0, change.shape[:2])
+        return values_of(self.metric, logits, self.reference) - self.clean
+
+    def _stages(self) -> list[Stage]:
+        return [stage for stage in self.model.stages if stage.last]
+
+    def _copies(self, tokens: int) -> int:
+        """How many copies of the batch run together, of so many tokens each."""
+        rows = len(self.batch.pairs)
+        useful = limits.limits(self.model.device).copy_tokens // (rows * tokens)
+        tokens_read = self.reads.tokens
+        logits = rows * self.model.config.d_vocab * self.out.shape[1] if tokens_read is None else tokens_read.numel()
+        return max(1, min(useful, limits.LOGITS // logits))

@@ -1,0 +1,185 @@
+"""Points, rules, how q and k are treated and which edges are exact are chosen apart, and each combination is what its
+parts say."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from models import random_model, random_pairs
+from oracle import mean_of
+from refusal import refused
+
+import eapcore
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.backward_rules import Rules
+from eapcore.patching.edges import patch_edges
+from eapcore.tasks.metrics import METRICS
+
+MODELS = {
+    "gpt2": {},
+    "attention-only, q k v apart": {"d_mlp": None, "split_qkv": True, "n_layers": 3},
+    "relu, no LayerNorm": {"act_fn": "relu", "normalization": None, "scale": 0.2},
+    "one layer": {"n_layers": 1},
+}
+models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+POINTS = [(0.75, 0.7), (0.0, 0.3)]
+CHOICES = [
+    {"qk": "exact"},
+    {"qk": "exact", "rules": Rules(norm="frozen", attention="frozen")},
+    {"rules": Rules(activation="identity")},
+]
+
+
+def case(options, **others):
+    model = random_model(**options)
+    return model, random_pairs(model, [6, 3, 8], first_difference=2, **others)
+
+
+def near(found, expected, largest=1e-3):
+    assert expected.abs().max() > largest
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def literal(pair, points=POINTS, qk="gradient", rules=None, ablated=None, **how):
+    """Σ weight · scores with gradients where the embedding is between the ablated and the clean one."""
+    rules = rules or Rules()
+    how |= {"norms": rules.norm, "activation": rules.activation, "attention": rules.attention}
+    deltas = pair.deltas(ablated)
+    one, clean = oracle.exact_softmax if qk == "exact" else oracle.one_pass, pair.clean.senders[0].detach()
+    starts = [(clean + (1 - alpha) * deltas[0], weight) for alpha, weight in points]
+    return sum(weight * one(pair, deltas, replaced={"embed": [x]}, **how) for x, weight in starts)
+
+
+@models
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+def test_points_rules_and_exact_patterns_go_together(options, storage):
+    model, pairs = case(options)
+    for chosen in CHOICES:
+        expected = mean_of(model, pairs, lambda pair, chosen=chosen: literal(pair, **chosen))
+        how = {"points": POINTS, "storage": storage, "batch_size": 2} | chosen
+        near(attribute(model, pairs, **how).scores, expected)
+        parts = [attribute(model, pairs, reduce=reduce, **how) for reduce in ("pair", "position")]
+        near(parts[0].per_pair.mean(0), expected)
+        near(parts[1].per_position.sum(0), expected)
+        if storage == "factored" or "qk" in chosen:  # nodes without exact edges keep no sender buffer
+            near(attribute(model, pairs, level="node", **how).scores, expected.sum(1))
+
+
+def test_one_point_is_a_number_and_every_preset_takes_it():
+    model, pairs = case({})
+    near(attribute(model, pairs, gradient_at=0.75).scores, oracle.eap(model, pairs, points=[(0.75, 1.0)]))
+    fixed = attribute(model, pairs, method="qk-fix", gradient_at=0.75)
+    near(fixed.scores, mean_of(model, pairs, lambda pair: literal(pair, [(0.75, 1.0)], "exact")))
+    assert fixed.meta["method"]["gradient_at"] == 0.75 and fixed.meta["method"]["points"] == [[0.75, 1.0]]
+    same = attribute(model, pairs, qk="exact", points="midpoint", steps=1, gradient_at=None).scores
+    assert torch.equal(same, attribute(model, pairs, method="qk-fix", points=[(0.5, 1.0)]).scores)
+    dropped = attribute(model, pairs, method="grad-drop", points=POINTS, batch_size=2)
+    near(dropped.scores, mean_of(model, pairs, lambda pair: oracle.dropped(pair, None, lambda p, _, **how: literal(p, **how))))  # fmt: skip # noqa: E501
+    activations = attribute(model, pairs, method="eap-ig-activations", gradient_at=0.3).scores
+    near(activations, attribute(model, pairs, method="eap-ig-activations", points=[(0.3, 1.0)]).scores)
+
+
+def test_an_integral_may_begin_at_zero_or_at_a_mean():
+    model, pairs = case({})
+    means = oracle.ablated_means(model, pairs)
+    values = {"zero": lambda s, t: torch.zeros_like(means[0]), "mean": lambda s, t: means[s]}
+    for name, value in values.items():
+        expected = mean_of(model, pairs, lambda pair, value=value: literal(pair, ablated=value))
+        for storage in ("dense", "factored"):
+            near(attribute(model, pairs, points=POINTS, ablation=name, storage=storage).scores, expected)
+    expected = mean_of(model, pairs, lambda p: literal(p, [(0.5, 1.0)], ablated=values["mean"]))
+    near(attribute(model, pairs, method="eap-ig", steps=1, ablation="mean").scores, expected)
+
+
+def test_by_position_an_exact_pattern_changes_where_the_edge_does():
+    model, pairs = case({})
+    corrupt = pairs.clean.clone()
+    corrupt[:, 2] = (corrupt[:, 2] + 1) % model.config.d_vocab
+    found = attribute(model, (pairs.clean[[0, 2]], corrupt[[0, 2]]), lambda x: x[:, 3], qk="exact", reduce="position")
+    by_position, names = found.per_position[:, 0], model.graph.receiver_names  # of the embedding, which differs at 2
+    for part in ("<q>", "<k>"):
+        columns = [r for r, name in enumerate(names) if name.startswith("a0") and name.endswith(part)]
+        moved = by_position[:, columns].abs().sum(1)
+        assert moved[2] > 1e-3 and moved.sum() - moved[2] < 1e-12
+
+
+@models
+def test_edges_of_the_last_layer_are_patched_for_any_metric_and_ablation(options):
+    model, pairs = case(options)
+    cases = [
+        ("logit_diff", {}), ("nll", {"ablation": "zero"}), ("kl", {"ablation": "mean", "gradient_at": 0.6}),
+        (lambda x: x[:, 1] ** 2, {"method": "qk-fix"}), ("prob_diff", {"method": "eap-ig", "reduce": "pair"}),
+    ]  # fmt: skip
+    if model.config.n_layers > 1:
+        cases.append(("logit_margin", {"method": "eap-ig-activations"}))
+    for metric, how in cases:
+        for exact, storage in (("last", "dense"), (["logits", "q"], "factored")):
+            found = attribute(model, pairs, metric, exact=exact, batch_size=2, storage=storage, **how)
+            apart = attribute(model, pairs, metric, storage=storage, **how)
+            ablation = how.get("ablation", "corrupt")
+            expected = patch_edges(model, pairs, metric, ablation=ablation).scores.where(found.exact, apart.scores)
+            near(found.scores, expected, 1e-4)
+            assert "exact" not in apart.meta["method"] and apart.exact is None
+            if found.per_pair is not None:
+                near(found.per_pair.mean(0), expected, 1e-4)
+                alone = attribute(model, pairs.select(torch.tensor([1])), metric, exact=exact, **how)
+                near(found.per_pair[1], alone.scores, 1e-4)
+
+
+def test_exact_edges_by_position_by_node_and_without_sign(tmp_path):
+    model, pairs = case({})
+    exact = ["logits", "mlp", "q"]
+    whole = attribute(model, pairs, exact=exact)
+    parts = attribute(model, pairs, exact=exact, reduce="position", batch_size=2)
+    near(parts.per_position.sum(0), whole.scores)
+    at_logits = parts.per_position[:, :, model.graph.logits].abs().sum(1)
+    assert [t for t, x in enumerate(at_logits) if x > 0] == [2, 5, 7]
+    near(attribute(model, pairs, exact=exact, level="node").scores, whole.scores.sum(1))
+    unsigned = attribute(model, pairs, method="atp-star", exact=exact, reduce="pair")
+    by_pair = attribute(model, pairs, exact=exact, reduce="pair").per_pair
+    near(unsigned.per_pair[:, whole.exact], by_pair[:, whole.exact].abs())
+    signed = attribute(model, pairs, method="atp-star").scores
+    near(unsigned.scores[~whole.exact], signed[~whole.exact])
+    whole.save(tmp_path / "scores.safetensors")
+    again = EdgeScores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(again.exact, whole.exact) and again.meta["method"]["exact"] == exact
+    names = {whole.graph.receiver_names[r] for r in whole.exact.any(0).nonzero().flatten().tolist()}
+    assert names == {"logits", "m1", "a1.h0<q>", "a1.h1<q>", "a1.h2<q>"}
+
+
+def test_dropped_gradients_by_node_leave_out_the_nodes_of_the_dropped_layer():
+    model, pairs = case({})
+
+    def score(pair):
+        names, total = model.graph.sender_names, torch.zeros(model.graph.n_senders, dtype=torch.float64)
+        for index in range(model.config.n_layers):
+            made = oracle.exact_softmax(pair, pair.deltas(), cut=(f"a{index}", f"m{index}")).sum(1).abs()
+            total += made * torch.tensor([name[1:2] != str(index) for name in names])
+        return total / torch.tensor([model.config.n_layers - (name != "embed") for name in names])
+
+    near(attribute(model, pairs, method="atp-star", level="node").scores, mean_of(model, pairs, score))
+
+
+def test_what_does_not_go_together():
+    model, pairs = case({})
+    for how, message in [
+        ({"gradient_at": 1.5}, "clean, corrupt, or a number from corrupt 0 to clean 1, got 1.5"),
+        ({"gradient_at": True}, "got True"),
+        ({"gradient_at": "clean", "points": "left"}, "leave one of the two out"),
+        ({"points": "left"}, "points by the rule left need steps"),
+        ({"steps": 3}, "the method eap has points of its own: steps need a rule, left or right"),
+        ({"qk": "exactly"}, "gradient, exact, got 'exactly'"),
+        ({"exact": "m1"}, "some of logits, mlp, q, k, v, got 'm1'"),
+        ({"exact": ["last", "q"]}, "got 'last'"),
+        ({"exact": "last", "reduce": "position"}, "with reduce='position' exact must be some of logits, mlp and q"),
+        ({"exact": "logits", "level": "neuron"}, "level must be 'edge' or 'node' with eap"),
+        ({"method": "grad-drop", "rules": Rules(cut=frozenset({"a0"}))}, "rules.cut must be empty, got"),
+    ]:
+        refused(message, attribute, model, pairs, **how)
+    without = random_model(d_mlp=None)
+    refused("logits, q, k, v, got 'mlp'", attribute, without, pairs, exact="mlp")
+    assert attribute(without, pairs, exact="last").exact is not None
+    refused("exact must be bool", EdgeScores, torch.zeros(9, 21), model.graph, exact=torch.zeros(9, 21))
+    assert eapcore.attribute(model, pairs, METRICS["nll"], exact="none").exact is None
