@@ -3,71 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from eapcore.graph.graph import Graph
-from eapcore.models.load import load_weights
+from eapcore.models.load import load
 from eapcore.models.model import Model
-from eapcore.models.modules import refuse_hooks, refuse_several_devices
 
-# (configuration field, values that are supported; None stands for "not given", -1 too), what any other value means
-_SUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("n_key_value_heads", (), "grouped-query attention"),
-    ("positional_embedding_type", ("standard",), "positions other than a learned table"),
-    ("normalization_type", ("LN", "LNPre"), "a normalisation other than LayerNorm"),
-    ("final_rms", (False,), "a final RMSNorm"),
-    ("parallel_attn_mlp", (False,), "parallel attention and MLP blocks"),
-    ("gated_mlp", (False,), "gated MLPs"),
-    ("num_experts", (), "mixtures of experts"),
-    ("use_normalization_before_and_after", (False,), "post-LayerNorm blocks"),
-    ("post_embedding_ln", (False,), "LayerNorm behind the embedding"),
-    ("attention_dir", ("causal",), "attention that is not causal"),
-    ("use_local_attn", (False,), "local attention"),
-    ("use_qk_norm", (False,), "normalised queries and keys"),
-    ("attn_scores_soft_cap", (), "capped attention scores"),
-    ("output_logits_soft_cap", (), "capped logits"),
-    ("load_in_4bit", (False,), "quantised weights"),
-    ("n_devices", (1,), "weights on several devices"),
-)
 _NODE = re.compile(r"(?P<hook>[\w.]+?)(?:\[(?:(?::|None), (?:(?::|None), ))?(?P<head>\d+|:|None)\])?")
 _BLOCK = re.compile(r"blocks\.(\d+)\.([\w.]+)")
 
 
-def from_hooked_transformer(model: nn.Module) -> Model:
+def from_hooked_transformer(model: nn.Module, *, kv: str = "each") -> Model:
     """A Model that computes with a HookedTransformer's own weights.
 
     Every matrix is shared, not copied: writing into `model.blocks[0].attn.W_Q` in place is seen here. Only b_Q, b_K and
-    b_V are gathered into one tensor of 3HK numbers a layer, and a folded LayerNorm (LNPre) gets γ = 1 and β = 0.
-    LayerNorm may be as trained, folded or absent, weights centred or not: whatever the module computes with counts. The
-    flags use_attn_result, use_split_qkv_input and use_hook_mlp_in may be on or off.
+    b_V are gathered into one tensor of (H + 2G)K numbers a layer, and a folded norm (LNPre, RMSPre) gets γ = 1.
+    Whatever the module computes with counts: weights as trained or processed (folded, centred, refactored), queries
+    grouped or not. The flags use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in and
+    ungroup_grouped_query_attention may be on or off.
 
     Args:
-        model: a HookedTransformer of TransformerLens 2 or 3, GPT-2-like or attention-only, with no hook attached.
+        model: a HookedTransformer of TransformerLens 2 or 3 with no hook attached: of the kinds of GPT-2, GPT-NeoX,
+            GPT-J, Llama, Mistral, Qwen and Gemma, or attention-only.
+        kv: "each" or "grouped" as `load`; with "each" receivers are those of ungroup_grouped_query_attention.
 
     Raises:
         ValueError: another module, or one with something that is not supported; it is named.
     """
-    cfg = getattr(model, "cfg", None)
     kinds = {base.__name__ for base in type(model).__mro__}
-    if not isinstance(model, nn.Module) or "HookedTransformer" not in kinds or cfg is None:
+    if not isinstance(model, nn.Module) or "HookedTransformer" not in kinds:
         hint = ": give the transformers model inside it to eapcore.load" if "TransformerBridge" in kinds else ""
         raise ValueError(f"expected a HookedTransformer of TransformerLens, got a {type(model).__name__}{hint}")
-    fields = vars(cfg) if not isinstance(cfg, Mapping) else dict(cfg)
-    _refuse(fields)
-    refuse_several_devices(model)
-    refuse_hooks(model, "remove it with model.reset_hooks(including_permanent=True)")
-    loaded = load_weights(model.state_dict(), config=fields)
-    return Model(loaded.config, loaded.weights, loaded.model_id)
-
-
-def _refuse(fields: Mapping[str, Any]) -> None:
-    for name, supported, meaning in _SUPPORTED:
-        value = fields.get(name)
-        if value is not None and value not in (-1, *supported):
-            raise ValueError(f"{meaning} ({name}={value!r}) is not supported here: expected a GPT-2-like decoder")
+    return load(model, kv=kv)
 
 
 def sender_hook(graph: Graph, name: str) -> str:
@@ -96,7 +64,7 @@ def receiver_hook(graph: Graph, name: str) -> str:
         return f"blocks.{graph.n_layers - 1}.hook_resid_post"
     if name.startswith("m"):
         return f"blocks.{name[1:]}.hook_mlp_in"
-    layer, head, part = name[1:].replace("<", ".h").removesuffix(">").split(".h")
+    layer, head, part = name[1:].replace(".kv", ".h").replace("<", ".h").removesuffix(">").split(".h")
     return f"blocks.{layer}.hook_{part}_input[{head}]"
 
 
@@ -134,7 +102,8 @@ def receiver_of_hook(graph: Graph, hook: str) -> str:
     match = _BLOCK.fullmatch(name)
     found = None
     if match and re.fullmatch("hook_[qkv]_input", match[2]) and head is not None:
-        found = f"a{match[1]}.h{head}<{match[2][5]}>"
+        each = "h" if match[2][5] == "q" or graph.n_kv is None else "kv"
+        found = f"a{match[1]}.{each}{head}<{match[2][5]}>"
     if match and match[2] in ("hook_mlp_in", "hook_resid_mid") and head is None and graph.has_mlp:
         found = f"m{match[1]}"
     if match and match[2] == "hook_resid_post" and head is None and int(match[1]) == graph.n_layers - 1:

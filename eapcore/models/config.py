@@ -31,7 +31,8 @@ class ModelConfig:
     kv_grouped: a group's heads have one k and one v receiver. qk_norm: q and k are normalised, each head's own; with
     qk_norm_joint those of all heads together. windows: for each layer how many positions a query sees, None for all.
     attn_softcap, logits_softcap: s becomes cap · tanh(s / cap). embed_scale: of the tokens' embedding. post_norms:
-    heads and MLPs have a norm behind them. pre_norms: they read through one.
+    heads and MLPs have a norm behind them. pre_norms: they read through one. rotary_adjacent: the rotation's pairs
+    are neighbours.
     """
 
     n_layers: int
@@ -60,6 +61,7 @@ class ModelConfig:
     post_norms: bool = False
     qk_norm_joint: bool = False
     pre_norms: bool = True
+    rotary_adjacent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
@@ -107,4 +109,6 @@ class ModelConfig:
         """What turns the queries and keys of a layer."""
         local = self.local_frequencies if self.window(layer) is not None else ()
         frequencies = local or self.rotary_frequencies
-        return Rotary(torch.tensor(frequencies, dtype=torch.float64, device="cpu")) if frequencies else None
+        if not frequencies:
+            return None
+        return Rotary(torch.tensor(frequencies, dtype=torch.float64, device="cpu"), self.rotary_adjacent)

@@ -28,7 +28,7 @@ from eapcore.models.families import layout_of
 from eapcore.models.families.gguf import find_gguf, gguf_model
 from eapcore.models.families.names import Layout, build_weights
 from eapcore.models.model import Model
-from eapcore.models.modules import refuse_hooks, refuse_replaced, refuse_several_devices
+from eapcore.models.modules import check_module
 from eapcore.models.weights import Weights
 from eapcore.text.folder import fetched_tokenizer, find_tokenizer
 from eapcore.text.tokenizer import Tokenizer
@@ -49,8 +49,8 @@ def load(
 
     Args:
         source: "toy-ioi" or "toy-induction"; a folder; a GGUF file or "smollm2-135m" (see the README); a Hub id such
-            as "gpt2"; a transformers causal language model of a family that `families.FAMILIES` has; or a state dict
-            with its `config`.
+            as "gpt2"; a transformers causal language model of a family that `families.FAMILIES` has, or a
+            HookedTransformer; or a state dict with its `config`.
         config: the configuration of a state dict, or instead of a folder's config.json.
         revision: of a Hub id.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
@@ -101,7 +101,8 @@ def load_weights(
 
     Args:
         source: a folder with config.json and its weights; a model's id on the Hub, of which `gpt2`, `gpt2-medium`,
-            `gpt2-large` and `gpt2-xl` need no owner; a transformers causal language model; or a state dict.
+            `gpt2-large` and `gpt2-xl` need no owner; a transformers causal language model, a HookedTransformer; or a
+            state dict.
         config: fields of a transformers or TransformerLens configuration, in place of the source's own; a state dict
             needs it.
         revision: of the Hub: a branch, tag or commit. None is a pinned commit for GPT-2, `main` for others.
@@ -135,14 +136,10 @@ def load_weights(
     else:
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for models on the Hub, not for one in memory")
-        if isinstance(source, nn.Module):
-            refuse_several_devices(source)
-            # transformers leaves hooks of its own behind that only record hidden states.
-            refuse_hooks(source, "remove it through the handle that registered it", harmless="transformers")
         model_id, raw, tensors = _in_memory(source, config)
         layout = layout_of(raw)
         if isinstance(source, nn.Module):
-            refuse_replaced(source, layout.config)
+            check_module(source, layout.config)
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
     weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where)
@@ -192,12 +189,21 @@ def _in_memory(
         return model_id, config, [stored(key, tensor, "the state dict") for key, tensor in source.items()]
     own: Any = getattr(source, "config", None)
     name = type(source).__name__
+    state = source.state_dict()
+    cfg = getattr(source, "cfg", None)
+    if config is None and own is None and hasattr(cfg, "d_model"):
+        fields = vars(cfg)
+        return (
+            str(fields.get("model_name") or name),
+            fields,
+            [stored(key, tensor, name) for key, tensor in state.items()],
+        )
     if config is None and not hasattr(own, "to_dict"):
         raise ValueError(
-            f"expected a transformers model, got a {name} without config: give its state_dict() and config="
+            f"expected a transformers model or a HookedTransformer, got a {name} without config: give its state_dict() "
+            "and config="
         )
     raw: dict[str, Any] = dict(own.to_dict() if config is None else config)
-    state = source.state_dict()
     ends = [getattr(source, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     embedding, head = (getattr(end, "weight", None) for end in ends)
     if head is not None and embedding is not None:  # what it computes with counts, not what its configuration says

@@ -29,6 +29,34 @@ def config_fields(attn_only: bool, **changes: object) -> dict:
     return fields | changes
 
 
+ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 4}
+LLAMA = ROTARY | {
+    "rotary_dim": None, "normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu", "eps": 1e-6,
+    "n_heads": 4, "n_key_value_heads": 2, "d_head": 6, "ungroup_grouped_query_attention": True,
+}  # fmt: skip
+GEMMA_2 = LLAMA | {
+    "act_fn": "gelu_pytorch_tanh", "use_normalization_before_and_after": True, "attn_scale": 2.0,
+    "attn_scores_soft_cap": 3.0, "output_logits_soft_cap": 5.0,
+    "use_local_attn": True, "window_size": 3, "attn_types": ["global", "local"],
+}  # fmt: skip
+# Changes of `config_fields` that make a model of each family; those of FROM_3 are unknown to TransformerLens 2.
+FAMILIES = {
+    "llama": LLAMA,
+    "llama 3.1": LLAMA | {"use_NTK_by_parts_rope": True, "NTK_original_ctx_len": 16, "rotary_base": 500},
+    "mistral": LLAMA | {"use_local_attn": True, "window_size": 3, "attn_types": ["local"] * 2},
+    "qwen3": LLAMA | {"use_qk_norm": True},
+    "gemma": LLAMA | {"act_fn": "gelu_new", "n_key_value_heads": 1},
+    "gemma 2": GEMMA_2,
+    "gemma 3": GEMMA_2 | {"use_qk_norm": True, "rotary_base_local": 30.0, "rotary_scaling_factor": 4.0},
+    "olmo 2": LLAMA | {"original_architecture": "Olmo2ForCausalLM", "d_model": 24},
+    "neox": ROTARY | {"parallel_attn_mlp": True},
+    "neox, one after the other": ROTARY,
+    "gpt-j": ROTARY | {"parallel_attn_mlp": True, "rotary_adjacent_pairs": True},
+    "one k and v head each, grouped": LLAMA | {"n_key_value_heads": 4},
+}
+FROM_3 = ("gemma 3", "olmo 2")
+
+
 def hooked_transformer(attn_only: bool, *, seed: int = 0, tokenizer: bool = False, **changes: object):
     """A HookedTransformer with every weight random, biases and LayerNorm gains too."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -41,7 +69,11 @@ def hooked_transformer(attn_only: bool, *, seed: int = 0, tokenizer: bool = Fals
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
-            parameter.copy_(values + 1 if name.endswith((".ln1.w", ".ln2.w", "ln_final.w")) else values)
+            gain = name.endswith((".ln1.w", ".ln2.w", "ln_final.w", "_post.w", "_norm.w"))
+            parameter.copy_(values + 1 if gain else values)
+            behind = model.cfg.use_normalization_before_and_after or model.cfg.original_architecture
+            if name.endswith(("attn.b_O", "attn._b_V")) and behind:
+                parameter.zero_()  # a bias in front of a norm is refused
     return model
 
 

@@ -136,40 +136,90 @@ def test_a_hooked_transformer_shares_its_weights(fixture):
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"n_key_value_heads": 1}, "grouped-query attention"),
-    ({"positional_embedding_type": "rotary"}, "'rotary'"),
+    ({"positional_embedding_type": "alibi"}, "positional_embedding_type 'alibi'"),
     ({"positional_embedding_type": "shortformer"}, "'shortformer'"),
-    ({"normalization_type": "RMS"}, "other than LayerNorm"),
-    ({"parallel_attn_mlp": True}, "parallel attention and MLP blocks"),
-    ({"gated_mlp": True}, "gated MLPs"),
-    ({"use_normalization_before_and_after": True}, "post-LayerNorm"),
-    ({"post_embedding_ln": True}, "LayerNorm behind the embedding"),
-    ({"attention_dir": "bidirectional"}, "not causal"),
-    ({"use_local_attn": True}, "local attention"),
-    ({"num_experts": 4}, "mixtures of experts"),
-    ({"attn_scores_soft_cap": 50.0}, "capped attention scores"),
-    ({"load_in_4bit": True}, "quantised weights"),
-    ({"n_devices": 2}, "several devices"),
+    ({"normalization_type": "BN"}, "normalization_type 'BN'"),
+    ({"final_rms": True}, "final_rms True"),
+    ({"use_normalization_before_and_after": True}, "use_normalization_before_and_after True"),
+    ({"post_embedding_ln": True}, "post_embedding_ln True"),
+    ({"attention_dir": "bidirectional"}, "attention_dir 'bidirectional'"),
+    ({"use_local_attn": True, "window_size": 3, "attn_types": ["global", "banded"]}, "attn_types of the configuration"),
+    ({"use_local_attn": True, "window_size": 3}, "attn_types of the configuration"),
+    ({"num_experts": 4}, "num_experts 4"),
+    ({"load_in_4bit": True}, "load_in_4bit True"),
+    ({"n_devices": 2}, "n_devices 2"),
+    ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    ({"use_yarn_rope": True}, "use_yarn_rope True"),
+    ({"use_attention_sinks": True}, "use_attention_sinks True"),
+    ({"original_architecture": "Olmo2ForCausalLM"}, "normalization_type 'LN'"),
+    ({"positional_embedding_type": "rotary", "rotary_dim": 3}, "rotary_dim of the configuration must be even"),
+    ({"act_fn": "solu_ln"}, "act_fn 'solu_ln'"),
+    ({"n_key_value_heads": 1}, r"lacks blocks\.0\.attn\._W_K"),
     ({"d_vocab_out": 7}, "d_vocab_out"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(changes, named):
     refused(named, tl.from_hooked_transformer, Fixture("gpt2-like").hooked(**changes))
 
 
+def _buffer(name, make):
+    def change(hooked):
+        *parents, leaf = name.split(".")
+        hooked.get_submodule(".".join(parents)).register_buffer(leaf, make())
+
+    return change
+
+
+def _field(module, field, value):
+    return lambda hooked: setattr(hooked.get_submodule(module), field, value)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (_field("blocks.1.ln1", "eps", 1e-3), r"at blocks\.1\.ln1 eps 0\.001, but its configuration says 1e-05"),
+    (_field("blocks.0.mlp", "act_fn", torch.tanh), r"at blocks\.0\.mlp the activation tanh, .* says gelu_new"),
+    (_field("blocks.0.attn", "attn_scale", 3.0), r"at blocks\.0\.attn attn_scale 3, .* says 2\.82843"),
+    (_field("blocks.1.mlp", "forward", lambda x: x), r"at blocks\.1\.mlp a replaced forward"),
+    (lambda hooked: hooked.get_submodule("blocks.0").add_module("hook_mlp_out", Doubled()),
+        r"at blocks\.0\.hook_mlp_out a Doubled whose forward comes from test_interop"),
+    (lambda hooked: hooked.get_submodule("blocks.1").add_module("ln1", nn.Identity()),
+        r"at blocks\.1\.ln1 the norm Identity, .* says LayerNorm"),
+    (_buffer("blocks.1.attn.mask", lambda: torch.ones(16, 16, dtype=torch.bool)), "mask that hides other keys"),
+    (_buffer("blocks.1.attn.mask", lambda: torch.ones(16, 16).tril().triu(-3).bool()), "mask that hides other keys"),
+    (_buffer("blocks.1.attn.IGNORE", lambda: torch.tensor(-10.0)), r"IGNORE -10, .* says -inf"),
+    (_buffer("blocks.1.attn.rotary_cos", lambda: torch.ones(16, 4)), "rotary_cos with other angles"),
+])  # fmt: skip
+def test_a_hooked_transformer_that_computes_something_else_is_refused(change, named):
+    hooked = Fixture("gpt2-like").hooked()
+    for field, value in (("mlp.act_fn", nn.functional.gelu), ("attn.attn_scale", 8**0.5), ("ln1.eps", 1e-5)):
+        part, _, leaf = field.partition(".")
+        own = (lambda x: nn.functional.gelu(x, approximate="tanh")) if leaf == "act_fn" else value
+        _field(f"blocks.0.{part}", leaf, own)(hooked)
+    _buffer("blocks.0.attn.mask", lambda: torch.ones(16, 16).tril().bool())(hooked)
+    tl.from_hooked_transformer(hooked)
+    change(hooked)
+    refused(named, tl.from_hooked_transformer, hooked)
+
+
 def test_hooks_several_devices_and_other_modules_are_refused():
     fixture = Fixture("gpt2-like")
     hooked = fixture.hooked()
     handle = hooked.blocks.get_submodule("1").attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        ValueError, match=r"forward hook at blocks\.1\.attn, which could change activations.*reset_hooks"
-    ):
-        tl.from_hooked_transformer(hooked)
+    refused(r"forward hook at blocks\.1\.attn, which could change .* the handle", tl.from_hooked_transformer, hooked)
+    hooked.reset_hooks = lambda including_permanent: None
+    refused(r"model\.reset_hooks\(including_permanent=True\)", tl.from_hooked_transformer, hooked)
     handle.remove()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    refused("torch has a global forward hook", tl.from_hooked_transformer, hooked)
+    everywhere.remove()
     hooked.blocks.get_submodule("0").register_full_backward_hook(lambda *_: None)
     refused(r"backward hook at blocks\.0,", tl.from_hooked_transformer, hooked)
     split = fixture.hooked()
     split.unembed.to("meta")
-    refused("has its weights on cpu and meta", tl.from_hooked_transformer, split)
+    refused("unembed.W_U of HookedTransformer is on the meta device", tl.from_hooked_transformer, split)
     with pytest.raises(ValueError, match="expected a HookedTransformer of TransformerLens, got a Linear"):
         tl.from_hooked_transformer(nn.Linear(2, 2))
     bridge = type("TransformerBridge", (nn.Module,), {})()
@@ -192,6 +242,10 @@ def test_hook_names_go_both_ways(has_mlp):
     assert tl.receiver_hook(graph, "logits") == "blocks.11.hook_resid_post"
     if has_mlp:
         assert tl.receiver_of_hook(graph, "blocks.4.hook_mlp_in") == "m4"
+    grouped = Graph(2, 6, has_mlp, n_kv=2)
+    for name in grouped.receiver_names:
+        assert tl.receiver_of_hook(grouped, tl.receiver_hook(grouped, name)) == name
+    assert tl.receiver_hook(grouped, "a1.kv1<v>") == "blocks.1.hook_v_input[1]"
     for wrong in ("hook_pos_embed", "blocks.3.attn.hook_z[1]", "blocks.3.attn.hook_result", "blocks.12.hook_mlp_out"):
         refused("a sender", tl.sender_of_hook, graph, wrong)
     for wrong in ("blocks.3.hook_attn_in[1]", "blocks.3.hook_resid_post", "blocks.5.hook_q_input[12]"):
@@ -368,7 +422,7 @@ def test_bad_input_to_the_drop_in_is_refused_in_one_sentence():
     other.cfg = other.cfg | {"n_heads": 4}
     declined("the graph is of another model: expected .*'n_heads': 2.*got .*'n_heads': 4", graph=other)
     other.cfg = fixture.graph().cfg | {"parallel_attn_mlp": True}
-    declined("graph of parallel attention", graph=other)
+    declined("the graph is of another model: .*'parallel_attn_mlp': False.* got .*True", graph=other)
     short, long = torch.tensor([[3, 4, 5]]), torch.tensor([[3, 4, 5, 6]])
     declined("same number and length", batches=[(short, long, label)])
     declined("clean prompts must be a tensor of tokens .* got list", batches=[([1, 2], [3, 4], label)])

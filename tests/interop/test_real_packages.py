@@ -6,6 +6,7 @@ import importlib.util
 import os
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ if os.environ.get("EAPCORE_INTEROP_REQUIRED"):
 else:
     transformer_lens = pytest.importorskip("transformer_lens")
 
-from hooked_models import PAIRS, config_fields, hooked_transformer, logit_diff, text_batches, word_tokenizer
+from hooked_models import FAMILIES as OTHERS
+from hooked_models import FROM_3, PAIRS, config_fields, hooked_transformer, logit_diff, text_batches, word_tokenizer
 from hooked_scores import hooked_scores
 
 from eapcore import attribute
@@ -49,7 +51,7 @@ class EapGraph:
     def __init__(self, model):
         cfg = model.cfg
         self.cfg = {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "d_model", "parallel_attn_mlp")}
-        graph = Graph(cfg.n_layers, cfg.n_heads, True)
+        graph = Graph(cfg.n_layers, cfg.n_heads, True, cfg.parallel_attn_mlp)
         self.scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
 
 
@@ -103,13 +105,80 @@ def test_logits_are_the_same_with_every_convention(attn_only, changes):
     assert error <= 1e-10
 
 
-@FAMILIES
-def test_no_second_copy_of_the_weights(attn_only):
-    hooked = hooked_transformer(attn_only)
-    model = tl.from_hooked_transformer(hooked)
-    theirs = {parameter.data_ptr() for parameter in hooked.parameters()}
-    own = {name for name, tensor in model.weights.named() if tensor.data_ptr() not in theirs}
-    assert own == {f"layers.{layer}.b_qkv" for layer in range(2)}
+NAMES = [name for name in OTHERS if name not in FROM_3 or not version("transformer-lens").startswith("2.")]
+
+
+def turn_in_float64(hooked, model):
+    """TransformerLens makes the frequencies of "NTK by parts" in float32, and release 3 rounds all tables to it when it
+    processes weights: put float64's in their place, from which they may differ by that rounding."""
+    for layer, block in enumerate(hooked.blocks):
+        rotary = model.config.rotary(layer)
+        angles = torch.arange(len(block.attn.rotary_sin))[:, None] * rotary.frequencies
+        angles = angles.repeat_interleave(2, 1) if rotary.adjacent else angles.repeat(1, 2)
+        for table, exact in ((block.attn.rotary_sin, angles.sin()), (block.attn.rotary_cos, angles.cos())):
+            assert float((table - exact).abs().max()) <= 1e-5
+            table.copy_(exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_other_families_are_the_same_as_trained_and_processed(name):
+    changes = OTHERS[name] | {"n_ctx": 32}
+    hooked, prompts, errors = hooked_transformer(False, **changes), tokens(20, 1, (3, 13)), []
+    for processed in (False, True):
+        if processed and hooked.cfg.original_architecture:
+            continue  # its norms, behind heads and MLPs, cannot be folded
+        if processed:
+            hooked.process_weights_()
+            assert hooked.cfg.normalization_type in ("LNPre", "RMSPre")
+        turn_in_float64(hooked, tl.from_hooked_transformer(hooked))
+        with torch.no_grad():
+            expected = hooked(prompts)
+        for kv in ("each", "grouped"):
+            found = forward(tl.from_hooked_transformer(hooked, kv=kv), prompts)
+            errors.append(float((found - expected).abs().max()))
+    print(f"{name}: {max(errors[:2]):.1e}, processed {max(errors[-2:]):.1e} of {float(expected.abs().max()):.1f}")
+    assert max(errors) <= 1e-12
+    single = hooked_transformer(False, **changes | {"dtype": torch.float32})
+    with torch.no_grad():
+        expected = single(prompts)
+    assert float((forward(tl.from_hooked_transformer(single), prompts) - expected).abs().max()) <= 2e-5
+
+
+@pytest.mark.parametrize("kv", ["each", "grouped"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_other_families_are_those_of_hooks_in_float64(name, kv):
+    changes = OTHERS[name] | {"ungroup_grouped_query_attention": kv == "each"}
+    if kv == "grouped" and changes.get("n_key_value_heads") in (None, 4):
+        pytest.skip("its queries are not grouped")
+    hooked = hooked_transformer(False, **changes)
+    clean, corrupt, answer = (tokens(20, seed, shape) for seed, shape in ((1, (4, 9)), (2, (4, 9)), (3, (4, 2))))
+    metric = partial(logit_diff, label=answer)
+    model = tl.from_hooked_transformer(hooked, kv=kv)
+    turn_in_float64(hooked, model)
+    for method, ours in (("EAP", {}), ("EAP-IG-inputs", {"method": "eap-ig", "steps": 3, "points": "left"})):
+        expected = hooked_scores(hooked, clean, corrupt, metric, method, ig_steps=3, kv=kv)
+        found = attribute(model, pairs_of(clean, corrupt, answer), "logit_diff", **ours).scores
+        error, largest = float((found - expected).abs().max()), float(expected.abs().max())
+        print(f"{name}, {kv}, {method}: {error:.1e} of {largest:.2f}")
+        assert error <= 1e-10 < largest
+    if kv == "each":
+        graph = EapGraph(hooked)
+        batches = [(clean, corrupt, answer)]
+        theirs = eap_ig.attribute(hooked, graph, batches, logit_diff, "EAP-IG-inputs", ig_steps=3, quiet=True)
+        assert float((theirs.scores - expected).abs().max()) <= 1e-10
+
+
+def test_no_second_copy_of_the_weights():
+    for attn_only, changes in [(True, {}), (False, {}), *((False, OTHERS[name]) for name in NAMES)]:
+        hooked = hooked_transformer(attn_only, **changes)
+        if hooked.cfg.gated_mlp:
+            with torch.no_grad():
+                for block in hooked.blocks:  # or what it adds has to be made
+                    block.mlp.b_in.zero_()
+        model = tl.from_hooked_transformer(hooked)
+        theirs = {parameter.data_ptr() for parameter in hooked.parameters()}
+        own = {name for name, tensor in model.weights.named() if tensor.data_ptr() not in theirs}
+        assert own == {f"layers.{layer}.b_qkv" for layer in range(2)}
 
 
 @FAMILIES

@@ -105,6 +105,11 @@ def attribute(
     one_of("aggregation", aggregation, AGGREGATIONS)
     one_of("impl", impl, kernels.IMPLS)
     _check_graph(graph, own)
+    if verbatim and own.config.post_norms:
+        raise ValueError(
+            "verbatim does not suit a model with norms behind its heads: the package takes what heads make in front of "
+            "the norm for what they send, which does not add up to what the layer adds"
+        )
     values = None
     if intervention != "patching":
         values = _values(own, model, intervention, intervention_dataloader, verbatim)
@@ -157,11 +162,12 @@ def _check_graph(graph: Any, model: Model) -> None:
     if cfg is None or not isinstance(scores, Tensor):
         raise ValueError(f"graph must be EAP-IG's Graph, with cfg and scores, got a {type(graph).__name__}")
     config = model.config
+    if model.graph.n_kv is not None:
+        raise ValueError("the package has a k and a v input for each query head: load the model with kv='each'")
     expected = {"n_layers": config.n_layers, "n_heads": config.n_heads, "d_model": config.d_model}
+    expected["parallel_attn_mlp"] = config.parallel
     fields = cfg if isinstance(cfg, Mapping) else vars(cfg)
     got = {name: fields.get(name) for name in expected if fields.get(name) is not None}
-    if fields.get("parallel_attn_mlp"):
-        raise ValueError("a graph of parallel attention and MLP blocks is not supported here")
     if any(got[name] != expected[name] for name in got) or scores.shape != their_shape(model.graph):
         raise ValueError(
             f"the graph is of another model: expected {expected} and scores {list(their_shape(model.graph))}, "

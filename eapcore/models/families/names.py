@@ -34,7 +34,7 @@ _PREFIX = re.compile(
     r"\A(?:transformer\.|model\.|module\.|gpt_neox\.)+"
 )  # of wrappers; `_orig_mod.` may stand anywhere
 _BUFFER = re.compile(
-    r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE)"
+    r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE|rotary_sin|rotary_cos)"
     r"|(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
 )
@@ -129,7 +129,8 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
     def norm(name: str) -> Norm:
         gamma, beta = tensors.get(f"{name}.0"), tensors.get(f"{name}.1")
         if folded:
-            gamma, beta = tensors["w_e"].new_ones(config.d_model), tensors["w_e"].new_zeros(config.d_model)
+            gamma = tensors["w_e"].new_ones(config.d_model)
+            beta = tensors["w_e"].new_zeros(config.d_model) if kind == "layernorm" else None
         return Norm(kind, gamma, beta, config.eps)
 
     layers: list[Layer] = []
