@@ -48,7 +48,7 @@ FAMILIES = {
     "gemma": LLAMA | {"act_fn": "gelu_new", "n_key_value_heads": 1},
     "gemma 2": GEMMA_2,
     "gemma 3": GEMMA_2 | {"use_qk_norm": True, "rotary_base_local": 30.0, "rotary_scaling_factor": 4.0},
-    "olmo 2": LLAMA | {"original_architecture": "Olmo2ForCausalLM", "d_model": 24},
+    "olmo 2": LLAMA | {"original_architecture": "Olmo2ForCausalLM", "d_model": 24, "n_key_value_heads": None},
     "neox": ROTARY | {"parallel_attn_mlp": True},
     "neox, one after the other": ROTARY,
     "gpt-j": ROTARY | {"parallel_attn_mlp": True, "rotary_adjacent_pairs": True},
@@ -72,7 +72,7 @@ def hooked_transformer(attn_only: bool, *, seed: int = 0, tokenizer: bool = Fals
             gain = name.endswith((".ln1.w", ".ln2.w", "ln_final.w", "_post.w", "_norm.w"))
             parameter.copy_(values + 1 if gain else values)
             behind = model.cfg.use_normalization_before_and_after or model.cfg.original_architecture
-            if name.endswith(("attn.b_O", "attn._b_V")) and behind:
+            if name.endswith(("attn.b_O", "attn._b_V", "attn.b_V")) and behind:
                 parameter.zero_()  # a bias in front of a norm is refused
     return model
 

@@ -28,6 +28,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop import auto_circuit, eap_ig
 from eapcore.interop import transformer_lens as tl
+from eapcore.interop.eap_ig.attribute import tokenize
 from eapcore.interop.transformers import from_gpt2
 from eapcore.models.forward import forward
 from eapcore.tasks import PromptPairs
@@ -238,7 +239,7 @@ def test_padded_text_is_tokenized_and_scored_as_with_an_attention_mask(attn_only
             hooked.to_tokens(text, prepend_bos=True, padding_side="right", truncate=False) for text in (clean, corrupt)
         )
         mask = attention_mask(hooked, prompts)
-        found, lengths = eap_ig.tokenize(tl.from_hooked_transformer(hooked), hooked, clean, "clean prompts")
+        found, lengths = tokenize(tl.from_hooked_transformer(hooked), hooked, clean, "clean prompts")
         assert torch.equal(found, prompts) and torch.equal(lengths, mask.sum(1))
         metric = partial(logit_diff, label=label)
         expected = expected + len(clean) * hooked_scores(hooked, prompts, others, metric, "EAP", mask=mask)
@@ -256,17 +257,37 @@ def test_hooks_left_on_the_model_are_refused_and_go_with_reset_hooks():
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"n_key_value_heads": 1}, "grouped-query attention"),
-    ({"positional_embedding_type": "rotary", "rotary_dim": 8}, "'rotary'"),
+    ({"positional_embedding_type": "alibi"}, "'alibi'"),
     ({"positional_embedding_type": "shortformer"}, "'shortformer'"),
-    ({"normalization_type": "RMS"}, "other than LayerNorm"),
-    ({"parallel_attn_mlp": True}, "parallel attention and MLP blocks"),
-    ({"gated_mlp": True}, "gated MLPs"),
-    ({"attention_dir": "bidirectional"}, "not causal"),
-    ({"act_fn": "silu"}, "'silu'"),
+    ({"attention_dir": "bidirectional"}, "attention_dir 'bidirectional'"),
+    ({"act_fn": "solu_ln"}, "'solu_ln'"),
+    ({"post_embedding_ln": True}, "post_embedding_ln True"),
+    ({"final_rms": True}, "final_rms True"),
 ])  # fmt: skip
 def test_real_models_of_other_kinds_are_refused(changes, named):
     refused(named, tl.from_hooked_transformer, hooked_transformer(False, **changes))
+
+
+def test_real_models_that_were_changed_are_refused():
+    def changed(change, named, **changes):
+        hooked = hooked_transformer(False, **changes)
+        tl.from_hooked_transformer(hooked)
+        change(hooked)
+        refused(named, tl.from_hooked_transformer, hooked)
+
+    changed(lambda m: setattr(m.blocks[1].ln2, "eps", 1e-2), r"blocks\.1\.ln2 eps 0\.01")
+    changed(lambda m: setattr(m.blocks[0].mlp, "act_fn", torch.relu), r"blocks\.0\.mlp the activation relu")
+    changed(lambda m: setattr(m.blocks[0].attn, "attn_scale", 1.0), r"blocks\.0\.attn attn_scale 1,")
+    changed(lambda m: m.blocks[1].attn.rotary_sin.mul_(-1), "rotary_sin with other angles", **OTHERS["llama"])
+    changed(
+        lambda m: m.blocks[1].hook_mlp_out.add_perma_hook(lambda x, hook: 2 * x), r"forward hook at blocks\.1\.hook"
+    )
+    changed(
+        lambda m: m.hook_embed.add_hook(lambda x, hook: None, dir="bwd", is_permanent=True), "backward hook at hook_e"
+    )
+    changed(lambda m: setattr(m.blocks[0], "ln1", torch.nn.Identity()), "the norm Identity", normalization_type="LNPre")
+    if len(hooked_transformer(False).blocks[0].attn.mask):  # which release 3 makes when it runs
+        changed(lambda m: m.blocks[0].attn.mask.fill_(True), "mask that hides other keys")
 
 
 @pytest.mark.parametrize("by_position", [False, True])
