@@ -19,7 +19,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
-from eapcore.patching.circuits import measure_circuits
+from eapcore.patching.circuits import each_pair, kept_interval
 from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -40,7 +40,8 @@ class Curve:
     """Faithfulness over circuit sizes.
 
     fractions: [P] of all edges, as asked for. sizes: [P] edges chosen. values: [P] the metric's mean. faithfulness: [P]
-    (value − ablated) / (clean − ablated). cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
+    (value − ablated) / (clean − ablated). intervals: [P] (low, high) of the faithfulness, 95 % by drawing the pairs
+    again, None with one pair. cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
     trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
     which there is no area.
     """
@@ -54,6 +55,7 @@ class Curve:
     cpr: float
     cmd: float
     meta: Mapping[str, Any] = field(default_factory=dict)
+    intervals: list[tuple[float, float]] | None = None
 
     def save(self, path: str | Path) -> None:
         write_json(path, "faithfulness", self)
@@ -170,10 +172,11 @@ def _curves(
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
-    clean, ablated, *values = measure_circuits(experiment, [*ends, *circuits], recordings, progress=progress)
+    rows = each_pair(experiment, [*ends, *circuits], recordings, progress=progress)
+    clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
-    described = experiment.describe()
+    described, intervals = experiment.describe(), kept_interval(rows[2:], rows[0], rows[1])
     curves = []
     for i, ranking in enumerate(rankings):
         mine = slice(i * len(counts), (i + 1) * len(counts))
@@ -184,7 +187,8 @@ def _curves(
         meta = {**described, "sign": _FAITHFUL, "method": {**method, **carried}, "scores": dict(scores.meta)}
         sizes_found = [c.n_edges for c in circuits[mine]]
         cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
-        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta))
+        spread = None if intervals is None else intervals[mine]
+        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta, spread))
     return curves
 
 

@@ -127,10 +127,58 @@ def measure_circuits(
     progress: Progress | None = None,
 ) -> list[float]:
     """`metric_on` for an experiment whose batches are recorded."""
-    sums = torch.zeros(len(circuits), dtype=torch.float64, device="cpu")
+    return experiment.mean(each_pair(experiment, circuits, recordings, progress=progress).sum(1)).tolist()
+
+
+@own_modes
+def each_pair(
+    experiment: Experiment,
+    circuits: Sequence[Circuit],
+    recordings: Iterable[Recording],
+    *,
+    progress: Progress | None = None,
+) -> Annotated[Tensor, "float64 C N"]:
+    """The metric of each pair for each circuit, float64 [C, N] on the CPU; see `metric_on`."""
+    values = torch.zeros(len(circuits), len(experiment), dtype=torch.float64, device="cpu")
     count = Count(progress, len(circuits) * len(experiment))
     for recording in recordings:
         experiment.ends(recording.reference)
         logits = circuit_logits(recording, circuits, count)
-        sums += experiment.values(logits, recording.reference).sum(1).cpu()
-    return experiment.mean(sums).tolist()
+        values[:, recording.reference.index.cpu()] = experiment.values(logits, recording.reference).cpu()
+    return values
+
+
+def kept_interval(
+    values: Annotated[Tensor, "float64 C N"],
+    clean: Annotated[Tensor, "float64 N"],
+    ablated: Annotated[Tensor, "float64 N"],
+    *,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+) -> list[tuple[float, float]] | None:
+    """A confidence interval of each circuit's faithfulness, by drawing the pairs again.
+
+        f = (mean(values) − mean(ablated)) / (mean(clean) − mean(ablated)),  means over N pairs drawn with replacement
+
+    Args:
+        values: the metric of each pair for each circuit; clean, ablated: on the whole model and with all ablated.
+        n_resamples: how often the pairs are drawn; the draws are always the same.
+        level: the share of the draws that lie between the ends.
+
+    Returns:
+        (low, high) of each circuit; None with fewer than 2 pairs, or where clean and ablated are the same in a draw.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife" (percentiles).
+    """
+    n = len(clean)
+    if n < 2:
+        return None
+    rows, generator = torch.cat([clean[None], ablated[None], values]), torch.Generator().manual_seed(0)
+    draws = (torch.randint(n, (n,), generator=generator, device="cpu") for _ in range(n_resamples))
+    means = torch.stack([rows[:, draw].mean(1) for draw in draws], dim=1)  # [2 + C, n_resamples]
+    scale = means[0] - means[1]
+    if not bool(scale.all()):
+        return None
+    kept = (means[2:] - means[1]) / scale
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=kept.dtype, device="cpu")
+    return [(low, high) for low, high in kept.quantile(ends, dim=1).T.tolist()]

@@ -13,7 +13,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.circuits import measure_circuits
+from eapcore.patching.circuits import each_pair, kept_interval
 from eapcore.patching.record import Recording, Recordings
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -26,13 +26,15 @@ class Tried:
     """A circuit that was run.
 
     selected: as it was chosen. circuit: what of it connects `embed` to the logits, which was run. value: the metric's
-    mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same.
+    mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same. interval: of the
+    faithfulness, 95 % by drawing the pairs again, see `circuits.kept_interval`.
     """
 
     selected: Circuit
     circuit: Circuit
     value: float
     faithfulness: float
+    interval: tuple[float, float] | None = None
 
 
 @own_modes
@@ -94,13 +96,16 @@ def run_until(
     """
     graph = experiment.model.graph
     ends = [Circuit(graph.edge_mask(), graph), Circuit(graph.edge_mask() & False, graph)]
-    clean, ablated = measure_circuits(experiment, ends, recordings)
+    both = each_pair(experiment, ends, recordings)
+    clean, ablated = experiment.mean(both.sum(1)).tolist()
     tried: list[Tried] = []
     for selected in circuits:
         circuit = selected.prune()
-        (value,) = measure_circuits(experiment, [circuit], recordings)
+        values = each_pair(experiment, [circuit], recordings)
+        (value,) = experiment.mean(values.sum(1)).tolist()
         kept = (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
-        tried.append(Tried(selected, circuit, value, kept))
+        intervals = kept_interval(values, *both)
+        tried.append(Tried(selected, circuit, value, kept, intervals[0] if intervals else None))
         if progress is not None:
             progress(len(tried), len(circuits))
         if kept >= faithfulness:

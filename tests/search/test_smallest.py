@@ -6,12 +6,14 @@ import math
 from itertools import chain
 
 import pytest
+import torch
 from models import random_case
 
 from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.faithfulness import faithfulness
 from eapcore.execution.experiment import Experiment
 from eapcore.graph.circuit import Circuit
-from eapcore.patching.circuits import metric_on
+from eapcore.patching.circuits import kept_interval, metric_on
 from eapcore.patching.record import Recording, Recordings
 from eapcore.search.smallest import SIZES, run_until, selections, smallest
 
@@ -85,3 +87,27 @@ def test_batches_that_do_not_fit_are_recorded_again(case, recorded, limited):
     tried = smallest(*case[:2], "logit_diff", case[2], 0.97, batch_size=2)
     rounds = 1 + len(tried)  # the two ends together, then each circuit
     assert sorted(chain(*recorded)) == sorted([0, 1, 2] * rounds)
+
+
+def test_the_interval_of_what_is_kept_is_that_of_pairs_drawn_again():
+    generator = torch.Generator().manual_seed(3)
+    clean, ablated = (torch.randn(40, generator=generator, dtype=torch.float64) + shift for shift in (3.0, 0.0))
+    values = torch.stack([clean, ablated, (clean + ablated) / 2 + torch.randn(40, generator=generator) / 5])
+    whole, none, half = kept_interval(values, clean, ablated, n_resamples=4000)
+    assert whole == (1, 1) and none == (0, 0)
+    kept = float((values[2] - ablated).mean() / (clean - ablated).mean())
+    assert half[0] < kept < half[1]
+    # the ratio's standard error by the delta method, and a normal's 95 %
+    residual = (values[2] - ablated) - kept * (clean - ablated)
+    error = float(residual.std() / 40**0.5 / (clean - ablated).mean())
+    assert half[1] - half[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert kept_interval(values[:, :1], clean[:1], ablated[:1]) is None  # nothing to draw from
+    assert kept_interval(values, clean, clean) is None  # no scale
+
+
+def test_circuits_that_are_run_have_their_interval(case):
+    model, pairs, scores = case
+    for each in smallest(model, pairs, "logit_diff", scores, 0.9):
+        assert each.interval is not None and each.interval[0] <= each.faithfulness <= each.interval[1]
+    curve = faithfulness(model, pairs, "logit_diff", scores, sizes=[0.1, 0.5, 1.0])
+    assert len(curve.intervals) == 3 and curve.intervals[-1] == pytest.approx((1, 1))
