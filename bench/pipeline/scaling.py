@@ -63,7 +63,7 @@ def draw(rows: list[dict], base: Work, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'eapcore[plots]'") from error
+        raise RuntimeError("a plot needs matplotlib: pip install 'eapcore[report]'") from error
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(3 * len(axes), 5.5), layout="constrained")
     panels = figure.subplots(2, len(axes), sharey="row")

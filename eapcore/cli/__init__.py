@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,11 +15,12 @@ import eapcore.cli.evaluate as evaluate
 import eapcore.cli.info as info
 import eapcore.cli.patch as patch
 import eapcore.cli.path as path
+import eapcore.cli.report as report
 import eapcore.cli.run as run
 import eapcore.cli.verify as verify
 from eapcore.cli.options import Help
 
-COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify)
+COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
+    args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
     level = logging.INFO if sys.stderr.isatty() else logging.WARNING  # a pipe gets no chatter
     logging.basicConfig(level=logging.WARNING, format="eapcore: %(message)s")
     logging.getLogger("eapcore").setLevel(level)

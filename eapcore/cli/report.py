@@ -1,0 +1,67 @@
+"""eapcore report: a run folder, or two side by side, as a page and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eapcore.cli.options import Command
+
+if TYPE_CHECKING:
+    from eapcore.report.run_folder import Run
+
+PAGE, FIGURES = "report.html", "figures"
+
+
+def add(command: Command) -> None:
+    """Add the command and its options."""
+    parser = command("report", run, "Show a run folder, or two side by side, as one HTML page and as pictures.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that eapcore run wrote, or a score file")
+    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another run of the same graph, beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page to write (default: {PAGE} in RUN)")
+    parser.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help=f"where SVG and PNG files go (default: {FIGURES} in RUN)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the runs and write the page and the pictures."""
+    from eapcore.report.run_folder import Run
+
+    check_libraries()
+    folder = args.run if args.run.is_dir() else args.run.parent
+    runs = [Run.read(path) for path in (args.run, args.other) if path is not None]
+    write_report(runs, args.out or folder / PAGE, args.figures or folder / FIGURES, args.written)
+
+
+def check_libraries() -> None:
+    """RuntimeError, before any work, where what draws is not installed."""
+    from eapcore.report.figures import check_matplotlib
+    from eapcore.report.page import check_jinja
+
+    check_jinja()
+    check_matplotlib()
+
+
+def write_report(runs: list[Run], page: Path, figures: Path, command: str) -> None:
+    """Write the page and the pictures of one run or two, and say where they are."""
+    from eapcore.evaluation.agreement import agreement
+    from eapcore.graph.scores import EdgeScores
+    from eapcore.report.figures import write_figures
+    from eapcore.report.page import write_page
+
+    agreed = None
+    if len(runs) == 2:
+        a, b = (run.scores for run in runs)
+        sizes = [EdgeScores(each.scores.abs(), each.graph) for each in (a, b)]
+        agreed = asdict(agreement(a, b)) | {"spearman_absolute": agreement(*sizes).spearman}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(runs, page, agreement=agreed, command=command)
+    written = write_figures(runs, figures)
+    print(f"wrote    {page}")
+    print(f"wrote    {figures}/{', '.join(written)} (svg, png)")
+    for each in runs:
+        for part, how in each.missing.items():
+            print(f"without  {part} of {each.name}: {how}")

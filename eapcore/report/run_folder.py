@@ -1,0 +1,101 @@
+"""What a run folder holds: scores, and what commands wrote beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import _check_version
+from eapcore.graph.scores import EdgeScores
+
+# Each part of a report but the scores: the file that holds it, and how it is made.
+PARTS = {
+    "circuit": ("circuit.json", "eapcore run writes it"),
+    "prompts": ("prompts.json", "eapcore run, evaluate and verify write it"),
+    "run": ("run.json", "eapcore run writes it"),
+    "evaluation": ("evaluation.json", "eapcore evaluate --scores FOLDER/scores.safetensors --out FOLDER/{} writes it"),
+    "verification": ("verification.json", "eapcore verify --scores FOLDER/scores.safetensors --out FOLDER/{} writes it"),
+}
+SCORES = "scores.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Scores, and what was written beside them; None for what is not there.
+
+    name: of the folder or file. files: which file each part was read from. prompts, run, evaluation, verification: the
+    JSON of these files as it is (README, "Files").
+    """
+
+    scores: EdgeScores
+    name: str = "scores"
+    circuit: Circuit | None = None
+    prompts: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    verification: Mapping[str, Any] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: str | Path) -> Run:
+        """Read a run folder, or a score file alone.
+
+        A part's file is the one of its usual name, or else the newest JSON file in the folder that says it is one.
+
+        Raises:
+            ValueError: a file that cannot be read, or a part that belongs to another graph than the scores. It is named.
+            OSError: there is no folder or file, or no scores in it.
+        """
+        path = Path(path)
+        if path.is_file():
+            return Run(EdgeScores.load(path), path.name, files={"scores": path.name})
+        if not path.is_dir():
+            raise FileNotFoundError(f"a run folder or a score file was expected at {path}, but there is none")
+        scores = path / SCORES
+        if not scores.is_file():
+            others = sorted(path.glob("*.safetensors"))
+            if len(others) != 1:
+                found = ", ".join(other.name for other in others) or "no other score file"
+                raise FileNotFoundError(f"a run folder holds {SCORES}, but {path} has {found}: eapcore run writes one")
+            (scores,) = others
+        loaded = EdgeScores.load(scores)
+        files, parts = {"scores": scores.name}, {}
+        for part, file in _files(path).items():
+            found = Circuit.load(file) if part == "circuit" else _json(file)
+            if part == "circuit" and found.graph != loaded.graph:
+                raise ValueError(f"{file} is of {found.graph}, but {scores} of {loaded.graph}: not of one run")
+            files[part], parts[part] = file.name, found
+        return Run(loaded, path.resolve().name or str(path), files=files, **parts)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """How each part that is not there is made."""
+        return {part: how.format(name) for part, (name, how) in PARTS.items() if getattr(self, part) is None}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each part that is there."""
+    found = {part: folder / name for part, (name, _) in PARTS.items() if (folder / name).is_file()}
+    others = [path for path in folder.glob("*.json") if path not in found.values()]
+    for path in sorted(others, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            start = file.read(200)
+        for part in PARTS.keys() - found.keys():
+            if f'"eapcore-{part}"' in start:
+                found[part] = path
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON that eapcore wrote, but it cannot be read: {error}") from error
+    if not isinstance(content, dict) or not str(content.get("format", "")).startswith("eapcore-"):
+        raise ValueError(f"{path} must be JSON that eapcore wrote, but it says no format of it")
+    _check_version(path, content.get("format_version"))
+    return content
