@@ -93,6 +93,7 @@ def _save(path: Path, size: tuple[float, float], draw: Callable[[Axes], object])
         for ending, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
             with replacing(path.with_name(f"{path.name}.{ending}")) as temporary:
                 figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # it is laid out
 
 
 def _pictures(run: Run) -> dict[str, tuple[tuple[float, float], Callable[[Axes], object]]]:
@@ -155,7 +156,9 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
     axes.set_yticks(range(1, graph.n_layers + 1), [f"layer {layer}" for layer in range(graph.n_layers)])
     axes.tick_params(length=0, labelcolor=QUIET, labelsize=7)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{drawn.n_edges} of {graph.n_edges:,} edges: width |score|, blue negative, red positive", fontsize=8)
+    axes.set_title(
+        f"{drawn.n_edges} of {graph.n_edges:,} edges: width |score|, blue negative, red positive", fontsize=8
+    )
 
 
 def _heat_map(axes: Axes, scores: EdgeScores) -> None:
@@ -183,8 +186,7 @@ def _grid(axes: Axes, values: Any, x: str, y: str, what: str) -> None:
 
     finite = torch.as_tensor(values).nan_to_num(0, 0, 0).abs()
     most = float(finite.max()) if finite.numel() else 0.0
-    colours = LinearSegmentedColormap.from_list("scores", [NEGATIVE, "white", POSITIVE])
-    colours.set_bad(FAINT)
+    colours = LinearSegmentedColormap.from_list("scores", [NEGATIVE, "white", POSITIVE]).with_extremes(bad=FAINT)
     image = axes.imshow(values, cmap=colours, vmin=-(most or 1), vmax=most or 1, origin="lower", aspect="auto")
     image.set_interpolation("nearest")
     axes.set(xlabel=x, ylabel=y)

@@ -169,7 +169,10 @@
 
   function pathOf(edge) {
     const known = paths.get(edge.key);
-    if (known) return known;
+    if (known) {
+      known.element.setAttribute("class", `edge ${edge.kind}`); // of both runs or of one: it depends on how many are drawn
+      return Object.assign(known, edge);
+    }
     const [x0, y0] = places.senders[edge.s], [x1, y1] = places.receivers[edge.r];
     const from = nodes[edge.s], into = nodeOf(edge.r) < 0 ? nodes[nodes.length - 1] : nodes[nodeOf(edge.r)];
     const a = y0 - from.half, b = y1 + into.half + 3, bend = Math.max(14, Math.abs(a - b) * 0.45);

@@ -45,9 +45,7 @@ def write_page(
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
-def render(
-    runs: Sequence[Run], *, agreement: Mapping[str, float] | None = None, command: str | None = None
-) -> str:
+def render(runs: Sequence[Run], *, agreement: Mapping[str, float] | None = None, command: str | None = None) -> str:
     """The page as text; see `write_page`."""
     check_jinja()
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -139,9 +137,9 @@ def _part(run: Run, part: str, build: Callable[[Run, Any], Any]) -> Any:
         return []
     try:
         return build(run, content)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        name = run.files.get(part, PARTS[part][0])
-        raise ValueError(f"{name} of {run.name} is not as eapcore writes it: {error!r}") from error
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        name, reason = run.files.get(part, PARTS[part][0]), str(error) if type(error) is ValueError else repr(error)
+        raise ValueError(f"{name} of {run.name} is not as eapcore writes it: {reason}") from error
 
 
 def _run_curve(run: Run, content: Any) -> list[dict[str, Any]]:

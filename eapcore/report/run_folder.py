@@ -18,7 +18,10 @@ PARTS = {
     "prompts": ("prompts.json", "eapcore run, evaluate and verify write it"),
     "run": ("run.json", "eapcore run writes it"),
     "evaluation": ("evaluation.json", "eapcore evaluate --scores FOLDER/scores.safetensors --out FOLDER/{} writes it"),
-    "verification": ("verification.json", "eapcore verify --scores FOLDER/scores.safetensors --out FOLDER/{} writes it"),
+    "verification": (
+        "verification.json",
+        "eapcore verify --scores FOLDER/scores.safetensors --out FOLDER/{} writes it",
+    ),
 }
 SCORES = "scores.safetensors"
 
@@ -47,7 +50,7 @@ class Run:
         A part's file is the one of its usual name, or else the newest JSON file in the folder that says it is one.
 
         Raises:
-            ValueError: a file that cannot be read, or a part that belongs to another graph than the scores. It is named.
+            ValueError: a file, which is named, that cannot be read, or a part that is of another graph than the scores.
             OSError: there is no folder or file, or no scores in it.
         """
         path = Path(path)

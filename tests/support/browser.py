@@ -23,7 +23,9 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="eapcore-browser-")
         to_it, self.write = os.pipe()
         self.read, from_it = os.pipe()
-        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+        flags = (
+            "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+        )
         command = f"exec {CHROMIUM} {flags} --hide-scrollbars --disable-dev-shm-usage --remote-debugging-pipe"
         command += f" --user-data-dir={self.profile} about:blank 3<&{to_it} 4>&{from_it}"
         self.process = subprocess.Popen(

@@ -1,0 +1,231 @@
+"""A report shows what a run folder holds, says what it lacks, and writes nothing of a file's text as markup."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+import re
+import struct
+import sys
+
+import pytest
+import torch
+from runs import EVIL, random_scores
+
+from eapcore.cli import main
+from eapcore.evaluation.agreement import agreement
+from eapcore.graph.graph import Graph
+from eapcore.graph.scores import EdgeScores
+from eapcore.report.compare import jaccard, sizes
+from eapcore.report.figures import plot, write_figures
+from eapcore.report.layout import layout
+from eapcore.report.page import histogram, parts, render
+from eapcore.report.run_folder import Run
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def unpacked(text, kind):
+    return [x for (x,) in struct.iter_unpack(f"<{kind}", base64.b64decode(text))]
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_holds_every_edge_in_order_and_every_part(folder):
+    run = Run.read(folder)
+    (found,) = data_of(render([run]))["runs"]
+    flat, scores = unpacked(found["edges"], "i"), unpacked(found["scores"], "f")
+    assert len(flat) == run.scores.graph.n_edges
+    names = run.scores.graph.sender_names, run.scores.graph.receiver_names
+    shown = [f"{names[0][f // len(names[1])]}->{names[1][f % len(names[1])]}" for f in flat]
+    assert shown == [edge for edge, _ in run.scores.top(len(flat))]
+    assert scores == pytest.approx([score for _, score in run.scores.top(len(flat))], rel=1e-6)
+    assert {shown[i] for i in unpacked(found["circuit"], "i")} == set(run.circuit.edges)
+    assert [curve["kept"] for curve in found["curves"]] == [[0.25, 0.75, 1.0]] * 3
+    assert found["rocs"][0]["tpr"] == [0, 0.8, 1] and "0.85" in found["rocs"][0]["name"]
+    s, r, estimate, effect = found["exact"][0]
+    assert run.scores.graph.edge_name(s, r) == run.scores.top(1)[0][0] and effect == 1.25 * estimate
+    assert run.missing == {}
+
+
+def test_sums_by_position_and_the_histogram_lose_nothing(folder):
+    run = Run.read(folder)
+    positions = parts(run)["positions"]
+    assert positions["names"] == ["a0", "m0", "a1", "m1", "a2", "m2", "logits"]
+    assert torch.tensor(positions["values"], dtype=torch.float64).sum(0).tolist() == pytest.approx(
+        run.scores.per_position.sum((1, 2)).tolist(), rel=1e-9
+    )
+    a1 = run.scores.per_position[:, :, run.scores.graph.qkv(1)].sum((1, 2))
+    assert positions["values"][2] == pytest.approx(a1.tolist(), rel=1e-9)
+    found = histogram(run)
+    values = run.scores.scores[run.scores.mask]
+    assert sum(found["inside"]) == 30 and sum(found["inside"]) + sum(found["outside"]) == len(values)
+    for i, (low, high) in enumerate(zip(found["ends"][:-1], found["ends"][1:], strict=True)):
+        last = i == len(found["inside"]) - 1
+        inside = (values >= low) & ((values <= high) if last else (values < high))
+        assert found["inside"][i] + found["outside"][i] == int(inside.sum())
+
+
+def test_text_of_files_stays_text(folder):
+    page = render([Run.read(folder)], command=EVIL)
+    tags = Tags()
+    tags.feed(page)
+    scripts = [attributes for tag, attributes in tags.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}, {}]
+    assert "alert(1)" in "".join(tags.text) and "<script>alert" not in page
+    words = [text.strip() for text in tags.text]
+    assert "queen" in words and "subject" in words
+    for tag, attributes in tags.tags:
+        assert not {"src", "onload", "onerror", "onclick"} & set(attributes), (tag, attributes)
+        assert attributes.get("href", "#")[0] == "#" or attributes["href"] == "data:,"
+
+
+def test_what_is_not_there_is_said(folder, tmp_path, capsys):
+    (tmp_path / "scores.safetensors").write_bytes((folder / "scores.safetensors").read_bytes())
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for part in ("circuit", "prompts", "run", "evaluation", "verification"):
+        assert f"without  {part} of {tmp_path.name}: eapcore" in printed
+        assert f"not here: {part}" in page
+    assert (tmp_path / "figures" / "circuit.svg").exists() and not (tmp_path / "figures" / "roc.svg").exists()
+
+
+def test_a_part_is_found_by_what_it_says_it_is(folder, tmp_path):
+    for path in folder.glob("*.*"):
+        name = "judged.json" if path.name == "evaluation.json" else path.name
+        (tmp_path / name).write_bytes(path.read_bytes())
+    run = Run.read(tmp_path)
+    assert run.files["evaluation"] == "judged.json" and run.evaluation == Run.read(folder).evaluation
+
+
+@pytest.mark.parametrize("grouped", [None, 2])
+def test_nodes_stand_by_layer_and_head(grouped):
+    graph = Graph(2, 4, True, n_kv=grouped)
+    places = layout(graph)
+    assert len(places.senders) == graph.n_senders and len(places.receivers) == graph.n_receivers
+    for r in range(graph.n_receivers):
+        behind = graph.senders_behind(r)
+        for s in range(graph.senders_before(r)):
+            assert places.senders[s][1] < places.receivers[r][1]  # every edge goes up
+        if behind and graph.receiver_names[r].endswith(">"):
+            middle = sum(places.senders[s][0] for s in behind) / len(behind)
+            shift = round(places.receivers[r][0] - middle, 6)
+            assert (shift > 0) - (shift < 0) == "qkv".index(graph.receiver_names[r][-2]) - 1
+    assert len(set(places.receivers)) == graph.n_receivers
+
+
+def test_jaccard_is_that_of_the_top_edges():
+    graph = Graph(2, 3, True)
+    a, b = random_scores(graph, 0), random_scores(graph, 1)
+    counts = sizes(graph.n_edges)
+    assert counts[0] == 1 and counts[-1] == graph.n_edges and len(counts) > 10
+    for n, found in zip(counts, jaccard(a, b, counts), strict=True):
+        x, y = a.top_n(n).mask, b.top_n(n).mask
+        assert found == pytest.approx(int((x & y).sum()) / int((x | y).sum()), abs=1e-12)
+
+
+def test_two_runs_are_compared_and_two_graphs_refused(folder, other, tmp_path, capsys):
+    page, other = tmp_path / "both.html", other / "scores.safetensors"
+    assert main(["report", str(folder), str(other), "--out", str(page), "--figures", str(tmp_path)]) == 0
+    pictures = {"circuit", "heat-map", "histogram", "faithfulness", "roc", "exact", "positions", "jaccard"}
+    pictures |= {f"{name}-other" for name in ("circuit", "heat-map", "histogram", "positions")}
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {path.stem for path in tmp_path.glob("*.png")} == pictures
+    found = data_of(page.read_text(encoding="utf-8"))["compare"]
+    a, b = Run.read(folder).scores, Run.read(other).scores
+    assert found["agreement"]["spearman"] == agreement(a, b).spearman
+    random_scores(Graph(2, 3, True)).save(tmp_path / "scores.safetensors")
+    capsys.readouterr()
+    assert main(["report", str(folder), str(tmp_path / "scores.safetensors")]) == 2
+    assert "Graph(n_layers=2" in capsys.readouterr().err
+
+
+def test_the_same_run_makes_the_same_bytes(folder, tmp_path):
+    run = Run.read(folder)
+    assert render([run]) == render([run])
+    bare = Run(EdgeScores(run.scores.scores, run.scores.graph))
+    assert write_figures([bare], tmp_path / "a") == ["circuit", "heat-map", "histogram"]
+    write_figures([bare], tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_plot_has_a_curve_for_each_edge(folder):
+    from matplotlib.patches import PathPatch
+
+    scores = Run.read(folder).scores
+    curves = [p for p in plot(scores, 7).patches if type(p) is PathPatch]
+    assert len(curves) == 7
+    widths = sorted((curve.get_linewidth() for curve in curves), reverse=True)
+    top = [abs(score) for _, score in scores.top(7)]
+    assert widths == pytest.approx([max(0.6, 5 * score / top[0]) for score in top])
+    with pytest.raises(ValueError, match="the circuit must be of"):
+        plot(scores, circuit=random_scores(Graph(1, 1, False)).top_n(1))
+
+
+def test_thirty_thousand_edges_stay_under_three_megabytes_and_more_are_cut():
+    graph = Graph(12, 12, True)
+    scores = random_scores(graph)
+    assert len(render([Run(scores), Run(random_scores(graph, 1))]).encode()) < 1.5e6
+    large = Graph(18, 18, True)
+    (found,) = data_of(render([Run(random_scores(large))]))["runs"]
+    assert large.n_edges > 60_000 == len(unpacked(found["edges"], "i"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("evaluation.json", "{", "must be JSON that eapcore wrote, but it cannot be read"),
+        ("evaluation.json", "[1]", "it says no format of it"),
+        ("evaluation.json", '{"format": "eapcore-evaluation", "format_version": 9}', "update eapcore"),
+        ("evaluation.json", '{"format": "eapcore-evaluation", "format_version": 1}', "not as eapcore writes it"),
+        ("prompts.json", '{"format": "eapcore-prompts", "format_version": 1, "pairs": [3]}', "prompts.json of"),
+        (
+            "verification.json",
+            '{"format": "eapcore-verification", "format_version": 1, "edges": ["x"], "estimates": [1], "effects": [1]}',
+            "as eapcore writes it: an edge is written",
+        ),
+    ],
+)
+def test_a_file_that_is_no_part_is_named(folder, tmp_path, capsys, name, text, message):
+    (tmp_path / "scores.safetensors").write_bytes((folder / "scores.safetensors").read_bytes())
+    (tmp_path / name).write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and name in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_no_scores_is_one_sentence(tmp_path, capsys):
+    for path, message in ((tmp_path, "no other score file"), (tmp_path / "none", "a run folder or a score file")):
+        assert main(["report", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_score_that_is_nan_is_refused(folder, tmp_path, capsys):
+    scores = Run.read(folder).scores
+    broken = EdgeScores(scores.scores.clone(), scores.graph)
+    broken.scores[0, -1] = float("nan")
+    broken.save(tmp_path / "scores.safetensors")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "1 of 262 scores are NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_its_packages_a_report_says_what_to_install(folder, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", str(folder)]) == 2
+    assert f"the package {package}: pip install 'eapcore[report]'" in capsys.readouterr().err
