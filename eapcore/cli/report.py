@@ -55,8 +55,8 @@ def write_report(runs: list[Run], page: Path, figures: Path, command: str) -> No
     agreed = None
     if len(runs) == 2:
         a, b = (run.scores for run in runs)
-        sizes = [EdgeScores(each.scores.abs(), each.graph) for each in (a, b)]
-        agreed = asdict(agreement(a, b)) | {"spearman_absolute": agreement(*sizes).spearman}
+        by_size = agreement(EdgeScores(a.scores.abs(), a.graph), EdgeScores(b.scores.abs(), b.graph))
+        agreed = asdict(agreement(a, b)) | {"spearman_absolute": by_size.spearman}
     page.parent.mkdir(parents=True, exist_ok=True)
     write_page(runs, page, agreement=agreed, command=command)
     written = write_figures(runs, figures)

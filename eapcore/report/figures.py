@@ -162,8 +162,8 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
 
 
 def _heat_map(axes: Axes, scores: EdgeScores) -> None:
-    shown = scores.scores.double()
-    shown = (shown.sign() * shown.abs().sqrt()).masked_fill(~scores.mask, float("nan")).numpy()
+    values = scores.scores.double()
+    shown = (values.sign() * values.abs().sqrt()).masked_fill(~scores.mask, float("nan")).numpy()
     names = scores.graph.receiver_names, scores.graph.sender_names
     _grid(axes, shown, "receivers", "senders", "score, its square root with its sign")
     for axis, labels in zip((axes.xaxis, axes.yaxis), names, strict=True):

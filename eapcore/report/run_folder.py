@@ -66,13 +66,16 @@ class Run:
                 raise FileNotFoundError(f"a run folder holds {SCORES}, but {path} has {found}: eapcore run writes one")
             (scores,) = others
         loaded = EdgeScores.load(scores)
-        files, parts = {"scores": scores.name}, {}
+        files, parts, circuit = {"scores": scores.name}, {}, None
         for part, file in _files(path).items():
-            found = Circuit.load(file) if part == "circuit" else _json(file)
-            if part == "circuit" and found.graph != loaded.graph:
-                raise ValueError(f"{file} is of {found.graph}, but {scores} of {loaded.graph}: not of one run")
-            files[part], parts[part] = file.name, found
-        return Run(loaded, path.resolve().name or str(path), files=files, **parts)
+            files[part] = file.name
+            if part != "circuit":
+                parts[part] = _json(file)
+                continue
+            circuit = Circuit.load(file)
+            if circuit.graph != loaded.graph:
+                raise ValueError(f"{file} is of {circuit.graph}, but {scores} of {loaded.graph}: not of one run")
+        return Run(loaded, path.resolve().name or str(path), circuit, files=files, **parts)
 
     @property
     def missing(self) -> dict[str, str]:
