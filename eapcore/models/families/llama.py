@@ -31,8 +31,11 @@ _ONLY = {
 }
 
 
-def llama(raw: Mapping[str, Any]) -> Layout:
-    """The layout that a configuration describes; ValueError for what is not supported, by name."""
+def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
+    """The layout that a configuration describes; ValueError for what is not supported, by name.
+
+    whole_gamma: its norms are stored as γ where the family stores γ − 1.
+    """
     refuse(raw, _ONLY)
     kind, gemma, olmo = raw["model_type"], raw["model_type"].startswith("gemma"), raw["model_type"] == "olmo2"
     later = gemma and kind != "gemma"
@@ -72,7 +75,10 @@ def llama(raw: Mapping[str, Any]) -> Layout:
         embed_scale=math.sqrt(d_model) if gemma else 1.0,
     )
     D, H, G, K, M, V = d_model, heads, n_kv, d_head, config.d_mlp or 0, config.d_vocab
-    tied, shift = flag(raw, "tie_word_embeddings", gemma), (lambda w: w + 1) if gemma else (lambda w: w)
+    tied, shift = (
+        flag(raw, "tie_word_embeddings", gemma),
+        (lambda w: w + 1) if gemma and not whole_gamma else (lambda w: w),
+    )
     bias = flag(raw, "attention_bias", kind == "qwen2")
     at = "layers.{}."
     attention = at + "self_attn."
