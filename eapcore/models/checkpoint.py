@@ -39,12 +39,13 @@ _ZIP = b"PK\x03\x04"  # torch files from before 1.6 are no zip archives and cann
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor that a checkpoint stores. dtype: torch's name of it, or the file's own where no model has it here."""
+    """A tensor that a checkpoint stores. dtype: torch's name of it, or the file's own where no model has it here. read:
+    gives it, out of a GGUF file in the dtype that it is called with where it is quantised."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], Tensor]
+    read: Callable[..., Tensor]
 
 
 def stored(name: str, tensor: object, where: str) -> Stored:

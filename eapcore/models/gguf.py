@@ -152,17 +152,20 @@ def _stored(
     return Stored(name, shape, kind.dtype, partial(_read, data, start, size, shape, kind))
 
 
-def _read(data: mmap.mmap, start: int, size: int, shape: tuple[int, ...], kind: _Kind) -> Tensor:
+def _read(
+    data: mmap.mmap, start: int, size: int, shape: tuple[int, ...], kind: _Kind, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor; one that is quantised in a dtype, float32 for None, without a whole one in another."""
     if not size:
         return torch.empty(shape, dtype=getattr(torch, kind.dtype))
     raw = np.frombuffer(data, np.uint8, size, start)
     if kind.decode is None:
         return torch.from_numpy(raw).view(getattr(torch, kind.dtype)).view(shape)
-    out = torch.empty(shape)
-    blocks, step = out.view(-1, kind.block).numpy(), max(1, _AT_ONCE // kind.block)
+    out = torch.empty(shape, dtype=dtype or torch.float32, device="cpu")
+    blocks, step = out.view(-1, kind.block), max(1, _AT_ONCE // kind.block)
     for at in range(0, len(blocks), step):
         part = kind.decode(raw[None, at * kind.size : (at + step) * kind.size])
-        blocks[at : at + step] = part.reshape(-1, kind.block)
+        blocks[at : at + step] = torch.from_numpy(np.ascontiguousarray(part, np.float32)).view(-1, kind.block)
     return out
 
 

@@ -122,7 +122,7 @@ def load_weights(
         if config is not None or revision is not None:
             raise ValueError(f"{found[1]} has a configuration of its own and no revisions: give neither of them")
         model_id, folder = found
-        file = gguf_model(folder)
+        file = gguf_model(folder, _dtype(dtype))
         layout, tensors, own, tokenizer = file.layout, file.tensors, file.dtype, file.tokenizer
     elif isinstance(source, str | Path):
         shapes_alone = where is not None and where.type == "meta"

@@ -35,6 +35,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+GEMMA = {"num_hidden_layers": 7, "head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 24}
 # (architecture, kind of its matrices, what else its configuration says)
 CASES = {
     "F32": ("llama", "F32", {}),
@@ -52,7 +53,14 @@ CASES = {
     "qwen2": ("qwen2", "F32", {}),
     "qwen2 Q8_0 tied": ("qwen2", "Q8_0", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", "F16", {"head_dim": 24}),
-}
+    "gemma3": ("gemma3", "F32", GEMMA),
+    "gemma3 BF16": ("gemma3", "BF16", GEMMA | {"num_hidden_layers": 2}),
+    "gemma3 Q8_0, linear rope": ("gemma3", "Q8_0", GEMMA | {"rope_parameters": {
+        "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    "gemma3, all see all": ("gemma3", "F32", GEMMA | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
+    "olmo2": ("olmo2", "F32", {}),
+    "olmo2 Q8_0, one key head": ("olmo2", "Q8_0", {"num_key_value_heads": 1}),
+}  # fmt: skip
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -60,18 +68,24 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers": "blk",
 }  # fmt: skip
+OTHER_NAMES = {
+    "gemma3": {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+               "post_feedforward_layernorm": "post_ffw_norm"},
+    "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+}  # fmt: skip
 BYTES = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
 TOKENS = ["<|begin|>", "<|end|>", "<tool>", *BYTES, "Ġa", "ab", "Ġab", "12"]
 
 
 def random_module(kind, **changes):
     """A model of transformers with every weight random."""
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    name = {"gemma3": "Gemma3Text"}.get(kind, kind.capitalize())
     config = getattr(transformers, f"{name}Config")(**SIZES | changes)
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1)
+        ones = parameter.ndim == 1 and kind != "gemma3"  # which has γ − 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2 + ones
     return module
 
 
@@ -95,8 +109,10 @@ def write(path, module, stored="F32", *, metadata=(), without=(), tensors=(), ar
     metadata, tensors: beside or in place of its own, None for none; without: tensors that are left out.
     """
     config, kind = module.config, Kind[stored]
-    arch = arch or config.model_type
-    rope = config.rope_parameters
+    arch = arch or config.model_type.removesuffix("_text")
+    rope, local = config.rope_parameters, None
+    if "full_attention" in rope:
+        rope, local = rope["full_attention"], rope["sliding_attention"]
     writer, at = gguf.GGUFWriter(path, arch), arch + "."
     own = {
         at + "block_count": config.num_hidden_layers,
@@ -113,6 +129,11 @@ def write(path, module, stored="F32", *, metadata=(), without=(), tensors=(), ar
         own |= {at + "attention.key_length": d_head, at + "attention.value_length": d_head}
     if rope["rope_type"] == "linear":
         own |= {at + "rope.scaling.type": "linear", at + "rope.scaling.factor": rope["factor"]}
+    if local is not None and "sliding_attention" in config.layer_types:
+        own |= {at + "attention.sliding_window": config.sliding_window, at + "final_logit_softcapping": 5.0}
+        config.final_logit_softcapping = 5.0
+        if local["rope_theta"] != 10000.0:
+            own |= {at + "rope.freq_base_swa": local["rope_theta"]}
     add_metadata(writer, {**own, **dict(metadata), **dict(tokenizer or {})})
     state, extra = module.state_dict(), dict(tensors)
     if rope["rope_type"] == "llama3":
@@ -124,9 +145,10 @@ def write(path, module, stored="F32", *, metadata=(), without=(), tensors=(), ar
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         heads = heads.get(name.split(".")[-2]) if arch == "llama" else None
         theirs = name
-        for old, new in NAMES.items():
+        for old, new in {**NAMES, **OTHER_NAMES.get(arch, {})}.items():
             theirs = theirs.replace(old, new)
         rows = tensor.numpy() if heads is None else permuted(tensor.numpy(), heads)
+        rows = rows + 1 if arch == "gemma3" and tensor.ndim == 1 else rows
         as_stored = Kind.F32 if tensor.ndim == 1 else kind
         data = np.ascontiguousarray(gguf.quants.quantize(rows, as_stored))
         tensor.copy_(
@@ -171,8 +193,9 @@ def test_logits_are_those_of_transformers_with_the_dequantised_weights(name, tmp
         expected = module(tokens).logits
         found = forward(model, tokens)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert (model.family, model.name) == (kind, "model")
-    assert (model.weights.w_u.data_ptr() == model.weights.w_e.data_ptr()) == changes.get("tie_word_embeddings", False)
+    assert (model.family.removesuffix("_text"), model.name) == (kind, "model")
+    tied = changes.get("tie_word_embeddings", kind == "gemma3")
+    assert (model.weights.w_u.data_ptr() == model.weights.w_e.data_ptr()) == tied
 
 
 def test_the_dtype_is_that_of_the_matrices_and_float32_where_they_are_quantised(tmp_path):
@@ -191,6 +214,26 @@ def test_numbers_of_the_metadata_are_those_that_were_meant(plain):
     assert own["llama.attention.layer_norm_rms_epsilon"] == 1e-6 == load(path).config.eps
     kept = {name: field.contents() for name, field in theirs.items() if not name.startswith("GGUF.")}
     assert {name: pytest.approx(value) if isinstance(value, float) else value for name, value in kept.items()} == own
+
+
+def test_every_kind_that_the_package_can_write_and_read_gives_the_weights_that_it_reads(tmp_path):
+    kinds, raw = [], np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    for kind in Kind:
+        try:
+            written = gguf.quants.quantize(raw, kind)
+            expected = gguf.quants.dequantize(written, kind)
+        except NotImplementedError:
+            continue
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_tensor("a", written, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (tensor,) = read_gguf(tmp_path / "a.gguf").tensors
+        np.testing.assert_array_equal(tensor.read().float().numpy(), expected)
+        kinds.append(kind.name)
+    assert {"F32", "F16", "BF16", "Q4_0", "Q8_0", "TQ1_0", "MXFP4"} <= set(kinds)
 
 
 @pytest.mark.parametrize("stored", ["Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "TQ1_0", "MXFP4", "Q8_0"])
@@ -259,7 +302,7 @@ def test_without_the_package_gguf_files_in_floating_point_are_read_and_others_sa
 # Bad input
 
 BAD = {
-    "architecture": ({"arch": "gemma3"}, r"architecture 'gemma3' is not supported: expected one of llama, qwen2"),
+    "architecture": ({"arch": "mamba"}, r"architecture 'mamba' is not supported: .* llama, qwen2, qwen3, gemma3"),
     "a key is missing": ({"metadata": {"llama.block_count": None}}, r"llama.block_count is not there"),
     "a list for a size": ({"metadata": {"llama.feed_forward_length": [96, 32]}}, r"feed_forward_length is \[96, 32\]"),
     "more layers": ({"metadata": {"llama.block_count": 3}}, r"it lacks blk.2.attn_k.weight, .* and 5 more"),
@@ -370,6 +413,7 @@ SPLIT = {
     "smollm": ["It", "'s", " ", "1", "2", "3", "4", " a", "+", "b", "!", "  ", "\n", "DON", "'", "T"],
     "qwen2": ["It", "'s", " ", "1", "2", "3", "4", " a", "+b", "!", "  \n", "DON", "'T"],
     "llama-bpe": ["It", "'s", " ", "123", "4", " a", "+b", "!", "  \n", "DON", "'T"],
+    "dbrx": ["It", "'s", " ", "123", "4", " a", "+b", "!", "  \n", "DON", "'T"],
     "default": ["It", "'", "s", " ", "123", "4", " a", "+", "b", "!", "  ", "\n", "DON", "'", "T"],
 }
 
@@ -398,12 +442,66 @@ def test_whole_words_of_the_vocabulary_need_no_merges_where_the_rule_says_so(tmp
     assert encoder(tmp_path, pre="gpt-2")("12") == ids("1", "2")
 
 
+PIECES = ["<unk>", "<s>", "</s>", "<mark>", "  "]
+PIECES += (
+    [f"<0x{byte:02X}>" for byte in range(256)] + list("▁abcd,") + ["▁▁", "ab", "▁a", "bc", "▁ab", "abc", "cd", "▁▁a"]
+)
+
+
+def pieces(**changes):
+    """A SentencePiece tokenizer whose later pieces have lower scores; two spaces are a token of the user's."""
+    kinds = [2, 3, 3, 4, 4] + [6] * 256 + [1] * (len(PIECES) - 261)
+    own = {"model": "llama", "pre": None, "tokens": PIECES, "scores": [-float(i) for i in range(len(PIECES))]}
+    return own | {"token_type": kinds, "merges": None, "bos_token_id": 1, "unknown_token_id": 0} | changes
+
+
+def spelled(text, prefix):
+    """The literal rule: neighbours that together are the piece of the highest score are joined, leftmost first."""
+    found = list(("▁" if prefix and text else "") + text.replace(" ", "▁"))
+    while True:
+        joined = [(PIECES.index(a + b), i) for i, (a, b) in enumerate(pairwise(found)) if a + b in PIECES[261:]]
+        if not joined:
+            break
+        _, i = min(joined)
+        found[i : i + 2] = [found[i] + found[i + 1]]
+    bytes_of = {piece: [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in found}
+    return [PIECES.index(part) for piece in found for part in ([piece] if piece in PIECES else bytes_of[piece])]
+
+
+@pytest.mark.parametrize("prefix", [None, False])
+def test_pieces_with_scores_are_joined_as_sentencepiece_joins_them(prefix, tmp_path):
+    encode = encoder(tmp_path, **pieces(add_space_prefix=prefix)).made.encode
+    draw = np.random.default_rng(0)
+    for length in range(40):
+        text = "".join(draw.choice(list("abcd,aé漢 \n"), length)).replace("  ", " ")
+        assert encode(text) == spelled(text, prefix is None), text
+    assert encode("") == []
+    middle = [PIECES.index(piece) for piece in (("▁ab",) if prefix is None else ("ab",))]
+    assert encode("ab</s>ab<mark>ab") == [*middle, 2, *middle, 3, *middle]
+    with_spaces = encoder(tmp_path, **pieces(add_space_prefix=False))
+    assert with_spaces.made.encode("a  b") == [PIECES.index(piece) for piece in ("a", "  ", "b")]
+
+
+def test_a_prompt_of_pieces_begins_with_its_first_token_and_goes_on_as_text_does(tmp_path):
+    begun, without = ([1, PIECES.index("▁ab")], [PIECES.index("▁ab")])
+    for changes, expected in (({}, begun), ({"add_bos_token": False}, without), ({"bos_token_id": None}, begun)):
+        encode = encoder(tmp_path, **pieces(**changes))
+        assert encode.prompt("ab") == expected and encode.decode(expected[-1:]) == " ab"
+    assert encode(" ab") == [PIECES.index("▁ab")] and encode("ab") == [PIECES.index("ab")]  # behind another text
+    assert encode.prompt("<s>ab") == begun
+    text = "ab, é漢\ncd"
+    whole = rebuilt(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in pieces().items()})
+    assert whole.decode(encode.prompt(text)[1:]) == text
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"pre": "tekken"}, r"splits a text by the rule 'tekken' \(tokenizer.ggml.pre\), only gpt-2, smollm, qwen2, "),
         ({"pre": None}, r"does not say how it splits a text"),
-        ({"model": "llama"}, r"has a tokenizer of the kind 'llama', only 'gpt2'"),
+        ({"model": "bert"}, r"has a tokenizer of the kind 'bert', only 'gpt2' .* and 'llama' \(SentencePiece\) are"),
+        ({"model": "llama"}, r"must have tokenizer.ggml.tokens, scores and token_type"),
+        ({"model": "llama", "scores": [0.0] * 7}, r"cannot be read"),
         ({"model": None}, r"has no tokenizer"),
         ({"tokens": None}, r"must have tokenizer.ggml.tokens, merges and token_type"),
         ({"merges": ["x y"]}, r"cannot be read"),

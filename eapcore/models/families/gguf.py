@@ -136,8 +136,8 @@ def _only_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def gguf_model(path: Path) -> GgufModel:
-    """The model that a GGUF file holds, none of its weights read yet.
+def gguf_model(path: Path, dtype: torch.dtype | None = None) -> GgufModel:
+    """The model that a GGUF file holds, none of its weights read yet; dtype: None for the file's own.
 
     Raises:
         ValueError: a file that is damaged, or what is not supported, by name.
@@ -145,12 +145,12 @@ def gguf_model(path: Path) -> GgufModel:
     """
     file = read_gguf(path)
     try:
-        return _model(file)
+        return _model(file, dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _model(file: Gguf) -> GgufModel:
+def _model(file: Gguf, dtype: torch.dtype | None) -> GgufModel:
     own, kind = file.metadata, file.metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported: expected one of {', '.join(ARCHITECTURES)}")
@@ -169,15 +169,14 @@ def _model(file: Gguf) -> GgufModel:
     _check(stored, names, layout)
     if factors is not None:
         layout = replace(layout, config=_slowed(layout, factors))
-    tensors = []
+    dtypes = {tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1}
+    its_own, tensors = DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32, []
     for name, tensor in stored.items():
-        part, read = name.split(".")[-2], tensor.read
+        part, read = name.split(".")[-2], partial(tensor.read, dtype or its_own)
         if kind in _NEIGHBOURS and part in ("attn_q", "attn_k"):
             read = partial(_halves, read, heads if part == "attn_q" else n_kv)
         tensors.append(Stored(names[name], tensor.shape, tensor.dtype, read))
-    dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
-    dtype = DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
-    return GgufModel(layout, tensors, dtype, gguf_tokenizer(file.path) if has_tokenizer(own) else None)
+    return GgufModel(layout, tensors, its_own, gguf_tokenizer(file.path) if has_tokenizer(own) else None)
 
 
 def _config(kind: str, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def rebuilt(path: Path, own: Mapping[str, Any]) -> tokenizers.Tokenizer:
         ) from error
     pre = _pre(path, own)
     joined = "scores" if pre == _PIECES else "merges"
-    tokens, weights, kinds = lists = [own.get(_AT + name) for name in ("tokens", joined, "token_type")]
+    lists: list[Any] = [own.get(_AT + name) for name in ("tokens", joined, "token_type")]
+    tokens, _, kinds = lists
     if not all(isinstance(each, list) for each in lists):
         raise ValueError(f"{path} must have tokenizer.ggml.tokens, {joined} and token_type, each a list")
     try:
