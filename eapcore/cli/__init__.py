@@ -19,7 +19,9 @@ import eapcore.cli.report as report
 import eapcore.cli.run as run
 import eapcore.cli.verify as verify
 from eapcore.cli.options import Help
+from eapcore.cli.output import shown_safely
 
+_LONGEST = 1000  # characters of an error's message
 COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report)
 
 
@@ -27,16 +29,20 @@ class _Parser(argparse.ArgumentParser):
     """One sentence for a bad argument, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)} (--help explains)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C."""
-    args = _parser().parse_args(argv)
-    args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
-    level = logging.INFO if sys.stderr.isatty() else logging.WARNING  # a pipe gets no chatter
-    logging.basicConfig(level=logging.WARNING, format="eapcore: %(message)s")
-    logging.getLogger("eapcore").setLevel(level)
+    with shown_safely() as (_, err):
+        args = _parser().parse_args(argv)
+        args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
+        logging.basicConfig(level=logging.WARNING, format="eapcore: %(message)s")
+        logging.getLogger("eapcore").setLevel(logging.INFO if err.isatty() else logging.WARNING)  # a pipe: no chatter
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.command(args)
         return 0
@@ -58,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(message: object) -> str:
+    """A message in one line that a terminal can show."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.options import METHOD
-from eapcore.cli.output import Progress
+from eapcore.cli.output import Progress, check_apart
 
 if TYPE_CHECKING:
     from eapcore.execution.ablation import Ablation
@@ -41,6 +41,8 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
             )
         task = args.model
     model = load_model(args, args.model)
+    if model.folder is not None and args.out.is_file():  # a folder that was found on the Hub
+        check_apart([args.out], model.folder, "--model")
     tokenizer = find_tokenizer(args, model)
     pairs = find_pairs(task, n=args.n, seed=args.seed, encode=tokenizer, corruption=args.corruption)
     return (

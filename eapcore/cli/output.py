@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores, NodeScores
@@ -39,6 +43,67 @@ def score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
     return "\n".join(lines)
 
 
+class Shown:
+    """stdout or stderr of a command: what cannot be shown is lost, never the result.
+
+    Characters that the stream's encoding lacks, and control characters, which files can hold, become escapes; `fault`
+    is the first error of a stream that takes no more.
+    """
+
+    def __init__(self, stream: TextIO, kept: str) -> None:
+        self.stream = stream
+        self.fault: Exception | None = None
+        controls = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+        self.escapes = {c: chr(c).encode("unicode_escape").decode() for c in controls if chr(c) not in kept}
+
+    def write(self, text: str) -> int:
+        shown = text.translate(self.escapes)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try(self.stream.write, shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[..., object], *arguments: str) -> None:
+        if self.fault is None:
+            try:
+                call(*arguments)
+            except (OSError, ValueError) as error:  # ValueError: it was closed
+                self.fault = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def shown_safely() -> Iterator[tuple[Shown, Shown]]:
+    """stdout and stderr as `Shown` for a command; descriptors that are closed lead nowhere, rather than into the next
+    file that is opened."""
+    before = sys.stdout, sys.stderr
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        out, err = Shown(sys.stdout or nowhere, "\n\t"), Shown(sys.stderr or nowhere, "\n\t\r")
+        sys.stdout, sys.stderr = out, err
+        try:
+            yield out, err
+        finally:
+            out.flush()
+            if out.fault is not None and not isinstance(out.fault, BrokenPipeError):  # | head has seen enough
+                print(f"eapcore: not all could be printed: {out.fault}", file=err)
+            err.flush()
+            sys.stdout, sys.stderr = before
+            for shown in (out, err):
+                if shown.fault is not None:  # what is still buffered fails once more when Python ends
+                    with suppress(OSError, ValueError):
+                        os.dup2(nowhere.fileno(), shown.stream.fileno())
+
+
 class Progress:
     """A progress bar on a terminal, nothing in a pipe. total: None until the first report of what is done says it."""
 
@@ -58,33 +123,45 @@ class Progress:
         self.bar.close()
 
 
-_READ = ("task", "reference_task", "scores", "circuit", "true_circuit", "resume")
+_READ = ("model", "tokenizer", "task", "reference_task", "scores", "circuit", "true_circuit", "resume")
 
 
-def check_out(args: argparse.Namespace) -> None:
-    """Fail before the work where --out cannot be written, or is a file that another option reads."""
-    path: Path = args.out
-    if path.is_dir():
-        raise IsADirectoryError(f"--out must be a file to write, but {path} is a folder")
-    if path.exists() and not path.is_file():
-        raise OSError(f"--out must be a file to write, but {path} is no regular file")
-    check_writable(path.parent)
+def check_out(args: argparse.Namespace, files: Sequence[str] = ()) -> None:
+    """Fail before the work where what a command writes, --out or `files` in it, cannot be written or is read by it."""
+    from eapcore.models.load import TOYS
+
+    out: Path = args.out
+    if files and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out must be a folder, or a place for one, but {out} is a file: choose another")
+    outputs = [out / name for name in files] or [out]
+    places = [_place("--out", path) for path in outputs]
+    if getattr(args, "resume", None) is not None and _place("--resume", args.resume) in places:
+        raise ValueError(f"--out would write over {args.resume}, which --resume reads: give it another name by --out")
     for option in _READ:
         read = getattr(args, option, None)
-        if read is not None and (option == "resume" or Path(read).is_file()) and Path(read).resolve() == path.resolve():
-            named = f"--{option.replace('_', '-')}"
-            raise ValueError(f"--out would write over {path}, which {named} reads: give it another name by --out")
+        if read is not None:
+            check_apart(outputs, TOYS.get(str(read), Path(read).expanduser()), f"--{option.replace('_', '-')}")
 
 
-def check_writable(folder: Path) -> None:
-    """Fail before the work rather than after it; a folder that is not there yet is made when the work is done."""
-    import os
+def _place(option: str, path: Path) -> Path:
+    from eapcore.graph.files import target
 
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        fault = "cannot be written to" if existing.is_dir() else "is a file"
-        raise OSError(f"--out must lie in a folder that can be written to, but {existing} {fault}: choose another")
+    try:
+        return target(path)
+    except OSError as error:
+        raise type(error)(f"{option}: {error}") from error
+
+
+def check_apart(outputs: Sequence[Path], read: Path, option: str) -> None:
+    """Refuse to write over a file that is read, or over one in a folder that is read, unless eapcore wrote it."""
+    from eapcore.graph.files import is_ours
+
+    for path in outputs:
+        if not path.exists() or not read.exists():
+            continue
+        inside = read.is_dir() and any(path.samefile(file) for file in read.iterdir() if file.exists())
+        if path.samefile(read) or (inside and not is_ours(path)):
+            raise ValueError(f"--out would write over {path}, which {option} reads: give it another name by --out")
 
 
 def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
@@ -149,9 +226,20 @@ class Saved(Protocol):
 
 
 def write(result: Saved, path: Path) -> None:
-    """Write a result, before anything is printed of it: what prints may fail."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result.save(path)
+    """Write a result, before anything is printed of it; where it cannot be written, in another place, and say where."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(prefix="eapcore-")) / path.name
+        try:
+            result.save(kept)
+        except OSError:
+            shutil.rmtree(kept.parent, ignore_errors=True)
+            raise error from None
+        raise OSError(
+            f"{path} could not be written, {error.strerror or error}: the result is kept in {kept}"
+        ) from error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -> str:

@@ -6,16 +6,17 @@ import argparse
 import csv
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, prepare, score
 from eapcore.cli.options import Command, add_method, add_out, add_task, count, number
-from eapcore.cli.output import Progress, check_writable, score_table, scored_heading
+from eapcore.cli.output import Progress, check_out, score_table, scored_heading, write
 
 if TYPE_CHECKING:
     from eapcore.execution.experiment import Experiment
+    from eapcore.graph.circuit import Circuit
     from eapcore.graph.scores import EdgeScores
     from eapcore.search.smallest import Tried
 
@@ -41,12 +42,37 @@ def add(command: Command) -> None:
     add_out(parser, "eapcore-out", "where the files go", "FOLDER")
 
 
+_FILES = ("scores.safetensors", "edges.csv", "circuit.json")
+_EARLY = "scores.unfinished.safetensors"  # where the files of another run lie, which stay a set
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    scores: EdgeScores
+    circuit: Circuit
+
+    def save(self, folder: Path) -> None:
+        """Write all files into a folder, or none."""
+        from eapcore.graph.files import replacing_all
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_all([folder / name for name in _FILES]) as (scores, edges, circuit):
+            self.scores.save(scores)
+            with edges.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["edge", "score"])
+                names = self.scores.top(self.scores.graph.n_edges)
+                writer.writerows((name, repr(score)) for name, score in names)
+            self.circuit.save(circuit)
+
+
 def run(args: argparse.Namespace) -> None:
     """The main job: scores, a circuit from them, and what it keeps of the behaviour."""
     from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
 
-    check_writable(args.out)
+    early = _EARLY if any((args.out / name).exists() for name in _FILES) else _FILES[0]
+    check_out(args, (*_FILES, early))
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
     experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs))
@@ -54,16 +80,15 @@ def run(args: argparse.Namespace) -> None:
     scores = score(args, model, pairs, name, ablation=experiment.ablation)
     assert isinstance(scores, EdgeScores)
     seconds = time.perf_counter() - start
+    write(scores, args.out / early)  # what follows may take long, or be interrupted
     tried, rule, ablated = _circuits(args, experiment, scores)
     chosen, metric = tried[-1], dict(scores.meta["metric"])
     if args.ablation != "corrupt":
         metric[args.ablation] = ablated
     meta = {**chosen.circuit.meta, "metric": {**metric, "circuit": chosen.value}}
     circuit = replace(chosen.circuit, meta=meta)
-    args.out.mkdir(parents=True, exist_ok=True)
-    scores.save(args.out / "scores.safetensors")
-    _write_edges(scores, args.out / "edges.csv")
-    circuit.save(args.out / "circuit.json")
+    write(_Results(scores, circuit), args.out)
+    (args.out / _EARLY).unlink(missing_ok=True)
 
     print(scored_heading(model, pairs, scores, seconds))
     if args.show:
@@ -96,12 +121,3 @@ def _circuits(args: argparse.Namespace, experiment: Experiment, scores: EdgeScor
     with Progress("running circuits", len(circuits), "circuit") as progress:
         tried, _, ablated = run_until(experiment, recordings, circuits, least, progress=progress)
     return tried, rule.format(tried[-1].selected.n_edges), ablated
-
-
-def _write_edges(scores: EdgeScores, path: Path) -> None:
-    from eapcore.graph.files import replacing
-
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["edge", "score"])
-        writer.writerows((name, repr(score)) for name, score in scores.top(scores.graph.n_edges))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.experiment import Experiment
-from eapcore.graph.files import replacing
+from eapcore.graph.files import DAMAGED, load_tensors, save_tensors
 
-_FORMAT = 3
+_FORMAT, _KEY = 3, "eapcore-partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +94,24 @@ class Partial:
         self.done = self._read(self.path)
 
     def _read(self, path: Path) -> Done:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["eapcore-partial"])
-                found = dict(header["identity"])
-                changed = [name for name, value in self.identity.items() if found.get(name) != value]
-                if not changed:
-                    tensors = {name: file.get_tensor(name) for name in ("sums", "values", "pairs", "edges", "batch")}
+            tensors, header, intact = load_tensors(path, _KEY)
+            found = dict(header["identity"])
+            changed = [name for name, value in self.identity.items() if found.get(name) != value]
+            if not changed:
+                if not intact:
+                    raise ValueError(DAMAGED)
+                sums, values, pairs, edges = (tensors[name] for name in ("sums", "values", "pairs", "edges"))
+                batch = tensors["batch"].tolist()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} must be a partial result of patching, but it cannot be read: {error}") from error
         if changed:
             raise ValueError(
                 f"{path} belongs to another {' and another '.join(changed)}: delete it, or choose another resume file"
             )
-        batch = tensors.pop("batch").tolist()
-        return Done(**tensors, batch=batch)
+        return Done(sums, values, pairs, edges, batch)
 
     def check_metric(self, measure: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """A callable's name says little: what it makes of the runs that were begun must be what it made of them.
@@ -140,13 +140,10 @@ class Partial:
         """Write the file anew, if there is to be one."""
         if self.path is None:
             return
-        from safetensors.torch import save_file
-
         done = self.done.folded()
         tensors = {name: getattr(done, name) for name in ("sums", "values", "pairs", "edges")}
         tensors["batch"] = torch.tensor(list(done.batch), dtype=torch.int64, device="cpu")
-        with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"eapcore-partial": json.dumps({"identity": self.identity})})
+        save_tensors(self.path, _KEY, tensors, {"identity": self.identity})
 
 
 def _digest(*tensors: Tensor) -> str:

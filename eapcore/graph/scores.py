@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +13,19 @@ from torch import Tensor
 
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import (
+    DAMAGED,
     FORMAT_VERSION,
     _check_version,
     _graph,
     _NewerFormat,
     _reason,
-    finite,
-    replacing,
+    load_tensors,
+    save_tensors,
 )
 from eapcore.graph.graph import Graph
 
 Scores = TypeVar("Scores")
+KEY = "eapcore"  # of the header in a file's metadata
 _PARTS = ("per_pair", "per_position")
 
 
@@ -150,14 +151,10 @@ class EdgeScores:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair`, `per_position` and
         `exact`, and one JSON header (README, "Files")."""
-        from safetensors.torch import save_file
-
         header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": EDGE_SIGN, **self.meta}
         tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
         tensors |= {name: part for name in (*_PARTS, "exact") if (part := getattr(self, name)) is not None}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"eapcore": json.dumps(finite(header))})
+        save_tensors(path, KEY, tensors, header)
 
     @staticmethod
     def load(path: str | Path, *, content_hash: str | None = None) -> EdgeScores:
@@ -196,19 +193,20 @@ def read_scores(
     content_hash: str | None = None,
 ) -> Scores:
     """Read a score file: its tensors, its graph and its header as `build` makes an object of them; see `load`."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"a score file was expected at {path}, but there is none")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["eapcore"])
-            _check_version(path, header.pop("format_version"))
-            graph = _graph(header.pop("graph"))
-            if not isinstance(header["sign"], str):
-                raise ValueError(f"its sign is {header['sign']!r}")
-            scores = build({name: file.get_tensor(name) for name in file.keys()}, graph, header)  # noqa: SIM118
+        tensors, header, intact = load_tensors(path, KEY)
+        _check_version(path, header.pop("format_version"))
+        graph = _graph(header.pop("graph"))
+        if not isinstance(header["sign"], str):
+            raise ValueError(f"its sign is {header['sign']!r}")
+        scores = build(tensors, graph, header)
+        if not intact:
+            raise ValueError(DAMAGED)
         model = {} if header.get("model") is None else dict(header["model"])
     except _NewerFormat:
         raise
@@ -285,14 +283,10 @@ class NodeScores:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: what is there of `scores`, `units`, `dimensions` and their parts ("per_pair.scores"
         and so on), and one JSON header (README, "Files")."""
-        from safetensors.torch import save_file
-
         header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": NODE_SIGN, **self.meta}
         tensors = {kind: tensor.clone() for kind in KINDS if (tensor := getattr(self, kind)) is not None}
         tensors |= {f"{part}.{kind}": tensor for part in _PARTS for kind, tensor in getattr(self, part).items()}
-        with replacing(path) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"eapcore": json.dumps(finite(header))})
+        save_tensors(path, KEY, tensors, header)
 
     @staticmethod
     def load(path: str | Path, *, content_hash: str | None = None) -> NodeScores:

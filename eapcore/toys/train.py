@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eapcore.graph.files import replacing
+from eapcore.graph.files import replacing_all
 from eapcore.models.attention import Attention
 from eapcore.models.checkpoint import Stored
 from eapcore.models.families import layout_of
@@ -252,7 +252,7 @@ def train(name: str, *, seed: int = 0, steps: int | None = None, progress: bool 
 
 
 def save(out: Path, name: str, trained: Trained, *, seed: int) -> dict[str, Any]:
-    """Write config.json, vocab.json and model.safetensors, each under a temporary name first; returns the config."""
+    """Write config.json, vocab.json and model.safetensors, all or none; returns the config."""
     recipe, steps = RECIPES[name], len(trained.losses)
     held_out = recipe.generate(HELD_OUT_PROMPTS, HELD_OUT_SEED, split="test")
     about = {
@@ -268,12 +268,11 @@ def save(out: Path, name: str, trained: Trained, *, seed: int) -> dict[str, Any]
     config = {**recipe.raw, "eapcore": about}
     out.mkdir(parents=True, exist_ok=True)
     tensors = {key: p.detach().contiguous() for key, p in trained.params.items()}
-    with replacing(out / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
-    with replacing(out / "vocab.json") as path:
-        path.write_text(json.dumps({word: i for i, word in enumerate(recipe.vocab)}, indent=0) + "\n")
-    with replacing(out / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    files = [out / name for name in ("model.safetensors", "vocab.json", "config.json")]
+    with replacing_all(files) as (weights, vocab, written):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        vocab.write_text(json.dumps({word: i for i, word in enumerate(recipe.vocab)}, indent=0) + "\n")
+        written.write_text(json.dumps(config, indent=2) + "\n")
     return config
 
 

@@ -281,8 +281,9 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not(eapcore, monkeypatch
 WRITTEN_BEFORE = {
     "while scoring": set(),
     "while writing scores": set(),
+    "while running circuits": {"scores.safetensors"},
     "while writing edges": {"scores.safetensors"},
-    "while writing circuit": {"scores.safetensors", "edges.csv"},
+    "while writing circuit": {"scores.safetensors"},
 }
 
 
@@ -311,6 +312,8 @@ def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(eapcore, tmp_path, 
         monkeypatch.setattr("eapcore.models.attention.Attention.grads", interrupt)
     elif where == "while writing scores":
         monkeypatch.setattr("safetensors.torch.save_file", half_written)
+    elif where == "while running circuits":
+        monkeypatch.setattr("eapcore.search.smallest.run_until", interrupt)
     elif where == "while writing edges":
         monkeypatch.setattr("eapcore.graph.scores.EdgeScores.top", interrupt)
     else:

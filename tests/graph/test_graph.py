@@ -429,7 +429,7 @@ def test_files_are_written_beside_and_renamed(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with replacing(path) as temporary:
-        assert temporary.parent == tmp_path and temporary != path
+        assert temporary.is_relative_to(tmp_path) and temporary != path
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"

@@ -305,21 +305,21 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused_before_the_work(r
     monkeypatch.setattr("eapcore.models.load.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("in the way")
     line = refused("--out", tmp_path / "file" / "below", command=command)
-    assert "--out must lie in a folder that can be written to, but" in line and str(tmp_path / "file") in line
+    assert f"cannot be written: {tmp_path / 'file'} is a file; choose another place" in line
     monkeypatch.setattr("os.access", lambda path, mode: False)
     line = refused("--out", tmp_path / "closed", command=command)
-    assert f"{tmp_path} cannot be written to: choose another" in line
+    assert f"cannot be written: nothing can be written in the folder {tmp_path}; choose another place" in line
 
 
 def test_a_folder_in_the_place_of_the_score_file_is_refused(refused, tmp_path):
     line = refused("--out", tmp_path, command="attribute")
-    assert f"--out must be a file to write, but {tmp_path} is a folder" in line
+    assert f"--out: {tmp_path} cannot be written: it is a folder; choose another place" in line
 
 
 def test_a_device_in_the_place_of_the_score_file_is_refused_before_the_work(refused, monkeypatch):
     monkeypatch.setattr("eapcore.models.load.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     line = refused("--out", "/dev/null", command="attribute")
-    assert "--out must be a file to write, but /dev/null is no regular file" in line
+    assert "--out: /dev/null cannot be written: it is no regular file; choose another place" in line
 
 
 def test_a_disk_that_fills_up_while_writing_is_one_line(refused, tmp_path, monkeypatch):
