@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from eapcore.graph.export import dot, network
 from eapcore.graph.files import (
     FORMAT_VERSION,
     _check_version,
@@ -23,6 +24,7 @@ from eapcore.graph.files import (
 )
 from eapcore.graph.graph import Graph
 from eapcore.graph.paths import connected
+from eapcore.graph.show import card, made_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,18 @@ class Circuit:
     mask: Annotated[Tensor, "bool S R"]
     graph: Graph
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        made = made_of(self.meta)
+        return f"Circuit({made}{': ' * bool(made)}{self.n_edges} of {self.graph.n_edges} edges, {self.graph})"
+
+    def _repr_html_(self) -> str:
+        names = self.edges
+        facts = [("graph", self.graph), *([("of", made)] if (made := made_of(self.meta)) else [])]
+        receivers = list(dict.fromkeys(name.split("->")[1] for name in names))[-12:]  # those nearest to the logits
+        rows = [(r, ", ".join(e.split("->")[0] for e in names if e.endswith(f"->{r}"))) for r in reversed(receivers)]
+        title = f"Circuit of {self.n_edges:,} of {self.graph.n_edges:,} edges"
+        return card(title, facts, ("receiver", "from"), rows)
 
     @property
     def n_edges(self) -> int:
@@ -60,6 +74,21 @@ class Circuit:
         kept = connected(self.graph, self.mask)
         counts = {"edges_before_pruning": self.n_edges, "edges_after_pruning": int(kept.sum())}
         return replace(self, mask=kept, meta={**self.meta, **counts})
+
+    def to_dot(self, scores: Annotated[Tensor, "S R"] | None = None) -> str:
+        """The circuit in Graphviz's language, layers up the page: `dot -Tsvg` draws it.
+
+        scores: [S, R], e.g. `EdgeScores.scores`, for widths (|score|) and colours (sign); None draws all alike.
+        """
+        return dot(self.graph, self.mask, scores)
+
+    def to_networkx(self) -> Any:
+        """A networkx MultiDiGraph: nodes by name with their `layer`, edges keyed by q, k and v with their `receiver`.
+
+        Raises:
+            RuntimeError: the package networkx is not installed.
+        """
+        return network(self.graph, self.mask, None)
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON: format, graph, meta, and the names of the edges; ValueError if some are none."""

@@ -10,6 +10,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from eapcore.graph.show import card
+
 _SENDER = re.compile(r"a(\d+)\.h(\d+)|m(\d+)")
 _RECEIVER = re.compile(r"a(\d+)\.(h|kv)(\d+)<([qkv])>|m(\d+)")
 
@@ -37,6 +39,11 @@ class Graph:
     has_mlp: bool
     parallel: bool = False
     n_kv: int | None = None
+
+    def _repr_html_(self) -> str:
+        heads = f"{self.n_layers} × {self.n_heads}" + ("" if self.n_kv is None else f", {self.n_kv} for keys and values")
+        facts = [("layers × heads", heads), ("MLPs", "yes" if self.has_mlp else "no"), ("senders", self.n_senders)]
+        return card(f"Graph of {self.n_edges:,} edges", [*facts, ("receivers", self.n_receivers)])
 
     def as_dict(self) -> dict[str, int | bool]:
         """Its fields as files hold them."""

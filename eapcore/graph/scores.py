@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.export import frame, network
 from eapcore.graph.files import (
     DAMAGED,
     FORMAT_VERSION,
@@ -23,6 +24,7 @@ from eapcore.graph.files import (
     save_tensors,
 )
 from eapcore.graph.graph import Graph
+from eapcore.graph.show import card, made_of, report_room
 
 Scores = TypeVar("Scores")
 KEY = "eapcore"  # of the header in a file's metadata
@@ -74,6 +76,19 @@ class EdgeScores:
     def mask(self) -> Annotated[Tensor, "bool S R"]:
         """bool [S, R], True where there is an edge."""
         return self.graph.edge_mask()
+
+    def __repr__(self) -> str:
+        parts = "".join(f", {name} {list(part.shape)}" for name in _PARTS if (part := getattr(self, name)) is not None)
+        dtype, made = str(self.scores.dtype).removeprefix("torch."), made_of(self.meta)
+        sizes = f"[S, R] = {list(self.scores.shape)} {dtype}{parts}"
+        return f"EdgeScores({made}{': ' * bool(made)}{self.graph.n_edges} edges, {sizes})"
+
+    def _repr_html_(self) -> str:
+        facts = [(key, made_of({key: self.meta.get(key)})) for key in ("model", "task", "method")]
+        facts = [(key, name) for key, name in facts if name] + [("sign", str(self.meta.get("sign", EDGE_SIGN)))]
+        rankable = not bool(self.scores[self.mask].isnan().any())
+        rows = [(edge, f"{score:.6g}") for edge, score in self.top(10)] if rankable else []
+        return card(f"Scores of {self.graph.n_edges:,} edges", facts, ("edge", "score"), rows)
 
     def __getitem__(self, edge: str) -> float:
         """The score of an edge by name, e.g. scores["a3.h7->a5.h2<q>"]."""
@@ -177,6 +192,52 @@ class EdgeScores:
 
         return read_scores(path, build, content_hash)
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with a row for each edge, the most important first: edge, sender, receiver, score.
+
+        Raises:
+            RuntimeError: the package pandas is not installed.
+            ValueError: scores that are NaN.
+        """
+        return frame(self.graph, self.ranking()[0], self.scores)
+
+    def to_networkx(self, n: int | None = None) -> Any:
+        """A networkx MultiDiGraph of the n edges with the largest |score|, None all: nodes by name with their `layer`,
+        edges keyed by q, k and v with their `receiver` and `score`.
+
+        Raises:
+            RuntimeError: the package networkx is not installed.
+            ValueError: n outside the graph.
+        """
+        return network(self.graph, self.mask if n is None else self.top_n(n).mask, self.scores)
+
+    def plot(self, n: int = 60, *, circuit: Circuit | None = None, axes: Any = None) -> Any:
+        """Draw the n edges with the largest |score|, or those of a circuit, on matplotlib's axes, which are returned.
+
+        Layers up, heads across; an edge's width is its |score|, blue negative, red positive.
+
+        Raises:
+            RuntimeError: the package matplotlib is not installed.
+            ValueError: a circuit of another graph, or scores that are NaN.
+        """
+        return report_room("figures").plot(self, n, circuit=circuit, axes=axes)
+
+    def report(self, path: str | Path, *, other: EdgeScores | None = None, circuit: Circuit | None = None) -> None:
+        """Write one self-contained HTML page: the circuit, the edges, heat maps, how they were made.
+
+        Args:
+            path: the file to write.
+            other: scores of the same graph, side by side with these.
+            circuit: to be drawn and marked, of these scores.
+
+        Raises:
+            RuntimeError: the package jinja2 is not installed.
+            ValueError: two graphs, or scores that are NaN.
+        """
+        runs = [report_room("run_folder").Run(self, made_of(self.meta) or "scores", circuit)]
+        runs += [] if other is None else [report_room("run_folder").Run(other, made_of(other.meta) or "other scores")]
+        report_room("page").write_page(runs, path)
+
     def _check_n(self, n: int) -> None:
         if not 0 <= n <= self.graph.n_edges:
             raise ValueError(f"n must be between 0 and the {self.graph.n_edges} edges of this graph, got {n}")
@@ -267,6 +328,12 @@ class NodeScores:
                 if whole is None or tensor.shape[1:] != whole.shape:
                     expected = "one of the scores that are there" if whole is None else f"[., *{list(whole.shape)}]"
                     raise ValueError(f"{part}[{kind!r}] must be {expected}, got {list(tensor.shape)}")
+
+    def __repr__(self) -> str:
+        dtype, made = str(self.scores.dtype).removeprefix("torch."), made_of(self.meta)
+        more = "".join(f", {kind} {list(x.shape)}" for kind in KINDS[1:] if (x := getattr(self, kind)) is not None)
+        sizes = f"[S] = {list(self.scores.shape)} {dtype}{more}"
+        return f"NodeScores({made}{': ' * bool(made)}{self.graph.n_senders} nodes, {sizes})"
 
     def __getitem__(self, node: str) -> float:
         """The score of a sender by name, e.g. scores["a3.h7"]."""
