@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,18 +46,11 @@ def check_libraries() -> None:
 
 def write_report(runs: list[Run], page: Path, figures: Path, command: str) -> None:
     """Write the page and the pictures of one run or two, and say where they are."""
-    from eapcore.evaluation.agreement import agreement
-    from eapcore.graph.scores import EdgeScores
     from eapcore.report.figures import write_figures
     from eapcore.report.page import write_page
 
-    agreed = None
-    if len(runs) == 2:
-        a, b = (run.scores for run in runs)
-        by_size = agreement(EdgeScores(a.scores.abs(), a.graph), EdgeScores(b.scores.abs(), b.graph))
-        agreed = asdict(agreement(a, b)) | {"spearman_absolute": by_size.spearman}
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(runs, page, agreement=agreed, command=command)
+    write_page(runs, page, command=command)
     written = write_figures(runs, figures)
     print(f"wrote    {page}")
     print(f"wrote    {figures}/{', '.join(written)} (svg, png)")

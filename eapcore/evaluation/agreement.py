@@ -7,6 +7,7 @@ from typing import Annotated
 
 from torch import Tensor
 
+from eapcore.graph.correlation import line, ranks
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 
@@ -57,9 +58,9 @@ def agreement(
     x, y = estimate.scores[chosen].double(), exact.scores[chosen].double()
     if not len(x):
         raise ValueError("at least one edge is needed to compare scores")
-    r, slope = _line(x, y)
+    r, slope = line(x, y)
     same = float((x.sign() == y.sign()).double().mean())
-    return Agreement(len(x), r * r, slope, float(y.mean() - slope * x.mean()), _line(_ranks(x), _ranks(y))[0], same)
+    return Agreement(len(x), r * r, slope, float(y.mean() - slope * x.mean()), line(ranks(x), ranks(y))[0], same)
 
 
 def overlap(a: EdgeScores, b: EdgeScores, n: int, *, signed: bool = False) -> float:
@@ -67,18 +68,3 @@ def overlap(a: EdgeScores, b: EdgeScores, n: int, *, signed: bool = False) -> fl
     if n < 1:
         raise ValueError(f"n must be at least 1 edge, got {n}")
     return int((a.top_n(n, signed=signed).mask & b.top_n(n, signed=signed).mask).sum()) / n
-
-
-def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(correlation, slope of y on x)."""
-    x, y = x - x.mean(), y - y.mean()
-    xy, xx, yy = float(x @ y), float(x @ x), float(y @ y)
-    nan = float("nan")
-    return (xy / (xx * yy) ** 0.5 if xx * yy > 0 else nan), (xy / xx if xx > 0 else nan)
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks from 0, equal values at their mean rank, float64."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double() - 1
-    return (last - (counts.double() - 1) / 2)[inverse]

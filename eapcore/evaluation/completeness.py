@@ -16,6 +16,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, sign_text
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.patching.circuits import measure_circuits
 from eapcore.patching.record import Recording, record
@@ -29,6 +30,8 @@ from eapcore.tasks.pairs import PromptPairs
 class Completeness:
     """The metric's mean without some edges K: [n] of the circuit, [n] of the whole model, and their gap in absolute
     value. A complete circuit has small gaps for every K."""
+
+    __repr__ = short
 
     removed: list[str]
     circuit: list[float]

@@ -17,6 +17,7 @@ from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.edges import measure_edges
@@ -28,6 +29,8 @@ from eapcore.tasks.pairs import PromptPairs
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Everything that was judged of one set of scores; None or empty where it was not asked for."""
+
+    __repr__ = short
 
     mib: Mib
     rocs: Sequence[Roc] = ()

@@ -18,6 +18,7 @@ from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.patching.circuits import each_pair, kept_interval
 from eapcore.patching.record import Recording, record
@@ -45,6 +46,8 @@ class Curve:
     trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
     which there is no area.
     """
+
+    __repr__ = short
 
     fractions: list[float]
     sizes: list[int]
@@ -110,6 +113,8 @@ def faithfulness(
 class Mib:
     """The MIB benchmark's two numbers, CPR from the edges by usefulness and CMD from the edges by |score|, and their
     curves."""
+
+    __repr__ = short
 
     cpr: float
     cmd: float

@@ -16,6 +16,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
+from eapcore.graph.show import short
 
 RULES = ("trapezoid", "lower", "upper", "pareto")
 
@@ -30,6 +31,8 @@ class Roc:
     thresholds: of |score| or usefulness, one a point but for the first and the last; empty for points from circuits.
     edge_set: which edges were counted, with how many there are and how many of them are true.
     """
+
+    __repr__ = short
 
     fpr: list[float]
     tpr: list[float]

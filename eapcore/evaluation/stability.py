@@ -13,6 +13,7 @@ from torch import Tensor
 from eapcore.evaluation.agreement import RANKINGS
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
+from eapcore.graph.show import short
 
 # Stability
 
@@ -27,6 +28,8 @@ class Stability:
     in which the edge is among the top n. overlap: mean share of the top n that two resamples have in common;
     overlap_with_all: with that of all pairs.
     """
+
+    __repr__ = short
 
     std: Annotated[Tensor, "S R"]
     low: Annotated[Tensor, "S R"]

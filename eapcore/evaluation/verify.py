@@ -15,6 +15,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.patching.edges import measure_edges
 from eapcore.patching.interpolate import CURVE_POINTS, Interpolation, follow_edge
@@ -32,6 +33,8 @@ class Verification:
     the two differ most, (edge, estimate, effect). exact: the effects as EdgeScores. curves: where they were asked for,
     the way of single edges from clean to corrupt.
     """
+
+    __repr__ = short
 
     edges: list[str]
     estimates: list[float]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from eapcore.graph.show import short
 from eapcore.kernels.checks import one_of
 from eapcore.models.forward import check_tokens, embed, run_stages
 from eapcore.models.model import Model
@@ -25,6 +26,8 @@ class Values:
     [L, T, M] the hidden units that it is made of; None without MLPs. of_tokens: embed takes the place of the tokens'
     embedding alone and leaves that of the positions.
     """
+
+    __repr__ = short
 
     embed: Annotated[Tensor, "T D"]
     z: Annotated[Tensor, "L T H K"]
@@ -61,6 +64,8 @@ class Ablation:
     meta: what a file says of it. values: None where a sender sends what it sends on the corrupt prompts. reference: the
     prompts of a mean, None for any other. model: whose senders these are; None for any model.
     """
+
+    __repr__ = short
 
     meta: Mapping[str, Any]
     values: Values | None = None

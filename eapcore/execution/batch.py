@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.limits import PREFIX_SHARE
+from eapcore.graph.show import short
 from eapcore.models.forward import embed
 from eapcore.models.model import Model
 from eapcore.tasks.metrics import Metric, tokens_read
@@ -37,6 +38,8 @@ class Batch:
     positions: int64 [B, Q], where the metric reads a pair's logits, for another tool's metric that reads several; None
     is at the pairs' own position.
     """
+
+    __repr__ = short
 
     pairs: PromptPairs
     index: Annotated[Tensor, "int64 B"]

@@ -14,6 +14,7 @@ from torch import Tensor
 import eapcore.execution.limits as limits
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import Batch, cut, in_order, spans
+from eapcore.graph.show import short
 from eapcore.models.forward import check_tokens, first_non_finite
 from eapcore.models.model import Model
 from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, evaluate, find_metric
@@ -25,6 +26,8 @@ Task = PromptPairs | tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "in
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """A model, prompt pairs, a metric by name and as a callable, and an ablation."""
+
+    __repr__ = short
 
     model: Model
     pairs: PromptPairs

@@ -41,7 +41,9 @@ class Graph:
     n_kv: int | None = None
 
     def _repr_html_(self) -> str:
-        heads = f"{self.n_layers} × {self.n_heads}" + ("" if self.n_kv is None else f", {self.n_kv} for keys and values")
+        heads = f"{self.n_layers} × {self.n_heads}" + (
+            "" if self.n_kv is None else f", {self.n_kv} for keys and values"
+        )
         facts = [("layers × heads", heads), ("MLPs", "yes" if self.has_mlp else "no"), ("senders", self.n_senders)]
         return card(f"Graph of {self.n_edges:,} edges", [*facts, ("receivers", self.n_receivers)])
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import eapcore.kernels as kernels
+from eapcore.graph.show import short
 from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
@@ -81,6 +82,8 @@ class Attention:
     receiver, instead of one each. post: a norm γ∘Σ_h z_h W_O[h]/σ of what all heads make together; head h then sends
     γ∘(z_h W_O[h])/σ. None is what a model does not have.
     """
+
+    __repr__ = short
 
     norm: Norm
     w_qkv: tuple[Annotated[Tensor, "C' D K"], ...]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eapcore.graph.show import short
 from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
@@ -76,6 +77,8 @@ class Mlp:
     norm: what it reads through. w_in, w_up: [D, M]. w_out: [M, D]. act_fn: out of `config.ACTIVATIONS`. None is what a
     model does not have.
     """
+
+    __repr__ = short
 
     norm: Norm
     w_in: Annotated[Tensor, "D M"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.graph import Graph
+from eapcore.graph.show import card, short
 from eapcore.models.attention import Attention
 from eapcore.models.config import ModelConfig
 from eapcore.models.mlp import Mlp
@@ -29,6 +30,8 @@ class Place(Generic[C]):
     """A component where it stands: its name, "a{l}" all heads of a layer or "m{l}" its MLP, and its place in the
     graph."""
 
+    __repr__ = short
+
     component: C
     name: str
     senders: slice
@@ -41,6 +44,8 @@ class Stage:
 
     index: of the layer. last: in the last layer, behind whose attention only the positions that a metric reads matter.
     """
+
+    __repr__ = short
 
     index: int
     last: bool
@@ -64,6 +69,25 @@ class Model:
     family: str = "decoder"
     tokenizer: Tokenizer | None = field(default=None, compare=False)
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        c, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        return (
+            f"Model({self.name!r}: {self.family}, {c.n_layers} layers × {c.n_heads} heads, d_model {c.d_model}, "
+            f"vocabulary {c.d_vocab}, {self.graph.n_edges} edges, {dtype} on {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        c, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        facts = [
+            ("family", self.family),
+            ("layers × heads", f"{c.n_layers} × {c.n_heads}"),
+            ("d_model", c.d_model),
+            ("vocabulary", c.d_vocab),
+            ("weights", f"{dtype} on {self.device}"),
+            ("edges", f"{self.graph.n_edges:,} ({self.graph.n_senders} senders × {self.graph.n_receivers} receivers)"),
+        ]
+        return card(f"Model {self.name}", facts)
 
     def now(self) -> Model:
         """The same model without what was computed of its weights before, which somebody may have changed since."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import eapcore.kernels as kernels
+from eapcore.graph.show import short
 from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
@@ -43,6 +44,8 @@ class Norm:
     kind: "layernorm"; "rmsnorm", where μ is 0 and there is no β; "none", where n is x. gamma, beta: None where they are
     absent.
     """
+
+    __repr__ = short
 
     kind: str = "none"
     gamma: Annotated[Tensor, "D"] | None = None

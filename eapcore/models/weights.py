@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from eapcore.graph.show import short
 from eapcore.models.attention import Attention
 from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
@@ -30,6 +31,8 @@ class Weights:
     w_e: [V, D]. w_pos: [n_ctx, D], None for other positions. w_u: [D, V], a view of w_e where the head is tied. b_u:
     [V] or None. ln_final: what the logits read through.
     """
+
+    __repr__ = short
 
     w_e: Annotated[Tensor, "V D"]
     w_pos: Annotated[Tensor, "n_ctx D"] | None

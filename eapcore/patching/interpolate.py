@@ -15,6 +15,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import sign_text
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.one_receiver import Readers, reader_of
@@ -32,6 +33,8 @@ class Interpolation:
     points: [P], 0 clean, 1 corrupt. effects: [P], the mean change of the metric there. estimate: the linear one, `score
     · points`, where a score was given.
     """
+
+    __repr__ = short
 
     edge: str
     points: list[float]

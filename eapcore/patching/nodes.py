@@ -15,6 +15,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import sign_text
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.one_receiver import finish
@@ -26,6 +27,8 @@ from eapcore.tasks.pairs import PromptPairs
 @dataclass(frozen=True, slots=True)
 class NodeEffects:
     """What patching each sender does to the metric, for all that reads it: effects [S'] or, by position, [S', T]."""
+
+    __repr__ = short
 
     nodes: list[str]
     effects: Annotated[Tensor, "S' | S' T"]

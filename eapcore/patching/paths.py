@@ -17,6 +17,7 @@ from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
 from eapcore.graph.paths import needed, reached
 from eapcore.graph.scores import sign_text
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
@@ -74,6 +75,8 @@ def _path_edges(graph: Graph, paths: Sequence[str]) -> Circuit:
 class PathEffect:
     """What patching along paths does: the metric's mean on the clean, corrupt and patched runs; effect = patched −
     clean."""
+
+    __repr__ = short
 
     senders: list[str]
     edges: Circuit

@@ -13,6 +13,7 @@ import eapcore.execution.limits as limits
 from eapcore.execution.batch import Batch
 from eapcore.execution.experiment import Experiment, check_batch_size
 from eapcore.execution.memory import free_bytes
+from eapcore.graph.show import short
 from eapcore.models.forward import StageRun, prefix, run_stages, unembed
 from eapcore.models.model import Model
 from eapcore.models.tensors import at_positions
@@ -26,6 +27,8 @@ class Run:
     streams: [B, T, D] in front of each stage, and behind the last. senders: [S, B, T, D]. stages: what `run_stages`
     made; empty for an ablation that is no run.
     """
+
+    __repr__ = short
 
     streams: list[Annotated[Tensor, "B T D"]]
     senders: Annotated[Tensor, "S B T D"]
@@ -65,6 +68,8 @@ class Recording:
     is the corrupt one. reference: what a metric may look at. tokens: int64 [B, n], those whose logits are made, and
     places among which the reference's answers are; None for all V.
     """
+
+    __repr__ = short
 
     model: Model
     batch: Batch

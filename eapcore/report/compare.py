@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from eapcore.graph.correlation import line, ranks
 from eapcore.graph.scores import EdgeScores
 
 
@@ -30,6 +31,18 @@ def jaccard(a: EdgeScores, b: EdgeScores, counts: list[int]) -> list[float]:
     later = torch.maximum(places(a), places(b)).sort().values
     common = torch.searchsorted(later, torch.tensor(counts, device="cpu")).tolist()
     return [both / (2 * n - both) for both, n in zip(common, counts, strict=True)]
+
+
+def correlations(a: EdgeScores, b: EdgeScores) -> dict[str, float]:
+    """How two sets of scores of one graph agree over all edges: `pearson`, `spearman`, `spearman_absolute` of |score|,
+    and `signs`, the share of edges with the same sign."""
+    x, y = a.scores[a.mask].double(), b.scores[b.mask].double()
+    return {
+        "pearson": line(x, y)[0],
+        "spearman": line(ranks(x), ranks(y))[0],
+        "spearman_absolute": line(ranks(x.abs()), ranks(y.abs()))[0],
+        "signs": float((x.sign() == y.sign()).double().mean()),
+    }
 
 
 def places(scores: EdgeScores) -> Annotated[Tensor, "int64 E"]:

@@ -787,10 +787,9 @@
 
   function overlap() {
     const box = byId("jaccard");
-    const { agreement } = compare, kept = Object.keys(agreement).length;
-    byId("agreement").textContent = kept
-      ? `Scores of all edges: rank correlation (Spearman) ${number(agreement.spearman)}, R² ${number(agreement.r2)}, slope ${number(agreement.slope)}, `
-        + `same sign ${number(100 * agreement.signs)} %. Rank correlation of |score| ${number(agreement.spearman_absolute)}.` : "";
+    const { agreement } = compare;
+    byId("agreement").textContent = `Scores of all edges: rank correlation (Spearman) ${number(agreement.spearman)}, of |score| `
+      + `${number(agreement.spearman_absolute)}; correlation ${number(agreement.pearson)}; same sign ${number(100 * agreement.signs)} %.`;
     const frame = axes(box, {
       x: { from: 1, to: Math.max(2, layout.n_edges), log: true, title: "edges", tick: count }, y: { from: 0, to: 1, title: "Jaccard" },
       label: "Jaccard index over sizes", height: 220,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eapcore.graph.files import finite, replacing
 from eapcore.graph.scores import EDGE_SIGN, EdgeScores
-from eapcore.report.compare import jaccard, sizes
+from eapcore.report.compare import correlations, jaccard, sizes
 from eapcore.report.layout import layout
 from eapcore.report.run_folder import PARTS, Run
 
@@ -24,15 +24,12 @@ _HERE = Path(__file__).parent
 _ROWS = 24  # prompt pairs that a page shows
 
 
-def write_page(
-    runs: Sequence[Run], path: str | Path, *, agreement: Mapping[str, float] | None = None, command: str | None = None
-) -> None:
+def write_page(runs: Sequence[Run], path: str | Path, *, command: str | None = None) -> None:
     """Write the page of one run, or of two side by side, as one HTML file that needs no network.
 
     Args:
         runs: one, or two of the same graph.
         path: the file to write.
-        agreement: of the scores of two runs, `evaluation.agreement.Agreement`'s fields; None leaves them out.
         command: that made this page.
 
     Raises:
@@ -40,12 +37,12 @@ def write_page(
         ValueError: two graphs; scores that are NaN; a part's file that is not as its command writes it.
         OSError: the page cannot be written.
     """
-    text = render(runs, agreement=agreement, command=command)
+    text = render(runs, command=command)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
-def render(runs: Sequence[Run], *, agreement: Mapping[str, float] | None = None, command: str | None = None) -> str:
+def render(runs: Sequence[Run], *, command: str | None = None) -> str:
     """The page as text; see `write_page`."""
     check_jinja()
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -53,8 +50,8 @@ def render(runs: Sequence[Run], *, agreement: Mapping[str, float] | None = None,
     data: dict[str, Any] = {"runs": [_run_data(run) for run in runs], "layout": _layout_data(runs[0].scores)}
     if len(runs) == 2:
         counts = sizes(runs[0].scores.graph.n_edges)
-        overlap = jaccard(runs[0].scores, runs[1].scores, counts)
-        data["compare"] = {"sizes": counts, "jaccard": overlap, "agreement": dict(agreement or {})}
+        a, b = (run.scores for run in runs)
+        data["compare"] = {"sizes": counts, "jaccard": jaccard(a, b, counts), "agreement": correlations(a, b)}
     elif len(runs) != 1:
         raise ValueError(f"a page shows one run or two side by side, got {len(runs)}")
     environment = Environment(

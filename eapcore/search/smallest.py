@@ -11,6 +11,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
+from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.circuits import each_pair, kept_interval
@@ -29,6 +30,8 @@ class Tried:
     mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same. interval: of the
     faithfulness, 95 % by drawing the pairs again, see `circuits.kept_interval`.
     """
+
+    __repr__ = short
 
     selected: Circuit
     circuit: Circuit

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from eapcore.graph.show import card
 from eapcore.text.tokenizer import Tokenizer, one_token, tokenizer_of
 
 
@@ -156,6 +157,37 @@ class PromptPairs:
         return PromptPairs.from_lists(
             ours, theirs, ids(answers, "the answer"), others, positions=positions, name=name, details=details
         )
+
+    def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        least, most = int(self.lengths.min()), int(self.lengths.max())
+        lengths = f"{least} tokens" if least == most else f"{least} to {most} tokens"
+        return f"PromptPairs({self.name!r}: {len(self)} pairs of {lengths}{seed})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for pair in self.as_tokens(5):
+            shown = [" ".join(pair[what]) for what in ("clean", "corrupt", "answers", "wrong")]
+            rows.append((*shown[:2], pair["position"], *shown[2:]))
+        return card(repr(self), [], ("clean", "corrupt", "read at", "right", "wrong"), rows)
+
+    def as_tokens(self, n: int, text: Callable[[int], str] | None = None) -> list[dict[str, Any]]:
+        """The first n pairs for people: of each `clean`, `corrupt`, `answers` and `wrong` as a list of texts, one a
+        token, the `position` that is read, and `named`, the positions that have a name.
+
+        text: of a token id; None is what `vocab` says, or the id where it says nothing.
+        """
+        words = self.vocab or ()
+        own = text or (lambda i: words[i] if 0 <= i < len(words) else str(i))
+        pairs = []
+        for i in range(min(n, len(self))):
+            length = int(self.lengths[i])
+            prompts = {"clean": self.clean[i, :length], "corrupt": self.corrupt[i, :length]}
+            ids = {**prompts, "answers": self.answers[i], "wrong": self.wrong[i]}
+            shown: dict[str, Any] = {what: [own(t) for t in row.tolist() if t >= 0] for what, row in ids.items()}
+            named = {place: int(at[i]) for place, at in self.places.items() if int(at[i]) >= 0}
+            pairs.append({**shown, "position": int(self.positions[i]), "named": named})
+        return pairs
 
     def __len__(self) -> int:
         return self.clean.shape[0]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 from browser import CHROMIUM, Browser
 from runs import random_scores
 
-from eapcore.evaluation.agreement import agreement
 from eapcore.graph.graph import Graph
 from eapcore.report.page import write_page
 from eapcore.report.run_folder import Run
@@ -37,8 +35,7 @@ def page(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(folder, other, tmp_path_factory):
     path = tmp_path_factory.mktemp("both") / "report.html"
-    runs = [Run.read(folder), Run.read(other)]
-    write_page(runs, path, agreement=asdict(agreement(*(run.scores for run in runs))))
+    write_page([Run.read(folder), Run.read(other)], path)
     return path
 
 

@@ -138,6 +138,11 @@ def test_jaccard_is_that_of_the_top_edges():
         assert found == pytest.approx(int((x & y).sum()) / int((x | y).sum()), abs=1e-12)
 
 
+def ranked(x):
+    """Ranks of values of which no two are the same."""
+    return x.argsort().argsort().double()
+
+
 def test_two_runs_are_compared_and_two_graphs_refused(folder, other, tmp_path, capsys):
     page, other = tmp_path / "both.html", other / "scores.safetensors"
     assert main(["report", str(folder), str(other), "--out", str(page), "--figures", str(tmp_path)]) == 0
@@ -146,7 +151,13 @@ def test_two_runs_are_compared_and_two_graphs_refused(folder, other, tmp_path, c
     assert {path.stem for path in tmp_path.glob("*.svg")} == {path.stem for path in tmp_path.glob("*.png")} == pictures
     found = data_of(page.read_text(encoding="utf-8"))["compare"]
     a, b = Run.read(folder).scores, Run.read(other).scores
-    assert found["agreement"]["spearman"] == agreement(a, b).spearman
+    agreed = agreement(a, b)
+    assert [found["agreement"][k] for k in ("spearman", "signs")] == [agreed.spearman, agreed.signs]
+    assert found["agreement"]["pearson"] ** 2 == pytest.approx(agreed.r2, rel=1e-12)
+    x, y = (ranked(scores.scores[scores.mask].abs()) for scores in (a, b))
+    assert found["agreement"]["spearman_absolute"] == pytest.approx(
+        float(torch.corrcoef(torch.stack([x, y]))[0, 1]), rel=1e-9
+    )
     random_scores(Graph(2, 3, True)).save(tmp_path / "scores.safetensors")
     capsys.readouterr()
     assert main(["report", str(folder), str(tmp_path / "scores.safetensors")]) == 2
