@@ -4,6 +4,7 @@
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
     python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline/scaling.py)
     python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline/gpu.py)
+    python bench/bench_pipeline.py --plan          what batches ask of a GPU, counted without one (pipeline/launches.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
 Runs from the source tree, installed or not. The floor: two forwards and one activation-only backward of the same frozen
@@ -160,6 +161,7 @@ def versions() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--plan", action="store_true", help="count a batch's kernels, bytes and operations on a GPU")
     parser.add_argument("--only", choices=["cases", "scaling"], help="one part (default: both)")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this, and no scaling")
@@ -175,6 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.products == "torch":
         torch.backends.mkldnn.set_flags(False)
+    if args.plan:
+        from pipeline import launches
+
+        print(launches.table())
+        return 0
     if args.device == "cuda":
         from pipeline import gpu
 

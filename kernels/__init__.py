@@ -82,7 +82,7 @@ def edge_scores(
     mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     rows: Annotated[Tensor, "int64 N"] | None = None,
-    precision: str = "ieee",
+    precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor, "S R | B S R | T S R"]:
     """Contract every sender's difference with every receiver's gradient, all pairs at once.
@@ -103,7 +103,8 @@ def edge_scores(
         rows: int64 [N], distinct indices b·T + t of the token rows to sum over; None for all. Whether they are is
             looked at on the CPU alone.
         precision: how float32 is multiplied on a GPU: "ieee" in full, or "tf32x3" as three products of its two tf32
-            halves, about as accurate and on tensor cores. Everything else multiplies in full under either name.
+            halves on tensor cores, whose sums are at least as exact. "auto" takes "tf32x3" where there are such tensor
+            cores (NVIDIA, from compute capability 8.0 on). Everything else multiplies in full under any name.
         impl: "auto", "reference", "triton" or "cpp".
 
     Returns:
@@ -211,7 +212,7 @@ def edge_scores_factored(
     mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     chunk: int | None = None,
-    precision: str = "ieee",
+    precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor, "S R | B S R | T S R"]:
     """`edge_scores` of all senders and receivers of a model, both sides made on the fly from their factors.
@@ -255,7 +256,7 @@ def workspace_bytes(
     mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     chunk: int | None = None,
-    precision: str = "ieee",
+    precision: str = "auto",
     impl: str = "auto",
 ) -> int:
     """The bytes that an op allocates beside its arguments and its result while it runs, before any is allocated.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 REDUCE = ("all", "pair", "position")
 NORMS = ("layernorm", "rmsnorm", "none")
-PRECISIONS = ("ieee", "tf32x3")
+PRECISIONS = ("auto", "ieee", "tf32x3")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -76,7 +76,7 @@ def edge_scores(
     mask: Annotated[Any, "bool S R"] = None,
     reduce: str = "all",
     rows: Annotated[Any, "int64 N"] = None,
-    precision: str = "ieee",
+    precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Any, "S R | B S R | T S R"]:
     """`kernels.edge_scores` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.

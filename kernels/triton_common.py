@@ -83,11 +83,17 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta:
 
 
 def check_precision(precision: str, dtype: torch.dtype, on: Target) -> str:
-    """The `input_precision` of a product of this dtype; "ieee" for all but float32, whose products are exact anyway."""
+    """The `input_precision` of a product of this dtype; "ieee" for all but float32, whose products are exact anyway.
+
+    "auto" takes the tensor cores: as the sum of a tf32x3 product begins anew at every step of the inner dimension, it
+    rounds less than one long chain of multiply-adds.
+    """
     if dtype == torch.float64:
         raise ValueError("impl='triton' has no float64 kernels: use impl='reference', or float32 inputs")
     if dtype != torch.float32 or precision == "ieee":
         return "ieee"
+    if precision == "auto":
+        return "tf32x3" if on.backend == "cuda" and on.arch >= 80 else "ieee"
     if on.backend == "hip":
         raise RuntimeError("precision='tf32x3' needs an NVIDIA GPU: use 'ieee', which AMD's matrix cores run exactly")
     return precision

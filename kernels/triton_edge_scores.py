@@ -463,7 +463,7 @@ def contract(
     mask: Tensor | None,
     out: Tensor,
     *,
-    precision: str = "ieee",
+    precision: str = "auto",
     accumulate: bool = False,
     config: Config | None = None,
 ) -> None:
@@ -523,7 +523,7 @@ def edge_scores(
     mask: Tensor | None,
     reduce: str,
     rows: Tensor | None,
-    precision: str = "ieee",
+    precision: str = "auto",
     *,
     config: Config | None = None,
 ) -> Tensor:

@@ -232,7 +232,7 @@ def edge_scores_factored(
     mask: Tensor | None,
     reduce: str,
     chunk: int | None,
-    precision: str = "ieee",
+    precision: str = "auto",
     *,
     config: triton_edge_scores.Config | None = None,
 ) -> Tensor:

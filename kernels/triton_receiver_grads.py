@@ -61,6 +61,8 @@ WIDE_HIP = Config(64, 32, 64, 4, 2)
 EXACT = Config(64, 64, 32, 4, 2, unroll=2)
 # Beyond it a loop takes registers, without alignment every element's address: twice the threads, half the columns.
 NARROW = Config(64, 32, 32, 8, 2)
+# Both halves of float32 in registers, as Ampere's tf32x3 has them.
+HALVES = Config(64, 32, 16, 8, 2)
 
 
 @triton.jit
@@ -69,6 +71,7 @@ def channel_grads(
     N, T, D, K, steps,
     stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at, stride_wc, stride_wd, stride_wk,
     stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, stride_on,
+    PRECISION: tl.constexpr,
     KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_WANTED: tl.constexpr,
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, K_CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
@@ -152,7 +155,7 @@ def channel_grads(
                 if UPCAST:
                     g_tile = g_tile.to(tl.float32)
                     w_tile = w_tile.to(tl.float32)
-                grad = tl.dot(g_tile, w_tile.T, grad, input_precision="ieee")
+                grad = tl.dot(g_tile, w_tile.T, grad, input_precision=PRECISION)
         if KIND != "none":
             if HAS_GAMMA:
                 grad *= tl.load(gamma + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
@@ -193,6 +196,8 @@ def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Targe
     if not aligned:
         return NARROW
     if dtype == torch.float32:
+        if common.check_precision("auto", dtype, on) == "tf32x3" and not on.descriptors:
+            return HALVES
         return EXACT if d_head <= 64 else NARROW
     if d_head > 128:
         return WIDE_HIP if on.backend == "hip" else WIDE
@@ -223,7 +228,7 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
     """
     g, weight, norm = work.g, work.weight, work.norm
     on = common.target(g.device)
-    common.check_precision("ieee", g.dtype, on)
+    precision = common.check_precision("auto", g.dtype, on)
     _, batch, tokens, d_head = g.shape
     d_model = weight.shape[1]
     rows = batch * tokens
@@ -245,7 +250,7 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
         rows, tokens, d_model, d_head, steps,
         g.stride(0), g.stride(1), g.stride(2), stride_ac, stride_ab, stride_at, *weight.stride(),
         stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, d_model,
-        KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,
+        PRECISION=precision, KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,
         HAS_WANTED=work.wanted is not None, ALIGN=work.align,
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and g.dtype != torch.float32,
@@ -276,7 +281,7 @@ def receiver_grads(
     config: Config | None = None,
 ) -> Tensor:
     """`eapcore.kernels.receiver_grads` on the GPU; `config` takes one tiling instead of `choose_config`'s."""
-    common.check_precision("ieee", g.dtype, common.target(g.device))
+    common.check_precision("auto", g.dtype, common.target(g.device))
     channels, batch, tokens, _ = g.shape
     if out is None:
         out = g.new_empty(channels, batch, tokens, weight.shape[1])

@@ -141,7 +141,6 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_receiver_grads as grads
 
     on = triton_common.target(torch.device("meta"))
-    exact = "tensor" if machine.backend == "hip" else "fma"  # CDNA multiplies float32 on its matrix cores
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -156,9 +155,13 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         delta, gradients = (empty(n, b, t + cut, d + cut, dtype=dtype)[:, :, cut:, cut:] for n in (s, r))
         mask = empty(s, r, dtype=torch.bool) if masked else None
         index = empty(b * t // 2, dtype=torch.int64) if rows else None
-        expects = exact if dtype == torch.float32 and precision == "ieee" else "tensor"
+        exact = dtype == torch.float32 and precision == "ieee" and machine.backend == "cuda"
         calls.append(
-            (case, expects, lambda: scores.edge_scores(delta, gradients, mask, reduce, index, precision, config=config))
+            (
+                case,
+                "fma" if exact else "tensor",
+                lambda: scores.edge_scores(delta, gradients, mask, reduce, index, precision, config=config),
+            )
         )
 
     half, single = torch.bfloat16, torch.float32
@@ -188,7 +191,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
         call = lambda: grads.receiver_grads(g, g, weight, norm, constants, constants, config=config)  # noqa: E731
-        calls.append((case, "tensor" if dtype != single else exact, call))
+        calls.append((case, "tensor", call))
 
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
@@ -216,8 +219,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
             FactoredReceivers(qkv, qkv, [[weights]] * layers, [norm] * layers, constants, constants, stream, mlp),
         )
         edges = empty(1 + layers * (heads + 1), 1 + layers * (3 * heads + 1), dtype=torch.bool)
-        expects = exact if dtype == single else "tensor"
-        calls.append((case, expects, lambda: factored.edge_scores_factored(*made, edges, "all", None)))
+        calls.append((case, "tensor", lambda: factored.edge_scores_factored(*made, edges, "all", None)))
 
     edges_factored("edge_scores_factored bf16, GPT-2 small", half, 12, 64, 768)
     edges_factored("edge_scores_factored bf16, K = 256", half, 8, 256, 2048)

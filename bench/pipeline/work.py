@@ -64,6 +64,13 @@ class Work:
         def draw(*shape: int) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=generator.device) * 0.02).to(device, dtype)
 
+        return self._model(draw)
+
+    def without_memory(self, dtype: torch.dtype) -> Model:
+        """The same on the meta device, with three tokens in its vocabulary: as many as a metric may read of a pair."""
+        return replace(self, V=3)._model(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+
+    def _model(self, draw: Callable[..., Tensor]) -> Model:
         D, H, K, M = self.D, self.H, self.D // self.H, 4 * self.D
         shapes = {"b_qkv": (3 * H, K), "w_o": (H, K, D), "b_o": (D,)}
         shapes |= {"w_in": (D, M), "b_in": (M,), "w_out": (M, D), "b_out": (D,)}

@@ -282,7 +282,33 @@ def _most(needed: Callable[[int], int], most: int, within: int) -> int:
 @lru_cache(maxsize=4096)
 def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, threads: int) -> tuple[int, int]:
     """`Plan._dry_run`; threads: which the ops' workspace depends on."""
-    model, memory, contracting = _meta_model(plan.config, plan.dtype, plan.groups), _Memory(), [0]
+    model, memory, contracting = model_without_memory(plan.config, plan.dtype, plan.groups), _Memory(), [0]
+
+    def begins() -> None:
+        memory.sweep()
+        contracting.append(memory.now)
+
+    memory.ignore([tensor for _, tensor in model.weights.named()])
+    memory.ignore([tensor for pair in model.closed_forms for tensor in pair])
+    with _Attention():
+        run_dry(plan, model, batch, tokens, storage, together, memory, begins)
+    return memory.peak, max(contracting)
+
+
+def run_dry(
+    plan: Plan,
+    model: Model,
+    batch: int,
+    tokens: int,
+    storage: str,
+    together: int,
+    watch: TorchDispatchMode,
+    begins: Callable[[], None] = lambda: None,
+) -> None:
+    """Score a batch of a model without memory, in which `watch` sees every operation.
+
+    begins: called where the contraction of factors makes its workspace.
+    """
     with torch.device("meta"):
         prompts, ids = torch.empty(batch, tokens, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
         answers = torch.empty(batch, 1, dtype=torch.int64)
@@ -291,14 +317,8 @@ def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, t
     def metric(logits: Tensor, batch: MetricBatch) -> Tensor:
         return logits.sum(-1) if plan.passes.metric is None else plan.passes.metric(logits, batch)
 
-    def begins() -> None:
-        memory.sweep()
-        contracting.append(memory.now)
-
-    memory.ignore([tensor for _, tensor in model.weights.named()])
-    memory.ignore([tensor for pair in model.closed_forms for tensor in pair])
     count = plan.passes.grouped(lambda alike: max(1, min(together, alike)))
-    with _Attention(), dry_run(plan.device, begins), memory:
+    with dry_run(plan.device, begins), watch:
         shapes = {"scores": (model.graph.n_senders, model.graph.n_receivers)}
         passes = replace(plan.passes, exact=_one_of_each(model, plan.passes.exact))
         apart = {"absolute": passes.absolute, "by_sender": passes.by_sender}
@@ -310,11 +330,10 @@ def _run_dry(plan: Plan, batch: int, tokens: int, storage: str, together: int, t
         else:
             store = FactoredStore(model, what)
         score_batch(model, what, metric, store, sums, passes, count)
-    return memory.peak, max(contracting)
 
 
 @lru_cache(maxsize=16)
-def _meta_model(config: ModelConfig, dtype: torch.dtype, groups: int) -> Model:
+def model_without_memory(config: ModelConfig, dtype: torch.dtype, groups: int) -> Model:
     """A model of these sizes without memory."""
     return Model(config, assemble(config, dict(_shapes(config, dtype, groups))))
 

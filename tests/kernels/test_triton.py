@@ -570,6 +570,14 @@ def test_the_public_ops_run_triton(launches):
     assert [kernel for kernel, _ in launches][:2] == ["channel_grads"] * 2
 
 
+def test_float32_takes_tensor_cores_where_there_are_some():
+    volta = common.Target("cuda", 70, 80, 6 << 20, 16 << 30)
+    taken = [common.check_precision("auto", torch.float32, on) for on in (HOPPER, CDNA, volta)]
+    assert taken == ["tf32x3", "ieee", "ieee"]
+    assert common.check_precision("ieee", torch.float32, HOPPER) == "ieee"
+    assert common.check_precision("auto", torch.bfloat16, HOPPER) == "ieee"  # which multiplies exactly
+
+
 def test_bfloat16_is_taken_to_float32_in_the_interpreter(launches):
     check_scores(torch.randn(3, 1, 2, 16).bfloat16(), torch.randn(3, 1, 2, 16).bfloat16())
     assert launches[0][1]["UPCAST"]
@@ -581,7 +589,7 @@ def test_what_triton_cannot_do_is_said():
     with pytest.raises(ValueError, match="no float64 kernels"):
         kernels.receiver_grads(x, x, torch.randn(2, 3, 4).double(), norm=Norm("none"), impl="triton")
     refused("needs an NVIDIA GPU", common.check_precision, "tf32x3", torch.float32, CDNA, error=RuntimeError)
-    refused("precision must be one of ieee, tf32x3", kernels.edge_scores, x.float(), x.float(), precision="tf32")
+    refused("precision must be one of auto, ieee, tf32x3", kernels.edge_scores, x.float(), x.float(), precision="tf32")
     senders, made, size = model_case(torch.float32)
     refused("chunk must be at least 1", kernels.edge_scores_factored, senders, made, chunk=0, impl="triton")
     with pytest.raises(ValueError, match="mask must be bool"):

@@ -1,0 +1,217 @@
+"""What a batch asks of a GPU, counted without one: kernels, bytes, operations, and the time that they should take.
+
+    python bench/bench_pipeline.py --plan
+
+The batch is scored by the code that runs, on tensors without memory, as if they lay on a GPU. Every operation of torch
+that is no view counts as one kernel that reads its arguments and writes its results; what the ops of `eapcore.kernels`
+launch is theirs to say. A kernel takes
+
+    max(bytes / rate, operations / rate, 2 µs)  in a graph; without one at least the 25 µs that launching it takes
+
+with the rates that one H200 gave on 2026-11-27 (torch 2.11.0, triton 3.6.0): copies 4,270 GB/s, torch's matrix products
+784 TFLOP/s in half precision and 51 in float32. Parts that stayed below both have their own rate, as measured there on
+commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import eapcore.kernels.dry_run as dry
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eapcore.attribution.plan import Plan, run_dry
+from pipeline.gpu import B13, XL
+from pipeline.work import SMALL, Work
+
+COPY = 4.27e12  # bytes a second
+HALF, SINGLE = 784e12, 51e12  # operations a second
+LEAST_IN_GRAPH, LEAST_LAUNCHED = 2e-6, 25e-6
+# What share of those two rates a part reached, over GPT-2 small, XL and 13B; attention was in float32.
+MEASURED = {
+    "contraction": (0.7, 0.5),
+    "receivers": (0.4, 0.5),
+    "attention": (0.14, 0.5),
+    "products": (0.75, 0.75),
+    "copies": (0.7, 1.0),
+    "norms": (0.65, 1.0),
+}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+COPIES = {"copy_", "_to_copy", "clone", "cat", "stack"}
+NORMS = {"native_layer_norm", "native_layer_norm_backward"}
+
+
+@dataclass
+class Part:
+    """Kernels of one kind: how many, what they read and write in bytes, operations, seconds in and out of a graph."""
+
+    kernels: int = 0
+    bytes: int = 0
+    operations: int = 0
+    device: float = 0.0
+    launched: float = 0.0
+
+    def add(self, kernels: int, moved: int, operations: int, copy: float, rate: float) -> None:
+        """Kernels that move and compute so much, at so many bytes and operations a second."""
+        self.kernels += kernels
+        self.bytes += moved
+        self.operations += operations
+        seconds = max(moved / copy, operations / rate)
+        self.device += max(seconds, kernels * LEAST_IN_GRAPH)
+        self.launched += max(seconds, kernels * LEAST_LAUNCHED)
+
+
+@dataclass
+class Count:
+    """The parts of a batch."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def add(self, name: str, kernels: int, moved: int, operations: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        rate = SINGLE if dtype in (torch.float32, torch.float64) else HALF
+        of_copy, of_products = MEASURED.get(name, (1.0, 1.0))
+        self.parts.setdefault(name, Part()).add(kernels, moved, operations, of_copy * COPY, of_products * rate)
+
+    @property
+    def total(self) -> Part:
+        whole = Part()
+        for part in self.parts.values():
+            for name in ("kernels", "bytes", "operations", "device", "launched"):
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        return whole
+
+
+def size_of(*tensors: Any) -> int:
+    """Bytes of memory behind tensors: what is repeated along an axis of stride 0 is there once."""
+    total = 0
+    for x in tensors:
+        if isinstance(x, Tensor):
+            total += math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.itemsize
+    return total
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count, self.paused = count, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if self.paused or func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
+            return out
+        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]  # `out=` stands among the keywords
+        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if not written or not any(x.numel() for x in written):
+            return out
+        if name == "copy_":  # does not read what it overwrites
+            tensors = tensors[1:]
+        elif func._schema.is_mutable and name.endswith("_"):
+            written = written[:1]
+        operations = 0
+        if name in PRODUCTS:
+            a, b = tensors[-2:]
+            operations = 2 * a.numel() * b.shape[-1]
+        kinds = ((PRODUCTS, "products"), (COPIES, "copies"), (NORMS, "norms"))
+        kind = next((kind for names, kind in kinds if name in names), "element-wise, sums, gathers")
+        self.count.add(kind, 1, size_of(*tensors, *written), operations, written[0].dtype)
+        return out
+
+
+class Attention(TorchFunctionMode):
+    """Counts scaled dot-product attention as one kernel."""
+
+    def __init__(self, count: Count, operations: Operations) -> None:
+        super().__init__()
+        self.count, self.operations = count, operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        out = torch.empty_like(q)
+        products = 4 * q.numel() * k.shape[-2]
+        self.count.add("attention", 1, size_of(q, k, v, out), products, q.dtype)
+        return out
+
+
+@contextmanager
+def counted_ops(count: Count) -> Iterator[None]:
+    """Inside, the package's ops on meta tensors are counted as what their launchers would launch."""
+    own = dry.edge_scores, dry.receiver_grads
+
+    def edge_scores(run: Any, delta: Tensor, grads: Tensor, reduce: str, workspace: Any) -> Tensor:
+        out = own[0](run, delta, grads, reduce, workspace)
+        if out.numel() and delta.numel():
+            work = 2 * delta.numel() * len(grads)
+            count.add("contraction", 2, size_of(delta, grads, out), work, delta.dtype)
+        return out
+
+    def receiver_grads(run: Any, g: Tensor, weight: Tensor, normed: bool, out: Tensor | None, workspace: Any) -> Tensor:
+        made = own[1](run, g, weight, normed, out, workspace)
+        count.add("receivers", 1, size_of(g, g, weight, made), 2 * g.numel() * weight.shape[1], g.dtype)
+        return made
+
+    dry.edge_scores, dry.receiver_grads = edge_scores, receiver_grads
+    try:
+        yield
+    finally:
+        dry.edge_scores, dry.receiver_grads = own
+
+
+def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16) -> Count:
+    """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits."""
+    model, count = work.without_memory(dtype), Count()
+    operations = Operations(count)
+    plan = Plan(model.config, dtype, torch.device("cuda"))
+    model.closed_forms  # noqa: B018 - constants of the weights, made once for a call
+    with Attention(count, operations), counted_ops(count):
+        run_dry(plan, model, work.B, work.T, "dense", 1, operations)
+    return count
+
+
+# Milliseconds of the device on one H200, 2026-11-27, commit 2b62621, by kernel and part; what took less than 1 % of a
+# batch was not listed there.
+PROFILES = {
+    "GPT-2 small, B=256": (
+        26.9,
+        {"contraction": 4.57, "receivers": 2.29, "attention": 2.44, "products": 4.3, "copies": 6.5},
+    ),
+    "GPT-2 XL, B=32": (59.1, {"contraction": 19.2, "receivers": 6.03, "attention": 2.87}),
+    "13B, B=8": (63.8, {"contraction": 17.0, "receivers": 6.89, "attention": 2.10, "products": 17.0}),
+}
+
+
+def works() -> dict[str, Work]:
+    """The batches that were profiled, in bfloat16."""
+    return {"GPT-2 small, B=256": replace(SMALL, B=256), "GPT-2 XL, B=32": XL, "13B, B=8": B13}
+
+
+def table() -> str:
+    """Every part of each batch, beside what was measured."""
+    lines = []
+    for name, work in works().items():
+        count, (whole, parts) = count_batch(work), PROFILES[name]
+        lines.append(f"{name}, T={work.T}, bfloat16, dense")
+        lines.append(
+            f"    {'part':32}{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'ms in a graph':>15}{'ms without':>12}{'measured':>10}"
+        )
+        rows = [*sorted(count.parts.items()), ("all", count.total)]
+        for part, found in rows:
+            measured = whole if part == "all" else parts.get(part)
+            cells = f"{found.kernels:8}{found.bytes / 1e9:8.2f}{found.operations / 1e12:8.3f}"
+            cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
+            lines.append(f"    {part:32}{cells}{'' if measured is None else format(measured, '10.2f')}")
+        lines.append(f"    kernels a layer: {count.total.kernels / work.L:.0f}")
+    return "\n".join(lines)
