@@ -109,6 +109,159 @@ def test_the_beginning_is_that_of_transformers(tmp_path):
     assert found == [3, 3, 4, 4, 3, 4, 3, 3, 4]
 
 
+BYTES = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256)), *map(chr, range(256, 324))]
+MERGES = [
+    ("Ġ", "M"),
+    ("a", "r"),
+    ("ar", "y"),
+    ("ĠM", "ary"),
+    ("M", "ary"),
+    ("h", "e"),
+    ("2", "0"),
+    ("Ċ", "Ċ"),
+    ("l", "l"),
+]
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁aehlrtyM20", "▁a", "he", "▁M", "▁▁"]
+TEXTS = ("Mary he", " Mary", "a  b\n\nc\t", "<|endoftext|>he<|endoftext|> x", "a <extra> b<pad>!", "<s>hi</s> a",
+    "2020 it's", "I'LL", "ÜNÏ ﬁ Å", "", " ", "he <mask> x")  # fmt: skip
+
+
+def two_files(folder, edit=None, **beside):
+    """All bytes and a few merges as vocab.json and merges.txt, with JSON files by their stems."""
+    folder.mkdir()
+    tokens = [*BYTES, *("".join(merge) for merge in MERGES), "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: at for at, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(map(" ".join, [("#version:", "0.2"), *MERGES])), encoding="utf-8")
+    for name, content in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def one_file(folder, edit=None, **beside):
+    """The same as tokenizer.json; edit: what changes it before it is saved."""
+    two_files(folder, **beside)
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(*(str(folder / n) for n in ("vocab.json", "merges.txt")))
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|endoftext|>"])
+    if edit is not None:
+        edit(made)
+    made.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def pieces(folder, edit, **beside):
+    """Sentence pieces as tokenizer.json."""
+    two_files(folder, **beside)
+    merges = [("▁", "a"), ("h", "e"), ("▁", "M"), ("▁", "▁")]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({p: i for i, p in enumerate(PIECES)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    made.add_special_tokens(PIECES[:3])
+    edit(made)
+    made.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def changed(**parts):
+    """What sets some parts of a tokenizer."""
+    return lambda made: [setattr(made, part, value) for part, value in parts.items()]
+
+
+def cut_and_padded(made):
+    made.enable_truncation(2)
+    made.enable_padding(length=8)
+
+
+def with_more_tokens(made):
+    made.add_tokens(["<extra>"])
+    made.add_special_tokens(["<pad>"])
+
+
+def kind(name, **more):
+    """A tokenizer_config.json."""
+    return {"tokenizer_config": {"tokenizer_class": name, **more}}
+
+
+def added(content, **flags):
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    return {"content": content, **plain, **flags}
+
+
+PRE, NORM = tokenizers.pre_tokenizers, tokenizers.normalizers
+SPACED = NORM.Sequence([NORM.Prepend("▁"), NORM.Replace(" ", "▁")])
+META = PRE.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+DIGITS = PRE.Sequence([PRE.Digits(individual_digits=True), PRE.ByteLevel(add_prefix_space=False)])
+GPT2, FILE, NEOX, QWEN = "GPT2Tokenizer", "PreTrainedTokenizerFast", "GPTNeoXTokenizerFast", "Qwen2Tokenizer"
+# How a folder is made, and whether it is read as transformers reads it (else a text at least is refused).
+SETTINGS = {
+    "two files": (two_files, None, kind(GPT2), True),
+    "of a model": (two_files, None, {"config": {"model_type": "gpt2"}}, True),
+    "a space before": (two_files, None, kind(GPT2, add_prefix_space=True), True),
+    "added_tokens.json": (two_files, None, {**kind(GPT2), "added_tokens": {"<extra>": 266, "<pad>": 267},
+        "special_tokens_map": {"pad_token": "<pad>"}}, True),
+    "a map of special tokens": (two_files, None, {**kind(GPT2), "special_tokens_map": {
+        "mask_token": {**added("<mask>", lstrip=True)}, "bos_token": "<s>"}}, True),
+    "added_tokens_decoder": (two_files, None, kind(GPT2, pad_token="<pad>", added_tokens_decoder={
+        "265": added("<|endoftext|>"), "266": added("<pad>"), "267": added("<extra>", special=False)}), True),
+    "additional ones": (two_files, None, kind(GPT2, additional_special_tokens=["<extra>", "<pad>"]), True),
+    "special tokens as text": (two_files, None, kind(GPT2, split_special_tokens=True), True),
+    "BOS": (two_files, None, kind(GPT2, add_bos_token=True), True),
+    "Qwen2": (two_files, None, kind(QWEN, additional_special_tokens=["<extra>"]), True),
+    "NeoX": (two_files, None, kind(NEOX), True),
+    "another class": (two_files, None, kind("RobertaTokenizer"), False),
+    "another model": (two_files, None, {"config": {"model_type": "llama"}}, False),
+    "one file": (one_file, None, kind(GPT2), True),
+    "by its file alone": (one_file, None, kind(FILE), True),
+    "cut and padded": (one_file, cut_and_padded, kind(GPT2), True),
+    "cut and padded, by its file": (one_file, cut_and_padded, kind(FILE), True),
+    "its space taken away": (one_file, changed(pre_tokenizer=PRE.ByteLevel(add_prefix_space=True)), kind(GPT2), True),
+    "its space": (one_file, changed(pre_tokenizer=PRE.ByteLevel(add_prefix_space=True)), kind(FILE), True),
+    "a space beside it": (one_file, None, kind(FILE, add_prefix_space=True), True),
+    "normalised": (one_file, changed(normalizer=NORM.Sequence([NORM.NFKC(), NORM.Lowercase()])), kind(FILE), True),
+    "normalised, unlike its class": (one_file, changed(normalizer=NORM.Lowercase()), kind(GPT2), False),
+    "digits": (one_file, changed(pre_tokenizer=DIGITS), kind(FILE), True),
+    "digits, unlike its class": (one_file, changed(pre_tokenizer=DIGITS), kind(GPT2), False),
+    "more tokens": (one_file, with_more_tokens, kind(FILE), True),
+    "more tokens beside it": (one_file, None, kind(FILE, pad_token="<pad>", added_tokens_decoder={
+        "265": added("<|endoftext|>"), "266": added("<pad>"), "267": added("<extra>", special=False)}), True),
+    "a token elsewhere": (one_file, None, kind(FILE, added_tokens_decoder={"300": added("<pad>")}), False),
+    "BOS declined": (one_file, changed(post_processor=tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 265)])), kind(FILE, add_bos_token=False), True),
+    "NeoX in one file": (one_file, changed(normalizer=NORM.NFC()), kind(NEOX), True),
+    "Llama 3": (one_file, None, {**kind("LlamaTokenizerFast"), "config": {"model_type": "llama"}}, True),
+    "Llama": (pieces, changed(pre_tokenizer=META), kind("LlamaTokenizer", legacy=False), True),
+    "Llama, as once written": (pieces, changed(normalizer=SPACED), kind("LlamaTokenizer"), False),
+    "Llama by its file": (pieces, changed(normalizer=SPACED), kind(FILE), True),
+    "Gemma": (pieces, changed(normalizer=NORM.Replace(" ", "▁")), kind("GemmaTokenizer"), True),
+}  # fmt: skip
+
+
+def test_folders_are_read_as_transformers_reads_them_or_a_text_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    for name, (make, edit, beside, same) in SETTINGS.items():
+        make(tmp_path / name, edit, **beside)
+        ours, refusals = find_tokenizer(tmp_path / name), 0
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        except ValueError:
+            assert not same, name
+        for text in TEXTS:
+            try:
+                found = ours.made.encode(text)
+            except ValueError as error:
+                refusals += 1
+                assert "write a tokenizer.json" in str(error) or "remove tokenizer_class" in str(error), name
+            else:
+                assert found == theirs.encode(text, add_special_tokens=False), (name, text)
+        assert (refusals == 0) is same, name
+        if same:
+            assert ours.prompt("Mary") == theirs("Mary").input_ids, name
+
+
 def test_what_a_text_goes_on_with_is_not_split_like_a_beginning():
     made = with_a_space_before()
     found = PromptPairs.from_text(made, ["a b"], ["b b"], [" a"], [["b", " b"]])
