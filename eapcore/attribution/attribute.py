@@ -197,7 +197,8 @@ def attribute(
         store = store_of(batch)
         groups = passes.grouped(lambda n: plan.steps_together(*batch.shape, n, within) if store.steps else 1)
         what = (model, batch, experiment.metric, store, sums, passes, groups)
-        found = score_batch(*what, values=values, units=level == "neuron")
+        check = experiment.metric_name if feed.done == 0 and graphs is not True else None
+        found = score_batch(*what, values=values, units=level == "neuron", check=check)
         return [found.values, found.largest, *sums.result().values()]
 
     while feed.left:
@@ -259,6 +260,8 @@ def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, 
             f"the gradient of the metric {name} is zero on every pair, so every score would be: a divergence from the "
             "clean run has its minimum there; use another metric"
         )
+    if not any(bool(x.any()) for x in scores.values()):
+        _log.warning("every score is exactly 0: nothing that changes between the runs reaches the metric %s", name)
 
 
 def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: bool) -> str:

@@ -22,7 +22,7 @@ from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
 from eapcore.models.paired import run_paired
 from eapcore.models.tensors import accumulate_dtype
-from eapcore.tasks.metrics import Metric, MetricBatch, evaluate
+from eapcore.tasks.metrics import Metric, MetricBatch, check_apart, evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ def score_batch(
     *,
     values: Values | None = None,
     units: bool = False,
+    check: str | None = None,
 ) -> Measured:
     """Add a batch's scores to sums.
 
@@ -65,6 +66,7 @@ def score_batch(
         groups: how many of them, in order, run as one batch.
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
+        check: the metric's name, where its pairs are to be checked not to hang on each other.
     """
     read, pairs = batch.read, batch.pairs
     start = {1.0: batch.embed(model, pairs.clean), 0.0: batch.embed(model, pairs.corrupt)}
@@ -111,6 +113,8 @@ def score_batch(
     clean_out = out[halves[1.0]]
     del out, all_logits, norm_in
     reference = MetricBatch(reads.answers, reads.wrong, logits[1.0], logits[0.0], batch.index)
+    if check is not None:
+        check_apart(check, metric, logits[1.0], reference)
     measured = torch.stack([evaluate(metric, logits[alpha], reference).double() for alpha in (1.0, 0.0)])
     largest = torch.zeros((), dtype=torch.float64, device=model.device)
     exact: list[Block] = []

@@ -17,7 +17,7 @@ from eapcore.execution.batch import Batch, cut, in_order, spans
 from eapcore.graph.show import short
 from eapcore.models.forward import check_tokens, first_non_finite
 from eapcore.models.model import Model
-from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, evaluate, find_metric
+from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, check_apart, evaluate, find_metric
 from eapcore.tasks.pairs import PromptPairs
 
 Task = PromptPairs | tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "int64 N T"]]
@@ -86,7 +86,9 @@ class Experiment:
         return values_of(self.metric, logits, reference)
 
     def ends(self, reference: MetricBatch) -> Annotated[Tensor, "float64 2 B"]:
-        """The metric on the clean and on the corrupt run of a batch; ValueError where it is not finite."""
+        """The metric on the clean and the corrupt run of a batch; ValueError where it is not finite, or where a pair's
+        value hangs on the others."""
+        check_apart(self.metric_name, self.metric, reference.clean_logits, reference)
         values = self.values(torch.stack([reference.clean_logits, reference.corrupt_logits]), reference)
         found = torch.zeros(2, len(self.pairs), dtype=torch.float64, device="cpu")
         found[:, reference.index.cpu()] = values.cpu()

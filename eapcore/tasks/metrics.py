@@ -8,8 +8,10 @@ logits of several runs of the batch, [C, B, V], and return [C, B].
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import torch
@@ -111,6 +113,41 @@ def find_metric(
     if name in _NEEDS_ANSWERS and (pair := _first_without(answers)) is not None:
         raise ValueError(f"the metric {name} needs answers, but pair {pair} has none: give PromptPairs, or a callable")
     return name, metric
+
+
+def check_apart(name: str, metric: Metric, logits: Annotated[Tensor, "float64 B V"], batch: MetricBatch) -> None:
+    """Raise ValueError for a caller's metric whose value of a pair hangs on the other pairs of the batch.
+
+    The first and the last pair alone must have the values that they have in the batch, and weighted values must have
+    weighted gradients. What cannot be tried so, such as a metric for batches of one size, is let through.
+    """
+    n = len(logits)
+    if metric in METRICS.values() or getattr(metric, "several_positions", False) or n < 2:
+        return
+    weight = 1.0 + torch.arange(n, device=logits.device)
+    moved = 0.0
+    try:
+        with torch.enable_grad(), warnings.catch_warnings(action="ignore"):
+            leaf = logits.detach().clone().requires_grad_()
+            values = evaluate(metric, leaf, batch)
+            plain, weighted = (
+                torch.autograd.grad(sums, leaf, retain_graph=True)[0]
+                for sums in (values.sum(), (values * weight).sum())
+            )
+            values = values.detach()
+            moved = float((weighted - weight[:, None] * plain).abs().max()) / n
+            scale = float(plain.abs().max()) + float(values.abs().max())
+            for row in (slice(0, 1), slice(n - 1, n)):
+                alone = MetricBatch(*(getattr(batch, part.name)[row] for part in fields(MetricBatch)))
+                off = float((evaluate(metric, logits[row], alone).detach() - values[row]).abs().max())
+                moved = max(moved, off if math.isfinite(off) else math.inf)
+    except Exception:  # whatever a caller's function raises; what is wrong with it is said where it is used
+        scale = 0.0 if moved == 0 else float(logits.abs().max())
+    if math.isfinite(scale) and moved > 1e-9 * scale > 0:
+        raise ValueError(
+            f"the metric {name} gives a pair a value that hangs on the other pairs of its batch, so scores would hang "
+            "on the batch size: return each pair's own value, without a mean or a scale over the batch"
+        )
 
 
 def _first_without(ids: Tensor) -> int | None:

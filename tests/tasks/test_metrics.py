@@ -9,13 +9,24 @@ import math
 import oracle
 import pytest
 import torch
-from models import random_case, random_model, random_pairs
+from models import random_case, random_model, random_pairs, with_weights
 from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
+from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on
-from eapcore.tasks.metrics import METRICS, MetricBatch, evaluate, find_metric, logit_diff, logit_margin, tokens_read
+from eapcore.tasks import PromptPairs, find_pairs
+from eapcore.tasks.metrics import (
+    METRICS,
+    MetricBatch,
+    check_apart,
+    evaluate,
+    find_metric,
+    logit_diff,
+    logit_margin,
+    tokens_read,
+)
 
 V = 11
 ANSWERS = [[3], [0, 7], [10, 2, 5], [1, 4]]
@@ -326,3 +337,59 @@ def test_patching_computes_logits_only_where_the_metric_reads():
     with Vocabulary(97, model.weights) as seen:
         metric_on(model, pairs, "logit_diff", [circuit])
     assert seen.products == []  # no more than four tokens a pair
+
+
+COUPLED = {
+    "less the batch's mean": lambda logits: logits[:, 0] - logits[:, 0].mean(),
+    "by the batch's spread": lambda logits: logits[:, 0] / logits[:, 0].std().detach(),
+    "normed over the batch": lambda logits: logits[:, 0].softmax(0),
+    "the batch's mean for each": lambda logits: logits[:, 0].mean().expand(len(logits)),
+    "a neighbour's": lambda logits: logits[:, 0].roll(1),
+    "against the next": lambda logits: logits[:, 0] - logits.roll(-1, 0)[:, 1].detach(),
+    "the largest of all": lambda logits: logits[:, 0] / logits.amax(),
+    "with the batch": lambda logits, batch: logits[:, 0] - batch.clean_logits[:, 0] - logits[:, 1].mean(),
+}
+APART = {
+    "a difference": lambda logits: logits[:, 0] - logits[:, 1],
+    "normed over the vocabulary": lambda logits: logits.log_softmax(-1)[:, 3],
+    "against the clean run": lambda logits, batch: (logits - batch.clean_logits).square().sum(-1),
+    "labels by the index": lambda logits, batch: logits[torch.arange(len(logits)), batch.index % 3],
+    "for a batch of its own size": lambda logits: logits[torch.arange(1000), 0],
+    "without a gradient": lambda logits: logits.argmax(-1).double(),
+}
+
+
+def test_a_metric_whose_pairs_hang_on_each_other_is_refused():
+    logits = torch.randn(3, 7, dtype=torch.float64)
+    batch = MetricBatch(torch.tensor([[1], [2], [3]]), torch.zeros(3, 0), logits, logits + 1, torch.arange(3))
+    alone = MetricBatch(*(getattr(batch, part.name)[:1] for part in dataclasses.fields(batch)))
+    for name, metric in COUPLED.items():
+        refused(f"the metric {name} gives a pair a value that hangs on", check_apart, name, metric, logits, batch)
+        check_apart(name, metric, logits[:1], alone)  # a pair alone hangs on nothing
+    for name, metric in APART.items():
+        check_apart(name, metric, logits, batch)
+    model, pairs, coupled = load("toy-ioi"), find_pairs("toy-ioi", n=3, seed=0), COUPLED["less the batch's mean"]
+    refused("hangs on the other pairs of its batch", attribute, model, pairs, coupled)
+    refused("hangs on the other pairs", metric_on, model, pairs, coupled, [attribute(model, pairs).top_n(5)])
+
+
+def test_pairs_from_tensors_that_have_nothing_to_tell_apart_are_refused_too():
+    one = torch.tensor([[1, 2]])
+    model = random_model()
+    for answers, wrong, message in (
+        ([[3]], [[3]], "pair 0 has the answer 3 among its wrong answers"),
+        ([[3, 3]], [[4]], "pair 0 has the answer 3 twice"),
+        ([[3, -1]], [[4, 4]], "pair 0 has the wrong answer 4 twice"),
+    ):
+        pairs = PromptPairs(one, one + 1, one[:, 0] + 1, one[:, 0], torch.tensor(answers), torch.tensor(wrong))
+        refused(message, attribute, model, pairs)
+
+
+def test_scores_that_are_all_zero_are_said(caplog):
+    attribute(random_model(), random_pairs(random_model(), [4, 5]), lambda logits: logits[:, 0])
+    assert not caplog.records
+    still = random_model()
+    still = with_weights(still, {name: 0 * x for name, x in still.weights.named() if ".w_" in name or name == "w_e"})
+    pairs = PromptPairs.from_lists([[1, 2]], [[3, 2]], [1], [2])
+    attribute(still, pairs, lambda logits: logits[:, 0] + logits[:, 1] ** 2)
+    assert "every score is exactly 0" in caplog.text
