@@ -19,6 +19,7 @@
 #include <omp.h>
 #endif
 
+#include "meeting.hpp"
 #include "tile.hpp"
 
 namespace eapcore {
@@ -406,6 +407,8 @@ void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::ve
   if (small) {
     for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
   }
+  const std::int64_t all_tiles = plan.splits == 1 ? 0 : groups * sender_tiles;
+  Meeting meeting;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(plan.threads)
 #endif
@@ -417,20 +420,27 @@ void run_plan(const Plan& plan, const Edges& edges, std::int64_t groups, std::ve
 #endif
     if (!small) {
 #if defined(_OPENMP)
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
 #endif
       for (std::int64_t row = 0; row < all_rows; ++row) clear(row);
+      meeting.wait();
     }
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic, 1) nowait
 #endif
     for (std::int64_t i = 0; i < n_tasks; ++i) run(thread, plan.tasks[static_cast<std::size_t>(i)]);
-  }
-  if (plan.splits == 1) return;
+    meeting.wait();
+    if (!small) {
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(plan.threads) schedule(static) if (!small)
+#pragma omp for schedule(static) nowait
 #endif
-  for (std::int64_t i = 0; i < groups * sender_tiles; ++i) combine(i / sender_tiles, i % sender_tiles);
+      for (std::int64_t i = 0; i < all_tiles; ++i) combine(i / sender_tiles, i % sender_tiles);
+      meeting.wait();
+    }
+  }
+  if (small) {
+    for (std::int64_t i = 0; i < all_tiles; ++i) combine(i / sender_tiles, i % sender_tiles);
+  }
 }
 
 // scores[group, s, r] = Σ over the group's blocks of ⟨sender s, receiver r⟩, 0 where there is no edge.

@@ -7,6 +7,7 @@
 #endif
 
 #include "make.hpp"
+#include "meeting.hpp"
 
 namespace eapcore {
 
@@ -125,15 +126,19 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out, con
       }
     }
   };
+  Meeting meeting;
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+#pragma omp parallel num_threads(team)
 #endif
-  for (std::int64_t task = 0; task < tasks; ++task) {
+  {
 #if defined(_OPENMP)
-    run((*workers)[static_cast<std::size_t>(omp_get_thread_num())], task);
+    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1) nowait
 #else
-    run((*workers)[0], task);
+    const std::size_t thread = 0;
 #endif
+    for (std::int64_t task = 0; task < tasks; ++task) run((*workers)[thread], task);
+    meeting.wait();
   }
 }
 

@@ -6,8 +6,10 @@ under TRITON_INTERPRET=1) or "auto". A named implementation runs or raises; `cho
 
 from __future__ import annotations
 
+import logging
 import os
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -32,6 +34,7 @@ __all__ = [
     "workspace_bytes",
 ]
 
+_log = logging.getLogger("eapcore")
 OPS = ("edge_scores", "receiver_grads", "edge_scores_factored")
 IMPLS = ("auto", "reference", "triton", "cpp")
 
@@ -58,11 +61,39 @@ def choose(op: str, *, device: torch.device | str, dtype: torch.dtype) -> str:
     from . import cpp
 
     kind = torch.device(device).type
-    if kind == "cpu" and cpp.supports(op, dtype) and not cpp.why_not():
-        return "cpp"
+    if kind == "cpu" and cpp.supports(op, dtype):
+        if not cpp.why_not():
+            return "cpp"
+        _say_once(cpp.why_not())
     if kind == "cuda" and dtype != torch.float64:
         return "triton"
     return "reference"
+
+
+@cache
+def _say_once(why_not: str) -> None:
+    _log.warning("the C++ kernels are not here, and torch's own operations take about twice the time: %s", why_not)
+
+
+class _Forks:
+    """After a fork OpenMP waits forever for threads that only the parent has, unless there is to be one: so a child of
+    a process that may have used several has one."""
+
+    several = False
+
+    def before(self) -> None:
+        tasks = Path("/proc/self/task")
+        alone = tasks.is_dir() and len(list(tasks.iterdir())) == 1
+        self.several = torch.get_num_threads() > 1 and not alone
+
+    def in_child(self) -> None:
+        if self.several:
+            torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    _forks = _Forks()
+    os.register_at_fork(before=_forks.before, after_in_child=_forks.in_child)
 
 
 def _resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -8,10 +8,14 @@ contiguous, indices in range.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -21,10 +25,28 @@ from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
 _INTERFACE = 3  # what csrc/module.cpp calls kInterface
 
+
+def _built() -> ModuleType:
+    """The extension beside this package or, where this is a source tree, in which none is built, an installed one."""
+    try:
+        return import_module("eapcore._csrc")
+    except ModuleNotFoundError:
+        for folder in sys.path:
+            for suffix in EXTENSION_SUFFIXES:
+                path = Path(folder or ".", "eapcore", f"_csrc{suffix}")
+                if path.is_file():
+                    spec = spec_from_file_location("eapcore._csrc", path)
+                    assert spec is not None and spec.loader is not None
+                    module = module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    return module
+        raise
+
+
 _csrc: ModuleType | None = None
 _why_not = ""
 try:
-    _csrc = import_module("eapcore._csrc")
+    _csrc = _built()
 except ImportError as error:
     _why_not = f"eapcore._csrc cannot be imported ({error}): install eapcore again where a C++17 compiler is present"
 if _csrc is not None and getattr(_csrc, "interface", None) != _INTERFACE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -34,12 +35,20 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C."""
+    _wait_asleep()
     with shown_safely() as (_, err):
         args = _parser().parse_args(argv)
         args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.WARNING, format="eapcore: %(message)s")
         logging.getLogger("eapcore").setLevel(logging.INFO if err.isatty() else logging.WARNING)  # a pipe: no chatter
         return _run(args)
+
+
+def _wait_asleep() -> None:
+    """OpenMP's threads sleep while they wait, unless the user chose: they spin by default, which takes many times as
+    long where another process holds a core. OpenMP reads this when torch is loaded."""
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,20 +1,26 @@
-"""torch's modes that a caller may be in, and under which nothing here shall run."""
+"""torch's modes that a caller may be in, and under which nothing here shall run; and as many threads as pay."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import ParamSpec, TypeVar
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Multiply-adds of one product with which a thread more is worth that the others wait for it, and a batch's rows. A wait
+# takes 20 to 50 µs where threads sleep, and milliseconds where they spin and another process holds a core.
+_WORTH, _ROWS = 1 << 24, 512
+
 
 def own_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function outside the caller's autocast and inference mode.
+    """Run a function of a model, or of what has one, outside the caller's autocast and inference mode, and with as many
+    threads as its products are worth.
 
     Autocast would make products in another dtype than the model's, which the result names; in inference mode no metric
     has a gradient.
@@ -23,6 +29,7 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
         with ExitStack() as modes:
+            modes.enter_context(_threads(args[0] if args else next(iter(options.values()), None)))
             if torch.is_inference_mode_enabled():
                 modes.enter_context(torch.inference_mode(False))
                 modes.enter_context(torch.no_grad())
@@ -32,3 +39,26 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
 
     return call
+
+
+@contextmanager
+def _threads(of: Any) -> Iterator[None]:
+    """As many of torch's threads as the products of a small model are worth; a number that the environment sets
+    stays."""
+    before = torch.get_num_threads()
+    config = getattr(getattr(of, "model", of), "config", None)
+    device = getattr(getattr(of, "model", of), "device", None)
+    chosen = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    if config is None or getattr(device, "type", None) != "cpu" or chosen:
+        yield
+        return
+    widest = max(3 * config.n_heads * config.d_head, config.d_mlp or 0, config.d_vocab // 8)  # logits of few positions
+    worth = max(1, _ROWS * config.d_model * widest // _WORTH)
+    if worth >= before:
+        yield
+        return
+    torch.set_num_threads(worth)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

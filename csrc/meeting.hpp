@@ -1,0 +1,61 @@
+// Where the threads of a parallel region wait for each other.
+//
+// OpenMP's own barriers spin for milliseconds before they sleep: where another process holds a core, each of them would
+// cost as much processor time as the thread that it waits for stays away. Here a thread soon sleeps, and all come to
+// OpenMP's barrier together: who has woken others stays away, asleep, until they run.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace eapcore {
+
+constexpr int kLooks = 2000;  // at what the others do before a thread sleeps: about as long as waking one takes
+constexpr std::chrono::microseconds kNap{20};
+
+class Meeting {
+ public:
+  // Returns when every thread of the region has called it as often.
+  void wait() {
+#if defined(_OPENMP)
+    const int team = omp_get_num_threads();
+    if (team == 1) return;
+    const unsigned round = round_.load(std::memory_order_acquire);
+    if (here_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+      here_.store(0, std::memory_order_relaxed);
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        round_.store(round + 1, std::memory_order_release);
+      }
+      all_.notify_all();
+      while (asleep_.load(std::memory_order_acquire) > 0) std::this_thread::sleep_for(kNap);
+      return;
+    }
+    for (int look = 0; look < kLooks; ++look) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#endif
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1, std::memory_order_relaxed);
+    all_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
+    asleep_.fetch_sub(1, std::memory_order_release);
+#endif
+  }
+
+ private:
+  std::atomic<int> here_{0}, asleep_{0};
+  std::atomic<unsigned> round_{0};
+  std::mutex mutex_;
+  std::condition_variable all_;
+};
+
+}  // namespace eapcore
