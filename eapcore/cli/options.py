@@ -44,13 +44,16 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
     parser.add_argument(
         "--task",
         metavar="TASK",
-        help="toy-ioi, toy-induction, sort, or a .jsonl, .json, .csv or .tsv file of clean, corrupt, answer, wrong, as "
-        "text or as token ids, or of another tool's fields (default: the toy model's own task)",
+        help="ioi, greater-than, docstring, agreement or capitals, for a model with a tokenizer; toy-ioi, "
+        "toy-induction, sort; or a .jsonl, .json, .csv or .tsv file of clean, corrupt, answer, wrong, as text or as "
+        "token ids, or of another tool's fields (default: the toy model's own task)",
     )
     parser.add_argument(
         "--corruption",
-        metavar="FIELD",
-        help="which corrupt prompts of a file that has several, of PEAP's the second file (default: its publisher's)",
+        metavar="HOW",
+        help="of ioi: other-names, s2-io or s2-other; of docstring: random-random, random-def or random-doc; of "
+        "agreement: number or noun; of a file that has several, which field, of PEAP's the second file (default: the "
+        "first, or the publisher's)",
     )
     parser.add_argument(
         "--tokenizer",

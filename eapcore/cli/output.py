@@ -200,8 +200,14 @@ def first_pair(pairs: PromptPairs, tokenizer: Tokenizer | None) -> str:
     return (
         f"first    {length} tokens: {shown}\n"
         f"         corrupt {', '.join(changed) + more if changes else 'the same'}; read at {reads}, behind "
-        f"{text(clean[reads])}: right {named(right) or 'none'}, wrong {named(wrong) or 'none'}"
+        f"{text(clean[reads])}: right {named(right) or 'none'}, wrong {named(wrong) or 'none'}" + _places(pairs)
     )
+
+
+def _places(pairs: PromptPairs) -> str:
+    """A line with the places of the first pair that have a name."""
+    at = [f"{name} {int(places[0])}" for name, places in pairs.places.items() if int(places[0]) >= 0]
+    return f"\n         places {', '.join(at)}" if at else ""
 
 
 def _pieces(pairs: PromptPairs, tokenizer: Tokenizer | None) -> Callable[[int], str]:

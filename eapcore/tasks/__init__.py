@@ -5,34 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from eapcore.tasks import sort, toy_induction, toy_ioi
-from eapcore.tasks.files import Encode, read_pairs
+from eapcore.tasks import agreement, capitals, docstring, greater_than, ioi, sort, toy_induction, toy_ioi
+from eapcore.tasks.files import read_pairs
 from eapcore.tasks.pairs import PromptPairs
 from eapcore.tasks.rows import ENDINGS, shown
-from eapcore.text.tokenizer import Tokenizer
+from eapcore.text.tokenizer import Tokenizer, tokenizer_of
 
 __all__ = ["TASKS", "PromptPairs", "Task", "find_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A built-in task. generate(n, seed) draws its pairs; metric is the one it is judged by."""
+    """A built-in task, and the metric that it is judged by.
+
+    generate: draws pairs by their number and a seed; where there are corruptions to choose from, the prompts are text
+    for any tokenizer, and it takes a tokenizer and a corruption too. The first corruption is the default.
+    """
 
     description: str
-    generate: Callable[[int, int], PromptPairs]
+    generate: Callable[..., PromptPairs]
     metric: str = "logit_diff"
+    corruptions: tuple[str, ...] = ()
 
 
 TASKS: dict[str, Task] = {
     "toy-ioi": Task("indirect objects, for the model toy-ioi", toy_ioi.generate),
     "toy-induction": Task("induction, for the model toy-induction", toy_induction.generate),
     "sort": Task("sorting six digits, for gpt-nano-sort", sort.generate),
+    "ioi": Task("indirect objects, as text", ioi.generate, corruptions=ioi.CORRUPTIONS),
+    "greater-than": Task("years, as text", greater_than.generate, "prob_diff", greater_than.CORRUPTIONS),
+    "docstring": Task("arguments in a docstring, as text", docstring.generate, "logit_margin", docstring.CORRUPTIONS),
+    "agreement": Task("subject and verb, as text", agreement.generate, corruptions=agreement.CORRUPTIONS),
+    "capitals": Task("countries and capitals, as text", capitals.generate, corruptions=capitals.CORRUPTIONS),
 }
 
 
 def find_pairs(
-    task: str | Path, *, n: int | None, seed: int, encode: Encode | None = None, corruption: str | None = None
+    task: str | Path, *, n: int | None, seed: int, encode: Any = None, corruption: str | None = None
 ) -> PromptPairs:
     """The pairs of a built-in task by name, or of a file.
 
@@ -40,19 +51,26 @@ def find_pairs(
         task: a name out of TASKS, or a path.
         n: how many pairs; None is 64 for a built-in task and all of a file.
         seed: of the draw; a file is read in order.
-        encode: text → token ids for a file with text, best a `Tokenizer`.
-        corruption: which corrupt prompts of a file that has several, see `files.read_pairs`.
+        encode: for text, what `PromptPairs.from_text` takes; for a file, also any function of text → token ids.
+        corruption: of a task or a file that has several; None is a task's first, for a file see `files.read_pairs`.
 
     Raises:
-        ValueError: an unknown name, n < 1, a file that `files.read_pairs` refuses, or a tokenizer whose `bos` was set
-            where no prompt is text.
+        ValueError: an unknown name or corruption, n < 1, a file that `files.read_pairs` refuses, words of several
+            tokens that a task needs as one, or a tokenizer whose `bos` was set where no prompt is text.
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 pair, got {n}")
-    if str(task) in TASKS:
-        if corruption is not None:
-            raise ValueError(f"a corruption is chosen of a file, but {task} is a built-in task")
-        pairs = TASKS[str(task)].generate(64 if n is None else n, seed)
+    known = TASKS.get(str(task))
+    if known is not None and corruption is not None and corruption not in known.corruptions:
+        which = f"must be one of {', '.join(known.corruptions)}" if known.corruptions else "cannot be chosen"
+        raise ValueError(f"the corruption of {task} {which}, got {shown(corruption, 100)}")
+    if known is not None and known.corruptions:
+        if encode is None:
+            raise ValueError(f"the task {task} is text, but this model has no tokenizer here: give --tokenizer FOLDER")
+        encode = tokenizer_of(encode, "encode")
+        pairs = known.generate(64 if n is None else n, seed, encode, corruption or known.corruptions[0])
+    elif known is not None:
+        pairs = known.generate(64 if n is None else n, seed)
     elif not Path(task).is_file():
         raise ValueError(
             f"task must be one of {', '.join(TASKS)} or a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file, got "

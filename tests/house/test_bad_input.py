@@ -237,7 +237,7 @@ def test_an_unknown_model_is_refused_by_name(refused, tmp_path):
 
 
 def test_an_unknown_task_and_a_missing_one_list_the_valid_ones(refused, tmp_path):
-    for argv in (["--task", "ioi"], ["--task", tmp_path / "nothing.jsonl"], []):
+    for argv in (["--task", "iio"], ["--task", tmp_path / "nothing.jsonl"], []):
         line = refused(*argv, task=False)
         assert "one of toy-ioi, toy-induction, sort" in line and ".csv or .tsv file" in line
 
@@ -333,7 +333,7 @@ def test_a_disk_that_fills_up_while_writing_is_one_line(refused, tmp_path, monke
 
 def test_debug_shows_the_traceback_of_bad_input(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="task must be one of"):
-        main(["run", "--model", str(checkpoint), "--task", "ioi", "--out", str(tmp_path), "--debug"])
+        main(["run", "--model", str(checkpoint), "--task", "iio", "--out", str(tmp_path), "--debug"])
 
 
 def test_an_error_of_our_own_is_told_from_bad_input(checkpoint, tmp_path, monkeypatch, capsys):

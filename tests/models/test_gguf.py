@@ -20,6 +20,7 @@ from eapcore.models.families.gguf_tokenizer import PRE, gguf_tokenizer, rebuilt
 from eapcore.models.forward import forward
 from eapcore.models.gguf import read_gguf
 from eapcore.models.load import load, load_weights
+from eapcore.tasks import find_pairs
 from eapcore.tasks.files import read_pairs
 
 gguf = pytest.importorskip("gguf")
@@ -569,18 +570,14 @@ def test_smollm2_is_found_by_its_name_and_its_tokenizer_is_its_own(smollm2):
 @needs_smollm2
 def test_smollm2_names_the_indirect_object(smollm2):
     model, encode = smollm2
-    names = ["Mary", "John", "Anna", "Peter", "Sarah", "Tom", "David", "Jack"]
-    both: dict[bool, list[float]] = {True: [], False: []}
-    for at, (a, b) in enumerate(pairwise(names)):
-        other = names[(at + 3) % len(names)]
-        for clean, subject in ((True, b), (False, other)):
-            prompt = f"When {a} and {b} went to the store, {subject} gave a drink to"
-            with torch.no_grad():
-                logits = forward(model, torch.tensor([encode(prompt)]))[0, -1]
-            right, wrong = encode(f" {a}") + encode(f" {b}")
-            both[clean].append((logits[right] - logits[wrong]).item())
-    assert min(both[True]) > 1 and 3 < np.mean(both[True]) < 7
-    assert abs(np.mean(both[False])) < np.mean(both[True]) / 3
+    pairs = find_pairs("ioi", n=24, seed=0, encode=encode, corruption="s2-other")
+    found = []
+    for prompts in (pairs.clean, pairs.corrupt):
+        with torch.no_grad():
+            logits = forward(model, prompts)[torch.arange(len(pairs)), pairs.positions]
+        found.append((logits.gather(1, pairs.answers) - logits.gather(1, pairs.wrong)).squeeze(1))
+    assert 4 < float(found[0].mean()) < 5.5 and float((found[0] > 0).double().mean()) > 0.9
+    assert abs(float(found[1].mean())) < 1  # neither of the two names is the one that is repeated
 
 
 @needs_smollm2

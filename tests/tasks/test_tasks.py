@@ -254,14 +254,14 @@ def test_a_file_of_another_format_or_a_missing_one_is_refused(tmp_path):
     refused(r"a task file must end in \.jsonl, \.json, \.csv or \.tsv, got 't\.txt'", read_pairs, tmp_path / "t.txt")
     with pytest.raises(FileNotFoundError):
         read_pairs(tmp_path / "t.jsonl")
-    with pytest.raises(ValueError, match=r"sort or a \.jsonl, \.json, \.csv or \.tsv file, got .*nothing\.csv"):
+    with pytest.raises(ValueError, match=r"capitals or a \.jsonl, \.json, \.csv or \.tsv file, got .*nothing\.csv"):
         find_pairs(tmp_path / "nothing.csv", n=None, seed=0)
 
 
-@pytest.mark.parametrize("task", ["ioi", "", "Sort", "."])
+@pytest.mark.parametrize("task", ["iio", "", "Sort", "."])
 def test_an_unknown_task_lists_the_valid_ones(task):
     with pytest.raises(
-        ValueError, match=r"must be one of toy-ioi, toy-induction, sort or a \.jsonl, \.json, \.csv or \.tsv file"
+        ValueError, match=r"must be one of toy-ioi, .*, capitals or a \.jsonl, \.json, \.csv or \.tsv file"
     ) as e:
         find_pairs(task, n=None, seed=0)
     assert repr(task) in str(e.value)
@@ -276,7 +276,7 @@ def test_fewer_than_one_pair_is_refused(task, n):
 # Built-in tasks
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.corruptions])
 def test_a_built_in_task_draws_the_same_pairs_from_the_same_seed(task):
     one, again, other = (find_pairs(task, n=20, seed=seed) for seed in (1, 1, 2))
     assert lists(one) == lists(again)

@@ -1,0 +1,57 @@
+"""Years for any tokenizer that reads their last two digits as one token: "The war lasted from the year 1732 to the year
+17" → 33, 34, …
+
+Hanna, Liu, Variengien 2023; the nouns are our own.
+"""
+
+from __future__ import annotations
+
+import random
+
+from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.templates import Row, each, pairs_of
+from eapcore.text.tokenizer import Tokenizer
+
+NOUNS = tuple(
+    "war siege strike trial drought famine voyage journey expedition marriage alliance friendship partnership reign "
+    "revolt rebellion uprising conflict dispute campaign occupation construction project experiment study tour "
+    "festival exhibition epidemic plague truce tradition dynasty empire republic union league treaty contract".split()
+)
+SENTENCE = "The {NOUN} lasted from the year {XX}{YY} to the year {XX again}"
+CENTURIES = range(11, 18)
+CORRUPTIONS = ("01",)
+
+
+def generate(n: int, seed: int, tokenizer: Tokenizer, corruption: str = "01") -> PromptPairs:
+    """Draw n pairs; the corrupt prompt has 01 in the place of YY, behind which every year is greater.
+
+    Places: NOUN, XX, YY, XX again, END (the same token as XX again).
+
+    Args:
+        n: how many pairs.
+        seed: of the draw; the same seed gives the same pairs with the same tokenizer.
+        tokenizer: years are those that it splits into XX and YY.
+        corruption: "01".
+
+    Returns:
+        PromptPairs with the two-digit tokens above YY as the answers, 00 to YY as the wrong ones.
+
+    Raises:
+        ValueError: two digits are several tokens, by their pieces.
+    """
+    ends = [f"{year:02d}" for year in range(100)]
+    ids = each(tokenizer, ends, "two-digit ends of years", space="")
+    years = [
+        (f"{century}", year)
+        for century in CENTURIES
+        for year in range(2, 99)
+        if all(tokenizer(f" {century}{ends[y]}")[1:] == [ids[y]] for y in (year, 1))
+    ]
+    if not years:
+        raise ValueError(f"the tokenizer of {tokenizer.name} splits no year from 1102 to 1798 into XX and YY")
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        century, year = rng.choice(years)
+        clean = {"NOUN": rng.choice(NOUNS), "XX": century, "YY": ends[year], "XX again": century}
+        rows.append(Row(SENTENCE, clean, clean | {"YY": ends[1]}, ids[year + 1 :], ids[: year + 1]))
+    return pairs_of(rows, tokenizer, name="greater-than", seed=seed, corruption=corruption)
