@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -13,18 +14,22 @@ from torch import Tensor
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
 from eapcore.attribution.factored import FactoredStore
-from eapcore.attribution.methods import Options, Points, Recipe, recipe
+from eapcore.attribution.methods import Options, Passes, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Store, Sums
+from eapcore.attribution.tally import Tally
 from eapcore.execution.ablation import Ablation
-from eapcore.execution.batch import Batch, in_order
+from eapcore.execution.batch import Batch, in_order, spans
 from eapcore.execution.cuda_graphs import Replays, recorder
+from eapcore.execution.distributed import deal, reported
 from eapcore.execution.experiment import Experiment, Task, check_batch_size, describe, result_dtype
+from eapcore.execution.limits import PREFIX_SHARE
 from eapcore.execution.memory import budget, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
-from eapcore.execution.progress import Progress
+from eapcore.execution.progress import Count, Progress
+from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.models.backward_rules import Rules
@@ -53,7 +58,8 @@ def attribute(
 def attribute(
     model: Model, task: Task, metric: str | Metric = ..., *, level: str, **options: Any
 ) -> EdgeScores | NodeScores: ...
-@own_modes  # type: ignore[misc]  # the options stand here alone
+@reported  # type: ignore[misc]  # the options stand here alone
+@own_modes
 def attribute(
     model: Model,
     task: Task,
@@ -75,6 +81,8 @@ def attribute(
     impl: str = "auto",
     graphs: bool | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> EdgeScores | NodeScores:
     """Score every edge, node or neuron of a model for one behaviour.
 
@@ -140,6 +148,11 @@ def attribute(
             for a callable metric, which must not look at values on the host, and raises where it fails. The scores do
             not depend on it.
         progress: called with (pairs done, pairs in all) after every batch.
+        resume: a folder for what is done so far, written every half minute and on an interruption; where it exists, the
+            work goes on from there, on as many processes or others, to the same bits.
+        distributed: share the pairs among the processes that torchrun or the like started for this run; every one of
+            them gets the result. The pairs are cut by a fixed rule into a share for each, and the shares' float64 sums
+            added in order: the same bits for the same number of processes, and those of one but for rounding.
 
     Returns:
         EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
@@ -149,7 +162,7 @@ def attribute(
         ValueError: an unknown option, or one that does not go with the others; prompts or answers that do not fit the
             model; a metric that returns a wrong shape or NaN, or whose gradient is zero everywhere; NaN or infinite
             activations.
-        RuntimeError: a named impl cannot run here.
+        RuntimeError: a named impl cannot run here; the processes do not meet, or one of them is lost.
 
     Source: Syed, Rager, Conmy 2023, eq. 2 and appendix F; integrated gradients over inputs and activations: Hanna,
     Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; exact patterns and dropped
@@ -158,85 +171,70 @@ def attribute(
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
+    check_batch_size(batch_size)
     ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
     options = Options(gradient_at, steps, points, rules, qk, exact)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
-    experiment = Experiment.of(model, task, metric, ablation, reference)
-    model, pairs, values = experiment.model, experiment.pairs, experiment.ablation.values
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
-    groups = len(model.attentions[0].w_qkv)
-    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, groups, passes)
+    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
     by_node = level != "edge" and not how.by_edge
-    storage = _storage(plan, pairs, level, storage, by_node)
-    within = budget(model.device)
-    check_batch_size(batch_size)
-    size = batch_size if isinstance(batch_size, int) else plan.batch_size(pairs, storage)
+    asked = {"method": how.described, "level": level, "reduce": reduce}
+    ranks.agree(**asked)
+    kept = Resume(resume, "scores", lambda: asked | experiment.identity(), ranks, ranks.size)
+    found = _storage(plan, pairs, level, storage, by_node)
+    storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
+    size_asked = batch_size if isinstance(batch_size, int) else None
+    size = kept.settle("batch size", size_asked, lambda: ranks.least(plan.batch_size(pairs, storage)))
 
-    shapes = _shapes(model, level)
+    scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs)
+    order = in_order(pairs)
+    first, stop = (x[order] for x in spans(pairs, shared=experiment.shared))
     lead = {"all": (), "pair": (len(pairs),), "position": (int(pairs.positions.max()) + 1,)}[reduce]
-    scores = {
-        name: torch.zeros(*lead, *shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()
-    }
-    measured = torch.zeros(2, len(pairs), dtype=torch.float64, device=model.device)  # of the clean, of the corrupt runs
-    largest = torch.zeros((), dtype=torch.float64, device=model.device)
-    feed = Feed(pairs, in_order(pairs), model.device, shared=experiment.shared, copy=pinned_copy(model.device))
-    replays = _replays(model, experiment.metric, graphs, recordable=storage == "dense" or by_node)
-    memory = torch.empty(0, dtype=model.dtype, device=model.device)
+    shapes = _shapes(model, level)
+    alone = kept.lanes == ranks.size == 1
+    lanes: list[tuple[list[int], Tally]] = []
+    for lane, part in enumerate(deal((stop - (1 - PREFIX_SHARE) * first).tolist(), kept.lanes)):
+        if lane in kept.mine:
+            mine = order[part.start : part.stop]
+            places = torch.tensor(mine if alone else range(len(mine)), device="cpu").to(model.device)
+            rows = lead if alone or reduce != "pair" else (len(mine),)
+            made = {name: (*rows, *shape) for name, shape in shapes.items()}
+            tally = Tally(kept, lane, made, places, reduce, {"storage": storage})
+            tally.begin(0, len(pairs), size)
+            tally.restore()
+            scoring.check_metric(mine, tally)
+            lanes.append((mine, tally))
+    count = Count(ranks.watched(progress), len(pairs), sum(tally.done for _, tally in lanes))
+    if count.done:
+        count.add(0)
+    for mine, tally in lanes:
+        scoring.lane(mine, tally, count)
 
-    def store_of(batch: Batch) -> Store:
-        if by_node:
-            return NodeStore(model, batch, units=level == "neuron")
-        if storage == "dense":
-            return DenseStore(model, batch, memory)
-        return FactoredStore(model, batch, plan.chunk(*batch.shape, within))
+    def over_lanes(each: list[Tensor], *shape: int) -> Tensor:
+        nothing = torch.zeros(shape, dtype=torch.float64, device=model.device)  # of a process without a lane
+        return ranks.sum(each or [nothing], kept.lanes)
 
-    def score(batch: Batch) -> Tensors:
-        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
-        made = {"scores": (model.graph.n_senders, model.graph.n_receivers)} if passes.by_sender else shapes
-        sums = Sums(made, batch, reduce, impl, absolute=how.absolute, by_sender=passes.by_sender)
-        store = store_of(batch)
-        groups = passes.grouped(lambda n: plan.steps_together(*batch.shape, n, within) if store.steps else 1)
-        what = (model, batch, experiment.metric, store, sums, passes, groups)
-        check = experiment.metric_name if feed.done == 0 and graphs is not True else None
-        found = score_batch(*what, values=values, units=level == "neuron", check=check)
-        return [found.values, found.largest, *sums.result().values()]
-
-    while feed.left:
-        batch = feed.batch(size)
-        try:
-            if storage == "dense" and memory.numel() < DenseStore.size(model, batch):
-                replays.clear()
-                memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
-                memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
-            measured_here, largest_here, *parts = replays.run(batch, score, feed.alike)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if replays.drop():
-                _log.warning("out of memory: going on without CUDA graphs")
-                continue
-            if len(batch.pairs) == 1:
-                raise
-            size = len(batch.pairs) // 2
-            _log.warning("out of memory with %d pairs in a batch: going on with %d", len(batch.pairs), size)
-            continue
-        feed.advance(batch)
-        measured[:, batch.index] = measured_here
-        largest = torch.maximum(largest, largest_here)
-        for total, part in zip(scores.values(), parts, strict=True):
-            if reduce == "pair":
-                total[batch.index] = part
-            else:
-                (total if reduce == "all" else total[: batch.stop]).add_(part)
-        if model.device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
-            experiment.check_finite(measured)
-        if progress is not None:
-            progress(feed.done, len(pairs))
+    if alone:
+        scores = lanes[0][1].scores
+    elif reduce == "pair":
+        scores = {
+            name: torch.zeros(*lead, *shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()
+        }
+        for name, total in scores.items():
+            ranks.rows(total, [(torch.tensor(mine, device="cpu"), tally.scores[name]) for mine, tally in lanes])
+    else:
+        scores = {
+            name: over_lanes([tally.scores[name] for _, tally in lanes], *lead, *shape)
+            for name, shape in shapes.items()
+        }
+    largest = ranks.largest(torch.stack([tally.largest for _, tally in lanes]).max() if lanes else torch.zeros(()))
     _check_gradients(experiment, largest, scores)
     if how.absolute:
         for name, x in scores.items():
             x /= _reached(model, how, name).to(model.device)
-    clean, corrupt = measured.mean(1).tolist()
+    clean, corrupt = (over_lanes([t.ends + t.values.sum(1) for _, t in lanes], 2) / len(pairs)).tolist()
     meta = {
         **describe(model, pairs),
         "sign": how.sign,
@@ -246,6 +244,109 @@ def attribute(
         "storage": storage,
     }
     return _result(model, scores, meta, level, reduce, len(pairs), how.exact)
+
+
+class _Scoring:
+    """How batches of an experiment are scored, and what is used again for the next one."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        how: Recipe,
+        passes: Passes,
+        plan: Plan,
+        level: str,
+        reduce: str,
+        storage: str,
+        impl: str,
+        graphs: bool | str,
+    ) -> None:
+        model = experiment.model
+        self.experiment, self.how, self.passes, self.plan = experiment, how, passes, plan
+        self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
+        self.shapes, self.within = _shapes(model, level), budget(model.device)
+        self.by_node = level != "edge" and not how.by_edge
+        recordable = storage == "dense" or self.by_node
+        self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
+        self.memory = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.check = experiment.metric_name if graphs is not True else None  # of the first batch
+
+    def lane(self, order: list[int], tally: Tally, count: Count) -> None:
+        """Score what is left of a lane's pairs, in order, and keep what is done."""
+        experiment, device = self.experiment, self.experiment.model.device
+        left = order[tally.here :]
+        feed = Feed(experiment.pairs, left, device, shared=experiment.shared, copy=pinned_copy(device))
+        try:
+            while feed.left:
+                batch = feed.batch(tally.size)
+                try:
+                    values, largest, *parts = self._run(batch, feed)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    if self.replays.drop():
+                        _log.warning("out of memory: going on without CUDA graphs")
+                        continue
+                    if len(batch.pairs) == 1:
+                        raise
+                    tally.size = len(batch.pairs) // 2
+                    pairs = len(batch.pairs)
+                    _log.warning("out of memory with %d pairs in a batch: going on with %d", pairs, tally.size)
+                    continue
+                feed.advance(batch)
+                self.check = None
+                tally.add(batch, values, largest, parts)
+                if device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
+                    experiment.check_finite(tally.values)
+                count.add(len(batch.pairs))
+                if tally.resume.due:
+                    tally.save()
+        finally:
+            tally.save()
+
+    def check_metric(self, order: list[int], tally: Tally) -> None:
+        """ValueError where a callable gives other values on the first batch than it gave when that was scored."""
+        experiment = self.experiment
+        if not tally.here or experiment.metric in OWN_METRICS.values():
+            return
+        batch = experiment.batch(order[: min(tally.size, tally.here)])
+        before, now = tally.values[:, batch.index], self._score(batch)[0]
+        check_metric(tally.resume, experiment.metric_name, before, now, experiment.model.dtype)
+
+    def _run(self, batch: Batch, feed: Feed) -> Tensors:
+        """`_score`, where it suits recorded and replayed."""
+        self._make_room(batch)
+        return self.replays.run(batch, self._score, feed.alike)
+
+    def _score(self, batch: Batch) -> Tensors:
+        """The metric's values [2, B], the largest |∂metric/∂logits|, and the scores by name, of a batch."""
+        experiment, how = self.experiment, self.how
+        by_sender, graph = self.passes.by_sender, experiment.model.graph
+        made = {"scores": (graph.n_senders, graph.n_receivers)} if by_sender else self.shapes
+        sums = Sums(made, batch, self.reduce, self.impl, absolute=how.absolute, by_sender=by_sender)
+        store = self._store(batch)
+        together = self.plan.steps_together
+        groups = self.passes.grouped(lambda n: together(*batch.shape, n, self.within) if store.steps else 1)
+        what = (experiment.model, batch, experiment.metric, store, sums, self.passes, groups)
+        found = score_batch(*what, values=experiment.ablation.values, units=self.level == "neuron", check=self.check)
+        return [found.values, found.largest, *sums.result().values()]
+
+    def _store(self, batch: Batch) -> Store:
+        model = self.experiment.model
+        if self.by_node:
+            return NodeStore(model, batch, units=self.level == "neuron")
+        if self.storage == "dense":
+            self._make_room(batch)
+            return DenseStore(model, batch, self.memory)
+        return FactoredStore(model, batch, self.plan.chunk(*batch.shape, self.within))
+
+    def _make_room(self, batch: Batch) -> None:
+        """Make the buffer large enough; recordings that work in it go."""
+        model = self.experiment.model
+        if self.storage == "dense" and self.memory.numel() < DenseStore.size(model, batch):
+            self.replays.clear()
+            self.memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
+            self.memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
 
 
 def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, Tensor]) -> None:

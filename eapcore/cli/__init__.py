@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ import eapcore.cli.run as run
 import eapcore.cli.verify as verify
 from eapcore.cli.options import Help
 from eapcore.cli.output import shown_safely
+from eapcore.cli.process import Stopped, join, left, link_of, log_to, say, silent, stopping, told
 
 _LONGEST = 1000  # characters of an error's message
 COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report)
@@ -30,18 +30,23 @@ class _Parser(argparse.ArgumentParser):
     """One sentence for a bad argument, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_one_line(message)} (--help explains)\n")
+        first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+        self.exit(2, f"{self.prog}: {_one_line(message)} (--help explains)\n" if first else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C."""
+    """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C, 143 for
+    SIGTERM."""
     _wait_asleep()
-    with shown_safely() as (_, err):
+    with shown_safely():
         args = _parser().parse_args(argv)
         args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
-        logging.basicConfig(level=logging.WARNING, format="eapcore: %(message)s")
-        logging.getLogger("eapcore").setLevel(logging.INFO if err.isatty() else logging.WARNING)  # a pipe: no chatter
-        return _run(args)
+        args.distributed, args.leads = False, True
+        log_to(as_json=args.log_json)
+        status, text = _run(args)
+        if text:
+            say(text)
+        return status
 
 
 def _wait_asleep() -> None:
@@ -51,26 +56,31 @@ def _wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> tuple[int, str]:
+    """The exit status, and what is to be said of an error or an interruption."""
     try:
-        args.command(args)
-        return 0
+        with stopping():
+            join(args)
+            with silent(args):
+                args.command(args)
+            if (link := link_of(args)) is not None:
+                link.close()
+            return 0, ""
     except KeyboardInterrupt:
-        print("eapcore: interrupted; no file was left half-written", file=sys.stderr)
-        return 130
+        return 130, left(args, "interrupted; no file was left half-written")
+    except Stopped:
+        kept = getattr(args, "resume", None)
+        done = "no file was left half-written" if kept is None else f"what is done lies in {kept}"
+        return 143, left(args, f"stopped by SIGTERM; {done}")
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"eapcore: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return 2, told(args, error, _one_line(error))
     except Exception as error:
         if args.debug:
             raise
-        print(
-            f"eapcore: internal error, {type(error).__name__}: {_one_line(error)} (--debug shows where)",
-            file=sys.stderr,
-        )
-        return 1
+        text = f"internal error, {type(error).__name__}: {_one_line(error)} (--debug shows where)"
+        return 1, told(args, error, text)
 
 
 def _one_line(message: object) -> str:
@@ -89,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=Help)
         sub.set_defaults(command=function)
         sub.add_argument("--debug", action="store_true", help="show a traceback on errors")
+        sub.add_argument(
+            "--log-json", action="store_true", help="progress and warnings on stderr as JSON, one object a line"
+        )
         return sub
 
     for module in COMMANDS:

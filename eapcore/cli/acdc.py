@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--score-threshold {asked:g} leaves no edge to start from")
     ablation = find_ablation(args, model, pairs)
     options = {"order": args.order, "ablation": ablation, "batch_size": args.batch_size}
+    options |= {"distributed": args.distributed}
     began, total = time.perf_counter(), sum(sizes) * len(thresholds)
     found: list[Circuit] = []
     if scores is not None:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         with Progress(f"searching at {threshold:g}", sizes[0], "edge") as progress:
             found.append(acdc(model, pairs, metric, threshold=threshold, start=start, progress=progress, **options))
     seconds = time.perf_counter() - began
-    write(found[0] if single else _Sweep(found), args.out)
+    write(args, found[0] if single else _Sweep(found))
     print(heading(model, pairs, metric))
     counts = {key: sum(c.meta["forwards"][key] for c in found) for key in ("decided", "evaluated", "launches")}
     print(

@@ -6,7 +6,7 @@ import argparse
 import time
 
 from eapcore.cli.inputs import check_number, find_ablation, prepare, score
-from eapcore.cli.options import Command, add_method, add_out, add_task, count, number
+from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, count, number
 from eapcore.cli.output import check_out, score_table, scored_heading, write
 
 
@@ -28,6 +28,7 @@ def add(command: Command) -> None:
     printed.add_argument(
         "--threshold", type=number, metavar="X", help="also print those with |score| at least X (default: none)"
     )
+    add_resume(parser)
     add_out(parser, "scores.safetensors", "the score file to write")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     scores = score(args, model, pairs, metric, ablation=ablation, level=args.level, reduce=args.reduce)
     seconds = time.perf_counter() - start
-    write(scores, args.out)
+    write(args, scores)
     print(scored_heading(model, pairs, scores, seconds))
     shown = args.top_n
     if args.threshold is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, prepare, top
-from eapcore.cli.options import RUN, TOP, Command, add_out, add_scores, add_task, at_least_two, positive
+from eapcore.cli.options import RUN, TOP, Command, add_out, add_resume, add_scores, add_task, at_least_two, positive
 from eapcore.cli.output import Progress, check_out, heading, table, write
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def add(command: Command) -> None:
         help="also draw the prompts again N times, for the scores' stability (default: off)",
     )
     parser.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {TOP}")
+    add_resume(parser)
     add_out(parser, "evaluation.json")
 
 
@@ -93,8 +94,10 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             progress=progress,
             ablation=ablation,
+            resume=args.resume,
+            distributed=args.distributed,
         )
-    write(judged, args.out)
+    write(args, judged)
     print(heading(model, pairs, metric))
     _print_faithfulness(judged, scores)
     names = [str(args.true_circuit)] if truth is not None else []

@@ -99,6 +99,7 @@ def score(
 
     with Progress("scoring", len(pairs)) as progress:
         options = {**method_options(args), **options, "batch_size": args.batch_size, "progress": progress}
+        options |= {"resume": args.resume, "distributed": args.distributed}
         return attribute(model, pairs, metric, **options)
 
 

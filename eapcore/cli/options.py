@@ -247,8 +247,13 @@ def add_out(parser: argparse.ArgumentParser, default: str, text: str = "the file
     parser.add_argument("--out", type=Path, default=Path(default), metavar=what, help=text)
 
 
-def add_resume(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--resume", type=Path, metavar="FILE", help=f"{text} (default: off)")
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is done in this folder, and go on from it after an interruption (default: off)",
+    )
 
 
 def add_scores(parser: argparse.ArgumentParser) -> None:

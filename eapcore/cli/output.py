@@ -7,10 +7,13 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from eapcore.cli.process import STOP, log_event, logged_as_json
 
 if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores, NodeScores
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from eapcore.tasks.pairs import PromptPairs
     from eapcore.text.tokenizer import Tokenizer
 
+_REPORT = 5.0  # seconds between two lines of progress in a log
 _FEW, _TOKENS = 6, 48  # answers and changes, and tokens, of the first pair that are shown
 
 
@@ -105,25 +109,52 @@ def shown_safely() -> Iterator[tuple[Shown, Shown]]:
 
 
 class Progress:
-    """A progress bar on a terminal, nothing in a pipe. total: None until the first report of what is done says it."""
+    """A progress bar on a terminal, JSON with --log-json, else nothing; and the place where SIGTERM is looked for.
+
+    total: None until the first report of what is done says it.
+    """
 
     def __init__(self, text: str, total: int | None, unit: str = "pair") -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=not sys.stderr.isatty())
+        self.json = logged_as_json() and not STOP.quiet
+        off = self.json or STOP.quiet or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=off)
+        self.text, self.unit, self.began = text, unit, time.monotonic()
+        self.first: int | None = None
+        self.reported = self.began
 
     def __enter__(self) -> Callable[[int, int], None]:
+        STOP.at_work += 1
         return self.show
 
     def show(self, done: int, total: int) -> None:
         self.bar.total = total
         self.bar.update(done - self.bar.n)
+        if self.json:
+            self._log(done, total)
+        STOP.check()
+
+    def _log(self, done: int, total: int) -> None:
+        """What is done of how much, how many a second since the first report, and the seconds that are left."""
+        now = time.monotonic()
+        if self.first is not None and done < total and now - self.reported < _REPORT:
+            return
+        if self.first is None:
+            self.first, self.began = done, now
+        self.reported = now
+        seconds = now - self.began
+        rate = (done - self.first) / seconds if seconds > 0 and done > self.first else None
+        left = None if rate is None else round((total - done) / rate, 1)
+        fields = {"done": done, "total": total, "unit": self.unit, "rate": rate and round(rate, 3), "left": left}
+        log_event("progress", what=self.text, **fields)
 
     def __exit__(self, *args: object) -> None:
+        STOP.at_work -= 1
         self.bar.close()
 
 
-_READ = ("model", "tokenizer", "task", "reference_task", "scores", "circuit", "true_circuit", "resume")
+_READ = ("model", "tokenizer", "task", "reference_task", "scores", "circuit", "true_circuit")
 
 
 def check_out(args: argparse.Namespace, files: Sequence[str] = ()) -> None:
@@ -135,8 +166,11 @@ def check_out(args: argparse.Namespace, files: Sequence[str] = ()) -> None:
         raise NotADirectoryError(f"--out must be a folder, or a place for one, but {out} is a file: choose another")
     outputs = [out / name for name in files] or [out]
     places = [_place("--out", path) for path in outputs]
-    if getattr(args, "resume", None) is not None and _place("--resume", args.resume) in places:
-        raise ValueError(f"--out would write over {args.resume}, which --resume reads: give it another name by --out")
+    kept = getattr(args, "resume", None)
+    if kept is not None and kept.resolve() in places:
+        raise ValueError(
+            f"--out would write a file where --resume keeps a folder, {kept}: give one of them another name"
+        )
     for option in _READ:
         read = getattr(args, option, None)
         if read is not None:
@@ -231,8 +265,12 @@ class Saved(Protocol):
     def save(self, path: Path) -> None: ...
 
 
-def write(result: Saved, path: Path) -> None:
-    """Write a result, before anything is printed of it; where it cannot be written, in another place, and say where."""
+def write(args: argparse.Namespace, result: Saved, path: Path | None = None) -> None:
+    """Write a result to --out or elsewhere, before anything is printed of it; where it cannot be written, in another
+    place, and say where. Of several processes that share the work the first alone writes."""
+    path = path or args.out
+    if not args.leads:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path)

@@ -20,7 +20,7 @@ def add(command: Command) -> None:
     parser.add_argument("--nodes", action="store_true", help="patch senders instead of edges")
     parser.add_argument("--per-position", action="store_true", help="with --nodes: each position on its own")
     parser.add_argument("--show", type=count, default=15, metavar="N", help="how many of the largest effects to print")
-    add_resume(parser, "keep what is done in this file, and go on from it")
+    add_resume(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> None:
     model, pairs, metric = prepare(args)
     edges = selection(args, model)
     options = {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
+    options |= {"distributed": args.distributed}
     start = time.perf_counter()
     if args.nodes:
         with Progress("patching", model.graph.n_senders * len(pairs), "node × pair") as progress:
             nodes = patch_nodes(model, pairs, metric, per_position=args.per_position, progress=progress, **options)
-        write(nodes, args.out)
+        write(args, nodes)
         print(heading(model, pairs, metric))
         print(f"patched  {len(nodes.nodes)} nodes in {time.perf_counter() - start:.2f} s")
         if args.per_position:
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     n_edges = model.graph.n_edges if edges is None else edges.n_edges
     with Progress("patching", n_edges * len(pairs), EACH) as progress:
         effects = patch_edges(model, pairs, metric, edges, progress=progress, resume=args.resume, **options)
-    write(effects, args.out)
+    write(args, effects)
     print(heading(model, pairs, metric))
     print(f"patched  {n_edges} edges in {time.perf_counter() - start:.2f} s")
     if args.show:

@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         senders, edges = args.senders, routes(model.graph, args.senders, args.receivers, through=args.through or ())
     options = {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
+    options |= {"distributed": args.distributed}
     with Progress("patching", len(pairs)) as progress:
         result = path_patch(model, pairs, metric, senders, edges, progress=progress, **options)
-    write(result, args.out)
+    write(args, result)
     print(heading(model, pairs, metric))
     print(f"patched  {', '.join(result.senders)} along {result.edges.n_edges} edges: effect {result.effect:.6g}")
     print(runs(args, metric, {"clean": result.clean, "patched": result.patched, "corrupt": result.corrupt}))

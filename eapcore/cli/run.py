@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, prepare, score
-from eapcore.cli.options import Command, add_method, add_out, add_task, count, number
+from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, count, number
 from eapcore.cli.output import Progress, check_out, score_table, scored_heading, write
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add(command: Command) -> None:
         "--threshold", type=number, metavar="X", help="instead: all edges with |score| at least X (default: none)"
     )
     parser.add_argument("--show", type=count, default=15, metavar="N", help="how many of the top edges to print")
+    add_resume(parser)
     add_out(parser, "eapcore-out", "where the files go", "FOLDER")
 
 
@@ -75,20 +76,21 @@ def run(args: argparse.Namespace) -> None:
     check_out(args, (*_FILES, early))
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
-    experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs))
+    experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs), distributed=args.distributed)
     start = time.perf_counter()
     scores = score(args, model, pairs, name, ablation=experiment.ablation)
     assert isinstance(scores, EdgeScores)
     seconds = time.perf_counter() - start
-    write(scores, args.out / early)  # what follows may take long, or be interrupted
+    write(args, scores, args.out / early)  # what follows may take long, or be interrupted
     tried, rule, ablated = _circuits(args, experiment, scores)
     chosen, metric = tried[-1], dict(scores.meta["metric"])
     if args.ablation != "corrupt":
         metric[args.ablation] = ablated
     meta = {**chosen.circuit.meta, "metric": {**metric, "circuit": chosen.value}}
     circuit = replace(chosen.circuit, meta=meta)
-    write(_Results(scores, circuit), args.out)
-    (args.out / _EARLY).unlink(missing_ok=True)
+    write(args, _Results(scores, circuit))
+    if args.leads:
+        (args.out / _EARLY).unlink(missing_ok=True)
 
     print(scored_heading(model, pairs, scores, seconds))
     if args.show:

@@ -22,7 +22,7 @@ def add(command: Command) -> None:
         help="also the metric on the way from clean to corrupt at this edge; may be given again (default: none)",
     )
     parser.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
-    add_resume(parser, "as for patch")
+    add_resume(parser)
     add_out(parser, "verification.json")
 
 
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
     scores = find_scores(args, model, pairs, metric, ablation)
     with Progress("verifying", None, "run × pair") as progress:
         options = {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
-        options |= {"ablation": ablation, "batch_size": args.batch_size}
+        options |= {"ablation": ablation, "batch_size": args.batch_size, "distributed": args.distributed}
         found = verify(model, pairs, metric, scores, n, **options)
-    write(found, args.out)
+    write(args, found)
     agreement = found.agreement
     print(heading(model, pairs, metric))
     print(f"patched  the top {n} edges by |score| of {(scores.meta.get('method') or {}).get('name', 'unnamed')}")

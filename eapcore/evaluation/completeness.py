@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
@@ -43,6 +44,7 @@ class Completeness:
         write_json(path, "completeness", self)
 
 
+@reported
 def completeness(
     model: Model,
     task: PromptPairs,
@@ -55,6 +57,7 @@ def completeness(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Completeness:
     """Take the same edges K out of the circuit and out of the whole model, and compare what is left.
 
@@ -64,7 +67,7 @@ def completeness(
     edges.
 
     Args:
-        model, task, metric, ablation, reference, batch_size, progress: as `faithfulness`.
+        model, task, metric, ablation, reference, batch_size, progress, distributed: as `faithfulness`.
         circuit: of the model's graph, with at least one edge.
         n_random: how many random halves.
         seed: of their draw.
@@ -74,7 +77,7 @@ def completeness(
 
     Source: Wang et al. 2022, section 4.1.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     recordings = record(experiment, batch_size)
     return measure_completeness(experiment, recordings, circuit, n_random=n_random, seed=seed, progress=progress)
 
@@ -115,6 +118,7 @@ def measure_completeness(
     return Completeness(list(removed), inside, whole, [abs(a - b) for a, b in zip(inside, whole, strict=True)], meta)
 
 
+@reported
 def minimality(
     model: Model,
     task: PromptPairs,
@@ -125,6 +129,7 @@ def minimality(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> EdgeScores:
     """What each edge of a circuit does for it: the change of the metric when it alone is taken out.
 
@@ -140,7 +145,7 @@ def minimality(
 
     Source: Wang et al. 2022, section 4.2, at the level of edges.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     return measure_minimality(experiment, record(experiment, batch_size), circuit, progress=progress)
 
 

@@ -12,6 +12,7 @@ from eapcore.evaluation.faithfulness import MIB_FRACTIONS, Mib, measure_mib
 from eapcore.evaluation.roc import Roc, roc
 from eapcore.evaluation.stability import Stability, stability
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
@@ -42,6 +43,7 @@ class Evaluation:
         write_json(path, "evaluation", self)
 
 
+@reported
 @own_modes
 def evaluate(
     model: Model,
@@ -59,6 +61,8 @@ def evaluate(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> Evaluation:
     """Faithfulness at MIB's sizes, and what else is asked for, with the prompts run once.
 
@@ -74,11 +78,12 @@ def evaluate(
         ablation: what edges outside a circuit carry, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (runs done, runs in all), one for each circuit or edge and pair.
+        resume: of the exact patching, and distributed: share the work among the processes of this run, as `attribute`.
 
     Raises:
         ValueError: as `faithfulness.mib`, `roc.roc`, `completeness.completeness` and `stability.stability`.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     recordings = Recordings(experiment, batch_size)
     pairs, graph = len(experiment), model.graph
     shares = {"mib": 2 + 2 * len(MIB_FRACTIONS), "patching": graph.n_edges if true_top is not None else 0}
@@ -89,7 +94,9 @@ def evaluate(
     references = list(truths)
     if true_top is not None:
         stage = count.stage(stages["patching"])
-        references.append(measure_edges(experiment, batch_size=batch_size, progress=stage).top_n(true_top))
+        references.append(
+            measure_edges(experiment, batch_size=batch_size, progress=stage, resume=resume).top_n(true_top)
+        )
     rocs = [roc(scores, truth, rule=rule) for truth in references]
     complete: Completeness | None = None
     minimal: EdgeScores | None = None

@@ -13,6 +13,7 @@ import torch
 from eapcore.evaluation.agreement import RANKINGS, check_scores
 from eapcore.evaluation.roc import area
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
@@ -64,6 +65,7 @@ class Curve:
         write_json(path, "faithfulness", self)
 
 
+@reported
 def faithfulness(
     model: Model,
     task: PromptPairs,
@@ -77,6 +79,7 @@ def faithfulness(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Curve:
     """How much of the metric the circuits of several sizes keep, all sizes in one forward.
 
@@ -93,6 +96,7 @@ def faithfulness(
             may be another than that of the scores, which only rank; the result's `meta["method"]` names both.
         batch_size: pairs at a time.
         progress: called with (runs done, runs in all), one for each circuit and pair.
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
         Curve. By the MIB benchmark's convention CPR is read from the signed and CMD from the absolute ranking, see
@@ -104,7 +108,7 @@ def faithfulness(
 
     Source: Mueller et al. 2025 (MIB), section 4.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     recordings = record(experiment, batch_size)
     return _curves(experiment, recordings, scores, sizes, [ranking], selection, progress)[0]
 
@@ -125,6 +129,7 @@ class Mib:
         write_json(path, "mib", self)
 
 
+@reported
 def mib(
     model: Model,
     task: PromptPairs,
@@ -137,9 +142,10 @@ def mib(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Mib:
     """CPR (higher is better) and CMD (lower is better) at MIB's ten sizes; arguments as `faithfulness`."""
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     return measure_mib(
         experiment, record(experiment, batch_size), scores, sizes=sizes, selection=selection, progress=progress
     )

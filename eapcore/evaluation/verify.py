@@ -11,6 +11,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import RANKINGS, Agreement, agreement, check_scores
 from eapcore.evaluation.faithfulness import ablation_of
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
@@ -49,6 +50,7 @@ class Verification:
         write_json(path, "verification", self)
 
 
+@reported
 def verify(
     model: Model,
     task: Task,
@@ -64,12 +66,13 @@ def verify(
     batch_size: int | str = "auto",
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    distributed: bool = False,
     **screening: Any,
 ) -> Verification:
     """Screen, then measure: patch the n edges that the scores rank highest exactly, and say how far they were right.
 
     Args:
-        model, task, metric, ablation, reference, batch_size, resume: as `patch_edges`.
+        model, task, metric, ablation, reference, batch_size, resume, distributed: as `patch_edges`.
         scores: of all edges, from any method; None makes them by `attribute`.
         n: how many edges to patch; None is 50, or all of a smaller graph.
         ranking: "absolute" by |score|, "signed" by −score.
@@ -91,11 +94,11 @@ def verify(
         model.graph.edge(edge)  # an unknown name is refused before the work
     if scores is not None and screening:
         raise ValueError(f"the scores are given, so there is no use for {', '.join(screening)}: leave one of them out")
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     n_pairs = len(experiment)
     count = Count(progress, n_pairs * (n + CURVE_POINTS * len(curves) + (scores is None)))
     if scores is None:
-        screening |= {"batch_size": batch_size, "progress": count.stage(n_pairs)}
+        screening |= {"batch_size": batch_size, "progress": count.stage(n_pairs), "distributed": distributed}
         found = attribute(model, experiment.pairs, metric, ablation=experiment.ablation, **screening)
         check_scores(found, model.graph)
         scores = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 import eapcore.execution.limits as limits
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import Batch, cut, in_order, spans
+from eapcore.execution.distributed import ALONE, Ranks, deal
 from eapcore.graph.show import short
 from eapcore.models.forward import check_tokens, first_non_finite
 from eapcore.models.model import Model
@@ -25,7 +27,7 @@ Task = PromptPairs | tuple[Annotated[Tensor, "int64 N T"], Annotated[Tensor, "in
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A model, prompt pairs, a metric by name and as a callable, and an ablation."""
+    """A model, prompt pairs, a metric by name and as a callable, and an ablation; ranks: who shares the work."""
 
     __repr__ = short
 
@@ -34,6 +36,7 @@ class Experiment:
     metric_name: str
     metric: Metric
     ablation: Ablation
+    ranks: Ranks = ALONE
 
     @staticmethod
     def of(
@@ -42,17 +45,24 @@ class Experiment:
         metric: str | Metric = "logit_diff",
         ablation: str | Ablation = "corrupt",
         reference: PromptPairs | None = None,
+        distributed: bool = False,
     ) -> Experiment:
         """The experiment of a function's arguments; a mean ablation is made here, once.
 
         Raises:
             ValueError: prompts, positions or answers that do not fit the model, a metric that does not fit the task, or
-                nothing to ablate with.
+                nothing to ablate with; another process has another model, task, metric or ablation.
+            RuntimeError: distributed without processes to share the work with.
         """
+        ranks = Ranks.of(distributed)
         model, pairs = model.now(), as_pairs(task)
         check_pairs(model, pairs, ablation if isinstance(ablation, str) else ablation.name)
         metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
-        return Experiment(model, pairs, metric_name, metric, Ablation.of(model, pairs, ablation, reference))
+        made = Ablation.of(model, pairs, ablation, reference)
+        experiment = Experiment(model, pairs, metric_name, metric, made, ranks)
+        if ranks.link is not None:
+            ranks.agree(**experiment.identity())
+        return experiment
 
     def __len__(self) -> int:
         """How many prompt pairs it has."""
@@ -64,11 +74,15 @@ class Experiment:
         return self.ablation.values is None
 
     def groups(self, size: int, copies: int, pairs: Annotated[Tensor, "bool N"] | None = None) -> list[list[int]]:
-        """Which pairs go together in exact patching, of some or of all; copies: how many of a batch go through a
-        layer."""
+        """Which pairs of this process go together in exact patching, of some or of all; copies: how many of a batch go
+        through a layer."""
         left = None if pairs is None else set(pairs.nonzero().squeeze(1).tolist())
         order = [i for i in in_order(self.pairs) if left is None or i in left]
         first, stop = (x[order] for x in spans(self.pairs, shared=self.shared))
+        if self.ranks.size > 1:
+            mine = deal((stop - first).tolist(), self.ranks.size)[self.ranks.rank]
+            part = slice(mine.start, mine.stop)
+            order, first, stop = order[part], first[part], stop[part]
         # A batch is worth its own launches with so many tokens; a tenth of them may be run for nothing.
         one_more = limits.limits(self.model.device).copy_work / (10 * copies * self.model.config.d_model**2)
         groups = []
@@ -121,6 +135,18 @@ class Experiment:
                 )
         raise ValueError(f"the metric is NaN or infinite on pair {int(bad[0])}: it must be finite on every pair")
 
+    def identity(self) -> dict[str, Any]:
+        """What all processes must have alike, and what partial results must agree in before they are gone on with."""
+        pairs, mean = self.pairs, self.ablation.reference
+        return {
+            "model": self.model.content_hash,
+            "dtype": str(self.model.dtype),
+            "task": digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
+            "metric": self.metric_name,
+            # The prompts of a mean rather than the mean, which rounds otherwise on another device.
+            "ablation": [dict(self.ablation.meta), "" if mean is None else digest(mean.clean, mean.lengths)],
+        }
+
     def describe(self) -> dict[str, Any]:
         """What a file says of the model, the task, the metric, and what ran."""
         return {**describe(self.model, self.pairs), "metric": {"name": self.metric_name}}
@@ -134,6 +160,15 @@ def values_of(
         return torch.stack([evaluate(metric, row, reference).double() for row in logits])
     some = logits.split(max(1, limits.EVALUATED // logits[0].numel()))
     return torch.cat([evaluate(metric, part, reference).double() for part in some])
+
+
+def digest(*tensors: Tensor) -> str:
+    """16 hex digits that differ where tensors do."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return found.hexdigest()[:16]
 
 
 def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
 
 def budget(device: torch.device) -> int:
     """Bytes that a batch may take."""
-    return int(limits(device).share * free_bytes(device))
+    return int(limits(device).share * free_bytes(device)) // sharers(device)
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -35,8 +36,17 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 
 def default_device() -> str:
-    """Where a model runs if nobody says: a GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where a model runs if nobody says: a GPU where there is one, another for each process of this machine."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")
+    return "cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
+def sharers(device: torch.device) -> int:
+    """How many processes of one run a launcher started on a device of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return here if device.type == "cpu" else -(-here // max(1, torch.cuda.device_count()))
 
 
 def device_names() -> list[str]:

@@ -201,19 +201,22 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
+    """Ctrl-C and SIGTERM, where a handler waits for it, wait until the block has ended."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    if not before or threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    came: list[tuple[int, Any]] = []
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            before(*pressed[0])
+        for known, handler in before.items():
+            signal.signal(known, handler)
+        if came:
+            before[signal.Signals(came[0][0])](*came[0])
 
 
 def save_tensors(path: str | Path, key: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
@@ -95,6 +96,7 @@ def circuit_logits(
     return torch.cat(logits)
 
 
+@reported
 @own_modes
 def metric_on(
     model: Model,
@@ -106,15 +108,17 @@ def metric_on(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> list[float]:
     """Mean of a metric over the pairs for each circuit: the full one is the clean run, the empty one the ablated run.
 
-    progress: called with (runs done, runs in all), one for each circuit and pair.
+    progress: called with (runs done, runs in all), one for each circuit and pair. distributed: share the pairs among
+    the processes of this run, as `attribute`.
 
     Raises:
         ValueError: as `run_circuit`; a metric that does not fit the task, or is NaN or infinite on a run.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     return measure_circuits(experiment, circuits, record(experiment, batch_size), progress=progress)
 
 
@@ -140,12 +144,12 @@ def each_pair(
 ) -> Annotated[Tensor, "float64 C N"]:
     """The metric of each pair for each circuit, float64 [C, N] on the CPU; see `metric_on`."""
     values = torch.zeros(len(circuits), len(experiment), dtype=torch.float64, device="cpu")
-    count = Count(progress, len(circuits) * len(experiment))
+    count = Count(experiment.ranks.watched(progress), len(circuits) * len(experiment))
     for recording in recordings:
         experiment.ends(recording.reference)
         logits = circuit_logits(recording, circuits, count)
         values[:, recording.reference.index.cpu()] = experiment.values(logits, recording.reference).cpu()
-    return values
+    return experiment.ranks.sum([values])
 
 
 def kept_interval(

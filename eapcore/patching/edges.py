@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
-from eapcore.execution.experiment import Experiment, Task, result_dtype
+from eapcore.execution.distributed import ALONE, reported
+from eapcore.execution.experiment import Experiment, Task, check_batch_size, digest, result_dtype
 from eapcore.execution.progress import Count, Progress
-from eapcore.execution.resume import Partial
+from eapcore.execution.resume import Partial, Resume
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, sign_text
@@ -24,9 +25,9 @@ from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
 Edges = Circuit | Sequence[str] | None
-_SAVE_SECONDS = 10.0  # between two writes of a partial result
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def patch_edges(
@@ -40,6 +41,7 @@ def patch_edges(
     batch_size: int | str = "auto",
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> EdgeScores:
     """Measure what corrupting each edge does to the metric, one edge at a time, many in one forward.
 
@@ -58,9 +60,10 @@ def patch_edges(
         reference: the prompts of a mean; None is the task's own.
         batch_size: pairs at a time; the effects do not depend on it.
         progress: called with (effects measured, effects in all), one for each edge and pair.
-        resume: a file for what is done so far, written every 10 seconds and on an interruption; where it exists, the
-            work goes on from there, on this device or another. A callable metric is known by its name and by its
-            values on the clean and corrupt runs, which are measured again.
+        resume: a folder for what is done so far, written every half minute and on an interruption; where it exists, the
+            work goes on from there, on this device or another, on as many processes or others. A callable metric is
+            known by its name and by its values on the clean and corrupt runs, which are measured again.
+        distributed: share the edges among the processes of this run, as `attribute` shares pairs.
 
     Returns:
         EdgeScores with the sign of `attribute`: negative means that the behaviour needs the edge. Edges that were not
@@ -72,7 +75,7 @@ def patch_edges(
 
     Source: Syed, Rager, Conmy 2023, eq. 1.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     return measure_edges(experiment, edges, batch_size=batch_size, progress=progress, resume=resume)
 
 
@@ -87,40 +90,32 @@ def measure_edges(
     resume: str | Path | None = None,
 ) -> EdgeScores:
     """`patch_edges` for an experiment."""
-    model, pairs = experiment.model, experiment.pairs
+    model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     graph, mask = model.graph, _edge_set(model.graph, edges)
-    size, n_edges = useful_size(experiment, batch_size), int(mask.sum())
-    partial = Partial(resume, experiment, mask)
-    partial.check_metric(lambda begun: _ends(experiment, size, begun), model.dtype)
-    done = partial.done
-    left = done.pairs.logical_not()
-    left[list(done.batch)] = False
-    groups = experiment.groups(size, 1 + n_edges // graph.n_layers, left)
-    seen = int(done.pairs.sum()) * n_edges + len(done.batch) * int(done.edges.sum())
-    count = Count(progress, n_edges * len(pairs), seen)
+    n_edges, alone = int(mask.sum()), replace(experiment, ranks=ALONE)  # every process runs all pairs, for its edges
+    kept = Resume(
+        resume, "edges", lambda: {"edges": digest(mask), **experiment.identity()}, ranks, min(ranks.size, n_edges)
+    )
+    check_batch_size(batch_size)
+    asked = batch_size if isinstance(batch_size, int) else None
+    size = kept.settle("batch size", asked, lambda: ranks.least(useful_size(alone, batch_size)))
+    lanes = [Partial(kept, lane, alone, _dealt(model, mask, lane, kept.lanes), size) for lane in kept.mine]
+    for lane in lanes:
+        lane.check_metric(lambda begun: _ends(alone, size, begun), model.dtype)
+    seen = sum(int(p.done.pairs.sum()) * p.n_edges + len(p.done.batch) * int(p.done.edges.sum()) for p in lanes)
+    count = Count(ranks.watched(progress), n_edges * len(pairs), seen)
     if seen:
         count.add(0)
-    saved = time.monotonic()
-    try:
-        for group in [done.batch, *groups] if done.batch else groups:
-            recording = Recording.of(experiment, group)
-            ends = experiment.ends(recording.reference)
-            partial.done = partial.done.begin(group, ends)
-            delta = recording.ablated.senders - recording.clean.senders
-            for chunk, logits in _patched(recording, mask & ~partial.done.edges, delta):
-                change = experiment.values(logits, recording.reference) - ends[0]
-                senders, receivers = (list(side) for side in zip(*chunk, strict=True))
-                partial.done.found.append((senders, receivers, change.sum(1).cpu()))
-                count.add(len(group) * len(chunk))
-                if time.monotonic() - saved > _SAVE_SECONDS:
-                    partial.save()
-                    saved = time.monotonic()
-            partial.done = partial.done.end()
-    finally:
-        partial.save()
-    effects = experiment.mean(partial.done.sums)
+    for lane in lanes:
+        _measure(alone, lane, size, count)
+    nothing = (
+        torch.zeros(mask.shape, dtype=torch.float64, device="cpu"),
+        torch.zeros(2, len(pairs), dtype=torch.float64, device="cpu"),
+    )
+    effects = experiment.mean(ranks.sum([lane.done.sums for lane in lanes] or [nothing[0]], kept.lanes))
+    values = ranks.sum([lane.done.values for lane in lanes[:1]] or [nothing[1]], 1)  # all have the same
+    clean, corrupt = values.mean(1).tolist()
     names = "all" if edges is None else Circuit(mask, graph).edges
-    clean, corrupt = partial.done.values.mean(1).tolist()
     meta = {
         **experiment.describe(),
         "sign": sign_text("score", "measured", "the edge alone is ablated"),
@@ -128,6 +123,48 @@ def measure_edges(
         "method": {"name": "patch", "exact": True, "ablation": dict(experiment.ablation.meta), "edges": names},
     }
     return EdgeScores(effects.to(result_dtype(model.dtype)), graph, meta)
+
+
+def _measure(experiment: Experiment, lane: Partial, size: int, count: Count) -> None:
+    """What is left of a lane's edges."""
+    done, mask = lane.done, lane.mask
+    left = done.pairs.logical_not()
+    left[list(done.batch)] = False
+    groups = experiment.groups(size, 1 + lane.n_edges // experiment.model.graph.n_layers, left)
+    try:
+        for group in [done.batch, *groups] if done.batch else groups:
+            recording = Recording.of(experiment, group)
+            ends = experiment.ends(recording.reference)
+            lane.done = lane.done.begin(group, ends)
+            delta = recording.ablated.senders - recording.clean.senders
+            for chunk, logits in _patched(recording, mask & ~lane.done.edges, delta):
+                change = experiment.values(logits, recording.reference) - ends[0]
+                senders, receivers = (list(side) for side in zip(*chunk, strict=True))
+                lane.done.found.append((senders, receivers, change.sum(1).cpu()))
+                count.add(len(group) * len(chunk))
+                if lane.resume.due:
+                    lane.save()
+            lane.done = lane.done.end()
+    finally:
+        lane.save()
+
+
+def _dealt(model: Model, mask: Tensor, lane: int, lanes: int) -> Tensor:
+    """A lane's edges of a mask, bool [S, R]: of those into each stage an equal part, receiver by receiver."""
+    if lanes == 1:
+        return mask
+    into: dict[int, list[tuple[int, int]]] = {}
+    for r, s in mask.T.nonzero().tolist():
+        into.setdefault(reader_of(model, r), []).append((s, r))
+    mine = torch.zeros_like(mask)
+    before = 0
+    for edges in into.values():  # the last of one stage and the first of the next go to lanes that follow each other
+        for i, place in enumerate(edges):
+            number = (before + i * lanes // len(edges)) % lanes if len(edges) >= lanes else (before + i) % lanes
+            if number == lane:
+                mine[place] = True
+        before += min(len(edges), lanes)
+    return mine
 
 
 def _ends(experiment: Experiment, size: int, pairs: Tensor) -> Tensor:

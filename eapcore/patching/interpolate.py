@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
@@ -46,6 +47,7 @@ class Interpolation:
         write_json(path, "interpolation", self)
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def interpolate(
@@ -60,6 +62,7 @@ def interpolate(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Interpolation:
     """Move one edge from clean to corrupt and measure the metric on the way.
 
@@ -73,13 +76,14 @@ def interpolate(
         points: how many from 0 to 1, at least 2, or the λ themselves.
         score: an estimate of the edge's effect, drawn as a line beside it.
         progress: called with (runs done, runs in all), one for each point and pair.
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Raises:
         ValueError: as `patch_edges`; no points, fewer than 2 as a number, or some that are not finite.
 
     Source: Syed, Rager, Conmy 2023, figure 4b.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     return follow_edge(experiment, edge, points=points, score=score, batch_size=batch_size, progress=progress)
 
 
@@ -100,7 +104,7 @@ def follow_edge(
     number = reader_of(model, receiver)
     places = _places(points)
     sums = torch.zeros(len(places), dtype=torch.float64, device="cpu")
-    count = Count(progress, len(places) * len(experiment))
+    count = Count(experiment.ranks.watched(progress), len(places) * len(experiment))
     for recording in record(experiment, batch_size):
         clean = experiment.ends(recording.reference)[0]
         delta = recording.ablated.senders[sender] - recording.clean.senders[sender]
@@ -110,7 +114,7 @@ def follow_edge(
             readers = Readers.of(recording, number, weights[:, None, None, None] * delta, reads)
             sums[part] += (experiment.values(readers.logits(reads), recording.reference) - clean).sum(1).cpu()
             count.add(len(part) * len(recording.batch.pairs))
-    effects = experiment.mean(sums).tolist()
+    effects = experiment.mean(experiment.ranks.sum([sums])).tolist()
     estimate = None if score is None else [score * p for p in places]
     sign = sign_text("effect", "measured", "the edge alone goes so far from clean, point 0, to ablated, point 1")
     method = {"name": "interpolate", "ablation": dict(experiment.ablation.meta)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
@@ -41,6 +42,7 @@ class NodeEffects:
         write_json(path, "node-effects", self)
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def patch_nodes(
@@ -54,6 +56,7 @@ def patch_nodes(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> NodeEffects:
     """Activation patching: replace what a node sends, to everything that reads it, and measure the metric.
 
@@ -65,17 +68,18 @@ def patch_nodes(
         nodes: names of senders; None is all.
         per_position: patch each position on its own.
         progress: called with (effects measured, effects in all), one for each node and pair.
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Raises:
         ValueError: an unknown node, or as `patch_edges`.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph, pairs = model.graph, experiment.pairs
     names = graph.sender_names if nodes is None else list(nodes)
     senders = [graph.sender(name) for name in names]
     longest = int(pairs.positions.max()) + 1
     sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64, device="cpu")
-    count = Count(progress, len(senders) * len(pairs))
+    count = Count(experiment.ranks.watched(progress), len(senders) * len(pairs))
     for recording in record(experiment, batch_size):
         clean, batch = experiment.ends(recording.reference)[0], recording.batch
         for row, sender in enumerate(senders):
@@ -87,7 +91,7 @@ def patch_nodes(
                 values = experiment.values(_send_more(recording, sender, delta[part]), recording.reference)
                 sums[row, part + (batch.start if per_position else 0)] += (values - clean).sum(1).cpu()
             count.add(len(batch.pairs))
-    effects = experiment.mean(sums)
+    effects = experiment.mean(experiment.ranks.sum([sums]))
     method = {"name": "patch-nodes", "per_position": per_position, "ablation": dict(experiment.ablation.meta)}
     where = " at the position alone" if per_position else ""
     sign = sign_text("effect", "measured", f"all that the node sends{where} is ablated")

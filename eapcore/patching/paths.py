@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
@@ -90,6 +91,7 @@ class PathEffect:
         write_json(path, "path-effect", self)
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def path_patch(
@@ -103,6 +105,7 @@ def path_patch(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> PathEffect:
     """Replace what some senders send along chosen paths, and nowhere else, and measure the metric.
 
@@ -115,6 +118,7 @@ def path_patch(
         paths: written as `a0.h1->a1.h0<q>->logits`, or a circuit of edges, e.g. from `routes`. Several paths are the
             union of their edges, so what arrives at a component by any of them leaves it by all of them.
         progress: called with (pairs done, pairs in all) after every batch.
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
         PathEffect. A direct effect on the logits is that of the path `a0.h1->logits`.
@@ -124,7 +128,7 @@ def path_patch(
 
     Source: Wang et al. 2022, section 3.1; Goldowsky-Dill et al. 2023.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph = model.graph
     if isinstance(paths, str):
         raise ValueError(f"paths must be a list of paths or a circuit, got the text {paths!r}")
@@ -139,14 +143,14 @@ def path_patch(
     again = reached(graph, edges.mask, origins, coupled=coupled) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    count = Count(progress, len(experiment))
+    count = Count(experiment.ranks.watched(progress), len(experiment))
     for recording in record(experiment, batch_size):
         fixed = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
         ends = experiment.ends(recording.reference)
         logits, _ = run_masked(recording, recording.clean, weights[None], fixed, again)
         sums += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
         count.add(len(recording.batch.pairs))
-    clean, corrupt, patched = experiment.mean(sums).tolist()
+    clean, corrupt, patched = experiment.mean(experiment.ranks.sum([sums])).tolist()
     method = {"name": "path-patch", "ablation": dict(experiment.ablation.meta), **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
     meta = {**experiment.describe(), "sign": sign, "method": method}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
@@ -27,6 +28,7 @@ from eapcore.tasks.pairs import PromptPairs
 ORDERS = ("latest", "earliest")
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def acdc(
@@ -41,6 +43,7 @@ def acdc(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Circuit:
     """Remove every edge whose corruption, on top of those removed before it, costs less than a threshold.
 
@@ -64,6 +67,7 @@ def acdc(
         ablation: what a removed edge carries, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (edges decided, edges in all).
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
         Circuit; `meta["metric"]` has the metric on the clean, corrupt and circuit runs, `meta["forwards"]` how many
@@ -75,7 +79,7 @@ def acdc(
 
     Source: Conmy et al. 2023, algorithm 1; with start, Syed, Rager, Conmy 2023, section 5.2.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph, coupled = model.graph, model.config.heads_coupled
     if isinstance(threshold, bool) or not isinstance(threshold, float | int) or not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
@@ -86,6 +90,7 @@ def acdc(
     keys = _keys(graph, order)
     mask = (graph.edge_mask() if start is None else start.mask).clone()
     search = _Search(experiment, mask, batch_size)
+    progress = experiment.ranks.watched(progress, alike=True)
     total, seen = int(mask.sum()), 0
     for r in reversed(range(graph.n_receivers)):
         present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
@@ -204,7 +209,7 @@ class _Search:
             self.states.append(_State(recording, now))
             ends = experiment.ends(recording.reference)
             values += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
-        clean, corrupt, self.value = experiment.mean(values).tolist()
+        clean, corrupt, self.value = experiment.mean(experiment.ranks.sum([values])).tolist()
         self.ends = {"clean": clean, "corrupt": corrupt}
 
     def decide(self, receiver: int, senders: list[int], threshold: float) -> None:
@@ -215,6 +220,7 @@ class _Search:
         if behind:
             again = reached(graph, mask, again, coupled=self.coupled) & needed(graph, mask, coupled=self.coupled)
         limit = min(state.recording.copies(senders=1 + int(again.sum())) for state in self.states)
+        limit = self.experiment.ranks.least(limit)
         while senders:
             part = senders[: min(self.guess, limit)]
             masks = mask[None].repeat(len(part), 1, 1)
@@ -230,7 +236,7 @@ class _Search:
             self.launches += 1
             self.evaluated += len(part)
             removed = 0
-            for value in self.experiment.mean(values).tolist():
+            for value in self.experiment.mean(self.experiment.ranks.sum([values])).tolist():
                 if not self.value - value < threshold:
                     break
                 self.value = value

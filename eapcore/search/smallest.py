@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
@@ -40,6 +41,7 @@ class Tried:
     interval: tuple[float, float] | None = None
 
 
+@reported
 @own_modes
 def smallest(
     model: Model,
@@ -53,6 +55,7 @@ def smallest(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> list[Tried]:
     """Run the circuits of the edges with the largest |score|, from small to large, until one keeps the behaviour.
 
@@ -66,6 +69,7 @@ def smallest(
         ablation: what edges outside a circuit carry, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (circuits run, circuits in all).
+        distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
         The circuits that were run; the last is the smallest that keeps so much, or the largest of all.
@@ -73,7 +77,7 @@ def smallest(
     Raises:
         ValueError: as `run_circuit`; scores of another graph; a metric that does not fit.
     """
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     recordings, circuits = Recordings(experiment, batch_size), selections(scores, sizes)
     return run_until(experiment, recordings, circuits, faithfulness, progress=progress)[0]
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -19,6 +20,8 @@ from models import ROOT, SHARED, random_model, save_checkpoint
 import eapcore.models.matmul as products
 from eapcore.attribution.attribute import attribute
 from eapcore.cli import _parser, main
+from eapcore.cli.output import Progress
+from eapcore.cli.process import STOP
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
@@ -273,6 +276,46 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not(eapcore, monkeypatch
     text = b"".join(shown).decode()
     assert "scoring" in text and "0/4" in text and "pair" in text
     assert text.endswith("\r")  # the bar is taken away at the end
+
+
+def test_the_log_as_json_has_one_object_a_line_with_rate_and_time_left(checkpoint, tmp_path, capsys):
+    shared = ["patch", "--model", str(checkpoint), "--task", "sort", "--n-pairs", "4", "--device", "cpu", "--log-json"]
+    assert main([*shared, "--batch-size", "1", "--out", str(tmp_path / "effects")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[0].keys() == {"time", "event", "what", "done", "total", "unit", "rate", "left"}
+    last = lines[-1]
+    assert (last["event"], last["done"], last["total"], last["left"]) == ("progress", 46 * 4, 46 * 4, 0.0)
+    assert last["rate"] > 0 and lines[0]["rate"] is None
+    assert main([*shared, "--metric", "none", "--out", str(tmp_path / "effects")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "error" and "metric must be one of" in json.loads(line)["message"]
+
+
+# SIGTERM
+
+
+@pytest.mark.parametrize("command", ["attribute", "patch"])
+def test_sigterm_finishes_the_batch_saves_and_the_same_command_goes_on(eapcore, tmp_path, monkeypatch, command):
+    expected = eapcore(command, "--batch-size", 1, out="whole")[1].replace("whole", "x")
+    with monkeypatch.context() as patched:
+        real, calls = Progress.show, []
+
+        def show(self, done, total):
+            calls.append(done)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGTERM)  # the handler only makes a note
+                assert STOP.asked
+            real(self, done, total)
+
+        patched.setattr(Progress, "show", show)
+        status, printed, _ = eapcore(command, "--batch-size", 1, "--resume", "kept", out="x")
+    assert (status, printed) == (143, "eapcore: stopped by SIGTERM; what is done lies in kept\n") and len(calls) == 2
+    assert not (tmp_path / "x").exists()
+    seen = []
+    monkeypatch.setattr(Progress, "show", lambda self, done, total: seen.append(done))
+    status, printed, _ = eapcore(command, "--resume", "kept", out="x")
+    assert status == 0 and seen[0] == calls[-1] and (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert re.sub(r"in [0-9.]+ s", "", printed) == re.sub(r"in [0-9.]+ s", "", expected)
 
 
 # Ctrl-C

@@ -371,7 +371,6 @@ def test_bad_input_is_refused_before_any_work(eapcore, model, score_file, monkey
 @pytest.mark.parametrize(("arguments", "out", "option"), [
     (["acdc", "--threshold", "1", "--circuit", "circuit.json"], "circuit.json", "--circuit"),
     (["patch", "--scores", "scores.safetensors", "--top-n", "3"], "./scores.safetensors", "--scores"),
-    (["patch", "--resume", "done.partial"], "done.partial", "--resume"),
     (["evaluate", "--true-circuit", "circuit.json"], "circuit.json", "--true-circuit"),
 ], ids=lambda value: value if isinstance(value, str) else value[0])  # fmt: skip
 def test_a_result_is_not_written_over_what_is_read(eapcore, scores, arguments, out, option):
@@ -423,6 +422,7 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
     (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
     (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 senders of small, got 8"),
     (["patch", "--per-position"], "--per-position goes with --nodes"),
+    (["patch", "--resume", "result.json"], "--out would write a file where --resume keeps a folder, result.json"),
     (["patch", "--top-n", "5"], "--scores and --top-n go together"),
     (["patch", "--nodes", "--resume", "f"], "--nodes patches every sender in one go: leave out --resume"),
     (["patch", "--nodes", "--scores", "f", "--top-n", "5"], "leave out --scores, --top-n, for edges alone"),

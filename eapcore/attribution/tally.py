@@ -1,0 +1,98 @@
+"""What has been scored of a task so far: sums that a run can go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapcore.execution.batch import Batch
+from eapcore.execution.resume import Resume
+
+
+class Tally:
+    """A lane's sums over the pairs that are done, in order.
+
+    scores: float64 by name: the sum over pairs, for reduce "position" [T, ..] of each, for "pair" a row of each of the
+    lane's pairs, in their order at the rows `places` int64 [n]. largest: max |∂metric/∂logits|. done: pairs in all.
+    size: pairs a batch from here on.
+
+    Of the window under way, in which pairs were put in order: window, its number; here, how many of its pairs are done;
+    values, float64 [2, N], the metric on the clean and corrupt runs, 0 for pairs that are not done. ends: float64 [2],
+    its sums over the windows before.
+    """
+
+    def __init__(
+        self,
+        resume: Resume,
+        lane: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        places: Tensor,
+        reduce: str,
+        choices: Mapping[str, Any],
+    ) -> None:
+        """shapes: of `scores`. choices: what else the run that goes on from here has to do alike."""
+        self.resume, self.lane, self.reduce, self.places, self.choices = resume, lane, reduce, places, choices
+        self.where: dict[str, Any] = {"dtype": torch.float64, "device": places.device}
+        self.scores = {name: torch.zeros(shape, **self.where) for name, shape in shapes.items()}
+        self.largest = torch.zeros((), **self.where)
+        self.ends, self.values = torch.zeros(2, **self.where), torch.zeros(2, 0, **self.where)
+        self.done = self.here = self.window = self.size = self.written = 0
+        self.whole = True
+
+    def restore(self) -> None:
+        """Take over what the lane's file holds, or write one where there is none."""
+        if self.lane not in self.resume.found:
+            self.save()  # a folder that cannot be written to is refused before the work
+            return
+        found, note = self.resume.found.pop(self.lane), self.resume.notes[self.lane]
+        self.done, self.here, self.window, self.size = (note[x] for x in ("done", "here", "window", "batch size"))
+        self.largest, self.ends, self.values = (found[x].to(self.largest.device) for x in ("largest", "ends", "values"))
+        if self.reduce != "pair":
+            self.scores = {name: found[f"scores.{name}"].to(self.largest.device) for name in self.scores}
+        elif self.done:
+            widths = [total[0].numel() for total in self.scores.values()]
+            for total, rows in zip(self.scores.values(), found["rows"].split(widths, 1), strict=True):
+                total[self.places[: self.done]] = rows.view(-1, *total.shape[1:]).to(total.device)
+        self.written = self.done
+
+    def begin(self, window: int, n_pairs: int, size: int) -> None:
+        """The pairs of a window come next, unless they are under way already."""
+        if self.window == window and self.size:
+            return
+        self.whole = False
+        self.ends, self.values = self.ends + self.values.sum(1), torch.zeros(2, n_pairs, **self.where)
+        self.window, self.here, self.size = window, 0, size
+        self.whole = True
+
+    def add(self, batch: Batch, values: Tensor, largest: Tensor, parts: list[Tensor]) -> None:
+        """A batch is scored. An interruption in between leaves it marked as not whole."""
+        self.whole = False
+        self.values[:, batch.index] = values
+        self.largest = torch.maximum(self.largest, largest)
+        count = len(batch.pairs)
+        for total, part in zip(self.scores.values(), parts, strict=True):
+            if self.reduce == "pair":
+                total[self.places[self.done : self.done + count]] = part
+            else:
+                (total if self.reduce == "all" else total[: batch.stop]).add_(part)
+        self.done += count
+        self.here += count
+        self.whole = True
+
+    def save(self) -> None:
+        """Write what is done, unless an interruption left it between two steps: then the file stays as it was."""
+        if self.resume.path is None or not self.whole:
+            return
+        tensors = {"values": self.values, "largest": self.largest, "ends": self.ends}
+        rows: Tensor | None = None
+        if self.reduce == "pair":
+            new = self.places[self.written : self.done]
+            rows = torch.cat([x[new].flatten(1) for x in self.scores.values()], 1)
+        else:
+            tensors |= {f"scores.{name}": x for name, x in self.scores.items()}
+        note = {**self.choices, "done": self.done, "here": self.here, "window": self.window, "batch size": self.size}
+        self.resume.write(self.lane, note, tensors, rows)
+        self.written = self.done

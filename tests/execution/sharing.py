@@ -1,0 +1,182 @@
+"""What the processes of tests/execution/test_distributed.py do; each function is run by every one of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import torch
+from everything import EVERYTHING
+from models import random_model, random_pairs
+
+import eapcore.execution.distributed as distributed
+from eapcore.attribution.attribute import attribute
+from eapcore.patching.edges import patch_edges
+
+LENGTHS = [7, 5, 6, 7, 3, 6, 4, 7]
+
+
+def case(**options):
+    model = random_model(n_heads=2, d_model=8, **options)
+    return model, random_pairs(model, LENGTHS, first_difference=1)
+
+
+def number(x):
+    x = x if isinstance(x, torch.Tensor) else torch.tensor(x)
+    return x.double().cpu()
+
+
+def everything(rank, size, folder):
+    """Every public function, alone and shared: how far they differ, and the bits of what was shared, twice."""
+    model, pairs = case()
+    found = {}
+    for name, call in EVERYTHING.items():
+        if name == "circuits":  # one batch
+            continue
+        alone = number(call(model, pairs))
+        shared = number(call(model, pairs, distributed=True))
+        twice = name in ("eap-ig", "by pair, factored", "edges", "faithfulness")
+        again = number(call(model, pairs, distributed=True)) if twice else shared
+        scale = float(alone.abs().max())
+        gap = float((alone - shared).abs().max()) / (scale or 1.0)
+        found[name] = [gap, scale, torch.equal(shared, again), shared.numpy().tobytes().hex()[:4096]]
+    for options in ({"ablation": "mean"}, {"ablation": "zero", "level": "node"}, {"level": "neuron", "reduce": "pair"}):
+        alone = attribute(model, pairs, **options)
+        shared = attribute(model, pairs, distributed=True, **options)
+        found[str(options)] = [float((alone.scores - shared.scores).abs().max()), 1.0, True, ""]
+        if options.get("reduce") == "pair":
+            gap = max(float((alone.per_pair[k] - shared.per_pair[k]).abs().max()) for k in alone.per_pair)
+            found["per pair"] = [gap, 1.0, len(shared.per_pair) == 3, ""]
+    return {"found": found, "sent": distributed.connect().sent}
+
+
+def refused(function, *arguments, **options):
+    try:
+        function(*arguments, distributed=True, **options)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def faults(rank, size, folder):
+    """What differs in the last process, or fails there: what every process raises; and that they go on afterwards."""
+    last = rank == size - 1
+    model, pairs = case()
+    said = {"model": refused(attribute, random_model(n_heads=2, d_model=8, seed=int(last)), pairs)}
+    said["task"] = refused(patch_edges, model, random_pairs(model, LENGTHS, seed=int(last)))
+    said["method"] = refused(attribute, model, pairs, method="eap-ig", steps=2 + last)
+    real = distributed._sources
+    distributed._sources = lambda: "0.0.0 (other)" if last else real()
+    said["eapcore"] = refused(attribute, model, pairs)
+    distributed._sources = real
+    said["few"] = refused(attribute, model, random_pairs(model, [5, 4]))
+    expected = attribute(model, pairs)
+    assert torch.allclose(attribute(model, pairs, distributed=True).scores, expected.scores, rtol=0, atol=1e-12)
+
+    def fails(logits):
+        if last:
+            raise ValueError("no such token")
+        return logits[:, 3]
+
+    said["failed"] = refused(attribute, model, pairs, fails)
+    return said
+
+
+def killed(rank, size, folder):
+    """The last process is killed at work: what the others say, and after how long."""
+    model, pairs = case()
+
+    def metric(logits):
+        if rank == size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return logits[:, 3] ** 2
+
+    began = time.monotonic()
+    said = refused(attribute, model, pairs, metric, batch_size=1, resume=folder / "kept")
+    return {"said": said, "seconds": time.monotonic() - began}
+
+
+def lonely(rank, size, folder):
+    """The others do not come."""
+    os.environ["WORLD_SIZE"] = "2"
+    distributed.RENDEZVOUS = 1.0
+    model, pairs = case()
+    return refused(attribute, model, pairs)
+
+
+class Stop(Exception):
+    pass
+
+
+def work(folder, stop_at=None):
+    """Scores and exact effects that are kept in a folder, stopped before each process has done so much: their bytes."""
+    model, pairs = case()
+
+    def progress(done, total):
+        if stop_at is not None and done >= stop_at:
+            raise Stop
+
+    found = []
+    for call in (
+        lambda **o: attribute(model, pairs, method="eap-ig", steps=2, reduce="position", **o).per_position,
+        lambda **o: attribute(model, pairs, reduce="pair", **o).per_pair,
+        lambda **o: patch_edges(model, pairs, "nll", **o).scores,
+    ):
+        try:
+            kept = folder / f"kept{len(found)}"
+            result = call(distributed=True, batch_size=1, resume=kept, progress=progress)
+            found.append(result.numpy().tobytes().hex())
+        except Stop:
+            found.append("stopped")
+        except RuntimeError as error:
+            found.append("stopped" if "Stop" in str(error) else str(error))
+    return found
+
+
+def undisturbed(rank, size, folder):
+    return work(folder / "whole")
+
+
+def begun(rank, size, folder):
+    """Each stops in the middle of its share; the second piece of work needs processes that lost nobody."""
+    return work(folder / "parts", stop_at=1 + rank % 2)
+
+
+def gone_on(rank, size, folder):
+    return work(folder / "parts")
+
+
+def survivor(rank, size, folder):
+    """Scores and exact effects by processes that are killed at random moments, until one ends: are they the same bits,
+    and how many were killed."""
+    import eapcore.execution.resume as resume
+
+    resume.SAVE_SECONDS = 0.03
+    model, pairs = case()
+    calls = {
+        "scores": lambda **o: attribute(model, pairs, method="eap-ig-activations", reduce="position", **o).per_position,
+        "pairs": lambda **o: attribute(model, pairs, level="neuron", reduce="pair", **o).per_pair["units"],
+        "edges": lambda **o: patch_edges(model, pairs, "nll", **o).scores,
+    }
+    draw, found = random.Random(0), {}
+    for name, call in calls.items():
+        kept, result = folder / name, folder / f"{name}.bytes"
+        began = time.monotonic()
+        expected = call(batch_size=1, resume=folder / f"{name}-whole").numpy().tobytes()
+        seconds, killed = time.monotonic() - began, 0
+        while not result.exists():
+            child = os.fork()
+            if child == 0:
+                done = call(batch_size=1, resume=kept).numpy().tobytes()
+                result.with_suffix(".part").write_bytes(done)
+                result.with_suffix(".part").rename(result)
+                os._exit(0)
+            if killed < 5:
+                time.sleep(draw.uniform(0, 0.5 * seconds))
+                os.kill(child, signal.SIGKILL)
+                killed += 1
+            assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+        found[name] = [result.read_bytes() == expected, killed, len([f for f in kept.iterdir() if "tmp" in f.name])]
+    return found

@@ -1,0 +1,85 @@
+"""Several processes share the work: as one does it but for rounding, the same bits each time, no fault unsaid."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import ranks
+import torch
+from models import ROOT
+
+from eapcore.attribution.attribute import attribute
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.load import load
+from eapcore.tasks import find_pairs
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What the processes of every group return; one process imports everything and forks them."""
+    groups = [("sharing:everything", 2), ("sharing:faults", 3), ("sharing:killed", 3), ("sharing:lonely", 1)]
+    groups += [("sharing:undisturbed", 4), ("sharing:begun", 4), ("sharing:gone_on", 2), ("sharing:survivor", 1)]
+    found = ranks.start(*groups, folder=tmp_path_factory.mktemp("ranks"))
+    return {name.split(":")[1]: results for (name, _), results in zip(groups, found, strict=True)}
+
+
+def test_every_function_gives_what_one_process_gives_and_the_same_bits_each_time(told):
+    first, *others = told["everything"]
+    for name, (gap, scale, same, bits) in first["found"].items():
+        assert gap < 1e-12 and (scale > 1e-6 or "acdc" in name) and same, (name, gap, scale)
+        assert all(other["found"][name][3] == bits for other in others), name
+    assert first["sent"] > 0
+
+
+def test_what_is_different_in_one_process_is_named_in_all_and_they_can_go_on(told):
+    for said in told["faults"]:
+        for name in ("model", "task", "method", "eapcore"):
+            assert f"must have the same {name}, but rank 2 (process " in said[name], said[name]
+        assert "3 processes cannot share 2 prompt pairs: start at most 2" in said["few"]
+        assert "no such token" in said["failed"]
+    assert all(said["failed"].startswith("Lost: rank 2 (process ") for said in told["faults"][:2])
+
+
+def test_the_others_end_soon_and_name_the_one_that_is_gone(told):
+    *others, last = told["killed"]
+    assert last == "died"
+    for other in others:
+        assert other["said"].startswith("Lost: rank 2 (process ") and "is gone" in other["said"]
+        assert other["seconds"] < 30
+
+
+def test_nobody_waits_for_ever_for_processes_that_do_not_come(told):
+    (said,) = told["lonely"]
+    assert (
+        said.startswith("RuntimeError: no rendezvous of the 2 processes at 127.0.0.1:") and "rank 0 was there" in said
+    )
+
+
+def test_fewer_processes_go_on_to_the_same_bits(told):
+    first, *others = told["undisturbed"]
+    assert all(other == first for other in others) and all(len(text) > 1000 for text in first)
+    assert all(text == "stopped" for found in told["begun"] for text in found[:1])
+    assert all(found == first for found in told["gone_on"])
+
+
+def test_work_that_is_killed_at_any_moment_goes_on_to_the_same_bits(told):
+    (found,) = told["survivor"]
+    for name, (same, killed, left) in found.items():
+        assert same and killed > 1 and left == 0, (name, same, killed, left)
+
+
+def test_torchrun_runs_a_command_and_one_process_prints_and_writes(tmp_path):
+    command = ["--nproc-per-node=2", "-m", "eapcore", "attribute", "--n-pairs", "6", "--out", "shared.safetensors"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "torch.distributed.run", *command]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scored   262 edges") == 1 and [p.name for p in tmp_path.iterdir()] == [
+        "shared.safetensors"
+    ]
+    found = EdgeScores.load(tmp_path / "shared.safetensors")
+    expected = attribute(load("toy-ioi"), find_pairs("toy-ioi", n=6, seed=0))
+    torch.testing.assert_close(found.scores, expected.scores)
