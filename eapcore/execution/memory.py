@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +12,68 @@ from eapcore.execution.limits import limits
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device; of the CPU's memory without swap, by this machine and by every
+    control group, such as a container's, that this process is in."""
     if device.type == "cuda":  # to the driver, what torch holds for its next tensors is in use
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 << 30  # where the system does not say: what a small laptop has left
+    found = _group_bytes()
+    machine = [line.split() for line in _lines(Path("/proc/meminfo"))]
+    found += [int(words[1]) * 1024 for words in machine if words[0] == "MemAvailable:"]
+    return max(0, min(found, default=4 << 30))  # where the system does not say: what a small laptop has left
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupFiles:
+    """Where a control group says what it may take, what it takes, and what of that can be taken back."""
+
+    limits: tuple[str, ...]
+    used: str
+    unread: str
+
+
+_VERSION_1 = _GroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _GroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+def _group_bytes(root: Path = Path("/")) -> list[int]:
+    """What is left in each of this process's control groups with a limit, nested ones and those above them.
+
+    root: where the system's files lie, for tests. Pages of files that are not in use count as free, as they do for the
+    machine.
+    """
+    own = [line.split(":", 2)[1:] for line in _lines(root / "proc/self/cgroup")]  # controllers, group
+    found = []
+    for line in _lines(root / "proc/self/mountinfo"):
+        mounted, kind = line.split()[3:5], line.partition(" - ")[2].split()
+        if kind[:1] == ["cgroup2"]:
+            files, paths = _VERSION_2, [group for controllers, group in own if not controllers]
+        elif kind[:1] == ["cgroup"] and "memory" in kind[-1].split(","):
+            files, paths = _VERSION_1, [group for controllers, group in own if "memory" in controllers.split(",")]
+        else:
+            continue
+        top = root / mounted[1].lstrip("/")
+        for path in map(Path, paths):  # a container may see its own group as the top, but not the path to it
+            folder = top / path.relative_to(mounted[0]) if path.is_relative_to(mounted[0]) else top
+            found += [_left(group, files) for group in (folder, *folder.parents) if group.is_relative_to(top)]
+    return [left for left in found if left is not None]
+
+
+def _left(group: Path, files: _GroupFiles) -> int | None:
+    """Bytes below the limit of a control group; None where it has none."""
+    limits = [int(text) for name in files.limits for text in _lines(group / name) if text.isdecimal()]
+    used = [int(text) for text in _lines(group / files.used) if text.isdecimal()]
+    if not limits or not used:
+        return None
+    unread = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == files.unread]
+    return min(limits) - max(0, used[0] - sum(unread))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def budget(device: torch.device) -> int:
