@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.graph import Graph
-from eapcore.graph.scores import EDGE_WHEN, NODE_WHEN, sign_text
+from eapcore.graph.scores import EDGE_WHEN, NO_SIGN, NODE_WHEN, sign_text
 from eapcore.kernels.checks import one_of
 from eapcore.models.backward_rules import GRADIENT, RELP, Rules
 from eapcore.tasks.metrics import Metric
@@ -205,7 +205,7 @@ METHODS: dict[str, Method] = {
     "atp-star": Method(dropped=True, qk="exact"),
 }
 LEVELS = ("edge", "node", "neuron")
-_UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; it has no sign"
+_UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; " + NO_SIGN
 
 
 def recipe(

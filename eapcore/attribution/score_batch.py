@@ -177,8 +177,9 @@ def _set_embed(model: Model, batch: Batch, start: dict[float, Tensor], values: V
         store.set_embed(corrupt - clean)  # of the tokens alone: their positions are the same
         return start[0.0]
     ablated = Values.at(values.embed, batch.stop, None).expand_as(start[1.0])
-    store.set_embed(ablated - (clean if values.of_tokens else start[1.0]))
-    return ablated
+    replaced = clean if values.of_tokens else start[1.0]
+    store.set_embed(ablated - replaced)
+    return start[1.0] + (ablated - replaced) if values.of_tokens else ablated
 
 
 def _difference(batch: Batch, both: Tensor, ablated: Tensor | None, at_read: bool) -> Tensor:

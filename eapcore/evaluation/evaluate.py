@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eapcore.evaluation.agreement import check_model, say_unknown
 from eapcore.evaluation.completeness import Completeness, measure_completeness, measure_minimality
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, Mib, measure_mib
 from eapcore.evaluation.roc import Roc, roc
@@ -81,9 +82,12 @@ def evaluate(
         resume: of the exact patching, and distributed: share the work among the processes of this run, as `attribute`.
 
     Raises:
-        ValueError: as `faithfulness.mib`, `roc.roc`, `completeness.completeness` and `stability.stability`.
+        ValueError: scores of another model; as `faithfulness.mib`, `roc.roc`, `completeness.completeness` and
+            `stability.stability`.
     """
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    check_model(scores, experiment.model)
+    say_unknown(scores, ["model"])
     recordings = Recordings(experiment, batch_size)
     pairs, graph = len(experiment), model.graph
     shares = {"mib": 2 + 2 * len(MIB_FRACTIONS), "patching": graph.n_edges if true_top is not None else 0}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from eapcore.evaluation.agreement import RANKINGS, check_scores
+from eapcore.evaluation.agreement import RANKINGS, ablation_of, check_scores
 from eapcore.evaluation.roc import area
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
@@ -214,9 +214,3 @@ def _sizes(sizes: Sequence[float | int], n_edges: int) -> tuple[list[float], lis
             f"(integers), got {sizes!r}"
         )
     return fractions, [int(x * n_edges) if isinstance(x, float) else x for x in given]
-
-
-def ablation_of(scores: EdgeScores) -> dict[str, Any] | None:
-    """What an edge carried when scores were made; None where they do not say."""
-    found = (scores.meta.get("method") or {}).get("ablation")
-    return None if found is None else dict(found)

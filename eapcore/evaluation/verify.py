@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eapcore.attribution.attribute import attribute
-from eapcore.evaluation.agreement import RANKINGS, Agreement, agreement, check_scores
-from eapcore.evaluation.faithfulness import ablation_of
+from eapcore.evaluation.agreement import (
+    RANKINGS,
+    Agreement,
+    ablation_of,
+    agreement,
+    check_model,
+    check_scores,
+    say_unknown,
+)
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
@@ -20,10 +28,10 @@ from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.patching.edges import measure_edges
 from eapcore.patching.interpolate import CURVE_POINTS, Interpolation, follow_edge
-from eapcore.tasks.metrics import Metric
+from eapcore.tasks.metrics import METRICS, Metric
 from eapcore.tasks.pairs import PromptPairs
 
-# Agreement with exact patching
+_log = logging.getLogger("eapcore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +128,25 @@ def verify(
 
 
 def _check_origin(experiment: Experiment, scores: EdgeScores) -> None:
-    """ValueError for scores of another graph, model, metric or ablation than an experiment's."""
-    model = experiment.model
-    check_scores(scores, model.graph)
-    made = scores.meta.get("model") or {}
-    if made.get("content_hash", model.content_hash) != model.content_hash:
-        raise ValueError(f"the scores are of {made.get('name')!r}, whose weights are not those of {model.name!r}")
-    scored = (scores.meta.get("metric") or {}).get("name", experiment.metric_name)
+    """ValueError for scores of another graph, model, metric or ablation than an experiment's, or of unknown sign.
+
+    What scores from elsewhere do not say is logged; the name of another tool's metric is compared where it is one of
+    ours.
+    """
+    check_model(scores, experiment.model)
+    scores.check_sign("a comparison with exact effects")
+    made = scores.meta.get("metric") or {}
+    scored, elsewhere = made.get("name", experiment.metric_name), made.get("source")
     if scored != experiment.metric_name:
-        raise ValueError(
-            f"the scores estimate the metric {scored}, but {experiment.metric_name} was to be measured: use the same"
-        )
-    ablation = dict(experiment.ablation.meta)
-    if ablation_of(scores) not in (None, ablation):
-        raise ValueError(
-            f"the scores estimate the ablation {ablation_of(scores)}, but {ablation} was to be measured: use the same"
-        )
+        if elsewhere is None or scored in METRICS:
+            raise ValueError(
+                f"the scores estimate the metric {scored}, but {experiment.metric_name} was to be measured: use the "
+                "same"
+            )
+        _log.warning("the scores estimate %s of %s: taken for %s", scored, elsewhere, experiment.metric_name)
+    ablation, other = dict(experiment.ablation.meta), ablation_of(scores) or {}
+    if other.get("name", ablation["name"]) != ablation["name"] or (elsewhere is None and other not in ({}, ablation)):
+        raise ValueError(f"the scores estimate the ablation {other}, but {ablation} was to be measured: use the same")
+    if other not in ({}, ablation):
+        _log.warning("the scores estimate the ablation %s of %s: taken for %s", other, elsewhere, ablation)
+    say_unknown(scores, ["model", "metric", "ablation"])

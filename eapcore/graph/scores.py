@@ -36,6 +36,8 @@ def sign_text(name: str, kind: str, when: str) -> str:
     return f"{name} = {kind} change of the metric (higher = better) when {when}; negative = needed"
 
 
+NO_SIGN = "it has no sign"  # what the text of scores that are sizes says
+UNKNOWN_SIGN = "score = change of a metric (higher = better) or of a loss (lower = better): which, was not said"
 EDGE_WHEN = "the edge is ablated"
 EDGE_SIGN = sign_text("score", "predicted", EDGE_WHEN)  # where the scores do not say otherwise
 
@@ -103,13 +105,30 @@ class EdgeScores:
         """All edges from the most to the least important: (flat indices s·R + r, usefulness).
 
         Usefulness is |score|, or with signed=True −score: what the behaviour needs comes first, what hinders it last.
-        Ties keep the order of the flat index.
+        Of scores without a sign it is |score| in both cases. Ties keep the order of the flat index.
+
+        Raises:
+            ValueError: NaN among the scores, or a signed ranking of scores whose sign is not known.
         """
         edges = self.mask.flatten().nonzero().squeeze(1)
         values = self.scores.flatten()[edges]
         check_ranked("edges", values)
-        usefulness, order = (-values if signed else values.abs()).sort(descending=True, stable=True)
+        usefulness, order = self._usefulness(values, signed).sort(descending=True, stable=True)
         return edges[order], usefulness
+
+    def _usefulness(self, values: Tensor, signed: bool) -> Tensor:
+        if not signed:
+            return values.abs()
+        self.check_sign("a signed ranking")
+        return values.abs() if NO_SIGN in self.meta.get("sign", "") else -values
+
+    def check_sign(self, what: str) -> None:
+        """ValueError where `what` needs the sign of scores that do not say whether they are of a metric or a loss."""
+        if self.meta.get("sign") == UNKNOWN_SIGN:
+            raise ValueError(
+                f"{what} needs to know whether these scores are of a metric, of which more is better, or of a loss: "
+                "give sign='metric' or sign='loss' where they are made or read"
+            )
 
     def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
         """Names and scores of the n most important edges."""
@@ -139,7 +158,7 @@ class EdgeScores:
         self._check_n(n)
         graph = self.graph
         check_ranked("edges", self.scores[self.mask])
-        usefulness = (-self.scores if signed else self.scores.abs()).tolist()
+        usefulness = self._usefulness(self.scores, signed).tolist()
         into: dict[int, list[int]] = {s: [] for s in range(graph.n_senders)}
         for r in range(graph.n_receivers):
             for s in graph.senders_behind(r):

@@ -18,6 +18,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import replacing
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
+from eapcore.interop.sign import check_sign, sign_to_write, signed, turned
 from eapcore.interop.transformer_lens import receiver_hook, receiver_of_hook, sender_hook, sender_of_hook
 
 FORMS = ("acdc", "acdcpp")
@@ -25,7 +26,7 @@ _SEPARATOR = " to "
 
 
 def load_edges(
-    path: str | Path, graph: Graph, *, thresholds: tuple[str, str] | None = None
+    path: str | Path, graph: Graph, *, thresholds: tuple[str, str] | None = None, sign: str | None = None
 ) -> tuple[Circuit, EdgeScores]:
     """Read an edge JSON of ACDC or acdcpp; the content says which.
 
@@ -35,15 +36,19 @@ def load_edges(
         path: the file.
         graph: of the model that it is about.
         thresholds: acdcpp's and ACDC's, as the file writes them, for a file that holds several lists of edges.
+        sign: of the numbers in the file, see `sign.SIGNS`. ACDC's are effects on what it makes small: "loss". acdcpp's
+            are (clean − corrupt) · gradient: "loss" if it differentiated a metric, "metric" if a loss. With None they
+            are taken for "loss", and the scores refuse whatever needs the sign.
 
     Returns:
-        The circuit of the edges that the file lists, and their scores by our sign, negative = needed: ACDC's effect
-        negated, and acdcpp's (clean − corrupt) · gradient negated. Edges that it does not list score 0.
+        The circuit of the edges that the file lists, and their scores by our sign, negative = needed. Edges that it
+        does not list score 0.
 
     Raises:
         ValueError: another file, thresholds that it does not have, or an edge that is none of the graph.
     """
     path = Path(path)
+    check_sign(sign)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = list(_rows(content, thresholds))
@@ -53,26 +58,32 @@ def load_edges(
             edge = _edge(graph, one, other)
             if edge is not None:
                 mask[edge] = True
-                scores[edge] = 0.0 if value is None else -float(value)
+                scores[edge] = 0.0 if value is None else float(value)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} must be an edge JSON of ACDC or acdcpp, but it cannot be read: {error}") from error
     meta = {"method": {"source": path.name}}
-    return Circuit(mask, graph, meta), EdgeScores(scores, graph, meta)
+    return Circuit(mask, graph, meta), EdgeScores(turned(scores, sign or "loss"), graph, signed(sign, meta))
 
 
-def save_edges(path: str | Path, scores: EdgeScores, circuit: Circuit | None = None, *, form: str = "acdcpp") -> None:
-    """Write the edge JSON that acdcpp or ACDC writes, with its sign.
+def save_edges(
+    path: str | Path, scores: EdgeScores, circuit: Circuit | None = None, *, form: str = "acdcpp", sign: str = "loss"
+) -> None:
+    """Write the edge JSON that acdcpp or ACDC writes.
 
     Args:
         path: the file.
         scores: of all edges.
         circuit: only the edges of this circuit; None for all.
-        form: "acdcpp" for rows [sender's hook, index, receiver's hook, index, −score], "acdc" for its plot's data. With
+        form: "acdcpp" for rows [sender's hook, index, receiver's hook, index, number], "acdc" for its plot's data. With
             a circuit, acdcpp's rows also say which heads' inputs feed their q, k and v, which it needs.
+        sign: of the numbers in the file, as for `load_edges`.
+
+    Raises:
+        ValueError: another form, or scores whose sign is not known.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    graph = scores.graph
+    graph, values = scores.graph, turned(scores.scores, sign_to_write(scores, sign, Path(path).name))
     mask = graph.edge_mask() if circuit is None else circuit.mask
     rows: list[tuple[str, str, float]] = []
     fed = set()
@@ -80,7 +91,7 @@ def save_edges(path: str | Path, scores: EdgeScores, circuit: Circuit | None = N
         sender, receiver = graph.sender_names[s], graph.receiver_names[r]
         hook = receiver_hook(graph, receiver)
         start = "blocks.0.hook_resid_pre" if sender == "embed" else sender_hook(graph, sender)
-        rows.append((start, hook, -float(scores.scores[s, r])))
+        rows.append((start, hook, float(values[s, r])))
         if receiver.endswith(">"):
             fed.add(hook)
     if form == "acdc":

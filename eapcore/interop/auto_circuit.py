@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
+from eapcore.interop.sign import check_sign, sign_to_write, signed, turned
 from eapcore.interop.transformer_lens import receiver_hook
 
 _HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")
@@ -20,48 +21,58 @@ _MLP = re.compile(r"MLP (\d+)")
 Module = Annotated[Tensor, "H S' | S' | T H S' | T S'"]  # the edges into one module from the S' senders before it
 
 
-def to_prune_scores(scores: EdgeScores, *, n_batches: int = 1, per_position: bool = False) -> dict[str, Module]:
+def to_prune_scores(
+    scores: EdgeScores, *, n_batches: int = 1, per_position: bool = False, sign: str = "loss"
+) -> dict[str, Module]:
     """Scores as auto-circuit keeps them: for each module that reads the residual stream, a tensor of its edges.
 
-        prune_scores[module][h, s] = −n_batches · score[s, r]
+        prune_scores[module][h, s] = −n_batches · score[s, r]        with sign="metric": n_batches · score[s, r]
 
-    auto-circuit differentiates the loss, the negated answer difference, and adds up its mean over every batch: hence
-    the sign, and the factor for a data loader of several batches. The senders s are the graph's, in its order.
+    auto-circuit differentiates a loss, the negated answer difference, and adds up its mean over every batch: hence the
+    sign, and the factor for a data loader of several batches. The senders s are the graph's, in its order.
 
     Args:
         scores: of a model that auto-circuit patches with separate_qkv=True.
         n_batches: of the data loader whose scores they shall be comparable to.
         per_position: of `scores.per_position`, with a first axis T, for a model that it patches with seq_len=T.
+        sign: of what is returned, see `sign.SIGNS`; "loss" is what its own gradients have.
 
     Returns:
         `blocks.{l}.hook_{q|k|v}_input` [H, s], `blocks.{l}.hook_mlp_in` [s], `blocks.{L-1}.hook_resid_post` [s].
 
     Raises:
-        ValueError: per_position of scores that were not kept by position.
+        ValueError: per_position of scores that were not kept by position; scores whose sign is not known.
     """
     graph = scores.graph
+    factor = n_batches * (-1 if sign_to_write(scores, sign, "PruneScores") == "loss" else 1)
     values = scores.per_position if per_position else scores.scores
     if values is None:
         raise ValueError("these scores were not kept by position: score with reduce='position'")
     found = {}
     for module, receivers in _modules(graph).items():
         senders = graph.senders_before(receivers[0])
-        part = -n_batches * values[..., :senders, receivers].transpose(-1, -2)  # [(T,) H, s]
+        part = factor * values[..., :senders, receivers].transpose(-1, -2)  # [(T,) H, s]
         found[module] = (part if len(receivers) > 1 or module.endswith("_input") else part.squeeze(-2)).contiguous()
     return found
 
 
-def from_prune_scores(prune_scores: Mapping[str, Module], graph: Graph, *, n_batches: int = 1) -> EdgeScores:
+def from_prune_scores(
+    prune_scores: Mapping[str, Module], graph: Graph, *, n_batches: int = 1, sign: str | None = None
+) -> EdgeScores:
     """auto-circuit's PruneScores as EdgeScores; the inverse of `to_prune_scores`.
 
     Args:
         prune_scores: of a model that was patched with factorized=True and separate_qkv=True, with or without seq_len.
         graph: of the same model.
         n_batches: of its data loader.
+        sign: of the prune scores, see `sign.SIGNS`: "loss" for those by the gradient of an answer difference or
+            probability, "none" for sizes, as its activation magnitudes. With None they are taken for a loss's, and what
+            is returned refuses whatever needs the sign.
 
     Raises:
         ValueError: modules or shapes that are not the graph's.
     """
+    check_sign(sign)
     modules = _modules(graph)
     missing, extra = sorted(set(modules) - set(prune_scores)), sorted(set(prune_scores) - set(modules))
     if missing or extra:
@@ -82,8 +93,8 @@ def from_prune_scores(prune_scores: Mapping[str, Module], graph: Graph, *, n_bat
             )
         senders = shapes[module][-1]
         whole = part if len(shapes[module]) == 2 else part.unsqueeze(-2)
-        values[..., :senders, receivers] = -whole.transpose(-1, -2).to(dtype) / n_batches
-    meta = {"method": {"source": "auto-circuit"}}
+        values[..., :senders, receivers] = turned(whole.transpose(-1, -2).to(dtype), sign or "loss") / n_batches
+    meta = signed(sign, {"method": {"source": "auto-circuit"}})
     if steps:
         return EdgeScores(values.sum(0), graph, meta, per_position=values)
     return EdgeScores(values, graph, meta)

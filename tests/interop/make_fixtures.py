@@ -27,6 +27,8 @@ METHODS = {
     "mean": {"method": "EAP", "intervention": "mean"},
     "mean_positional": {"method": "EAP", "intervention": "mean-positional"},
     "eap_mean_over_d_model": {"method": "EAP", "aggregation": "mean"},
+    "eap_ig_activations_2": {"method": "EAP-IG-activations", "ig_steps": 2},
+    "eap_ig_activations_zero": {"method": "EAP-IG-activations", "ig_steps": 2, "intervention": "zero"},
 }
 
 

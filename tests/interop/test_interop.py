@@ -40,6 +40,8 @@ LIKE_THE_PACKAGE = {
     "zero": {"method": "EAP", "intervention": "zero"},
     "mean": {"method": "EAP", "intervention": "mean"},
     "eap_mean_over_d_model": {"method": "EAP", "aggregation": "mean"},
+    "eap_ig_activations_2": {"method": "EAP-IG-activations", "ig_steps": 2},
+    "eap_ig_activations_zero": {"method": "EAP-IG-activations", "ig_steps": 2, "intervention": "zero"},
 }
 
 
@@ -409,7 +411,7 @@ def declined(match, *, graph=None, batches=None, metric=logit_diff, model=None, 
 def test_bad_input_to_the_drop_in_is_refused_in_one_sentence():
     fixture = Fixture("gpt2-like")
     label = fixture.case["label_0"]
-    declined("method must be one of EAP, EAP-IG-inputs, clean-corrupted, got 'exact'", method="exact")
+    declined("method must be one of EAP, .*, EAP-IG-activations, got 'exact'", method="exact")
     declined("intervention must be one of", intervention="resample")
     declined("must be 'patching' for clean-corrupted", method="clean-corrupted", intervention="zero")
     declined("give intervention_dataloader", intervention="mean")
@@ -468,10 +470,12 @@ def test_graph_files_are_written_as_the_package_writes_them(fixture, tmp_path, s
     eap_ig.GraphFile.load(source, attn_only=attn_only).save(tmp_path / f"again{suffix}")
     if suffix == ".json":
         ours, theirs = (json.loads(path.read_text()) for path in (tmp_path / "again.json", source))
+        assert ours.pop("eapcore")["sign_of_source"] is None
         assert ours == theirs
         assert list(ours["edges"]) == list(theirs["edges"]) and list(ours["nodes"]) == list(theirs["nodes"])
         return
     ours, theirs = (torch.load(path, weights_only=True) for path in (tmp_path / "again.pt", source))
+    assert ours.pop("eapcore")["sign_of_source"] is None
     assert set(ours) == set(theirs) and ours["cfg"] == theirs["cfg"]
     for name, value in theirs.items():
         assert torch.equal(ours[name], value) if isinstance(value, Tensor) else ours[name] == value
@@ -495,7 +499,7 @@ def test_node_and_neuron_scores_survive_a_round_trip(tmp_path, suffix):
     file = eap_ig.GraphFile(
         scores.top_n(10), 4, scores, node_scores=node_scores, neurons=neuron_scores > 0, neuron_scores=neuron_scores
     )
-    file.save(tmp_path / f"graph{suffix}")
+    file.save(tmp_path / f"graph{suffix}", sign="metric")
     again = eap_ig.GraphFile.load(tmp_path / f"graph{suffix}")
     assert torch.equal(again.scores.scores, scores.scores) and torch.equal(again.circuit.mask, file.circuit.mask)
     assert torch.equal(again.node_scores, node_scores) and torch.equal(again.neuron_scores, neuron_scores)
@@ -507,7 +511,7 @@ def test_damaged_graph_files_are_refused_by_name(tmp_path, fixture):
     changes = {
         "no cfg": lambda c: c.pop("cfg"),
         "'a9.h0->logits'|a sender is": lambda c: c["edges"].update({"a9.h0->logits": {"score": 1, "in_graph": True}}),
-        "parallel": lambda c: c["cfg"].update(parallel_attn_mlp=True),
+        "is no edge: a0.h0 does not come before m0|'a0.h0->": lambda c: c["cfg"].update(parallel_attn_mlp=True),
         "node 'm7'": lambda c: c["nodes"].update(m7={"in_graph": True}),
     }
     for match, change in changes.items():
@@ -543,8 +547,9 @@ def test_mib_files_have_its_names_sizes_and_no_scores(tmp_path):
     path = eap_ig.mib_path(tmp_path, "EAP", "patching", "edge", "arc_easy", "gpt2", suffix=".pt")
     assert path.relative_to(tmp_path).as_posix() == "EAP_patching_edge/arc-easy_gpt2/importances.pt"
     path.parent.mkdir(parents=True)
-    eap_ig.GraphFile.of(scores, 12).save(path)
+    eap_ig.GraphFile.of(scores, 12).save(path, sign="loss")
     assert torch.equal(eap_ig.GraphFile.load(path).scores.scores, scores.scores)
+    assert torch.equal(eap_ig.in_our_order(graph, torch.load(path)["edges_scores"]), -scores.scores)
 
 
 # auto-circuit, ACDC and acdcpp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
-from eapcore.attribution.methods import Pass, Recipe
+from eapcore.attribution.methods import Options, Pass, Recipe
+from eapcore.attribution.methods import recipe as recipe_of
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Sums
 from eapcore.execution.ablation import Values, means, zeros
@@ -19,6 +21,7 @@ from eapcore.execution.batch import Batch
 from eapcore.execution.experiment import result_dtype
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop.eap_ig.names import in_their_order, their_shape
+from eapcore.interop.sign import check_sign, sign_of_metric, signed, turned
 from eapcore.interop.transformer_lens import from_hooked_transformer
 from eapcore.kernels.checks import one_of
 from eapcore.models.forward import check_tokens, embed_tokens, forward, run_with_senders
@@ -26,7 +29,9 @@ from eapcore.models.model import Model
 from eapcore.tasks.metrics import MetricBatch
 from eapcore.tasks.pairs import PromptPairs
 
-METHODS = ("EAP", "EAP-IG-inputs", "clean-corrupted")
+METHODS = ("EAP", "EAP-IG-inputs", "clean-corrupted", "EAP-IG-activations")
+_WITH_INTERVENTION = ("EAP", "EAP-IG-activations")
+_ABLATIONS = {"patching": "corrupt"}  # their names that are not ours
 INTERVENTIONS = ("patching", "zero", "mean", "mean-positional")
 AGGREGATIONS = ("sum", "mean")
 _MEAN_LENGTH = 512  # the package cuts prompts to this many tokens before it averages
@@ -52,6 +57,7 @@ def attribute(
     quiet: bool = False,
     optimal_ablation_path: str | None = None,
     *,
+    sign: str | None = None,
     verbatim: bool = False,
     impl: str = "auto",
 ) -> EdgeScores:
@@ -60,8 +66,10 @@ def attribute(
         score[s, r] = mean over pairs of Σ_t ⟨e_other[s, t] − e_clean[s, t], Σ_k w_k ∂metric/∂v[r, t] at point α_k⟩
 
     "EAP": the gradient of the clean run. "EAP-IG-inputs": its average over corrupt + (k/m)(clean − corrupt) for
-    k = 0…m−1. "clean-corrupted": the mean of those of the clean and the corrupt run. e_other is the corrupt run, or for
-    "EAP" zero or a mean over other prompts.
+    k = 0…m−1. "clean-corrupted": the mean of those of the clean and the corrupt run. "EAP-IG-activations": the mean
+    over components (the embedding, all heads of a layer, an MLP) and k = 1…m of the gradient of the clean run with that
+    component's output at other + (k/m)(clean − other). e_other is the corrupt run, or for "EAP" and
+    "EAP-IG-activations" zero or a mean over other prompts.
 
     The metric is called as the package calls it, metric(logits [B, T, V], clean_logits, input_lengths [B], label), and
     returns the mean over its batch. The package divides its gradient by the number of pairs once more, so that there
@@ -70,6 +78,10 @@ def attribute(
 
     The other difference is "mean": here each sender's mean over prompts and positions; there one vector for all, the
     mean over senders of what they send at a prompt's last token, divided by its length. `verbatim` takes both back.
+
+    `graph.scores` gets the numbers as the package makes them, of a metric or of a loss, whichever was given. What is
+    returned has our sign where it is known which of them it was: the keyword `loss` of the metric, as in
+    partial(metric, loss=True), says it, or else `sign`.
 
     Where a metric reads one position of each pair, which is asked of it with random logits, no other logits are made;
     the dataloader's batches are taken as they come.
@@ -80,20 +92,22 @@ def attribute(
             [1 + L(H+1), L(3H+1) + 1], which is overwritten in place, in its own dtype.
         dataloader: yields (clean, corrupt, label); prompts are a list of strings, which `model.to_tokens` tokenizes
             with a BOS and pads on the right, or tokens int64 [B, T] without padding. The metric gets label as it is.
-        metric: higher is better, for scores by our sign.
+        metric: as the package takes it.
         method: out of METHODS. The package's other methods are no first-order scores of edges: use its own function.
-        intervention: out of INTERVENTIONS; other than "patching" for "EAP" alone. The senders are the package's, so
-            that zero and mean replace the token embedding and leave the position embedding.
+        intervention: out of INTERVENTIONS; other than "patching" for "EAP" and "EAP-IG-activations" alone. The senders
+            are the package's, so that zero and mean replace the token embedding and leave the position embedding.
         aggregation: "sum" over d_model, or "mean".
-        ig_steps: m, for "EAP-IG-inputs".
+        ig_steps: m, for "EAP-IG-inputs" and "EAP-IG-activations".
         intervention_dataloader: the prompts that are averaged; yields them alone or as the first of a tuple.
         quiet: no progress bar.
         optimal_ablation_path: MIB's; must be None.
+        sign: "metric" if more of it is better, "loss" if less is; None where the metric's keyword `loss` says it, or
+            where nothing needs it: what is returned then refuses a signed ranking.
         verbatim: the package's numbers to the letter (but for what its means add to MLPs that a model has not).
         impl: the kernels' implementation, see `kernels`.
 
     Returns:
-        The scores that were written, in our order and the model's full precision.
+        The scores that were written, in our order, sign (see above) and the model's full precision.
 
     Raises:
         ValueError: an option, a model, a graph of another model, prompts or a metric that do not fit.
@@ -101,7 +115,8 @@ def attribute(
     Source: Hanna, Pezzelle, Belinkov 2024, section 3; repository hannamw/EAP-IG, version 2.0.0.
     """
     own = model if isinstance(model, Model) else from_hooked_transformer(model)
-    points = _points(method, ig_steps, intervention, intervention_dataloader, optimal_ablation_path)
+    check_sign(sign)
+    passes = _passes(own, method, ig_steps, intervention, intervention_dataloader, optimal_ablation_path, verbatim)
     one_of("aggregation", aggregation, AGGREGATIONS)
     one_of("impl", impl, kernels.IMPLS)
     _check_graph(graph, own)
@@ -112,12 +127,19 @@ def attribute(
         )
     values = None
     if intervention != "patching":
+        if verbatim and method != "EAP" and intervention.startswith("mean"):
+            raise ValueError(
+                f"verbatim does not suit {method} with a mean: its gradients are then taken on the way to zero, "
+                "its differences from the mean"
+            )
         values = _values(own, model, intervention, intervention_dataloader, verbatim)
-    recipe = Recipe(tuple(Pass(alpha, weight) for alpha, weight in points), {})
+    recipe = Recipe(passes, {})
     total = torch.zeros(own.graph.n_senders, own.graph.n_receivers, dtype=torch.float64, device=own.device)
     count = 0
     for clean, corrupt, label in _progress(dataloader, quiet):
         pairs = _read(own, model, clean, corrupt)
+        if count == 0:
+            sign = sign_of_metric(metric, sign, partial(_on_random_logits, own, pairs, label))
         count += len(pairs)
         total += _score(own, pairs, metric, label, recipe, values, verbatim, impl)
     if count == 0:
@@ -128,33 +150,60 @@ def attribute(
     if not bool(scores.isfinite().all()):
         raise ValueError(f"the scores are NaN or infinite in {own.dtype}: use a wider dtype, or look at the metric")
     graph.scores[:] = in_their_order(own.graph, scores).to(graph.scores.device)
-    meta = {"method": {"name": method, "source": "EAP-IG", "points": [list(p) for p in points]}}
-    return EdgeScores(scores.to(result_dtype(own.dtype)).cpu(), own.graph, {"model": {"name": own.name}, **meta})
+    ablation: dict[str, Any] = {"name": _ABLATIONS.get(intervention, intervention)}
+    if intervention != "patching" and own.weights.w_pos is not None:
+        ablation["embedding"] = "of the tokens alone"
+    if intervention.startswith("mean"):
+        ablation["prompts"] = "intervention_dataloader"
+    meta = {
+        "model": {"name": own.name, "content_hash": own.content_hash},
+        "task": {"n_pairs": count},
+        "metric": {"name": _name_of(metric), "source": "EAP-IG"},
+        "method": {"name": method, "source": "EAP-IG", "ig_steps": ig_steps, "ablation": ablation},
+        "dtype": str(own.dtype).removeprefix("torch."),
+    }
+    own_sign = turned(scores, sign).to(result_dtype(own.dtype)).cpu()
+    return EdgeScores(own_sign, own.graph, signed(sign, meta))
 
 
-def _points(
+def _name_of(metric: Any) -> str:
+    """The name of a metric, of its function where some of its arguments are given."""
+    while isinstance(metric, partial):
+        metric = metric.func
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def _passes(
+    model: Model,
     method: str,
     ig_steps: int | None,
     intervention: str,
     intervention_dataloader: Iterable[Any] | None,
     optimal_ablation_path: str | None,
-) -> list[tuple[float, float]]:
-    """The (α, weight) at which gradients are taken, 1 being the clean run, once the options are known to fit."""
+    verbatim: bool,
+) -> tuple[Pass, ...]:
+    """The backward passes of a method, once the options are known to fit."""
     one_of("method", method, METHODS)
     if intervention == "optimal" or optimal_ablation_path is not None:
         raise ValueError("optimal ablations are not supported here: intervention is patching, zero or a mean")
     one_of("intervention", intervention, INTERVENTIONS)
-    if intervention != "patching" and method != "EAP":
+    if intervention != "patching" and method not in _WITH_INTERVENTION:
         raise ValueError(f"intervention must be 'patching' for {method}, got {intervention!r}")
     if intervention.startswith("mean") and intervention_dataloader is None:
         raise ValueError(f"intervention {intervention!r} averages prompts: give intervention_dataloader")
     if method == "EAP":
-        return [(1.0, 1.0)]
+        return (Pass(1.0, 1.0),)
     if method == "clean-corrupted":
-        return [(1.0, 0.5), (0.0, 0.5)]
+        return Pass(1.0, 0.5), Pass(0.0, 0.5)
     if not isinstance(ig_steps, int) or isinstance(ig_steps, bool) or ig_steps < 1:
-        raise ValueError(f"EAP-IG-inputs needs ig_steps, a positive integer, got {ig_steps!r}")
-    return [(k / ig_steps, 1 / ig_steps) for k in range(ig_steps)]
+        raise ValueError(f"{method} needs ig_steps, a positive integer, got {ig_steps!r}")
+    if method == "EAP-IG-activations":
+        passes = recipe_of("eap-ig-activations", model.graph, Options(steps=ig_steps, points="right")).passes
+        if verbatim and model.config.attn_only:  # it also counts the clean run for each of the MLPs that are not there
+            share = model.config.n_layers / (1 + 2 * model.config.n_layers)
+            passes = (Pass(1.0, share), *(replace(step, weight=step.weight * (1 - share)) for step in passes))
+        return passes
+    return tuple(Pass(k / ig_steps, 1 / ig_steps) for k in range(ig_steps))
 
 
 def _check_graph(graph: Any, model: Model) -> None:
@@ -264,13 +313,24 @@ class _Metric:
         return full
 
 
+def _random_logits(like: Tensor) -> tuple[Logits, Logits]:
+    """Logits and clean logits to ask a metric with, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
+    return one, other
+
+
+def _on_random_logits(model: Model, pairs: PromptPairs, label: Any, metric: Metric) -> Tensor:
+    like = torch.empty((), dtype=model.dtype, device=model.device).expand(*pairs.clean.shape, model.config.d_vocab)
+    return metric(*_random_logits(like), pairs.lengths, label)
+
+
 def _reads(metric: Metric, pairs: PromptPairs, label: Any, like: Tensor) -> Tensor | None:
     """int64 [B, Q], where a metric reads logits, by asking it with random ones, like [B, T, V]; None is everywhere.
 
     What it has a gradient at with random logits is all that it reads if the others may as well be NaN.
     """
-    generator = torch.Generator().manual_seed(0)
-    logits, clean = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
+    logits, clean = _random_logits(like)
     with torch.enable_grad():
         leaf = logits.requires_grad_()
         value = metric(leaf, clean, pairs.lengths, label)
