@@ -21,7 +21,7 @@ ASK = (
 )
 _TEXTS = {"metric": EDGE_SIGN, "loss": EDGE_SIGN, "none": f"score = a size; {NO_SIGN}", None: UNKNOWN_SIGN}
 _SOURCE = "sign_of_source"
-Values = TypeVar("Values", Tensor, None)
+Values = TypeVar("Values", bound=Tensor | None)
 
 
 def check_sign(sign: str | None) -> None:
@@ -57,7 +57,7 @@ def sign_of_metric(
 
 def turned(values: Values, sign: str | None) -> Values:
     """Another tool's numbers as ours, or ours as another tool's."""
-    return -values if sign == "loss" and values is not None else values
+    return -values if sign == "loss" and values is not None else values  # type: ignore[return-value]
 
 
 def signed(sign: str | None, meta: dict[str, Any]) -> dict[str, Any]:
