@@ -7,6 +7,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -14,13 +15,13 @@ import pytest
 import torch
 
 from eapcore.cli import main
+from eapcore.graph.scores import EdgeScores
 from eapcore.models import gguf as gguf_file
 from eapcore.models.families import gguf as family
 from eapcore.models.families.gguf_tokenizer import PRE, gguf_tokenizer, rebuilt
 from eapcore.models.forward import forward
 from eapcore.models.gguf import read_gguf
 from eapcore.models.load import load, load_weights
-from eapcore.tasks import find_pairs
 from eapcore.tasks.files import read_pairs
 
 gguf = pytest.importorskip("gguf")
@@ -568,16 +569,15 @@ def test_smollm2_is_found_by_its_name_and_its_tokenizer_is_its_own(smollm2):
 
 
 @needs_smollm2
-def test_smollm2_names_the_indirect_object(smollm2):
-    model, encode = smollm2
-    pairs = find_pairs("ioi", n=24, seed=0, encode=encode, corruption="s2-other")
-    found = []
-    for prompts in (pairs.clean, pairs.corrupt):
-        with torch.no_grad():
-            logits = forward(model, prompts)[torch.arange(len(pairs)), pairs.positions]
-        found.append((logits.gather(1, pairs.answers) - logits.gather(1, pairs.wrong)).squeeze(1))
-    assert 4 < float(found[0].mean()) < 5.5 and float((found[0] > 0).double().mean()) > 0.9
-    assert abs(float(found[1].mean())) < 1  # neither of the two names is the one that is repeated
+def test_every_edge_of_smollm2_is_scored_on_indirect_objects_by_one_command(tmp_path, capsys):
+    argv = ["attribute", "--model", "smollm2-135m", "--task", "ioi", "--corruption", "s2-other", "--n", "10"]
+    start = time.process_time()
+    assert main([*argv, "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
+    assert time.process_time() - start < 30
+    printed, metric = capsys.readouterr().out, EdgeScores.load(tmp_path / "s").meta["metric"]
+    assert "ioi: 10 prompt pairs, seed 0, corruption s2-other, bos none; metric logit_diff" in printed
+    assert "123211 edges (301 senders × 841 receivers) by " in printed
+    assert 3.5 < metric["clean"] < 5.5 and abs(metric["corrupt"]) < 1  # neither name is the one that is repeated
 
 
 @needs_smollm2
