@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _wait_asleep()
     with shown_safely():
         args = _parser().parse_args(argv)
-        args.written = shlex.join(["eapcore", *(sys.argv[1:] if argv is None else argv)])
+        args.written = _written(sys.argv[1:] if argv is None else argv)
         args.distributed, args.leads = False, True
         log_to(as_json=args.log_json)
         status, text = _run(args)
@@ -54,6 +54,12 @@ def _wait_asleep() -> None:
     long where another process holds a core. OpenMP reads this when torch is loaded."""
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _written(argv: Sequence[str]) -> str:
+    """A command as it is written, without where its results go, which makes no difference to them."""
+    kept = [word for i, word in enumerate(argv) if word != "--out" and not (i and argv[i - 1] == "--out")]
+    return shlex.join(["eapcore", *(word for word in kept if not word.startswith("--out=") and word != "--report")])
 
 
 def _run(args: argparse.Namespace) -> tuple[int, str]:

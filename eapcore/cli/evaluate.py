@@ -7,8 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, prepare, top
-from eapcore.cli.options import RUN, TOP, Command, add_out, add_resume, add_scores, add_task, at_least_two, positive
+from eapcore.cli.options import (
+    RUN,
+    TOP,
+    Command,
+    add_out,
+    add_report,
+    add_resume,
+    add_scores,
+    add_task,
+    at_least_two,
+    positive,
+)
 from eapcore.cli.output import Progress, check_out, heading, table, write
+from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
     from eapcore.evaluation.evaluate import Evaluation
@@ -45,6 +57,7 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--top-n", type=positive, metavar="N", help=f"with --bootstrap: what is the top {TOP}")
     add_resume(parser)
+    add_report(parser, "beside --out")
     add_out(parser, "evaluation.json")
 
 
@@ -56,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.kernels.checks import one_of
 
     check_out(args)
+    if args.report:
+        check_report(args.out.parent / PAGE)
     if args.top_n is not None and args.bootstrap is None:
         raise ValueError("--top-n goes with --bootstrap: how many edges are the top")
     if args.rule is not None and args.true_circuit is None and args.true_top is None:
@@ -113,6 +128,8 @@ def run(args: argparse.Namespace) -> None:
     if judged.stability is not None:
         _print_stability(judged, scores.top_n(n), args.bootstrap)
     print(f"\nwrote    {args.out}")
+    if args.report:
+        report_folder(args, args.out.parent, scores)
 
 
 def _print_faithfulness(judged: Evaluation, scores: EdgeScores) -> None:

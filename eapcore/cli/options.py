@@ -247,6 +247,10 @@ def add_out(parser: argparse.ArgumentParser, default: str, text: str = "the file
     parser.add_argument("--out", type=Path, default=Path(default), metavar=what, help=text)
 
 
+def add_report(parser: argparse.ArgumentParser, where: str) -> None:
+    parser.add_argument("--report", action="store_true", help=f"also write report.html and pictures, {where}")
+
+
 def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eapcore.text.tokenizer import Tokenizer
 
 _REPORT = 5.0  # seconds between two lines of progress in a log
+_PROMPTS = 24  # pairs that prompts.json has
 _FEW, _TOKENS = 6, 48  # answers and changes, and tokens, of the first pair that are shown
 
 
@@ -219,7 +220,10 @@ def first_pair(pairs: PromptPairs, tokenizer: Tokenizer | None) -> str:
     length, reads = int(pairs.lengths[0]), int(pairs.positions[0])
     clean, corrupt = (prompts[0, :length].tolist() for prompts in (pairs.clean, pairs.corrupt))
     right, wrong = ([i for i in ids[0].tolist() if i >= 0] for ids in (pairs.answers, pairs.wrong))
-    text = _pieces(pairs, tokenizer)
+    own = token_text(pairs, tokenizer)
+
+    def text(i: int) -> str:
+        return str(i) if (piece := own(i)) is None else repr(piece)
 
     def named(ids: Sequence[int]) -> str:
         few = [f"{text(i)} ({i})" if text(i) != str(i) else str(i) for i in ids[:_FEW]]
@@ -244,21 +248,33 @@ def _places(pairs: PromptPairs) -> str:
     return f"\n         places {', '.join(at)}" if at else ""
 
 
-def _pieces(pairs: PromptPairs, tokenizer: Tokenizer | None) -> Callable[[int], str]:
-    """What shows a token: its text where that is known, without asking a network for it."""
+def token_text(pairs: PromptPairs, tokenizer: Tokenizer | None) -> Callable[[int], str | None]:
+    """A token's text where that is known, without asking a network for it; None where it is not."""
     vocab = pairs.vocab
     if vocab is not None:
-        return lambda i: repr(vocab[i]) if 0 <= i < len(vocab) else str(i)
+        return lambda i: vocab[i] if 0 <= i < len(vocab) else None
     if tokenizer is None or not ("bos" in pairs.details or tokenizer.at_hand):
-        return str
+        return lambda i: None
 
-    def piece(i: int) -> str:
+    def piece(i: int) -> str | None:
         try:
-            return repr(tokenizer.pieces([i])[0])
+            return tokenizer.pieces([i])[0]
         except (ValueError, RuntimeError, OSError, OverflowError):  # ids need no tokenizer that can be read
-            return str(i)
+            return None
 
     return piece
+
+
+def described_prompts(args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str) -> dict[str, Any]:
+    """prompts.json: the first pairs as tokens, where they are read, what is right and wrong behind them."""
+    own = token_text(pairs, model.tokenizer)
+
+    def text(i: int) -> str:
+        return str(i) if (piece := own(i)) is None else piece
+
+    task = {"name": pairs.name, "seed": pairs.seed, "details": dict(pairs.details)}
+    shown = pairs.as_tokens(_PROMPTS, text)
+    return {"command": args.written, "task": task, "metric": metric, "n_pairs": len(pairs), "pairs": shown}
 
 
 class Saved(Protocol):

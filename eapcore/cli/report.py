@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from eapcore.cli.options import Command
 
 if TYPE_CHECKING:
+    from eapcore.graph.scores import EdgeScores
     from eapcore.report.run_folder import Run
 
 PAGE, FIGURES = "report.html", "figures"
@@ -18,7 +19,9 @@ def add(command: Command) -> None:
     """Add the command and its options."""
     parser = command("report", run, "Show a run folder, or two side by side, as one HTML page and as pictures.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that eapcore run wrote, or a score file")
-    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another run of the same graph, beside it")
+    parser.add_argument(
+        "other", type=Path, nargs="?", metavar="OTHER", help="another of the same graph (default: none)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page to write (default: {PAGE} in RUN)")
     parser.add_argument(
         "--figures", type=Path, metavar="FOLDER", help=f"where SVG and PNG files go (default: {FIGURES} in RUN)"
@@ -29,19 +32,33 @@ def run(args: argparse.Namespace) -> None:
     """Read the runs and write the page and the pictures."""
     from eapcore.report.run_folder import Run
 
-    check_libraries()
     folder = args.run if args.run.is_dir() else args.run.parent
+    page = args.out or folder / PAGE
+    if page.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out must be a page to write, and end in .html, got {page}")
     runs = [Run.read(path) for path in (args.run, args.other) if path is not None]
-    write_report(runs, args.out or folder / PAGE, args.figures or folder / FIGURES, args.written)
+    check_report(page)
+    write_report(runs, page, args.figures or folder / FIGURES, args.written)
 
 
-def check_libraries() -> None:
-    """RuntimeError, before any work, where what draws is not installed."""
+def check_report(page: Path) -> None:
+    """Fail before any work where what draws is not installed, or a page cannot be written."""
+    from eapcore.graph.files import target
     from eapcore.report.figures import check_matplotlib
     from eapcore.report.page import check_jinja
 
     check_jinja()
     check_matplotlib()
+    target(page)
+
+
+def report_folder(args: argparse.Namespace, folder: Path, scores: EdgeScores | None = None) -> None:
+    """Write the page and the pictures of a run folder into it, in the process that writes what a command finds; scores:
+    in place of those that it holds."""
+    from eapcore.report.run_folder import Run
+
+    if args.leads:
+        write_report([Run.read(folder, scores)], folder / PAGE, folder / FIGURES, args.written)
 
 
 def write_report(runs: list[Run], page: Path, figures: Path, command: str) -> None:

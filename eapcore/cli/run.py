@@ -1,4 +1,4 @@
-"""eapcore run: score every edge, pick a circuit, run it, and write all three."""
+"""eapcore run: score every edge, pick a circuit, run it, and write all of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import argparse
 import csv
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import check_number, find_ablation, prepare, score
-from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, count, number
-from eapcore.cli.output import Progress, check_out, score_table, scored_heading, write
+from eapcore.cli.inputs import check_number, find_ablation, method_options, prepare, score
+from eapcore.cli.options import Command, add_method, add_out, add_report, add_resume, add_task, count, number
+from eapcore.cli.output import Progress, check_out, described_prompts, score_table, scored_heading, write
+from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
     from eapcore.execution.experiment import Experiment
     from eapcore.graph.circuit import Circuit
     from eapcore.graph.scores import EdgeScores
+    from eapcore.models.model import Model
     from eapcore.search.smallest import Tried
+    from eapcore.tasks.pairs import PromptPairs
 
 
 def add(command: Command) -> None:
@@ -40,24 +44,28 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--show", type=count, default=15, metavar="N", help="how many of the top edges to print")
     add_resume(parser)
+    add_report(parser, "in --out, with scores of each position where the method has them")
     add_out(parser, "eapcore-out", "where the files go", "FOLDER")
 
 
-_FILES = ("scores.safetensors", "edges.csv", "circuit.json")
+_FILES = ("scores.safetensors", "edges.csv", "circuit.json", "prompts.json", "run.json")
 _EARLY = "scores.unfinished.safetensors"  # where the files of another run lie, which stay a set
+_MOST_PARTS = 25_000_000  # scores of single positions that a report is worth: 100 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
 class _Results:
     scores: EdgeScores
     circuit: Circuit
+    prompts: Mapping[str, Any]
+    run: Mapping[str, Any]
 
     def save(self, folder: Path) -> None:
         """Write all files into a folder, or none."""
-        from eapcore.graph.files import replacing_all
+        from eapcore.graph.files import replacing_all, write_json
 
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing_all([folder / name for name in _FILES]) as (scores, edges, circuit):
+        with replacing_all([folder / name for name in _FILES]) as (scores, edges, circuit, prompts, run):
             self.scores.save(scores)
             with edges.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
@@ -65,6 +73,8 @@ class _Results:
                 names = self.scores.top(self.scores.graph.n_edges)
                 writer.writerows((name, repr(score)) for name, score in names)
             self.circuit.save(circuit)
+            write_json(prompts, "prompts", self.prompts)
+            write_json(run, "run", self.run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,11 +84,14 @@ def run(args: argparse.Namespace) -> None:
 
     early = _EARLY if any((args.out / name).exists() for name in _FILES) else _FILES[0]
     check_out(args, (*_FILES, early))
+    if args.report:
+        check_report(args.out / PAGE)
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
     experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs), distributed=args.distributed)
     start = time.perf_counter()
-    scores = score(args, model, pairs, name, ablation=experiment.ablation)
+    reduce = _reduce(args, model, pairs)
+    scores = score(args, model, pairs, name, ablation=experiment.ablation, reduce=reduce)
     assert isinstance(scores, EdgeScores)
     seconds = time.perf_counter() - start
     write(args, scores, args.out / early)  # what follows may take long, or be interrupted
@@ -88,7 +101,8 @@ def run(args: argparse.Namespace) -> None:
         metric[args.ablation] = ablated
     meta = {**chosen.circuit.meta, "metric": {**metric, "circuit": chosen.value}}
     circuit = replace(chosen.circuit, meta=meta)
-    write(args, _Results(scores, circuit))
+    prompts = described_prompts(args, model, pairs, name)
+    write(args, _Results(scores, circuit, prompts, _described(args, experiment, tried, metric, ablated)))
     if args.leads:
         (args.out / _EARLY).unlink(missing_ok=True)
 
@@ -104,7 +118,41 @@ def run(args: argparse.Namespace) -> None:
     rows += [(args.ablation, ablated, math.nan if same else 0.0)]
     for what, value, kept in rows:
         print(f"{what:<24}{value:>12.4f}{'–' if math.isnan(kept) else format(kept, '.3f'):>15}")
-    print(f"\nwrote    {args.out}/scores.safetensors, edges.csv, circuit.json")
+    print(f"\nwrote    {args.out}/{', '.join(_FILES)}")
+    if args.report:
+        report_folder(args, args.out)
+
+
+def _reduce(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> str:
+    """What a report wants of the scores: those of each position, where they are some and not too many."""
+    from eapcore.attribution.methods import Options, recipe
+
+    graph = model.graph
+    if not args.report or int(pairs.positions.max() + 1) * graph.n_senders * graph.n_receivers > _MOST_PARTS:
+        return "all"
+    given = {key: value for key, value in method_options(args).items() if key in {f.name for f in fields(Options)}}
+    try:
+        recipe(args.method or "eap", graph, Options(**given), ablation=args.ablation, level="edge", reduce="position")
+    except ValueError:  # no sum over positions, or an option that `attribute` refuses
+        return "all"
+    return "position"
+
+
+def _described(
+    args: argparse.Namespace, experiment: Experiment, tried: list[Tried], metric: Mapping[str, Any], ablated: float
+) -> dict[str, Any]:
+    """run.json: the command, the ends of the scale, and what each circuit that was run keeps."""
+    curve = {
+        "sizes": [each.selected.n_edges for each in tried],
+        "connected": [each.circuit.n_edges for each in tried],
+        "values": [each.value for each in tried],
+        "faithfulness": [each.faithfulness for each in tried],
+        "intervals": None if any(each.interval is None for each in tried) else [each.interval for each in tried],
+    }
+    ablation = dict(experiment.ablation.meta)
+    ends = {"clean": metric["clean"], "ablated": ablated}
+    described = experiment.describe() | {"metric": {"name": metric["name"], **ends}, "ablation": ablation}
+    return {"command": args.written, **described, "curve": curve}
 
 
 def _circuits(args: argparse.Namespace, experiment: Experiment, scores: EdgeScores) -> tuple[list[Tried], str, float]:

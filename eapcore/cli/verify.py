@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from eapcore.cli.inputs import find_ablation, find_scores, prepare, top
-from eapcore.cli.options import TOP, Command, add_out, add_resume, add_scores, add_task, count, positive
+from eapcore.cli.options import TOP, Command, add_out, add_report, add_resume, add_scores, add_task, count, positive
 from eapcore.cli.output import Progress, check_out, heading, table, write
+from eapcore.cli.report import PAGE, check_report, report_folder
 
 
 def add(command: Command) -> None:
@@ -23,6 +24,7 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--show", type=count, default=10, metavar="N", help="how many disagreements to print")
     add_resume(parser)
+    add_report(parser, "beside --out")
     add_out(parser, "verification.json")
 
 
@@ -31,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.evaluation.verify import verify
 
     check_out(args)
+    if args.report:
+        check_report(args.out.parent / PAGE)
     model, pairs, metric = prepare(args)
     n, curves = top(args, model), args.curve or []
     for edge in curves:
@@ -56,3 +60,5 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{curve.edge}: from clean (0) to corrupt (1)")
         print(table(("λ", "exact", "linear"), list(rows)))
     print(f"\nwrote    {args.out}")
+    if args.report:
+        report_folder(args, args.out.parent, scores)

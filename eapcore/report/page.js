@@ -651,7 +651,8 @@
     }
     for (const tick of ticksOf(x, Math.max(3, Math.floor(width / 90)))) {
       picture.append(svg("line", { class: "grid", x1: mx(tick), x2: mx(tick), y1: top, y2: height - bottom }),
-        svg("text", { x: mx(tick), y: height - bottom + 14, "text-anchor": "middle", text: (x.tick || number)(tick) }));
+        svg("text", { x: mx(tick), y: height - bottom + 14, text: (x.tick || number)(tick),
+          "text-anchor": mx(tick) > width - 2 * right - 10 ? "end" : "middle" }));
     }
     picture.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }),
       svg("line", { class: "axis", x1: left, x2: left, y1: top, y2: height - bottom }),

@@ -15,7 +15,7 @@ from eapcore.graph.scores import EdgeScores
 # Each part of a report but the scores: the file that holds it, and how it is made.
 PARTS = {
     "circuit": ("circuit.json", "eapcore run writes it"),
-    "prompts": ("prompts.json", "eapcore run, evaluate and verify write it"),
+    "prompts": ("prompts.json", "eapcore run writes it"),
     "run": ("run.json", "eapcore run writes it"),
     "evaluation": ("evaluation.json", "eapcore evaluate --scores FOLDER/scores.safetensors --out FOLDER/{} writes it"),
     "verification": (
@@ -44,8 +44,8 @@ class Run:
     files: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def read(path: str | Path) -> Run:
-        """Read a run folder, or a score file alone.
+    def read(path: str | Path, scores: EdgeScores | None = None) -> Run:
+        """Read a run folder, or a score file alone; scores: in place of those that the folder holds.
 
         A part's file is the one of its usual name, or else the newest JSON file in the folder that says it is one.
 
@@ -58,15 +58,10 @@ class Run:
             return Run(EdgeScores.load(path), path.name, files={"scores": path.name})
         if not path.is_dir():
             raise FileNotFoundError(f"a run folder or a score file was expected at {path}, but there is none")
-        scores = path / SCORES
-        if not scores.is_file():
-            others = sorted(path.glob("*.safetensors"))
-            if len(others) != 1:
-                found = ", ".join(other.name for other in others) or "no other score file"
-                raise FileNotFoundError(f"a run folder holds {SCORES}, but {path} has {found}: eapcore run writes one")
-            (scores,) = others
-        loaded = EdgeScores.load(scores)
-        files, parts, circuit = {"scores": scores.name}, {}, None
+        found = _scores(path) if scores is None else None
+        loaded = EdgeScores.load(found) if found is not None else scores
+        assert loaded is not None
+        files, parts, circuit = {} if found is None else {"scores": found.name}, {}, None
         for part, file in _files(path).items():
             files[part] = file.name
             if part != "circuit":
@@ -74,13 +69,25 @@ class Run:
                 continue
             circuit = Circuit.load(file)
             if circuit.graph != loaded.graph:
-                raise ValueError(f"{file} is of {circuit.graph}, but {scores} of {loaded.graph}: not of one run")
+                raise ValueError(f"{file} is of {circuit.graph}, but the scores of {loaded.graph}: not of one run")
         return Run(loaded, path.resolve().name or str(path), circuit, files=files, **parts)
 
     @property
     def missing(self) -> dict[str, str]:
         """How each part that is not there is made."""
         return {part: how.format(name) for part, (name, how) in PARTS.items() if getattr(self, part) is None}
+
+
+def _scores(folder: Path) -> Path:
+    """The score file of a folder."""
+    scores = folder / SCORES
+    if not scores.is_file():
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) != 1:
+            found = ", ".join(other.name for other in others) or "no other score file"
+            raise FileNotFoundError(f"a run folder holds {SCORES}, but {folder} has {found}: eapcore run writes one")
+        (scores,) = others
+    return scores
 
 
 def _files(folder: Path) -> dict[str, Path]:

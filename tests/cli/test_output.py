@@ -65,7 +65,7 @@ def test_a_result_is_written_whatever_stdout_does(checkpoint, tmp_path, monkeypa
         err = capsys.readouterr().err
         assert err == ("eapcore: not all could be printed: [Errno 28] No space left on device\n" * (name == "full"))
         found, expected = content(tmp_path / name), content(tmp_path / "expected")
-        assert len(found) == len(expected) == (3 if command == "run" else 1)
+        assert len(found) == len(expected) == (5 if command == "run" else 1)
         if command != "run":
             assert [*found.values()] == [*expected.values()]
         else:
@@ -153,7 +153,7 @@ def test_run_keeps_its_scores_when_what_follows_fails_and_its_files_stay_a_set(e
         assert set(content(tmp_path / "first")) == {"scores.safetensors"}
     assert eapcore("run", out="out")[0] == 0
     before = content(tmp_path / "out")
-    assert set(before) == {"scores.safetensors", "edges.csv", "circuit.json"}
+    assert set(before) == {"scores.safetensors", "edges.csv", "circuit.json", "prompts.json", "run.json"}
     with monkeypatch.context() as patched:
         patched.setattr("eapcore.search.smallest.run_until", fails)
         assert eapcore("run", "--seed", 1, out="out")[0] == 2
@@ -202,7 +202,9 @@ def test_nothing_that_is_read_is_written_over(eapcore, model, score_file, tmp_pa
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr("eapcore.models.load.load", lambda *arguments, **options: pytest.fail("the model was loaded"))
-    files = ["scores.safetensors", "edges.csv", "circuit.json"] if command == "run" else [""]
+    files = (
+        ["scores.safetensors", "edges.csv", "circuit.json", "prompts.json", "run.json"] if command == "run" else [""]
+    )
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "file")
     for name in files:
         folder = tmp_path / f"out{name}"

@@ -49,7 +49,7 @@ class Browser:
             message["sessionId"] = self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
         while True:
-            found = self._next(30)
+            found = self._next(60)
             if found.get("id") == self.number:
                 if "error" in found:
                     raise RuntimeError(f"{method}: {found['error']}")
@@ -86,7 +86,7 @@ class Browser:
         self.console, self.requests, self.loaded = [], [], False
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
         while not self.loaded:
-            self._next(30)
+            self._next(60)
         self.settle()
 
     def settle(self):
