@@ -16,19 +16,24 @@ from . import checks
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace."""
+    """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
+    called with an op's name and the tensors that it would read and write.
+    """
 
     device: torch.device
     contracting: Callable[[], None]
+    ran: Callable[..., None]
 
 
 active: ContextVar[DryRun | None] = ContextVar("eapcore_dry_run", default=None)
 
 
 @contextmanager
-def dry_run(device: torch.device, contracting: Callable[[], None]) -> Iterator[None]:
+def dry_run(
+    device: torch.device, contracting: Callable[[], None], ran: Callable[..., None] = lambda op, *tensors: None
+) -> Iterator[None]:
     """Inside, ops on meta tensors allocate, on meta, what they would on `device`."""
-    token = active.set(DryRun(device, contracting))
+    token = active.set(DryRun(device, contracting, ran))
     try:
         yield
     finally:
@@ -39,7 +44,9 @@ def edge_scores(run: DryRun, delta: Tensor, grads: Tensor, reduce: str, workspac
     sizes = checks.Sizes(delta.shape[1], delta.shape[2], delta.shape[3], senders=len(delta), receivers=len(grads))
     _hold(workspace("edge_scores", sizes, dtype=delta.dtype, device=run.device, reduce=reduce))
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
-    return delta.new_empty((*lead, len(delta), len(grads)), dtype=checks.output_dtype(delta.dtype))
+    scores = delta.new_empty((*lead, len(delta), len(grads)), dtype=checks.output_dtype(delta.dtype))
+    run.ran("edge_scores", delta, grads, scores)
+    return scores
 
 
 def receiver_grads(
@@ -48,7 +55,9 @@ def receiver_grads(
     channels, batch, tokens, d_head = g.shape
     sizes = checks.Sizes(batch, tokens, weight.shape[1], channels=channels, d_head=d_head, normed=normed)
     _hold(workspace("receiver_grads", sizes, dtype=g.dtype, device=run.device))
-    return g.new_empty((channels, batch, tokens, weight.shape[1])) if out is None else out
+    made = g.new_empty((channels, batch, tokens, weight.shape[1])) if out is None else out
+    run.ran("receiver_grads", g, weight, made)
+    return made
 
 
 def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str) -> Tensor:

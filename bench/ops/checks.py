@@ -6,7 +6,7 @@ from typing import Any
 
 import eapcore.kernels as kernels
 import torch
-from eapcore.kernels import checks, cpp, reference
+from eapcore.kernels import checks, cpp, reference, steps
 from torch import Tensor
 
 from ops import work
@@ -32,7 +32,8 @@ def variant(kernel: str, meta: dict[str, Any], args: tuple[Any, ...]) -> str:
     return f"{kernel} {dtype} {meta['KIND']}{' by table' if meta['HAS_TABLE'] else ''}"
 
 
-VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges"} | {
+STEPS = {"normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows"}
+VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges", *STEPS} | {
     f"channel_grads {str(dtype).removeprefix('torch.')} {kind}{table}"
     for dtype in DTYPES
     for kind in checks.NORMS
@@ -65,6 +66,8 @@ def check_every_kernel(kind: str, device: str) -> None:
                 check_receiver_grads(fast, device, dtype, norm, d_head, aligned)
             for reduce in checks.REDUCE:
                 check_factored(fast, device, dtype, reduce)
+            if fast == "triton":
+                check_steps(device, dtype)
     finally:
         if fast == "triton":
             triton_common.launch = launch
@@ -125,3 +128,32 @@ def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> N
             )
             what = f"edge_scores_factored {fast} {dtype} reduce={reduce} chunk={chunk} {precision}"
             judge(what, got, exact, 2 * STORED[dtype], mask)  # a rounding of both factors
+
+
+def check_steps(device: str, dtype: torch.dtype) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    for width, centred in ((40, True), (37, False)):
+        x, gamma = draw(1, 6, width), draw(width)
+        beta = draw(width) if centred else None
+        wide = [None if t is None else t.double() for t in (x, gamma, beta)]
+        exact, mean, rstd = steps.normalise(*wide, 1e-5, centred=centred)
+        got, *statistics = steps.normalise(x, gamma, beta, 1e-5, centred=centred, impl="triton")
+        judge(f"normalise {dtype} D={width}", got, exact, STORED[dtype])
+        got = steps.standardise(x, *statistics, impl="triton")
+        judge(f"standardise {dtype} D={width}", got, steps.standardise(wide[0], mean, rstd), STORED[dtype])
+        grad = draw(1, 6, width)
+        for frozen in (False, True):
+            got = steps.normalise_grad(grad, x, *statistics, gamma, beta, frozen=frozen, impl="triton")
+            exact = steps.normalise_grad(grad.double(), wide[0], mean, rstd, *wide[1:], frozen=frozen)
+            judge(f"normalise_grad {dtype} D={width} frozen={frozen}", got, exact, STORED[dtype])
+        for act_fn in steps.ACTIVATIONS:
+            hidden, up = draw(1, 6, width), None if centred else draw(1, 6, width)
+            got = steps.moved_units(hidden, up, act_fn, 2, impl="triton")
+            exact = steps.moved_units(hidden.double(), None if up is None else up.double(), act_fn, 2)
+            judge(f"moved_units {dtype} {act_fn}", got, exact, STORED[dtype])
+        sent, difference, bias = draw(1, 4, width), draw(1, 2, width), draw(width)
+        got = steps.moved_sum(x, sent, difference, bias, impl="triton")
+        exact = steps.moved_sum(wide[0], sent.double(), difference.double(), bias.double())
+        judge(f"moved_sum {dtype} D={width}", got, exact, STORED[dtype])

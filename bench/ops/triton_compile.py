@@ -135,7 +135,7 @@ def _measure(asm: dict[str, Any], machine: Machine) -> tuple[int, int, int, int]
 def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     """(case, what products expect, call) that together launch every kernel in every tiling and mode."""
     import torch
-    from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, triton_common
+    from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, steps, triton_common
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
@@ -226,6 +226,25 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     edges_factored("edge_scores_factored f32, K = 128", single, 16, 128, 2048)
     edges_factored("edge_scores_factored bf16, K = 60, unaligned", half, 12, 60, 725)
 
+    def steps_of(case: str, dtype: torch.dtype, width: int, act_fn: str, gated: bool) -> None:
+        x, hidden = empty(1, 320, width, dtype=dtype), empty(1, 320, 4 * width, dtype=dtype)
+        gamma, beta = empty(width, dtype=dtype), empty(width, dtype=dtype)
+        statistics = [empty(1, 320, 1, dtype=single) for _ in range(2)]
+        mean, rstd = (None if gated else statistics[0]), statistics[1]
+        runs = (
+            partial(steps.normalise, x, gamma, None if gated else beta, 1e-5, centred=not gated),
+            partial(steps.standardise, x, mean, rstd),
+            partial(steps.normalise_grad, x, x, mean, rstd, gamma, None),
+            partial(steps.normalise_grad, x, x, mean, rstd, gamma, None, frozen=True),
+            partial(steps.moved_units, hidden, hidden if gated else None, act_fn, 160),
+            partial(steps.moved_sum, x, x[:, :160], x[:, 160:], gamma),
+        )
+        calls.extend((case, "", partial(run, impl="triton")) for run in runs)
+
+    steps_of("steps bf16, GPT-2 small", half, 768, "gelu_new", False)
+    steps_of("steps f32, GPT-2 XL", single, 1600, "gelu", False)
+    steps_of("steps f16, gated, 16384 wide", torch.float16, 16384, "silu", True)
+
     def add() -> None:
         delta, gradients = empty(1249, 4, 64, 1600), empty(3649, 4, 64, 1600)
         work = scores.layout(delta, gradients, "position", None)
@@ -243,7 +262,7 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
     and names bound on any way: what it accepts need not compile.
     """
     import torch
-    from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm
+    from eapcore.kernels import FactoredReceivers, FactoredSenders, Norm, steps
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
@@ -272,6 +291,17 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
             g, constants = empty(c, b, t, k), empty(c, k)
             call = partial(grads.receiver_grads, g, g, empty(c, d, k), norm, constants, constants)
             calls.append((f"receiver_grads, {named}, {kind}", "", call))
+    for named, (b, t, d) in sizes("BTD"):
+        x, statistics = empty(1, 2 * b * t, d), empty(1, 2 * b * t, 1)
+        for call in (
+            partial(steps.normalise, x, x[0, 0], x[0, 0], 1e-5, centred=True) if b * t else None,
+            partial(steps.standardise, x, statistics, statistics),
+            partial(steps.normalise_grad, x, x, statistics, statistics, None, None),
+            partial(steps.moved_units, x, x, "silu", b * t),
+            partial(steps.moved_sum, x, x[:, b * t :], x[:, : b * t]),
+        ):
+            if call is not None:
+                calls.append((f"steps, {named}", "", partial(call, impl="triton")))
     for named, (layers, h, b, t, d, k) in sizes("LHBTDK"):
         norm, stream, mlp = (
             Norm("layernorm", empty(b, t, d), empty(b, t), empty(d)),

@@ -15,15 +15,16 @@ commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
-import eapcore.kernels.dry_run as dry
 import torch
 import torch.nn.functional as F
+from eapcore.kernels import steps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,7 @@ MEASURED = {
 }
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 COPIES = {"copy_", "_to_copy", "clone", "cat", "stack"}
+GATHERS = {"index", "gather", "index_select", "embedding"}
 NORMS = {"native_layer_norm", "native_layer_norm_backward"}
 
 
@@ -104,18 +106,20 @@ class Operations(TorchDispatchMode):
 
     def __init__(self, count: Count) -> None:
         super().__init__()
-        self.count, self.paused = count, False
+        self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if self.paused or func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
+        if func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
             return out
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]  # `out=` stands among the keywords
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not written or not any(x.numel() for x in written):
             return out
-        if name == "copy_":  # does not read what it overwrites
+        if name in GATHERS:  # reads what it writes
+            tensors = [*tensors[1:], *written]
+        elif name == "copy_":  # does not read what it overwrites
             tensors = tensors[1:]
         elif func._schema.is_mutable and name.endswith("_"):
             written = written[:1]
@@ -132,9 +136,9 @@ class Operations(TorchDispatchMode):
 class Attention(TorchFunctionMode):
     """Counts scaled dot-product attention as one kernel."""
 
-    def __init__(self, count: Count, operations: Operations) -> None:
+    def __init__(self, count: Count) -> None:
         super().__init__()
-        self.count, self.operations = count, operations
+        self.count = count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -146,38 +150,32 @@ class Attention(TorchFunctionMode):
         return out
 
 
-@contextmanager
-def counted_ops(count: Count) -> Iterator[None]:
-    """Inside, the package's ops on meta tensors are counted as what their launchers would launch."""
-    own = dry.edge_scores, dry.receiver_grads
-
-    def edge_scores(run: Any, delta: Tensor, grads: Tensor, reduce: str, workspace: Any) -> Tensor:
-        out = own[0](run, delta, grads, reduce, workspace)
-        if out.numel() and delta.numel():
-            work = 2 * delta.numel() * len(grads)
-            count.add("contraction", 2, size_of(delta, grads, out), work, delta.dtype)
-        return out
-
-    def receiver_grads(run: Any, g: Tensor, weight: Tensor, normed: bool, out: Tensor | None, workspace: Any) -> Tensor:
-        made = own[1](run, g, weight, normed, out, workspace)
-        count.add("receivers", 1, size_of(g, g, weight, made), 2 * g.numel() * weight.shape[1], g.dtype)
-        return made
-
-    dry.edge_scores, dry.receiver_grads = edge_scores, receiver_grads
-    try:
-        yield
-    finally:
-        dry.edge_scores, dry.receiver_grads = own
+def count_op(count: Count, op: str, *tensors: Tensor) -> None:
+    """What one of the package's ops launches, from the tensors that it reads and writes."""
+    if not all(x.numel() for x in tensors):
+        return
+    if op == "edge_scores":
+        delta, grads, _ = tensors
+        count.add("contraction", 2, size_of(*tensors), 2 * delta.numel() * len(grads), delta.dtype)
+    elif op == "receiver_grads":
+        g, weight, _ = tensors
+        count.add("receivers", 1, size_of(g, *tensors), 2 * g.numel() * weight.shape[1], g.dtype)
+    else:
+        count.add("steps", 1, size_of(*tensors))
 
 
-def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16) -> Count:
-    """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits."""
+def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool = True) -> Count:
+    """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits.
+
+    fused: with the steps between products as the package's kernels; else as torch's operations, as they were profiled.
+    """
     model, count = work.without_memory(dtype), Count()
     operations = Operations(count)
     plan = Plan(model.config, dtype, torch.device("cuda"))
     model.closed_forms  # noqa: B018 - constants of the weights, made once for a call
-    with Attention(count, operations), counted_ops(count):
-        run_dry(plan, model, work.B, work.T, "dense", 1, operations)
+    one_by_one = contextlib.nullcontext() if fused else mock.patch.object(steps, "_takes_triton", lambda impl, x: False)
+    with one_by_one, Attention(count):
+        run_dry(plan, model, work.B, work.T, "dense", 1, operations, ran=partial(count_op, count))
     return count
 
 
@@ -199,19 +197,18 @@ def works() -> dict[str, Work]:
 
 
 def table() -> str:
-    """Every part of each batch, beside what was measured."""
-    lines = []
+    """Every part of each batch: as it runs, and as it was profiled, beside what was measured then."""
+    lines, title = [], f"{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'ms in a graph':>15}{'ms without':>12}"
     for name, work in works().items():
-        count, (whole, parts) = count_batch(work), PROFILES[name]
-        lines.append(f"{name}, T={work.T}, bfloat16, dense")
-        lines.append(
-            f"    {'part':32}{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'ms in a graph':>15}{'ms without':>12}{'measured':>10}"
-        )
-        rows = [*sorted(count.parts.items()), ("all", count.total)]
-        for part, found in rows:
-            measured = whole if part == "all" else parts.get(part)
-            cells = f"{found.kernels:8}{found.bytes / 1e9:8.2f}{found.operations / 1e12:8.3f}"
-            cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
-            lines.append(f"    {part:32}{cells}{'' if measured is None else format(measured, '10.2f')}")
-        lines.append(f"    kernels a layer: {count.total.kernels / work.L:.0f}")
+        whole, parts = PROFILES[name]
+        for fused, when in ((True, "as it runs"), (False, "step by step, as it was profiled")):
+            count = count_batch(work, fused=fused)
+            measured = {} if fused else {**parts, "all": whole}
+            lines.append(f"{name}, T={work.T}, bfloat16, dense, {when}")
+            lines.append(f"    {'part':32}{title}{'' if fused else '  measured'}")
+            for part, found in [*sorted(count.parts.items()), ("all", count.total)]:
+                cells = f"{found.kernels:8}{found.bytes / 1e9:8.2f}{found.operations / 1e12:8.3f}"
+                cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
+                lines.append(f"    {part:32}{cells}{format(measured[part], '10.2f') if part in measured else ''}")
+            lines.append(f"    kernels a layer: {count.total.kernels / work.L:.0f}")
     return "\n".join(lines)

@@ -304,10 +304,12 @@ def run_dry(
     together: int,
     watch: TorchDispatchMode,
     begins: Callable[[], None] = lambda: None,
+    ran: Callable[..., None] = lambda op, *tensors: None,
 ) -> None:
-    """Score a batch of a model without memory, in which `watch` sees every operation.
+    """Score a batch of a model without memory, in which `watch` sees every operation of torch.
 
-    begins: called where the contraction of factors makes its workspace.
+    begins: called where the contraction of factors makes its workspace. ran: called with the name of one of the
+    kernels' ops and the tensors that it would read and write.
     """
     with torch.device("meta"):
         prompts, ids = torch.empty(batch, tokens, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
@@ -318,7 +320,7 @@ def run_dry(
         return logits.sum(-1) if plan.passes.metric is None else plan.passes.metric(logits, batch)
 
     count = plan.passes.grouped(lambda alike: max(1, min(together, alike)))
-    with dry_run(plan.device, begins), watch:
+    with dry_run(plan.device, begins, ran), watch:
         shapes = {"scores": (model.graph.n_senders, model.graph.n_receivers)}
         passes = replace(plan.passes, exact=_one_of_each(model, plan.passes.exact))
         apart = {"absolute": passes.absolute, "by_sender": passes.by_sender}

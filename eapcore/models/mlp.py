@@ -7,23 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eapcore.graph.show import short
+from eapcore.kernels.steps import activation
 from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.tensors import accumulate_dtype
-
-_APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
-
-
-def activation(name: str, hidden: Tensor) -> Tensor:
-    """An activation function by name, out of `config.ACTIVATIONS`."""
-    if name in _APPROXIMATE:
-        return F.gelu(hidden, approximate=_APPROXIMATE[name])
-    return F.relu(hidden) if name == "relu" else F.silu(hidden)
 
 
 def activation_grad(name: str, grad: Tensor, hidden: Tensor, rule: str = "gradient") -> Tensor:
@@ -33,7 +24,7 @@ def activation_grad(name: str, grad: Tensor, hidden: Tensor, rule: str = "gradie
     if rule == "gradient":
         if name == "silu":
             return torch.ops.aten.silu_backward(grad, hidden)
-        return torch.ops.aten.gelu_backward(grad, hidden, approximate=_APPROXIMATE[name])
+        return torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh" if name == "gelu_new" else "none")
     wide = hidden.to(accumulate_dtype(hidden.dtype))
     # act(h)/h without the division, which has no value at h = 0.
     if name == "silu":

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
+from eapcore.kernels.steps import normalise, normalise_grad, standardise
 from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
@@ -26,7 +26,7 @@ class NormInput:
         """The normalised stream (x − μ)/σ, without a mean x/σ, in x's dtype."""
         if self.rstd is None:
             raise ValueError("x_hat needs a normalisation, this stream has none")
-        return ((self.x if self.mean is None else self.x - self.mean) * self.rstd).to(self.x.dtype)
+        return standardise(self.x, self.mean, self.rstd)
 
     def of(self, take: Callable[[Tensor], Tensor]) -> NormInput:
         """The same of what `take` takes of each tensor."""
@@ -56,35 +56,16 @@ class Norm:
         """n in x's dtype, with its statistics in float32 at least."""
         if self.kind == "none":
             return x, NormInput(x)
-        wide = accumulate_dtype(x.dtype)
-        gamma, beta = (None if p is None else p.to(wide) for p in (self.gamma, self.beta))
-        if self.kind == "layernorm":
-            n, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], gamma, beta, self.eps)
-            return n.to(x.dtype), NormInput(x, mean, rstd)
-        rstd = (x.to(wide).square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        n = x.to(wide) * rstd
-        return (n if gamma is None else n * gamma).to(x.dtype), NormInput(x, None, rstd)
+        n, mean, rstd = normalise(x, self.gamma, self.beta, self.eps, centred=self.kind == "layernorm")
+        return n, NormInput(x, mean, rstd)
 
     def backward(self, grad: Annotated[Tensor, "... D"], norm_in: NormInput, rule: str = "gradient") -> Tensor:
         """∂metric/∂x from grad = ∂metric/∂n, same shape; rule "frozen" takes σ as a constant."""
         if self.kind == "none":
             return grad
         assert norm_in.rstd is not None
-        wide, centred = accumulate_dtype(grad.dtype), self.kind == "layernorm"
-        if centred and rule != "frozen":
-            assert norm_in.mean is not None
-            # The operator reads the statistics as if they were contiguous, whatever their strides.
-            statistics = norm_in.mean.contiguous(), norm_in.rstd.contiguous()
-            gamma, beta = (None if p is None else p.to(wide) for p in (self.gamma, self.beta))
-            args = (grad.to(wide), norm_in.x.to(wide), grad.shape[-1:], *statistics, gamma, beta, [True, False, False])
-            return torch.ops.aten.native_layer_norm_backward(*args)[0].to(grad.dtype)
-        scaled = grad.to(wide) if self.gamma is None else grad.to(wide) * self.gamma.to(wide)
-        if centred:
-            scaled = scaled - scaled.mean(-1, keepdim=True)
-        elif rule != "frozen":
-            x_hat = norm_in.x.to(wide) * norm_in.rstd
-            scaled = scaled - x_hat * (scaled * x_hat).mean(-1, keepdim=True)
-        return (scaled * norm_in.rstd).to(grad.dtype)
+        statistics = (norm_in.mean, norm_in.rstd)
+        return normalise_grad(grad, norm_in.x, *statistics, self.gamma, self.beta, frozen=rule == "frozen")
 
     def frozen_weight(self, w: Annotated[Tensor, "C D K"]) -> Annotated[Tensor, "C D K"]:
         """(1 − 11ᵀ/D) diag(γ) W, for RMSNorm diag(γ) W.

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from eapcore.kernels.steps import moved_sum, moved_units
 from eapcore.models.attention import AttentionRun, AttentionSaved
 from eapcore.models.forward import StageRun
 from eapcore.models.matmul import product
 from eapcore.models.mlp import Mlp, MlpRun
 from eapcore.models.model import Model
-from eapcore.models.tensors import accumulate_dtype
 
 
 def run_paired(
@@ -84,7 +84,7 @@ def run_paired(
             else:
                 difference = difference.flatten(0, 1)[None]
                 count = difference.shape[1]
-                out = _with_moved(x, attention.added_by(rows[:, :-count]), difference)
+                out = moved_sum(x, attention.added_by(rows[:, :-count]), difference)
             qkv = (rest(saved.qkv[0]), *(whole(t) for t in saved.qkv[1:]))
             heads = AttentionRun(AttentionSaved(saved.norm_in.of(whole), qkv, saved.n_heads, post_in), z)
             del saved, made, z, rows, difference, post_in
@@ -112,19 +112,7 @@ def _mlp(mlp: Mlp, x: Tensor, base: Tensor, count: int | None) -> tuple[MlpRun, 
         sent[:, -count:] -= run.sent[:, -2 * count : -count]
         return MlpRun(run.saved, sent), base + run.sent
     saved = mlp.read(x)
-    units = mlp.units(saved, accumulate_dtype(saved.hidden.dtype))
-    units[:, -count:] -= units[:, -2 * count : -count]
-    sent = product(units.to(saved.hidden.dtype), mlp.w_out)
+    units = moved_units(saved.hidden, saved.up, mlp.act_fn, count)
+    sent = product(units, mlp.w_out)
     del units
-    if mlp.b_out is not None:
-        sent[:, :-count] += mlp.b_out
-    return MlpRun(saved, sent), _with_moved(base, sent[:, :-count], sent[:, -count:])
-
-
-def _with_moved(x: Tensor, sent: Tensor, difference: Tensor) -> Tensor:
-    """x [1, N, D] with what was sent to all rows but the last, and to these what was sent to as many before, moved."""
-    out, count = torch.empty_like(x), difference.shape[1]
-    torch.add(x[:, :-count], sent, out=out[:, :-count])
-    # Rounded once to half precision, as in any other row.
-    out[:, -count:] = x[:, -count:].to(accumulate_dtype(x.dtype)) + sent[:, -count:] + difference
-    return out
+    return MlpRun(saved, sent), moved_sum(base, sent[:, :-count], sent[:, -count:], mlp.b_out)

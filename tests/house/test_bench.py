@@ -242,7 +242,7 @@ def test_the_device_is_busy_while_a_timed_call_is_launched(monkeypatch):
 
 def test_a_counted_batch_is_the_one_that_was_profiled():
     for name, work in launches.works().items():
-        count, (whole, parts) = launches.count_batch(work), launches.PROFILES[name]
+        count, (whole, parts) = launches.count_batch(work, fused=False), launches.PROFILES[name]
         assert 0.75 < 1e3 * count.total.device / whole < 1.25
         for part, measured in parts.items():
             assert 0.75 < 1e3 * count.parts[part].device / measured < 1.25, (name, part)
@@ -250,22 +250,23 @@ def test_a_counted_batch_is_the_one_that_was_profiled():
 
 def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     counted = launches.count_batch(launches.works()["GPT-2 small, B=256"]).total
-    assert counted.kernels <= 1286  # 1,391 were profiled: what torch makes of an operation can be two
-    assert counted.bytes <= 59.5e9
+    assert counted.kernels <= 927
+    assert counted.bytes <= 42.1e9
 
 
 def test_what_an_operation_moves_is_counted():
-    x, w, out = torch.empty(4, 8), torch.empty(8, 6), torch.empty(4, 6)
+    x, w, out = torch.zeros(4, 8), torch.empty(8, 6), torch.empty(4, 6)
     count = launches.Count()
     with launches.Operations(count):
         torch.mm(x, w, out=out)
         x[1:].t().expand(2, 8, 3)  # views
         x[:2].copy_(x[2:])
         _ = x + torch.empty(1).expand(4, 8)
+        _ = x[torch.tensor([2])]  # reads the row that it takes, and where it lies
     products, copies, others = (count.parts[name] for name in ("products", "copies", "element-wise, sums, gathers"))
     assert (products.kernels, products.bytes, products.operations) == (1, 4 * (32 + 48 + 24), 2 * 4 * 8 * 6)
     assert (copies.kernels, copies.bytes) == (1, 4 * 2 * 16)
-    assert (others.kernels, others.bytes) == (1, 4 * (2 * 32 + 1))
+    assert (others.kernels, others.bytes) == (2, 4 * (2 * 32 + 1) + 2 * 4 * 8 + 8)
 
 
 def test_edge_tiles_are_counted_by_their_real_pairs():

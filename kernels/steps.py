@@ -1,0 +1,194 @@
+"""Steps between a forward pass's products: one kernel each on a GPU, torch's operations elsewhere.
+
+What torch does in several kernels, with every intermediate result written and read again and half precision cast to
+float32 and back, a GPU does here in one that reads its arguments once and writes its results once. float32 stays where
+it matters: in statistics, differences and sums, which are rounded once.
+
+`impl` is "auto", "reference" (torch's operations, the specification) or "triton"; "auto" takes "triton" on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from . import dry_run as dry
+
+IMPLS = ("auto", "reference", "triton")
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+_APPROXIMATE = {"gelu_new": "tanh", "gelu": "none"}
+
+
+def activation(name: str, hidden: Tensor) -> Tensor:
+    """An activation function by name, out of `ACTIVATIONS`."""
+    if name in _APPROXIMATE:
+        return F.gelu(hidden, approximate=_APPROXIMATE[name])
+    return F.relu(hidden) if name == "relu" else F.silu(hidden)
+
+
+def normalise(
+    x: Annotated[Tensor, "... D"],
+    gamma: Annotated[Tensor, "D"] | None,
+    beta: Annotated[Tensor, "D"] | None,
+    eps: float,
+    *,
+    centred: bool,
+    impl: str = "auto",
+) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "... 1"] | None, Annotated[Tensor, "... 1"]]:
+    """n = γ∘(x − μ)/σ + β in x's dtype, with μ and 1/σ in float32 at least; σ² = mean((x − μ)²) + eps.
+
+    centred: LayerNorm; else RMSNorm, where μ is 0 (returned as None) and there is no β.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if _takes_triton(impl, x):
+        if (run := dry.active.get()) is not None:
+            statistics = [x.new_empty((*x.shape[:-1], 1), dtype=wide) for _ in range(1 + centred)]
+            n = x.new_empty(x.shape)
+            run.ran("normalise", x, n)
+            return n, statistics[0] if centred else None, statistics[-1]
+        from . import triton_steps
+
+        return triton_steps.normalise(x, gamma, beta, eps, centred)
+    gamma, beta = (None if p is None else p.to(wide) for p in (gamma, beta))
+    if centred:
+        n, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], gamma, beta, eps)
+        return n.to(x.dtype), mean, rstd
+    rstd = (x.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
+    n = x.to(wide) * rstd
+    return (n if gamma is None else n * gamma).to(x.dtype), None, rstd
+
+
+def standardise(
+    x: Annotated[Tensor, "... D"],
+    mean: Annotated[Tensor, "... 1"] | None,
+    rstd: Annotated[Tensor, "... 1"],
+    *,
+    impl: str = "auto",
+) -> Annotated[Tensor, "... D"]:
+    """x̂ = (x − μ)/σ, without a mean x/σ, in x's dtype."""
+    if _takes_triton(impl, x):
+        if (run := dry.active.get()) is not None:
+            made = x.new_empty(x.shape)
+            run.ran("standardise", x, made)
+            return made
+        from . import triton_steps
+
+        return triton_steps.standardise(x, mean, rstd)
+    return ((x if mean is None else x - mean) * rstd).to(x.dtype)
+
+
+def normalise_grad(
+    grad: Annotated[Tensor, "... D"],
+    x: Annotated[Tensor, "... D"],
+    mean: Annotated[Tensor, "... 1"] | None,
+    rstd: Annotated[Tensor, "... 1"],
+    gamma: Annotated[Tensor, "D"] | None,
+    beta: Annotated[Tensor, "D"] | None,
+    *,
+    frozen: bool = False,
+    impl: str = "auto",
+) -> Annotated[Tensor, "... D"]:
+    """∂metric/∂x of what `normalise` read, from grad = ∂metric/∂n, in grad's dtype; a mean makes it LayerNorm.
+
+        ∂metric/∂x = (u − mean(u) − x̂ · mean(u ∘ x̂))/σ        u = γ∘grad, the means over D
+
+    RMSNorm has no mean(u). frozen: σ is taken as a constant, which leaves out the last term.
+    """
+    if _takes_triton(impl, grad):
+        if (run := dry.active.get()) is not None:
+            made = grad.new_empty(grad.shape)
+            run.ran("normalise_grad", grad, *(() if frozen else (x,)), made)
+            return made
+        from . import triton_steps
+
+        return triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen)
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if mean is not None and not frozen:
+        # The operator reads the statistics as if they were contiguous, whatever their strides.
+        statistics = mean.contiguous(), rstd.contiguous()
+        gamma, beta = (None if p is None else p.to(wide) for p in (gamma, beta))
+        args = (grad.to(wide), x.to(wide), grad.shape[-1:], *statistics, gamma, beta, [True, False, False])
+        return torch.ops.aten.native_layer_norm_backward(*args)[0].to(grad.dtype)
+    scaled = grad.to(wide) if gamma is None else grad.to(wide) * gamma.to(wide)
+    if mean is not None:
+        scaled = scaled - scaled.mean(-1, keepdim=True)
+    elif not frozen:
+        x_hat = x.to(wide) * rstd
+        scaled = scaled - x_hat * (scaled * x_hat).mean(-1, keepdim=True)
+    return (scaled * rstd).to(grad.dtype)
+
+
+def moved_units(
+    hidden: Annotated[Tensor, "1 N M"],
+    up: Annotated[Tensor, "1 N M"] | None,
+    act_fn: str,
+    count: int,
+    *,
+    impl: str = "auto",
+) -> Annotated[Tensor, "1 N M"]:
+    """act(hidden), gated act(hidden) ∘ up, and of the last `count` rows what they have more than as many before them.
+
+        units[n] = act(hidden[n]) ∘ up[n]        for n ≥ N − count: minus act(hidden[n − count]) ∘ up[n − count]
+
+    Rounded once to hidden's dtype.
+    """
+    checks.one_of("act_fn", act_fn, ACTIVATIONS)
+    if _takes_triton(impl, hidden):
+        if (run := dry.active.get()) is not None:
+            made = hidden.new_empty(hidden.shape)
+            run.ran("moved_units", hidden, *(() if up is None else (up,)), made)
+            return made
+        from . import triton_steps
+
+        return triton_steps.moved_units(hidden, up, act_fn, count)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    units = activation(act_fn, hidden.to(wide))
+    units = units if up is None else units * up.to(wide)
+    units[:, -count:] -= units[:, -2 * count : -count]
+    return units.to(hidden.dtype)
+
+
+def moved_sum(
+    x: Annotated[Tensor, "1 N D"],
+    sent: Annotated[Tensor, "1 N-C D"],
+    difference: Annotated[Tensor, "1 C D"],
+    bias: Annotated[Tensor, "D"] | None = None,
+    *,
+    impl: str = "auto",
+) -> Annotated[Tensor, "1 N D"]:
+    """x with what was sent to all rows but the last C, and to these what was sent to as many before, moved.
+
+        out[n] = x[n] + sent[n] + bias        for n ≥ N − C: x[n] + sent[n − C] + bias + difference[n − (N − C)]
+
+    Rounded once in the moved rows. `sent` may be overwritten.
+    """
+    count = difference.shape[1]
+    if _takes_triton(impl, x):
+        if (run := dry.active.get()) is not None:
+            out = x.new_empty(x.shape)
+            run.ran("moved_sum", x, sent, difference, out)
+            return out
+        from . import triton_steps
+
+        return triton_steps.moved_sum(x, sent, difference, bias)
+    if bias is not None:
+        sent += bias
+    out = torch.empty_like(x)
+    torch.add(x[:, :-count], sent, out=out[:, :-count])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out[:, -count:] = x[:, -count:].to(wide) + sent[:, -count:] + difference
+    return out
+
+
+def _takes_triton(impl: str, x: Tensor) -> bool:
+    checks.one_of("impl", impl, IMPLS)
+    if impl != "auto":
+        return impl == "triton"
+    run = dry.active.get()
+    device = x.device if run is None else run.device
+    differentiated = x.requires_grad and torch.is_grad_enabled()  # which only torch's operations can be
+    return device.type == "cuda" and x.dtype != torch.float64 and not differentiated

@@ -1,0 +1,239 @@
+"""The steps between products on the GPU: each reads its arguments once and writes its results once.
+
+`normalise_rows`: one program instance has one row in registers, takes both statistics from it and writes it normalised.
+`unit_rows` and `sum_rows` are element-wise over rows that lie packed; the last `count` rows read as many rows before
+them a second time, which is L2's.
+
+Bytes: twice the rows each (and once more what the differences of the last rows read): nothing else binds them.
+Offsets are 64-bit.
+"""
+
+# Triton reads the annotations of its kernels' parameters, which leaves no room for types there.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_common as common
+
+BLOCK = 1024
+WARPS = 4
+
+
+@triton.jit
+def rounded(x, ROUND: tl.constexpr):
+    # The interpreter cuts bits off where a GPU rounds to the nearest.
+    if ROUND:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def normalise_rows(
+    x, gamma, beta, n, mean, rstd,
+    D, stride_x, eps,
+    CENTRED: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    values = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        centre = tl.sum(values, 0) / D
+        tl.store(mean + row, centre)
+        values = tl.where(inside, values - centre, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / D + eps)
+    tl.store(rstd + row, scale)
+    values *= scale
+    if HAS_GAMMA:
+        values *= tl.load(gamma + d, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BETA:
+        values += tl.load(beta + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(n + row * D + d, rounded(values, ROUND).to(n.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def standardise_rows(
+    x, mean, rstd, out, D, stride_x, CENTRED: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    values = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        values -= tl.load(mean + row)
+    values *= tl.load(rstd + row)
+    tl.store(out + row * D + d, rounded(values, ROUND).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalise_grad_rows(
+    grad, x, mean, rstd, gamma, out,
+    D, stride_g, stride_x,
+    CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    scale = tl.load(rstd + row)
+    scaled = tl.load(grad + row * stride_g + d, mask=inside, other=0.0).to(tl.float32)
+    if HAS_GAMMA:
+        scaled *= tl.load(gamma + d, mask=inside, other=0.0).to(tl.float32)
+    whole = scaled
+    if CENTRED:
+        scaled -= tl.sum(whole, 0) / D
+    if not FROZEN:
+        x_hat = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            x_hat -= tl.load(mean + row)
+        x_hat = tl.where(inside, x_hat * scale, 0.0)
+        scaled -= x_hat * (tl.sum(whole * x_hat, 0) / D)
+    tl.store(out + row * D + d, rounded(scaled * scale, ROUND).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activated(hidden, up, at, inside, ACT: tl.constexpr, GATED: tl.constexpr):
+    h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if ACT == "relu":
+        made = tl.maximum(h, 0.0)
+    elif ACT == "silu":
+        made = h * tl.sigmoid(h)
+    elif ACT == "gelu":
+        made = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    else:
+        # (1 + tanh(u)) / 2 = sigmoid(2u)
+        made = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    if GATED:
+        made *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    return made
+
+
+@triton.jit
+def unit_rows(
+    hidden, up, units,
+    total, first_moved, back,
+    ACT: tl.constexpr, GATED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    made = activated(hidden, up, at, inside, ACT, GATED)
+    if tl.program_id(0).to(tl.int64) * BLOCK + BLOCK > first_moved:
+        moved = inside & (at >= first_moved)
+        before = activated(hidden, up, at - back, moved, ACT, GATED)
+        made = tl.where(moved, made - before, made)
+    tl.store(units + at, rounded(made, ROUND).to(units.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_rows(
+    x, sent, difference, bias, out,
+    total, first_moved, back, D,
+    HAS_BIAS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    moved = inside & (at >= first_moved)
+    made = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    made += tl.load(sent + tl.where(moved, at - back, at), mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        made += tl.load(bias + at % D, mask=inside, other=0.0).to(tl.float32)
+    made += tl.load(difference + (at - first_moved), mask=moved, other=0.0).to(tl.float32)
+    tl.store(out + at, rounded(made, ROUND).to(out.dtype.element_ty), mask=inside)
+
+
+def _rounds(x: Tensor) -> bool:
+    return common.interpreted() and x.dtype == torch.bfloat16
+
+
+def normalise(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`eapcore.kernels.steps.normalise` on the GPU."""
+    common.check_precision("auto", x.dtype, common.target(x.device))
+    width, lead = x.shape[-1], x.shape[:-1]
+    rows, n = _rows(x), x.new_empty(x.shape)
+    mean, rstd = (x.new_empty((*lead, 1), dtype=torch.float32) for _ in range(2))
+    if rows.numel():
+        block = triton.next_power_of_2(width)
+        common.launch(
+            normalise_rows, len(rows),
+            rows, None if gamma is None else gamma.contiguous(), None if beta is None else beta.contiguous(),
+            n, mean, rstd, width, rows.stride(0), eps,
+            CENTRED=centred, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(x), BLOCK_D=block,
+            num_warps=_warps(block), device=x.device,
+        )  # fmt: skip
+    return n, mean if centred else None, rstd
+
+
+def standardise(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+    """`eapcore.kernels.steps.standardise` on the GPU."""
+    common.check_precision("auto", x.dtype, common.target(x.device))
+    width, rows, out = x.shape[-1], _rows(x), x.new_empty(x.shape)
+    if rows.numel():
+        block = triton.next_power_of_2(width)
+        common.launch(
+            standardise_rows, len(rows),
+            rows, None if mean is None else mean.contiguous(), rstd.contiguous(), out, width, rows.stride(0),
+            CENTRED=mean is not None, ROUND=_rounds(x), BLOCK_D=block, num_warps=_warps(block), device=x.device,
+        )  # fmt: skip
+    return out
+
+
+def normalise_grad(
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, gamma: Tensor | None, frozen: bool
+) -> Tensor:
+    """`eapcore.kernels.steps.normalise_grad` on the GPU."""
+    common.check_precision("auto", grad.dtype, common.target(grad.device))
+    width, grads, rows, out = grad.shape[-1], _rows(grad), _rows(x), grad.new_empty(grad.shape)
+    if rows.numel():
+        block = triton.next_power_of_2(width)
+        common.launch(
+            normalise_grad_rows, len(rows),
+            grads, rows, None if mean is None else mean.contiguous(), rstd.contiguous(),
+            None if gamma is None else gamma.contiguous(), out, width, grads.stride(0), rows.stride(0),
+            CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None, ROUND=_rounds(grad), BLOCK_D=block,
+            num_warps=_warps(block), device=grad.device,
+        )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, D] of [..., D], with unit stride along D."""
+    return common.unit_inner_stride(x.detach()).reshape(-1, x.shape[-1])
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def moved_units(hidden: Tensor, up: Tensor | None, act_fn: str, count: int) -> Tensor:
+    """`eapcore.kernels.steps.moved_units` on the GPU."""
+    common.check_precision("auto", hidden.dtype, common.target(hidden.device))
+    hidden, up = hidden.contiguous(), None if up is None else up.contiguous()
+    units, back = torch.empty_like(hidden), count * hidden.shape[-1]
+    if total := hidden.numel():
+        common.launch(
+            unit_rows, common.cdiv(total, BLOCK),
+            hidden, up, units, total, total - back, back,
+            ACT=act_fn, GATED=up is not None, ROUND=_rounds(hidden), BLOCK=BLOCK, num_warps=WARPS, device=hidden.device,
+        )  # fmt: skip
+    return units
+
+
+def moved_sum(x: Tensor, sent: Tensor, difference: Tensor, bias: Tensor | None) -> Tensor:
+    """`eapcore.kernels.steps.moved_sum` on the GPU."""
+    common.check_precision("auto", x.dtype, common.target(x.device))
+    x, sent, difference = (t.contiguous() for t in (x, sent, difference))
+    out, back = torch.empty_like(x), difference.numel()
+    if total := x.numel():
+        common.launch(
+            sum_rows, common.cdiv(total, BLOCK),
+            x, sent, difference, bias, out, total, total - back, back, x.shape[-1],
+            HAS_BIAS=bias is not None, ROUND=_rounds(x), BLOCK=BLOCK, num_warps=WARPS, device=x.device,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,144 @@
+"""The steps between products: torch's operations against autograd, Triton's kernels in the interpreter against them."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("these tests interpret; bench/bench_kernels.py checks the steps on a GPU", allow_module_level=True)
+
+from accuracy import STORED
+from eapcore.kernels import steps
+from eapcore.kernels import triton_common as common
+from models import random_model, random_pairs
+from refusal import refused
+
+from eapcore import attribute
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def fenced(*shape, dtype):
+    """A random tensor whose rows lie in a larger buffer of NaN: whatever is read outside of them shows."""
+    buffer = torch.full([*shape[:-1], shape[-1] + 16], float("nan"), dtype=dtype)
+    view = buffer[..., 8:-8]
+    view.copy_(torch.randn(*shape) + 0.5)
+    return view
+
+
+def good(got, exact, dtype):
+    assert got.dtype == dtype and got.shape == exact.shape
+    assert not got.isnan().any()
+    # One rounding, after float32 throughout.
+    assert (got.double() - exact).norm() <= (STORED[dtype] + 1e-6) * exact.norm()
+
+
+def doubled(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_row_is_normalised_and_its_gradient_goes_back(dtype, centred):
+    for width in (1, 33, 130):
+        x, grad = fenced(2, 5, width, dtype=dtype), fenced(2, 5, width, dtype=dtype)
+        gamma = None if width == 130 else torch.randn(width, dtype=dtype)
+        beta = torch.randn(width, dtype=dtype) if centred and gamma is not None else None
+        exact = steps.normalise(*doubled(x, gamma, beta), 1e-5, centred=centred)
+        n, mean, rstd = steps.normalise(x, gamma, beta, 1e-5, centred=centred, impl="triton")
+        if width > 1 or not centred:  # a centred row of one is all rounding
+            good(n, exact[0], dtype)
+        assert (mean is None) == (not centred) and rstd.dtype == torch.float32
+        torch.testing.assert_close(rstd.double(), exact[2], rtol=1e-5, atol=1e-5)
+        if width == 1:
+            continue
+        exact_hat = steps.standardise(*doubled(x), exact[1], exact[2])
+        good(steps.standardise(x, mean, rstd, impl="triton"), exact_hat, dtype)
+        for frozen in (False, True):
+            there = steps.normalise_grad(*doubled(grad, x), exact[1], exact[2], *doubled(gamma, beta), frozen=frozen)
+            got = steps.normalise_grad(grad, x, mean, rstd, gamma, beta, frozen=frozen, impl="triton")
+            good(got, there, dtype)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_gradient_of_a_norm_is_autograds(centred):
+    x, grad = torch.randn(2, 3, 7).double().requires_grad_(), torch.randn(2, 3, 7).double()
+    gamma, beta = torch.randn(7).double(), torch.randn(7).double() if centred else None
+    for frozen in (False, True):
+        mu = x.mean(-1, keepdim=True) if centred else 0
+        sigma = ((x - mu).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        n = gamma * (x - mu) / (sigma.detach() if frozen else sigma) + (0 if beta is None else beta)
+        (expected,) = torch.autograd.grad((n * grad).sum(), x)
+        made, mean, rstd = steps.normalise(x.detach(), gamma, beta, 1e-5, centred=centred)
+        torch.testing.assert_close(made, n.detach(), rtol=1e-12, atol=1e-12)
+        got = steps.normalise_grad(grad, x.detach(), mean, rstd, gamma, beta, frozen=frozen)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_fn", steps.ACTIVATIONS)
+def test_units_of_the_last_rows_are_differences(dtype, act_fn):
+    for rows, count, width, gated in ((8, 3, 33, False), (6, 3, 400, True), (5, 1, 1, False)):
+        hidden, up = fenced(1, rows, width, dtype=dtype), fenced(1, rows, width, dtype=dtype) if gated else None
+        made = steps.activation(act_fn, hidden.double()) * (1 if up is None else up.double())
+        exact = made.clone()
+        exact[:, rows - count :] -= made[:, rows - 2 * count : rows - count]
+        torch.testing.assert_close(steps.moved_units(*doubled(hidden, up), act_fn, count), exact)
+        good(steps.moved_units(hidden, up, act_fn, count, impl="triton"), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_rows_take_what_others_were_sent_and_a_difference(dtype):
+    for rows, count, width, biased in ((8, 3, 33, True), (6, 3, 400, False), (2, 1, 1, True)):
+        x, sent = fenced(1, rows, width, dtype=dtype), fenced(1, rows - count, width, dtype=dtype)
+        difference = fenced(1, count, width, dtype=dtype)
+        bias = torch.randn(width, dtype=dtype) if biased else None
+        added = sent.double() + (0 if bias is None else bias.double())
+        moved = added[:, rows - 2 * count :] + difference.double()
+        exact = x.double() + torch.cat([added, moved], 1)
+        good(steps.moved_sum(x, sent, difference, bias, impl="triton"), exact, dtype)
+        torch.testing.assert_close(steps.moved_sum(*doubled(x, sent.clone(), difference, bias)), exact)
+
+
+def test_half_precision_is_rounded_once():
+    x, sent, difference = (torch.tensor([[[value]]]).bfloat16() for value in (256.0, 1.0, 1.0))
+    x = x.expand(1, 2, 1).contiguous()
+    got = steps.moved_sum(x, sent, difference, impl="triton")
+    assert got.flatten().tolist() == [
+        256.0,
+        258.0,
+    ]  # 256 + 1 lies between two numbers of bfloat16, 256 + 1 + 1 does not
+
+
+def test_scores_by_the_steps_kernels(monkeypatch):
+    model = random_model(dtype=torch.float32, act_fn="silu")
+    task = random_pairs(model, [5, 4])
+    expected = attribute(model, task, storage="dense").scores
+    seen = []
+    launch = common.launch
+
+    def watched(kernel, *args, **meta):
+        seen.append(kernel.fn.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(common, "launch", watched)
+    monkeypatch.setattr(steps, "_takes_triton", lambda impl, x: True)
+    got = attribute(model, task, storage="dense").scores
+    assert {"normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows"} == set(seen)
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_what_a_step_cannot_do_is_said():
+    x = torch.randn(2, 4)
+    refused(
+        "impl must be one of auto, reference, triton", steps.normalise, x, None, None, 1e-5, centred=True, impl="cpp"
+    )
+    refused("act_fn must be one of", steps.moved_units, x[None], None, "tanh", 1)
+    refused("no float64 kernels", steps.normalise, x.double(), None, None, 1e-5, centred=True, impl="triton")
