@@ -151,7 +151,8 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
     for r in ends:
         if "<" in (name := graph.receiver_names[r]):
             (x, y), part = places.receivers[r], name[-2]
-            axes.text(x, y - 0.26, part, ha="center", va="center", fontsize=5.5, color=QUIET, zorder=3)
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.08"}
+            axes.text(x, y - 0.27, part, ha="center", va="center", fontsize=5.5, color=INK, bbox=paper, zorder=3)
     axes.set(xlim=(-1.1, places.columns - 0.4), ylim=(-0.4, places.rows - 0.6), xticks=[], aspect="equal")
     axes.set_yticks(range(1, graph.n_layers + 1), [f"layer {layer}" for layer in range(graph.n_layers)])
     axes.tick_params(length=0, labelcolor=QUIET, labelsize=7)
