@@ -78,7 +78,7 @@ def own_metric(logits: Tensor, batch: Any) -> Tensor:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: {} for method in ("eap", "eap-ig", "clean-corrupt", "eap-ig-activations", "relp")},
-    **{method: {} for method in ("qk-fix", "grad-drop", "atp-star")},
+    **{method: {} for method in ("hybrid", "qk-fix", "grad-drop", "atp-star")},
     "eap corrupt": {"gradient_at": "corrupt"},
     **{f"eap-ig {points}": {"points": points, "steps": 2} for points in ("left", "right", "midpoint")},
     "eap-ig given": {"points": [(0.75, 0.5), (1.0, 0.25), (0.0, 0.25)]},
@@ -152,7 +152,7 @@ def accepted(case: dict[str, Any]) -> bool:
     prompts = method in ("clean-corrupt", "eap corrupt")
     return not (
         (case["storage"] == "dense" and level != "edge" and not (apart and level == "node"))
-        or (apart and level == "neuron")
+        or ((apart or method == "hybrid") and level == "neuron")
         or (case["reduce"] == "position" and dropped)
         or (prompts and case["ablation"] != "corrupt")
         or (dropped and case["model"] == "no-norm")  # its only layer

@@ -12,8 +12,8 @@ if not (Path(__file__).parent / "kernels").exists():  # an uninstalled checkout:
         __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from eapcore.attribution.attribute import attribute
     from eapcore.attribution.plan import dense_bytes
+    from eapcore.evaluation.screened import attribute
     from eapcore.graph.circuit import Circuit
     from eapcore.graph.graph import Graph
     from eapcore.graph.scores import EdgeScores
@@ -32,7 +32,7 @@ _WHERE = {
     "Graph": "eapcore.graph",
     "Model": "eapcore.models.model",
     "PromptPairs": "eapcore.tasks",
-    "attribute": "eapcore.attribution",
+    "attribute": "eapcore.evaluation.screened",
     "dense_bytes": "eapcore.attribution.plan",
     "edge_scores": "eapcore.kernels.torch_ops",
     "load": "eapcore.models.load",

@@ -73,6 +73,7 @@ def attribute(
     rules: Rules | None = None,
     qk: str | None = None,
     exact: str | Sequence[str] | None = None,
+    spread: bool = False,
     ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     reduce: str = "all",
@@ -100,6 +101,9 @@ def attribute(
         metric: a name out of `metrics.METRICS`, or a callable, see `metrics`. Higher is better.
         method: which gradients, and how they add up.
             "eap": one gradient, at the clean run.
+            "hybrid": one gradient, where the embedding is 0.75 of the way from corrupt to clean, and the edges into the
+            logits and the last layer's MLP patched exactly. Of what costs little more than "eap" it is nearest to exact
+            patching, see bench/RESULTS.md.
             "eap-ig": integrated gradients over the inputs: the mean over points where the embedding is
             corrupt + α (clean − corrupt).
             "clean-corrupt": the mean of the gradients at both ends.
@@ -129,6 +133,8 @@ def attribute(
         exact: which edges are patched exactly, since that is cheap: "none", or some of "logits", all edges into the
             logits, and "mlp", "q", "k", "v", those into the last layer's, as a list or with commas in between; "last"
             is all of these. See `exact_edges`; `EdgeScores.exact` says which they were.
+        spread: of edges and several points, keep also how far apart the estimates lie, `EdgeScores.spread`: the score
+            by the first point's gradient alone − that by the last one's. Where it is large first order is in doubt.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
             "mean" over reference prompts and their positions; "mean-positional" over them for each position. Or an
             `Ablation` that was made before.
@@ -173,7 +179,7 @@ def attribute(
     one_of("impl", impl, kernels.IMPLS)
     check_batch_size(batch_size)
     ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
-    options = Options(gradient_at, steps, points, rules, qk, exact)
+    options = Options(gradient_at, steps, points, rules, qk, exact, spread)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
@@ -192,7 +198,7 @@ def attribute(
     order = in_order(pairs)
     first, stop = (x[order] for x in spans(pairs, shared=experiment.shared))
     lead = {"all": (), "pair": (len(pairs),), "position": (int(pairs.positions.max()) + 1,)}[reduce]
-    shapes = _shapes(model, level)
+    shapes = _shapes(model, level, passes)
     alone = kept.lanes == ranks.size == 1
     lanes: list[tuple[list[int], Tally]] = []
     for lane, part in enumerate(deal((stop - (1 - PREFIX_SHARE) * first).tolist(), kept.lanes)):
@@ -264,7 +270,7 @@ class _Scoring:
         model = experiment.model
         self.experiment, self.how, self.passes, self.plan = experiment, how, passes, plan
         self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
-        self.shapes, self.within = _shapes(model, level), budget(model.device)
+        self.shapes, self.within = _shapes(model, level, passes), budget(model.device)
         self.by_node = level != "edge" and not how.by_edge
         recordable = storage == "dense" or self.by_node
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
@@ -396,11 +402,12 @@ def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bo
     return Replays(by, strict=graphs is True)
 
 
-def _shapes(model: Model, level: str) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model, level: str, passes: Passes) -> dict[str, tuple[int, ...]]:
     """What is scored at a level, without the axis of pairs or positions."""
     graph, config = model.graph, model.config
     if level == "edge":
-        return {"scores": (graph.n_senders, graph.n_receivers)}
+        names = ("scores", "spread") if passes.spread else ("scores",)
+        return dict.fromkeys(names, (graph.n_senders, graph.n_receivers))
     if level == "node":
         return {"scores": (graph.n_senders,)}
     units = {} if config.d_mlp is None else {"units": (config.n_layers, config.d_mlp)}
@@ -448,6 +455,7 @@ def _result(
             per_pair=part if reduce == "pair" else None,
             per_position=part if reduce == "position" else None,
             exact=exact,
+            spread=whole.get("spread"),
         )
     return NodeScores(
         graph=model.graph,

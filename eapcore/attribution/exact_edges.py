@@ -10,7 +10,8 @@ or v also a head's mixture. No forward of the model is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from eapcore.execution.batch import Batch, LogitsRead
 from eapcore.execution.experiment import values_of
 from eapcore.models.attention import Attention, AttentionRun, AttentionSaved
 from eapcore.models.forward import StageSaved, unembed
+from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model, Place, Stage
-from eapcore.models.tensors import spread
+from eapcore.models.norm import Norm
+from eapcore.models.tensors import accumulate_dtype, spread
 from eapcore.tasks.metrics import Metric, MetricBatch
 
 Block = tuple[int, Tensor]
@@ -31,7 +34,7 @@ Block = tuple[int, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LastLayer:
-    """A batch's clean run in the last layer.
+    """A batch's clean run in the last layer, in float32 at least.
 
     saved: what its stages kept. out: the last residual stream [B, Q, D]. past: the layer's k and v heads of the tokens
     before, or None. clean: the metric on the clean run, [B].
@@ -46,6 +49,36 @@ class LastLayer:
     out: Tensor
     past: Tensor | None
     clean: Tensor
+
+    @staticmethod
+    def of(
+        model: Model,
+        batch: Batch,
+        metric: Metric,
+        reads: LogitsRead,
+        reference: MetricBatch,
+        saved: Sequence[StageSaved],
+        out: Tensor,
+        past: Tensor | None,
+        clean: Tensor,
+    ) -> LastLayer:
+        """The same of a model in any dtype: in half precision an effect would be lost in the rounding of the logits, so
+        the last layer and the unembedding go on from the rounded streams in float32."""
+        wide = accumulate_dtype(model.dtype)
+        if wide == model.dtype:
+            return LastLayer(model, batch, metric, reads, reference, saved, out, past, clean)
+        weights, tokens = model.weights, reads.tokens
+        layers = (*weights.layers[:-1], _widened(weights.layers[-1], wide)) if weights.layers else ()
+        w_u, b_u = weights.w_u, weights.b_u
+        if tokens is not None:  # of these columns alone
+            w_u, b_u = w_u[:, tokens.flatten()], None if b_u is None else b_u[tokens.flatten()]
+            columns = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+            reads = LogitsRead(columns, reads.answers, reads.wrong)
+        final = {"w_u": w_u.to(wide), "b_u": _widened(b_u, wide), "ln_final": _widened(weights.ln_final, wide)}
+        model = replace(model, weights=replace(weights, layers=layers, **final))
+        saved = [stage.of(lambda x: x.to(wide)) for stage in saved]
+        layer = LastLayer(model, batch, metric, reads, reference, saved, out.to(wide), _widened(past, wide), clean)
+        return replace(layer, clean=layer.values(layer.out[None])[0])
 
     def effects(self, store: Store, receivers: Sequence[int]) -> Iterator[Block]:
         """The effects of all edges into some receivers of the layer or the logits."""
@@ -64,7 +97,8 @@ class LastLayer:
         count, stages = self.model.graph.senders_before(receiver), self._stages()
         effects = []
         for _, delta in store.deltas(True, count):
-            for some in delta.split(self._copies(self.out.shape[1])):
+            for part in delta.split(self._copies(self.out.shape[1])):
+                some = part.to(self.out.dtype)
                 change = some
                 if number < len(stages):
                     place, saved = stages[number].mlp, self.saved[number].mlp
@@ -86,7 +120,7 @@ class LastLayer:
             found: dict[int, list[Tensor]] = {channel: [] for channel in mine}
             for _, delta in store.deltas(kind == 0, count) if mine else ():
                 for some in delta.split(self._copies(saved.kv.shape[1] if attention.joint else delta.shape[2])):
-                    for channel, z in self._mixtures(attention, run, kind, mine, some):
+                    for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
                         heads = attention.moved_by(channel)
                         change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
                         found[channel].append(self._effect(number, change))
@@ -129,10 +163,14 @@ class LastLayer:
         for stage in behind:
             assert stage.mlp is not None
             x = x + stage.mlp.component.forward(x.flatten(0, 1)).sent.view_as(x)
-        x = x.flatten(0, 1)
-        stream = x[:, 0] if self.batch.positions is None else x
-        logits = unembed(self.model, stream, self.reads.tokens)[0].double().unflatten(0, change.shape[:2])
-        return values_of(self.metric, logits, self.reference) - self.clean
+        return self.values(x) - self.clean
+
+    def values(self, x: Tensor) -> Tensor:
+        """[C, B] the metric of last residual streams [C, B, Q, D]."""
+        rows = x.flatten(0, 1)
+        stream = rows[:, 0] if self.batch.positions is None else rows
+        logits = unembed(self.model, stream, self.reads.tokens)[0].double().unflatten(0, x.shape[:2])
+        return values_of(self.metric, logits, self.reference)
 
     def _stages(self) -> list[Stage]:
         return [stage for stage in self.model.stages if stage.last]
@@ -144,3 +182,14 @@ class LastLayer:
         tokens_read = self.reads.tokens
         logits = rows * self.model.config.d_vocab * self.out.shape[1] if tokens_read is None else tokens_read.numel()
         return max(1, min(useful, limits.LOGITS // logits))
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """A component, or a tuple of them, with all its tensors in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, tuple):
+        return tuple(_widened(part, dtype) for part in value)
+    if isinstance(value, Attention | Mlp | Norm):
+        return replace(value, **{f.name: _widened(getattr(value, f.name), dtype) for f in fields(value)})
+    return value

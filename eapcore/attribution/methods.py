@@ -31,7 +31,8 @@ class Pass:
 
     alpha: the component's output is corrupt + α (clean − corrupt) and everything behind it follows: for "embed" α = 1
     is the clean run. component: "embed", "a{l}" all heads of a layer, or "m{l}". rules: how the gradient goes back.
-    exact_softmax: q and k edges by the attention pattern that they would make, see `exact_patterns`.
+    exact_softmax: q and k edges by the attention pattern that they would make, see `exact_patterns`. spread: with which
+    sign it counts in how far apart the points' scores lie.
     """
 
     alpha: float
@@ -39,6 +40,7 @@ class Pass:
     component: str = "embed"
     rules: Rules = GRADIENT
     exact_softmax: bool = False
+    spread: int = 0
 
     @property
     def end(self) -> float | None:
@@ -73,12 +75,17 @@ class Passes:
 
     def alike(self, done: int) -> int:
         """How many of the passes behind the first `done` go back alike from activations all of their own, up to one
-        that does not; none where patterns are made exactly, which are of one run."""
+        that does not; none where patterns are made exactly, or passes told apart, of one run at a time."""
         first, behind = self.passes[done], zip(self.passes[done:], self.origins[done:], strict=True)
-        if first.exact_softmax:
+        if first.exact_softmax or self.spread:
             return 0
         others = (n for n, (step, origin) in enumerate(behind) if origin is not None or step.rules != first.rules)
         return next(others, len(self.passes) - done)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the scores' difference between the first and the last point is kept."""
+        return any(step.spread for step in self.passes)
 
     def grouped(self, together: Callable[[int], int]) -> list[int]:
         """How many passes, in order, run as one batch; together: how many of so many that are alike."""
@@ -140,6 +147,7 @@ class Options:
     rules: Rules | None = None
     qk: str | None = None
     exact: str | Sequence[str] | None = None
+    spread: bool = False
 
 
 def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float]]:
@@ -196,6 +204,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "eap": Method(),
+    "hybrid": Method(((0.75, 1.0),), exact=("logits", "mlp")),
     "eap-ig": Method("gauss", 4),
     "clean-corrupt": Method(((1.0, 0.5), (0.0, 0.5))),
     "eap-ig-activations": Method("right", 5, replaced="components"),
@@ -254,6 +263,13 @@ def recipe(
             f"exact patterns and exact edges are of all that a sender sends, so level must be 'edge' or 'node' with "
             f"{method} and these options, got 'neuron'"
         )
+    if options.spread and (preset.dropped or preset.replaced != "inputs" or len(at) < 2 or level != "edge"):
+        raise ValueError(
+            "spread is the difference of edges' scores between the first and the last of several points, which "
+            f"{method} with these options does not have: give points, e.g. [(0.5, 0.5), (1, 0.5)], and level 'edge'"
+        )
+    if options.spread and not all(weight for _, weight in at):
+        raise ValueError(f"with spread no point may have the weight 0, got {at}")
     passes: list[Pass] = []
     if preset.replaced == "components":
         described["components"] = names = components(graph)
@@ -263,6 +279,8 @@ def recipe(
     else:
         for cut in _cuts(graph) if preset.dropped else [rules.cut]:
             passes += [Pass(alpha, weight, "embed", replace(rules, cut=cut), qk == "exact") for alpha, weight in at]
+    if options.spread:
+        passes = [replace(passes[0], spread=1), *passes[1:-1], replace(passes[-1], spread=-1)]
     if preset.dropped:
         described["sign"] = "absolute: the mean of |score| over pairs and passes"
         described["dropped"] = [sorted(cut) for cut in _cuts(graph)]

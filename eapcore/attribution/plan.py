@@ -323,6 +323,8 @@ def run_dry(
     with dry_run(plan.device, begins, ran), watch:
         shapes = {"scores": (model.graph.n_senders, model.graph.n_receivers)}
         passes = replace(plan.passes, exact=_one_of_each(model, plan.passes.exact))
+        if passes.spread:
+            shapes["spread"] = shapes["scores"]
         apart = {"absolute": passes.absolute, "by_sender": passes.by_sender}
         sums = Sums(shapes, what, passes.reduce, plan.impl, **apart)
         store: Store

@@ -120,7 +120,7 @@ def score_batch(
     exact: list[Block] = []
     if plan.exact:
         here = None if past is None else past[-1]
-        layer = LastLayer(model, batch, metric, reads, reference, last, clean_out, here, measured[0])
+        layer = LastLayer.of(model, batch, metric, reads, reference, last, clean_out, here, measured[0])
         exact = list(layer.effects(store, plan.exact))
         del layer
     del last, clean_out
@@ -150,6 +150,7 @@ def score_batch(
             ends.clear()
             del reference, logits
         grad = grad[:, None] if batch.positions is None else grad
+        sums.spread = step.spread / step.weight if step.spread else 0.0
         store.contract(sums, at.saved, grad, past, step if count == 1 else replace(step, weight=1.0))
         if plan.apart(done):
             _end_pass(model, sums, exact, step.rules.cut)
@@ -164,7 +165,10 @@ def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str])
     dropped = {s for s, name in enumerate(names) if name in cut} if cut else set()
     for receiver, effects in exact:
         if dropped.isdisjoint(graph.senders_behind(receiver)):
-            sums.replace("scores", effects, (slice(0, effects.shape[1]), receiver))
+            place = (slice(0, effects.shape[1]), receiver)
+            sums.replace("scores", effects, place)
+            if "spread" in sums.scores:
+                sums.replace("spread", torch.zeros_like(effects), place)
     keep = ~graph.members(dropped).to(sums.read.device) if dropped and sums.by_sender else None
     sums.end_pass(keep)
 

@@ -24,6 +24,7 @@ class Sums:
     """A batch's scores by name, float64: as they are, for each pair [B, ..], or for each position from the first on
     [T, ..].
 
+    spread: what a pass's scores without their weight count in "spread" beside "scores", where that is among the shapes.
     absolute: a pair's scores are added to `total` as |score| at the end of every pass. by_sender: of edges' scores, the
     result is the sum over the edges of each sender.
     """
@@ -40,7 +41,7 @@ class Sums:
     ) -> None:
         self.reduce, self.impl, self.read, self.start = reduce, impl, batch.pairs.positions, batch.start
         self.absolute, self.inner = absolute, "pair" if absolute else reduce
-        self.by_sender = by_sender
+        self.by_sender, self.spread = by_sender, 0.0
         size = {"all": (), "pair": (len(batch.pairs),), "position": (batch.stop,)}[self.inner]
         self.scores = {
             name: torch.zeros((*size, *shape), dtype=torch.float64, device=self.read.device)
@@ -62,6 +63,8 @@ class Sums:
         pairs: slice = slice(None),
     ) -> None:
         """Add a block that was summed over some of the pairs as `reduction` says, [.., *place], to the scores there."""
+        if self.spread and name == "scores":
+            self.add("spread", block, place, weight * self.spread, at_read, pairs)
         scores = self.scores[name][(..., *place)]
         if self.inner == "position" and at_read:
             scores.index_add_(0, self.read[pairs], block.double() * weight)

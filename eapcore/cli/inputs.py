@@ -95,10 +95,13 @@ def score(
     args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, **options: Any
 ) -> EdgeScores | NodeScores:
     """First-order scores by the method's options, and by other keywords of `attribute`."""
-    from eapcore.attribution.attribute import attribute
+    from eapcore.evaluation.screened import attribute, little_more
 
+    how = method_options(args)
+    if not how.keys() & {"method", "gradient_at", "steps", "points", "budget"}:
+        how = little_more(model, pairs, metric, args.ablation, options.get("level", "edge")) | how
     with Progress("scoring", len(pairs)) as progress:
-        options = {**method_options(args), **options, "batch_size": args.batch_size, "progress": progress}
+        options = {**how, **options, "batch_size": args.batch_size, "progress": progress}
         options |= {"resume": args.resume, "distributed": args.distributed}
         return attribute(model, pairs, metric, **options)
 

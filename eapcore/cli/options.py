@@ -11,7 +11,7 @@ from typing import Any, Protocol
 _DEFAULT_MODEL = "toy-ioi"
 EACH, RUN = "edge × pair", "circuit × pair"  # what patching, and running circuits, counts
 TOP = "(default: 50, or all edges of a smaller graph)"
-METHOD = ("method", "gradient_at", "steps", "points", "rules", "qk", "exact", "storage", "impl")
+METHOD = ("method", "gradient_at", "steps", "points", "rules", "qk", "exact", "budget", "storage", "impl")
 
 
 class Command(Protocol):
@@ -102,7 +102,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="eap, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop or atp-star (default: eap)",
+        help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop, atp-star, or screened: "
+        "exact patching too, as much as --budget allows (default: hybrid, the gradient at 0.75 from corrupt to clean "
+        "with the edges into the logits and the last MLP exact where that is cheap; eap for other ablations)",
     )
     parser.add_argument(
         "--gradient-at",
@@ -141,6 +143,12 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="edges that are patched, which is cheap: none, last, or some of logits, mlp, q, k, v with commas in "
         "between, the last layer's (default: the method's)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=number,
+        metavar="X",
+        help="of screened: what it may cost, in units of what eap does (default: 3)",
     )
     parser.add_argument(
         "--storage", metavar="HOW", help="dense, or factored: less memory for large models (default: auto)"

@@ -37,8 +37,20 @@ def scored_heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeSc
         what = f"{graph.n_senders} nodes{units}"
     return (
         f"{heading(model, pairs, scores.meta['metric']['name'])}\n"
-        f"scored   {what} by {scores.meta['method']['name']}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
+        f"scored   {what} by {method(scores)}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
     )
+
+
+def method(scores: EdgeScores | NodeScores) -> str:
+    """The method's name with what was chosen of it otherwise than it is by itself."""
+    from eapcore.graph.scores import EdgeScores
+
+    found = scores.meta.get("method") or {}
+    where = found.get("gradient_at", "clean")
+    parts = [found.get("name", "unnamed")] + ([f"gradient at {where}"] if where != "clean" else [])
+    if isinstance(scores, EdgeScores) and scores.exact is not None:
+        parts.append(f"{int(scores.exact.sum())} edges exact")
+    return ", ".join(parts)
 
 
 def score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:

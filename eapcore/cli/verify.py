@@ -6,7 +6,7 @@ import argparse
 
 from eapcore.cli.inputs import find_ablation, find_scores, prepare, top
 from eapcore.cli.options import TOP, Command, add_out, add_report, add_resume, add_scores, add_task, count, positive
-from eapcore.cli.output import Progress, check_out, heading, table, write
+from eapcore.cli.output import Progress, check_out, heading, method, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     write(args, found)
     agreement = found.agreement
     print(heading(model, pairs, metric))
-    print(f"patched  the top {n} edges by |score| of {(scores.meta.get('method') or {}).get('name', 'unnamed')}")
+    print(f"patched  the top {n} edges by |score| of {method(scores)}")
     print(
         f"agree    exact = {agreement.slope:.4g} · score {agreement.intercept:+.4g}, R² {agreement.r2:.4f}, Spearman "
         f"{agreement.spearman:.4f}, same sign {100 * agreement.signs:.1f} %"

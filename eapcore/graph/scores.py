@@ -29,6 +29,7 @@ from eapcore.graph.show import card, made_of, report_room
 Scores = TypeVar("Scores")
 KEY = "eapcore"  # of the header in a file's metadata
 _PARTS = ("per_pair", "per_position")
+_BESIDE = ("exact", "spread")
 
 
 def sign_text(name: str, kind: str, when: str) -> str:
@@ -49,8 +50,8 @@ class EdgeScores:
     score[s, r] is the predicted change of the metric, higher = better, when the edge is corrupted: a negative score is
     an edge that the behaviour needs; where it is another number, `meta["sign"]` says which. float64 for a float64
     model, float32 for all others. per_pair [N, S, R] is there where it was asked for, with scores its mean;
-    per_position [T, S, R] likewise, with scores its sum. exact: the edges that were patched rather than estimated; None
-    where there are none.
+    per_position [T, S, R] likewise, with scores its sum. exact: the edges that were patched rather than estimated;
+    spread: how far apart the estimates of several points lie; None where they are not known.
     """
 
     scores: Annotated[Tensor, "S R"]
@@ -59,11 +60,14 @@ class EdgeScores:
     per_pair: Annotated[Tensor, "N S R"] | None = None
     per_position: Annotated[Tensor, "T S R"] | None = None
     exact: Annotated[Tensor, "bool S R"] | None = None
+    spread: Annotated[Tensor, "S R"] | None = None
 
     def __post_init__(self) -> None:
         expected = (self.graph.n_senders, self.graph.n_receivers)
         if self.scores.shape != expected:
             raise ValueError(f"scores must be [S, R] = {list(expected)}, got {list(self.scores.shape)}")
+        if self.spread is not None and self.spread.shape != expected:
+            raise ValueError(f"spread must be [S, R] = {list(expected)}, got {list(self.spread.shape)}")
         if self.exact is not None and (self.exact.shape != expected or self.exact.dtype != torch.bool):
             found = f"{self.exact.dtype} {list(self.exact.shape)}"
             raise ValueError(f"exact must be bool [S, R] = {list(expected)}, got {found}")
@@ -183,11 +187,11 @@ class EdgeScores:
         return self._circuit(torch.tensor(chosen, dtype=torch.int64, device="cpu"), meta)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair`, `per_position` and
-        `exact`, and one JSON header (README, "Files")."""
+        """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair`, `per_position`,
+        `exact` and `spread`, and one JSON header (README, "Files")."""
         header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": EDGE_SIGN, **self.meta}
         tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
-        tensors |= {name: part for name in (*_PARTS, "exact") if (part := getattr(self, name)) is not None}
+        tensors |= {name: part for name in (*_PARTS, *_BESIDE) if (part := getattr(self, name)) is not None}
         save_tensors(path, KEY, tensors, header)
 
     @staticmethod
@@ -206,7 +210,7 @@ class EdgeScores:
         def build(tensors: Mapping[str, Tensor], graph: Graph, header: Mapping[str, Any]) -> EdgeScores:
             if not torch.equal(tensors["mask"], graph.edge_mask()):
                 raise ValueError("its mask is not the edge mask of its graph")
-            parts = {name: tensors[name] for name in (*_PARTS, "exact") if name in tensors}
+            parts = {name: tensors[name] for name in (*_PARTS, *_BESIDE) if name in tensors}
             return EdgeScores(tensors["scores"], graph, header, **parts)
 
         return read_scores(path, build, content_hash)

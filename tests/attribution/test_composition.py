@@ -6,7 +6,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs
+from models import random_model, random_pairs, with_weights
 from oracle import mean_of
 from refusal import refused
 
@@ -183,3 +183,35 @@ def test_what_does_not_go_together():
     assert attribute(without, pairs, exact="last").exact is not None
     refused("exact must be bool", EdgeScores, torch.zeros(9, 21), model.graph, exact=torch.zeros(9, 21))
     assert eapcore.attribute(model, pairs, METRICS["nll"], exact="none").exact is None
+
+
+def test_the_spread_is_the_difference_between_the_first_and_the_last_point(tmp_path):
+    model, pairs = case({})
+    points = [(0.75, 0.7), (0.3, 0.1), (1.0, 0.2)]
+    first, last = (attribute(model, pairs, gradient_at=at, qk="exact").scores for at in (0.75, 1.0))
+    for storage in ("dense", "factored"):
+        how = {"points": points, "qk": "exact", "storage": storage, "batch_size": 2}
+        for reduce in ("all", "pair", "position"):
+            found = attribute(model, pairs, spread=True, exact="logits", reduce=reduce, **how)
+            near(found.spread.where(~found.exact, 0), (first - last).where(~found.exact, 0))
+            assert bool((found.spread[found.exact] == 0).all())
+            near(found.scores, attribute(model, pairs, exact="logits", **how).scores)
+    found.save(tmp_path / "scores.safetensors")
+    assert torch.equal(EdgeScores.load(tmp_path / "scores.safetensors").spread, found.spread)
+    for how in ({}, {"method": "grad-drop"}, {"method": "eap-ig-activations"}, {"method": "eap-ig", "level": "node"}):
+        refused("spread is the difference of edges' scores", attribute, model, pairs, spread=True, **how)
+    refused("no point may have the weight 0", attribute, model, pairs, spread=True, points=[(0.5, 1.0), (1.0, 0.0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_edges_of_a_model_in_half_precision_are_not_lost_in_its_logits_rounding(dtype):
+    wide, pairs = case({})
+    narrow = with_weights(wide, lambda x: x.to(dtype))
+    wide = with_weights(narrow, torch.Tensor.double)
+    for metric in ("logit_diff", "nll"):
+        expected, found = (attribute(model, pairs, metric, exact="last", batch_size=2) for model in (wide, narrow))
+        effects = expected.scores[expected.exact]
+        forwards = patch_edges(narrow, pairs, metric, eapcore.Circuit(found.exact, narrow.graph))
+        off, others = ((x.scores[found.exact].double() - effects).norm() / effects.norm() for x in (found, forwards))
+        assert effects.norm() > 0.1 and off < {torch.bfloat16: 0.05, torch.float16: 0.004}[dtype]
+        assert off < 0.8 * others  # of forwards in half precision

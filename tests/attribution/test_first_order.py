@@ -438,11 +438,11 @@ def test_on_trained_models_integrated_gradients_and_relevance_come_closer_to_exa
 NARROW = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative, of all scores together
 
 
-WITHOUT_BUFFER = [method for method in NAMES if method not in ("qk-fix", "atp-star")]
+BY_GRADIENT = [method for method in NAMES if method not in ("hybrid", "qk-fix", "atp-star")]
 WAYS = [
     *((method, "edge", "dense") for method in NAMES),
-    *((method, "edge", "factored") for method in WITHOUT_BUFFER),
-    *((method, "neuron", "factored") for method in WITHOUT_BUFFER),
+    *((method, "edge", "factored") for method in NAMES),
+    *((method, "neuron", "factored") for method in BY_GRADIENT),
 ]
 
 
@@ -465,6 +465,7 @@ def test_narrow_dtypes_come_near_the_scores_in_float64(method, level, storage, d
 # What a file says of each method besides its name, level and ablation.
 DESCRIBED = {
     "eap": {"gradient_at": "clean", "points": [[1.0, 1.0]]},
+    "hybrid": {"exact": ["logits", "mlp"], "points": [[0.75, 1.0]]},
     "eap-ig": {"rule": "gauss", "steps": 4},
     "clean-corrupt": {"points": [[1.0, 0.5], [0.0, 0.5]]},
     "eap-ig-activations": {"rule": "right", "steps": 5, "components": ["embed", "a0", "m0", "a1", "m1"],
@@ -535,7 +536,7 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
 
 
 @pytest.mark.parametrize(("bad", "message"), [
-    ({"method": "ig"}, "eap, eap-ig, clean-corrupt, .* got 'ig'"),
+    ({"method": "ig"}, "eap, hybrid, eap-ig, clean-corrupt, .* got 'ig'"),
     ({"gradient_at": "middle"}, "clean, corrupt, or a number .* got 'middle'"),
     ({"method": "eap-ig", "steps": 0}, "positive integer, got 0"),
     ({"method": "eap-ig", "points": "simpson"}, "left, right, midpoint, gauss, got 'simpson'"),

