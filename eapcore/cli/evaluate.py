@@ -39,7 +39,11 @@ def add(command: Command) -> None:
         "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
     )
     parser.add_argument(
-        "--true-circuit", type=Path, metavar="FILE", help="also the ROC against this circuit's edges (default: none)"
+        "--true-circuit",
+        type=Path,
+        metavar="FILE",
+        help="also the ROC against this circuit's edges: a file, or ioi, greater-than or docstring, for the published "
+        "one (default: none)",
     )
     parser.add_argument(
         "--true-top",

@@ -130,13 +130,16 @@ def selection(args: argparse.Namespace, model: Model) -> Circuit | None:
 
 
 def load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
-    """The circuit whose file an option names, if it is one of the model's graph, and not empty."""
+    """The circuit whose file an option names, or as the truth a task's published one, if it is one of the model's
+    graph, and not empty."""
     from eapcore.graph.circuit import Circuit
+    from eapcore.tasks import TASKS
 
     path = getattr(args, option)
     if path is None:
         return None
-    circuit = Circuit.load(path)
+    published = TASKS[str(path)].truth if option == "true_circuit" and str(path) in TASKS else None
+    circuit = Circuit.load(path) if published is None else published().circuit
     if circuit.graph != model.graph:
         raise ValueError(
             f"--{option.replace('_', '-')} must be a circuit of {model.name}, {model.graph}, but {path} is one of "

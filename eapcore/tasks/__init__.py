@@ -11,6 +11,7 @@ from eapcore.tasks import agreement, capitals, docstring, greater_than, ioi, sor
 from eapcore.tasks.files import read_pairs
 from eapcore.tasks.pairs import PromptPairs
 from eapcore.tasks.rows import ENDINGS, shown
+from eapcore.tasks.truth import Truth
 from eapcore.text.tokenizer import Tokenizer, tokenizer_of
 
 __all__ = ["TASKS", "PromptPairs", "Task", "find_pairs"]
@@ -21,22 +22,32 @@ class Task:
     """A built-in task, and the metric that it is judged by.
 
     generate: draws pairs by their number and a seed; where there are corruptions to choose from, the prompts are text
-    for any tokenizer, and it takes a tokenizer and a corruption too. The first corruption is the default.
+    for any tokenizer, and it takes a tokenizer and a corruption too. The first corruption is the default. truth: the
+    published circuit, where there is one.
     """
 
     description: str
     generate: Callable[..., PromptPairs]
     metric: str = "logit_diff"
     corruptions: tuple[str, ...] = ()
+    truth: Callable[[], Truth] | None = None
 
 
 TASKS: dict[str, Task] = {
     "toy-ioi": Task("indirect objects, for the model toy-ioi", toy_ioi.generate),
     "toy-induction": Task("induction, for the model toy-induction", toy_induction.generate),
     "sort": Task("sorting six digits, for gpt-nano-sort", sort.generate),
-    "ioi": Task("indirect objects, as text", ioi.generate, corruptions=ioi.CORRUPTIONS),
-    "greater-than": Task("years, as text", greater_than.generate, "prob_diff", greater_than.CORRUPTIONS),
-    "docstring": Task("arguments in a docstring, as text", docstring.generate, "logit_margin", docstring.CORRUPTIONS),
+    "ioi": Task("indirect objects, as text", ioi.generate, "logit_diff", ioi.CORRUPTIONS, ioi.true_circuit),
+    "greater-than": Task(
+        "years, as text", greater_than.generate, "prob_diff", greater_than.CORRUPTIONS, greater_than.true_circuit
+    ),
+    "docstring": Task(
+        "a docstring's arguments, as text",
+        docstring.generate,
+        "logit_margin",
+        docstring.CORRUPTIONS,
+        docstring.true_circuit,
+    ),
     "agreement": Task("subject and verb, as text", agreement.generate, corruptions=agreement.CORRUPTIONS),
     "capitals": Task("countries and capitals, as text", capitals.generate, corruptions=capitals.CORRUPTIONS),
 }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 
+from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
 from eapcore.tasks.templates import Row, pairs_of, single
+from eapcore.tasks.truth import Edge, Truth, heads, truth
 from eapcore.text.tokenizer import Tokenizer
 
 ARGUMENTS = tuple(
@@ -68,3 +70,30 @@ def generate(n: int, seed: int, tokenizer: Tokenizer, corruption: str = "random-
         wrong = dict.fromkeys([a, b, x1, x2, x3, *corrupt.values()])
         rows.append(Row(SENTENCE, clean | beside, corrupt | beside, [ids[c]], [ids[w] for w in wrong if w != c]))
     return pairs_of(rows, tokenizer, name="docstring", seed=seed, corruption=corruption)
+
+
+# The circuit of the attention-only model of four layers, attn-only-4l
+
+ROLES = {
+    "duplicate token": heads("0.5 1.2"),
+    "induction and fuzzy previous token": heads("1.4"),
+    "fuzzy previous token": heads("2.0"),
+    "argument mover": heads("3.0 3.6"),
+}
+# What each receiver reads: {receiver: senders}.
+_READS = {
+    "a0.h5<v>": "embed", "a1.h4<v>": "embed a0.h5", "a1.h2<q>": "embed a0.h5", "a1.h2<k>": "embed a0.h5",
+    "a2.h0<q>": "embed a0.h5", "a2.h0<k>": "embed a0.h5", "a2.h0<v>": "a1.h4",
+    **{f"{head}<q>": "a1.h4" for head in ROLES["argument mover"]},
+    **{f"{head}<k>": "a1.h2 a2.h0" for head in ROLES["argument mover"]},
+    **{f"{head}<v>": "embed a0.h5" for head in ROLES["argument mover"]},
+}  # fmt: skip
+
+
+def true_circuit() -> Truth:
+    """The circuit of Heimersheim, Janiak 2023, as Conmy et al. 2023 make edges of it: 24 between components, and the 13
+    from what is read to its projection: 37."""
+    edges: list[Edge] = [(sender, receiver) for receiver, senders in _READS.items() for sender in senders.split()]
+    edges += [(head, "logits") for head in ROLES["argument mover"]]
+    graph = Graph(n_layers=4, n_heads=8, has_mlp=False)
+    return truth("attn-only-4l", graph, "docstring", ROLES, edges, tuple(_READS), ())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 
+from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
 from eapcore.tasks.templates import Row, each, pairs_of
+from eapcore.tasks.truth import Edge, Truth, connect, heads, mlps, reads, truth
 from eapcore.text.tokenizer import Tokenizer
 
 NOUNS = tuple(
@@ -55,3 +57,24 @@ def generate(n: int, seed: int, tokenizer: Tokenizer, corruption: str = "01") ->
         clean = {"NOUN": rng.choice(NOUNS), "XX": century, "YY": ends[year], "XX again": century}
         rows.append(Row(SENTENCE, clean, clean | {"YY": ends[1]}, ids[year + 1 :], ids[: year + 1]))
     return pairs_of(rows, tokenizer, name="greater-than", seed=seed, corruption=corruption)
+
+
+# The circuit of GPT-2 small
+
+ROLES = {"input 0.3, 0.5": heads("0.3 0.5"), "input 0.1": heads("0.1"), "middle": heads("5.5 6.1 6.9 7.10 8.11 9.1")}
+
+
+def true_circuit() -> Truth:
+    """The circuit of Hanna et al. 2023, as Conmy et al. 2023 make edges of it: 235 between components."""
+    graph = Graph(n_layers=12, n_heads=12, has_mlp=True)
+    first, one, middle = ROLES.values()
+    early, late = mlps(range(4)), mlps(range(8, 12))
+    edges: list[Edge] = list(connect(["embed"], [*first, *one, *early]))
+    edges += [(sender, "logits") for sender in (*middle, *late)]
+    for senders, receivers in ((early, early), (late, late), (mlps(range(9)), mlps(range(9)))):
+        edges += connect(senders, receivers)
+    for senders, receivers in ((one, early), (one, middle), (first, middle), (early, middle), (middle, late)):
+        edges += connect(senders, receivers, same_layer=True)
+    edges += connect(mlps(range(12)), middle, "q")
+    inputs = [read for head in (*first, *one, *middle) for read in reads(head)]
+    return truth("gpt2", graph, "greater-than", ROLES, edges, inputs, inputs)

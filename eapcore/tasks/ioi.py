@@ -8,9 +8,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
 from eapcore.tasks.templates import Row, pairs_of, single
 from eapcore.tasks.toy_ioi import OBJECTS, PLACES
+from eapcore.tasks.truth import Edge, Truth, connect, heads, mlps, reads, truth
 from eapcore.text.tokenizer import Tokenizer
 
 NAMES = tuple(
@@ -82,3 +84,48 @@ def generate(
         rows.append(Row(sentence, clean | beside, corrupt | beside, [ids[io]], [ids[s]]))
     pairs = pairs_of(rows, tokenizer, name="ioi", seed=seed, corruption=corruption)
     return replace(pairs, places={**pairs.places, "S1+1": pairs.places["S1"] + 1})
+
+
+# The circuit of GPT-2 small
+
+ROLES = {
+    "name mover": heads("9.9 10.0 9.6"),
+    "backup name mover": heads("10.10 10.6 10.2 10.1 11.2 9.7 9.0 11.9"),
+    "negative name mover": heads("10.7 11.10"),
+    "S-inhibition": heads("7.3 7.9 8.6 8.10"),
+    "induction": heads("5.5 5.8 5.9 6.9"),
+    "duplicate token": heads("0.1 0.10 3.0"),
+    "previous token": heads("2.2 4.11"),
+}
+_WRITERS = ("negative name mover", "name mover", "backup name mover")  # which write to the logits
+# (senders, receivers, which of their inputs), "input" being the embedding and all MLPs.
+_WIRES = (
+    ("input", "previous token", "qkv"),
+    ("input", "duplicate token", "qkv"),
+    ("input", "S-inhibition", "q"),
+    ("previous token", "induction", "kv"),
+    ("induction", "S-inhibition", "kv"),
+    ("duplicate token", "S-inhibition", "kv"),
+    *(("input", role, "kv") for role in _WRITERS),
+    *(("S-inhibition", role, "q") for role in _WRITERS),
+)
+
+
+def true_circuit() -> Truth:
+    """The circuit of Wang et al. 2022 with its 26 heads, as Conmy et al. 2023 make edges of it: 963 between components.
+
+    All MLPs are in it, with every edge among them, from the embedding, to the logits, to all inputs of the 26 heads,
+    and from these heads to the MLPs behind them; the heads' other edges are those of their roles.
+    """
+    graph = Graph(n_layers=12, n_heads=12, has_mlp=True)
+    layers = mlps(range(12))
+    of, inside = {**ROLES, "input": ("embed", *layers)}, [head for role in ROLES.values() for head in role]
+    edges: list[Edge] = [("embed", "logits"), *((mlp, "logits") for mlp in layers)]
+    edges += connect(("embed", *layers), layers)
+    edges += connect(layers, inside)
+    edges += connect(inside, layers, same_layer=True)
+    for senders, receivers, parts in _WIRES:
+        edges += connect(of[senders], of[receivers], parts)
+    edges += [(head, "logits") for role in _WRITERS for head in ROLES[role]]
+    inputs = [read for head in inside for read in reads(head)]
+    return truth("gpt2", graph, "ioi", ROLES, edges, inputs, [*inputs, *layers])

@@ -22,6 +22,7 @@ from eapcore.tasks import TASKS
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_ig
 import bench_kernels
+import bench_language
 import bench_methods
 import bench_pipeline
 import bench_truth
@@ -612,3 +613,26 @@ def test_the_rules_of_integrated_gradients_are_compared_on_both_toys(capsys):
     assert len(lines) == 4 and all(float(line.split()[-3]) <= 1 for line in lines)
     titles = [title for title, _ in bench_ig.lines()]
     assert {"eap", "relp", "qk-fix", "eap-ig gauss 4", "eap-ig-activations right 5"} <= set(titles)
+
+
+def test_a_model_s_edges_are_held_against_exact_ones_and_its_circuits_against_other_names(monkeypatch, capsys):
+    monkeypatch.setattr(bench_language, "METHODS", {name: bench_language.METHODS[name] for name in ("eap", "qk-fix")})
+    monkeypatch.setattr(bench_language, "CIRCUITS", ("eap",))
+    monkeypatch.setattr(bench_language, "SIZES", (0.001, 0.5, 1.0))  # the first is no edge of so small a model
+    argv = ["--model", "toy-induction", "--task", "toy-induction", "--pairs", "3", "--edges", "6", "--random", "9"]
+    assert bench_language.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "15 edges patched" in out and "top 6" in out and "random 9" in out and "both" in out
+    kept = [line.split() for line in out.splitlines() if "names" in line and line.startswith("eap")]
+    assert [row[-2] for row in kept] == ["1.000", "1.000"]  # every edge is the model, on both sets of names
+
+
+def test_the_edges_that_are_drawn_are_others_and_judged_by_their_effects(induction):
+    (model, _), pairs = induction
+    exact, mask = patch_edges(model, pairs), model.graph.edge_mask()
+    first = exact.top_n(7).mask
+    drawn = bench_language.others(mask, first, 11)
+    assert int(drawn.sum()) == 11 and not bool((drawn & first).any()) and not bool((drawn & ~mask).any())
+    assert bench_language.judged(exact, exact, drawn) == pytest.approx((1, 1, 1, 1))
+    r2, fit, rank, sign = bench_language.judged(replace(exact, scores=-2 * exact.scores), exact, first)
+    assert (r2, rank, sign) == pytest.approx((1, -1, 0)) and fit < 0
