@@ -3,6 +3,7 @@
     python bench/bench_pipeline.py                 all of it: 20 minutes on two cores
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
     python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline/scaling.py)
+    python bench/bench_pipeline.py --only memory   as planned and as resident, a billion parameters (pipeline/memory.py)
     python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline/gpu.py)
     python bench/bench_pipeline.py --plan          what batches ask of a GPU, counted without one (pipeline/launches.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
@@ -37,7 +38,7 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.work import MIB, PUBLISHED, SMALL, Work, disagreement, memories, seconds
+from pipeline.work import MIB, PUBLISHED, QWEN, SMALL, Work, disagreement, memories, seconds
 
 TINY = {"L": 3, "H": 4, "D": 64, "V": 211}
 LARGE = Work(36, 20, 1280, 50257, B=4, T=20)
@@ -68,6 +69,8 @@ CASES = [
     Case("factored", SMALL, "factored", "floor", 1.30, "2 x floor"),
     Case("first difference at 10", replace(SMALL, P=10), "dense", "floor", 0.75, "unshared"),
     Case("GPT-2 large", LARGE, "dense", "floor", 1.40, "stated"),
+    Case("Qwen2.5-0.5B", QWEN, "dense", "floor", 1.15, "stated", 1, 5),
+    Case("Qwen2.5-0.5B, factored", QWEN, "factored", "floor", None, "stated", 1, 3),
     Case("against tuned hooks", EIGHT, "dense", "hooked", 1 / 2.5, "1/4"),
     Case("against tuned hooks, in halves of four pairs", EIGHT, "dense, in halves", "hooked", 1 / 2.5, "1/4"),
     Case("against tuned hooks, factored", EIGHT, "factored", "hooked", 1 / 2.5, "1/4"),
@@ -137,7 +140,7 @@ def table(cases: list[Case], repeats: int) -> None:
             print(f"{case.name}: not measured, {reason}")
             continue
         compared = {case.ours, "dense", "factored", *({case.against} - {"floor"})}
-        worst = disagreement(work, sorted(compared | ({"hooked"} if work.L <= 12 else set())))
+        worst = disagreement(work, sorted(compared | ({"hooked"} if work.L <= 12 and not work.G else set())))
         times = ratios(case, min(repeats, case.repeats))
         jobs = [(work, case.ours), (work, case.against), (replace(work, P=0), case.ours)]
         mine, other, *rest = memories(jobs if work.P else jobs[:2])
@@ -162,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--plan", action="store_true", help="count a batch's kernels, bytes and operations on a GPU")
-    parser.add_argument("--only", choices=["cases", "scaling"], help="one part (default: both)")
+    parser.add_argument("--only", choices=["cases", "scaling", "memory"], help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this, and no scaling")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own)")
@@ -193,17 +196,22 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = kernels.choose("edge_scores", device="cpu", dtype=torch.float32)
     machine = f"{torch.get_num_threads()} threads, {platform.machine()}"
     print(f"{versions()}, {machine}, kernels {chosen}, large products {large_by()}, float32")
-    if args.only != "scaling":
+    if args.only in (None, "cases"):
         print(f"CPU time: median of up to {args.repeats} interleaved pairs after a warm-up (least – most)\n")
         cases = [case for case in CASES if args.case in case.name]
         if args.quick:
             cases = [replace(case, work=replace(case.work, **TINY)) for case in cases]
         table(cases, args.repeats)
-    if args.only != "cases" and not args.case:
+    if args.only in (None, "scaling") and not args.case:
         from pipeline import scaling
 
         print()
         scaling.main(quick=args.quick, repeats=min(args.repeats, 3), json_file=args.json, plot=args.plot)
+    if args.only in (None, "memory") and not args.case:
+        from pipeline import memory
+
+        print()
+        memory.main(quick=args.quick)
     return 0
 
 

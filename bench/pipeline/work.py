@@ -39,7 +39,11 @@ class Unhashed(Model):
 
 @dataclass(frozen=True)
 class Work:
-    """A model's dimensions and a batch of prompt pairs, by DESIGN's letters; V vocabulary, P the first difference."""
+    """A model's dimensions and a batch of prompt pairs, by DESIGN's letters; V vocabulary, P the first difference.
+
+    G: key and value heads of a model of Qwen2's architecture, with M units in each MLP; 0 for one of GPT-2's, which has
+    4·D of them. dtype: of its weights.
+    """
 
     L: int
     H: int
@@ -48,6 +52,19 @@ class Work:
     B: int
     T: int
     P: int = 0
+    G: int = 0
+    M: int = 0
+    dtype: str = "float32"
+
+    @property
+    def config(self) -> ModelConfig:
+        D, H, K = self.D, self.H, self.D // self.H
+        if not self.G:
+            return ModelConfig(self.L, H, D, K, 4 * D, self.V, 1024, "gelu_new", K**0.5)
+        return ModelConfig(
+            self.L, H, D, K, self.M, self.V, 1024, "silu", K**0.5, "rmsnorm", 1e-6, n_key_value_heads=self.G,
+            gated=True, rotary_frequencies=tuple(1e6 ** (-i / K) for i in range(0, K, 2)),
+        )  # fmt: skip
 
     @property
     def graph(self) -> Graph:
@@ -57,8 +74,9 @@ class Work:
         """Bytes of the dense sender buffer in float32."""
         return self.graph.n_senders * self.B * self.T * self.D * 4
 
-    def model(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", drawn_on: str | None = None) -> Model:
-        """A GPT-2-architecture model with random weights in GPT-2's own layout, drawn in float32 where it says."""
+    def model(self, *, dtype: torch.dtype | None = None, device: str = "cpu", drawn_on: str | None = None) -> Model:
+        """A model with random weights in its checkpoints' own layout, drawn in float32 where it says."""
+        dtype = dtype or getattr(torch, self.dtype)
         generator = torch.Generator(drawn_on or device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -71,6 +89,8 @@ class Work:
         return replace(self, V=3)._model(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
 
     def _model(self, draw: Callable[..., Tensor]) -> Model:
+        if self.G:
+            return self._grouped(draw)
         D, H, K, M = self.D, self.H, self.D // self.H, 4 * self.D
         shapes = {"b_qkv": (3 * H, K), "w_o": (H, K, D), "b_o": (D,)}
         shapes |= {"w_in": (D, M), "b_in": (M,), "w_out": (M, D), "b_out": (D,)}
@@ -80,8 +100,21 @@ class Work:
             tensors |= {at + name: draw(*shape) for name, shape in shapes.items()}
         tensors |= {"w_e": draw(self.V, D), "w_pos": draw(1024, D)}
         tensors["w_u"] = tensors["w_e"].T
-        config = ModelConfig(self.L, H, D, K, M, self.V, 1024, "gelu_new", K**0.5)
-        return Unhashed(config, assemble(config, tensors, folded=True), "random")  # every norm has γ = 1 and β = 0
+        # Every norm has γ = 1 and β = 0.
+        return Unhashed(self.config, assemble(self.config, tensors, folded=True), "random")
+
+    def _grouped(self, draw: Callable[..., Tensor]) -> Model:
+        D, H, G, K, M = self.D, self.H, self.G, self.D // self.H, self.M
+        tensors: dict[str, Tensor] = {"w_e": draw(self.V, D), "ln_final.0": draw(D) + 1}
+        tensors["w_u"] = tensors["w_e"].T
+        for at in (f"layers.{index}." for index in range(self.L)):
+            for place, heads in enumerate((H, G, G)):
+                tensors[f"{at}w_qkv.{place}"] = draw(heads * K, D).view(heads, K, D).transpose(1, 2)
+            tensors |= {at + name: draw(D) + 1 for name in ("ln1.0", "ln2.0")}
+            tensors |= {at + name: draw(M, D).T for name in ("w_in", "w_up")}
+            tensors |= {f"{at}b_qkv": draw(H + 2 * G, K), f"{at}w_out": draw(D, M).T}
+            tensors[f"{at}w_o"] = draw(D, H * K).T.unflatten(0, (H, K))
+        return Unhashed(self.config, assemble(self.config, tensors), "random")
 
     def pairs(self, batches: int = 1) -> PromptPairs:
         generator = torch.Generator().manual_seed(1)
@@ -93,6 +126,8 @@ class Work:
 
 
 SMALL = Work(12, 12, 768, 50257, B=16, T=20)  # GPT-2 small
+LLAMA = Work(16, 32, 2048, 128256, B=4, T=20, G=8, M=8192, dtype="bfloat16")  # Llama-3.2-1B
+QWEN = Work(24, 14, 896, 151936, B=8, T=20, G=2, M=4864)  # Qwen2.5-0.5B
 
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Run:
@@ -168,7 +203,7 @@ def peak_memory(work: Work, name: str) -> int:
     return peak_of(implementation(name, work.model(), work.pairs(), work.B))
 
 
-def serve_memory(jobs: list[tuple[dict[str, int], str]], threads: int) -> None:
+def serve_memory(jobs: list[tuple[dict[str, Any], str]], threads: int) -> None:
     """Print the peak memory of every job, each measured in a fork of this process, which has run nothing itself."""
     for fields, name in jobs:
         sys.stdout.flush()
@@ -194,7 +229,7 @@ def memories(jobs: list[tuple[Work, str]]) -> list[int]:
     return [int(words[1]) for words in _served("serve_memory", arguments, gives_back) if words[0] == "peak"]
 
 
-def serve_seconds(fields: dict[str, int], names: list[str], batches: int, repeats: int, threads: int) -> None:
+def serve_seconds(fields: dict[str, Any], names: list[str], batches: int, repeats: int, threads: int) -> None:
     """Print the CPU seconds that each implementation takes for some batches, in turn, warm."""
     torch.set_num_threads(threads)
     work = Work(**fields)
