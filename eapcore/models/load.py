@@ -139,7 +139,7 @@ def load_weights(
         model_id, raw, tensors = _in_memory(source, config)
         layout = layout_of(raw)
         if isinstance(source, nn.Module):
-            check_module(source, layout.config)
+            check_module(source, layout.config, among_others=layout.among_others)
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
     weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where)

@@ -20,11 +20,12 @@ _NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", None: "Identity"}
 _CHECKED = 64  # positions of a table of sines
 
 
-def check_module(module: nn.Module, config: ModelConfig) -> None:
+def check_module(module: nn.Module, config: ModelConfig, *, among_others: bool = False) -> None:
     """ValueError for a module that computes something else than its weights and its configuration say.
 
     Hooks, of the module or of all modules; weights on several devices; a forward, an activation function, a norm or a
     whole part that was put in another's place; and in a part another eps, scale, mask, window, soft cap or rotation.
+    among_others: config is of its part `language_model` alone.
     """
     _check_devices(module)
     _check_hooks(module)
@@ -33,6 +34,8 @@ def check_module(module: nn.Module, config: ModelConfig) -> None:
         number = _LAYER.search(name)
         layer = None if number is None else int(number[1])
         if layer is not None and layer >= config.n_layers:
+            continue
+        if among_others and "language_model" not in name.split("."):
             continue
         for what, found, expected in _constants(name, part, config, layer):
             raise ValueError(

@@ -3,6 +3,7 @@ literal definition of a decoder gives."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +15,7 @@ from memory import peak_bytes
 import eapcore
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
+from eapcore.models.families import layout_of
 from eapcore.models.families.names import assemble
 from eapcore.models.forward import forward, run_with_senders
 from eapcore.models.load import load
@@ -358,6 +360,94 @@ def test_files_name_the_graph_that_they_are_of(tmp_path):
             assert model.graph.receiver(model.graph.receiver_names[receiver]) == receiver
 
 
+# As they lie on the Hub, older forms among them, with fewer layers: what they leave out is what transformers takes.
+PUBLISHED = {
+    "Llama-3.2-1B": ("LlamaConfig", {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 5e5,
+        "rope_scaling": LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}}),
+    "Mistral-7B-v0.1": ("MistralConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4}),
+    "Mistral-7B-v0.3": ("MistralConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6}),
+    "Qwen2.5-0.5B": ("Qwen2Config", {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "sliding_window": 32768,
+        "use_sliding_window": False, "max_window_layers": 24, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": True}),
+    "Qwen2 with windows": ("Qwen2Config", {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 99, "sliding_window": 9,
+        "use_sliding_window": True, "max_window_layers": 5}),
+    "Qwen3, silent": ("Qwen3Config", {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 32,
+        "vocab_size": 99, "max_position_embeddings": 99, "rope_theta": 1e6}),
+    "gemma-2b": ("GemmaConfig", {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "gelu"}),
+    "gemma-2-2b": ("Gemma2Config", {"hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}),
+    "Gemma 2, silent": ("Gemma2Config", {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8,
+        "vocab_size": 99, "max_position_embeddings": 99}),
+    "gemma-3-1b-it": ("Gemma3TextConfig", {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None,
+        "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256}),
+    "gemma-3-4b-it's text": ("Gemma3TextConfig", {"hidden_size": 2560, "intermediate_size": 10240,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}),
+    "OLMo-2-0425-1B": ("Olmo2Config", {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": 100352, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_theta": 5e5, "rope_scaling": None}),
+    "pythia-160m": ("GPTNeoXConfig", {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+        "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+        "use_parallel_residual": True, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_means_what_transformers_takes_it_to_mean(name):
+    kind, given = PUBLISHED[name]
+    config = getattr(transformers, kind)
+    given = {"num_hidden_layers": 7, "model_type": config.model_type} | given
+    found, expected = layout_of(given), layout_of(config(**deepcopy(given)).to_dict())
+    assert found.config == expected.config and found.tied == expected.tied
+    assert list(found.shapes().items()) == list(expected.shapes().items())
+
+
+TEXT = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2, "head_dim": 6}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+PICTURES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURES |= {"image_size": 8, "patch_size": 4}
+SEVERAL = {
+    "gemma3": ("Gemma3", "gemma3_text", {"mm_tokens_per_image": 4, "image_token_index": 28}),
+    "llava": ("Llava", "llama", {"image_token_index": 28}),
+    "mistral3": ("Mistral3", "mistral", {"image_token_index": 28}),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_language_model_of_a_model_of_several_is_loaded_where_it_reads_text_as_alone(name, tmp_path):
+    kind, text, options = SEVERAL[name]
+    seen = PICTURES | {
+        "model_type": {"gemma3": "siglip_vision_model", "llava": "clip_vision_model"}.get(name, "pixtral")
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=TEXT | {"model_type": text}, vision_config=seen, **options
+    )
+    module = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    tokens = torch.randint(0, 28, (2, 9), generator=generator)
+    with torch.no_grad():
+        expected = module(tokens).logits
+    module.save_pretrained(tmp_path)
+    for model in (load(module), load(tmp_path)):
+        assert model.family == text
+        assert (forward(model, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("sizes", "counts"),
     [
@@ -381,10 +471,17 @@ def test_graphs_have_the_published_sizes(sizes, counts):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported: expected one of gpt2, llama"),
         ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+        ({"model_type": "paligemma", "text_config": {}}, "model_type 'paligemma', a model of more than text, is not"),
+        ({"model_type": "llava", "text_config": {"model_type": "phi"}}, "model_type 'phi' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\), which is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}, "model_type": "gpt_neox"}, r"quantised \(fp8\), which"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}, "model_type": "x"}, r"quantised \(bitsandbytes\)"),
         ({"num_key_value_heads": 4}, "n_key_value_heads must divide n_heads 6, got 4"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
         ({"num_hidden_layers": 3}, "lacks layers.2."),
@@ -395,6 +492,15 @@ def test_what_a_description_lacks_is_refused_by_name(changes, message):
     config = theirs("llama").config.to_dict() | changes
     with pytest.raises(ValueError, match=message):
         load(theirs("llama").state_dict(), config=config)
+
+
+@pytest.mark.parametrize(
+    "end", ["qweight", "qzeros", "weight_scale_inv", "weight.absmax", "weight.quant_state.nf4", "SCB"]
+)
+def test_parts_of_quantised_weights_are_named_where_no_configuration_tells(end):
+    state = theirs("llama").state_dict() | {f"model.layers.0.mlp.up_proj.{end}": torch.ones(3)}
+    with pytest.raises(ValueError, match=rf"up_proj.{end} is a part of a quantised weight, which is not supported"):
+        load(state, config=theirs("llama").config.to_dict())
 
 
 def test_a_way_to_take_key_and_value_heads_that_is_unknown_is_refused():

@@ -12,7 +12,7 @@ from eapcore.models.families.names import Layout, Source, activation, flag, inte
 
 def gpt2(raw: Mapping[str, Any]) -> Layout:
     """The layout that a configuration describes; ValueError for what is not supported, by name."""
-    refuse(raw, {"add_cross_attention": (False,), "quantization_config": (), "pruned_heads": ({},)})
+    refuse(raw, {"add_cross_attention": (False,), "pruned_heads": ({},)})
     d_model = integer(raw, "n_embd", "hidden_size")
     n_heads = integer(raw, "n_head", "num_attention_heads")
     if d_model % n_heads:

@@ -25,7 +25,7 @@ from eapcore.models.families.names import (
 
 def gpt_neox(raw: Mapping[str, Any]) -> Layout:
     """The layout that a configuration describes; ValueError for what is not supported, by name."""
-    refuse(raw, {"quantization_config": (), "attention_bias": (True,)})
+    refuse(raw, {"attention_bias": (True,)})
     D, H, layers = integer(raw, "hidden_size"), integer(raw, "num_attention_heads"), integer(raw, "num_hidden_layers")
     K, M, V = D // H, integer(raw, "intermediate_size"), integer(raw, "vocab_size")
     base, scaling = rope({"rope_theta": raw.get("rotary_emb_base"), **raw})

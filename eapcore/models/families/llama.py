@@ -23,11 +23,28 @@ from eapcore.models.families.names import (
 )
 
 _ONLY = {
-    "quantization_config": (),
     "attention_multiplier": (),
     "num_local_experts": (),
     "num_experts": (),
     "mlp_bias": (False,),
+    "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": (1, 1.0),
+}
+# What transformers takes where a configuration is silent; null is not silence.
+_SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+_SIZES |= {
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131072,
+}  # Google's own configurations are silent of them
+_GEMMA2 = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_SILENT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+    "gemma2": _GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _SIZES | _GEMMA2 | {"rope_theta": 1e6},
+    "olmo2": {"rms_norm_eps": 1e-5},
 }
 
 
@@ -36,6 +53,7 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
 
     whole_gamma: its norms are stored as γ where the family stores γ − 1.
     """
+    raw = {**_SILENT.get(raw["model_type"], {}), **raw}
     refuse(raw, _ONLY)
     kind, gemma, olmo = raw["model_type"], raw["model_type"].startswith("gemma"), raw["model_type"] == "olmo2"
     later = gemma and kind != "gemma"
@@ -60,7 +78,7 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
         act_fn=_activation(raw, gemma),
         attn_scale=math.sqrt(positive(raw, "query_pre_attn_scalar", default=d_head) if later else d_head),
         normalization="rmsnorm",
-        eps=positive(raw, "rms_norm_eps", default=1e-5 if olmo else 1e-6),
+        eps=positive(raw, "rms_norm_eps", default=1e-6),
         rotary_frequencies=_frequencies(raw, d_head, "full_attention"),
         gated=True,
         n_key_value_heads=None if n_kv == heads else n_kv,
@@ -113,8 +131,10 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
 
 def _frequencies(raw: Mapping[str, Any], d_head: int, layers: str) -> tuple[float, ...]:
     """The rotary frequencies of a kind of layer."""
-    local = layers == "sliding_attention" and raw.get("rope_local_base_freq") is not None  # before there were kinds
-    base, scaling = (positive(raw, "rope_local_base_freq", default=0), {}) if local else rope(raw, layers)
+    if layers == "sliding_attention" and not raw.get("rope_parameters"):  # before there were kinds
+        return frequencies(positive(raw, "rope_local_base_freq", default=10000.0), d_head)
+    base, scaling = rope(raw, layers)
+    refuse(scaling, {"partial_rotary_factor": (1, 1.0)})
     return frequencies(base, d_head, scaling)
 
 
@@ -131,13 +151,23 @@ def _activation(raw: Mapping[str, Any], gemma: bool) -> str:
 
 def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """For each layer how many positions a query sees; empty where all see all."""
-    if raw.get("sliding_window") is None or raw.get("use_sliding_window", True) is False:
+    kind = raw["model_type"]
+    asked = flag(raw, "use_sliding_window", False) or not kind.startswith("qwen")
+    if raw.get("sliding_window") is None or kind in ("llama", "gemma", "olmo2") or not asked:
         return ()
-    window = integer(raw, "sliding_window")
-    kinds = raw.get("layer_types")
-    if kinds is None:  # before there were kinds of layers
-        first = integer(raw, "max_window_layers") if raw.get("max_window_layers") else 0
-        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    window, kinds = integer(raw, "sliding_window"), raw.get("layer_types")
+    if kind == "mistral" or kinds is None:  # before there were kinds of layers
+        first, every = 0, layers + 1
+        if kind.startswith("qwen"):
+            first = (
+                0
+                if raw.get("max_window_layers") == 0
+                else integer({"max_window_layers": 28, **raw}, "max_window_layers")
+            )
+        elif kind.startswith("gemma"):
+            every = 2 if kind == "gemma2" else integer({"sliding_window_pattern": 6, **raw}, "sliding_window_pattern")
+        full = [index < first or (index + 1) % every == 0 for index in range(layers)]
+        kinds = ["full_attention" if here else "sliding_attention" for here in full]
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types of the configuration must be {layers} of full_attention and sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -31,13 +31,19 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 _PREFIX = re.compile(
-    r"\A(?:transformer\.|model\.|module\.|gpt_neox\.)+"
+    r"\A(?:transformer\.|model\.|module\.|gpt_neox\.|language_model\.)+"
 )  # of wrappers; `_orig_mod.` may stand anywhere
 _BUFFER = re.compile(
     r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE|rotary_sin|rotary_cos)"
     r"|(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
 )
+_OTHER_PARTS = re.compile(r"(?:vision_tower|vision_model|multi_modal_projector|image_newline)(?:\..*)?")
+_QUANTISED = re.compile(
+    r".*\.(?:qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|SCB|absmax|quant_map)"
+    r"|.*\.weight\.(?:absmax|quant_map|quant_state.*|nested_.*)"
+)
+_ONLY_FLOATS = f"only {', '.join(DTYPES)}"
 _SHOWN = 4  # tensors that an error names before it only counts
 
 
@@ -62,7 +68,8 @@ class Layout:
     kind: what it is, for messages. layer: of one layer, by the names without `layers.{l}.`; ends: of the rest. tied:
     the head is the embedding; a `w_u` that is stored all the same must be equal to it. folded: its normalisations were
     folded into the weights behind them, and have γ = 1 and β = 0. aliases:
-    other names of some of its tensors. family: for people.
+    other names of some of its tensors. among_others: the checkpoint holds more than the language model. family: for
+    people.
     """
 
     kind: str
@@ -73,6 +80,7 @@ class Layout:
     folded: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     family: str = "GPT-2"
+    among_others: bool = False
 
     def sources(self) -> Iterator[tuple[str, Source, str]]:
         """(our name, where it comes from, the layer's number as text) of every tensor, in a fixed order."""
@@ -184,8 +192,10 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
     by_name: dict[str, Stored] = {}
     for tensor in tensors:
         name = _PREFIX.sub("", tensor.name.replace("_orig_mod.", ""), count=1)
-        if _BUFFER.fullmatch(name):
+        if _BUFFER.fullmatch(name) or (layout.among_others and _OTHER_PARTS.fullmatch(name)):
             continue
+        if _QUANTISED.fullmatch(name):
+            raise ValueError(f"{tensor.name} is a part of a quantised weight, which is not supported: {_ONLY_FLOATS}")
         name = layout.aliases.get(name, name)
         if name in by_name:
             raise ValueError(f"the checkpoint holds {name} twice, as {by_name[name].name} and as {tensor.name}")
@@ -211,7 +221,7 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
             )
         if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"{tensor.name} has dtype {tensor.dtype}: quantized weights are not supported, only {', '.join(DTYPES)}"
+                f"{tensor.name} has dtype {tensor.dtype}: quantised weights are not supported, {_ONLY_FLOATS}"
             )
     return by_name
 
