@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -353,6 +354,14 @@ def test_the_verdicts_of_made_up_numbers():
     assert mib == "10 MiB, hooked 80 (8.0 x less), bound 13: holds"
 
 
+@needs_peaks
+def test_the_memory_s_table_sets_what_was_planned_beside_what_was_resident(capsys):
+    assert bench_pipeline.main(["--quick", "--only", "memory"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()[-2:]
+    for line, storage in zip(lines, ("dense", "factored"), strict=True):
+        assert re.fullmatch(rf".*B=24, T=20, {storage}: planned \d+ MiB in .* s, resident \d+: .* x, bound .*", line)
+
+
 def test_implementations_that_disagree_are_never_timed(monkeypatch):
     right = hooked.eap
     monkeypatch.setattr(hooked, "eap", lambda *args: right(*args) * 1.01)
@@ -376,11 +385,13 @@ def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
         pipeline_work.memories([(small, "fast")])
 
 
-def test_the_floor_is_two_forwards_of_the_model_and_a_backward():
-    work = pipeline_work.Work(3, 2, 16, 50, B=3, T=7)
+@pytest.mark.parametrize("grouped", [{}, {"G": 2, "M": 27}])
+def test_the_floor_is_two_forwards_of_the_model_and_a_backward(grouped):
+    work = pipeline_work.Work(3, 4, 24, 50, B=3, T=7, **grouped)
     model, pairs = work.model(dtype=torch.float64), work.pairs()
     weights = model.weights
-    x = (weights.w_e[pairs.clean] + weights.w_pos[:7]).requires_grad_()
+    x = weights.w_e[pairs.clean] + (0 if weights.w_pos is None else weights.w_pos[:7])
+    x.requires_grad_()
     logits = plain_forward(model, x)
     torch.testing.assert_close(logits, forward(model, pairs.clean)[:, -1], rtol=0, atol=1e-12)
     # The backward of the embedding is the sum of all receivers' gradients: their scores with it are one product.
