@@ -131,7 +131,9 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
         (x0, y0), (x1, y1) = places.senders[s], places.receivers[r]
         y0, y1 = y0 + 0.16, y1 - 0.2
         bend = max(0.25, 0.45 * abs(y1 - y0))
-        curve = Curve([(x0, y0), (x0, y0 + bend), (x1, y1 - bend), (x1, y1)], [1, 4, 4, 4])
+        straight = abs(x0 - x1) < 0.4 and y1 - y0 > 1.2  # past other nodes: round them
+        bow = (1.0 if x0 == graph.n_heads else 0.5) * min(1, 0.35 + (y1 - y0) / places.rows) if straight else 0.0
+        curve = Curve([(x0, y0), (x0 + bow, y0 + bend), (x1 + bow, y1 - bend), (x1, y1)], [1, 4, 4, 4])
         colour = NEGATIVE if score < 0 else POSITIVE if score > 0 else QUIET
         width = max(0.6, 5 * abs(score) / most)
         axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=width, alpha=0.75, zorder=1))
@@ -153,9 +155,9 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
             (x, y), part = places.receivers[r], name[-2]
             paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.08"}
             axes.text(x, y - 0.27, part, ha="center", va="center", fontsize=5.5, color=INK, bbox=paper, zorder=3)
-    axes.set(xlim=(-1.1, places.columns - 0.4), ylim=(-0.4, places.rows - 0.6), xticks=[], aspect="equal")
-    axes.set_yticks(range(1, graph.n_layers + 1), [f"layer {layer}" for layer in range(graph.n_layers)])
-    axes.tick_params(length=0, labelcolor=QUIET, labelsize=7)
+    for layer in range(graph.n_layers):
+        axes.text(-1.5, layer + 1, f"layer {layer}", va="center", fontsize=7, color=QUIET)
+    axes.set(xlim=(-1.6, places.columns), ylim=(-0.4, places.rows - 0.6), xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
     axes.set_title(
         f"{drawn.n_edges} of {graph.n_edges:,} edges: width |score|, blue negative, red positive", fontsize=8
@@ -218,12 +220,14 @@ def _faithfulness(axes: Axes, curves: list[dict[str, Any]]) -> None:
         axes.plot(counts, [curve["kept"][i] for i in kept], "o-", markersize=3, color=colour, label=curve["name"])
         if curve["intervals"]:
             ends = [curve["intervals"][i] for i in kept]
-            axes.fill_between(counts, [a for a, _ in ends], [b for _, b in ends], color=colour, alpha=0.16, linewidth=0)
+            low, high = [a for a, _ in ends], [b for _, b in ends]
+            axes.fill_between(counts, low, high, color=colour, alpha=0.16, linewidth=0)
+            axes.vlines(counts, low, high, color=colour, linewidth=0.6, alpha=0.6)
     for level in (0, 1):
         axes.axhline(level, color=QUIET, linewidth=0.6, zorder=0)
     axes.set(xscale="log", xlabel="edges in the circuit", ylabel="faithfulness (95 % over prompts)")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -1), min(high, 2.5))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, -1), min(top, 2.5))
     axes.legend(frameon=False, fontsize=7)
 
 

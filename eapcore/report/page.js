@@ -109,7 +109,7 @@
   }
 
   function measure() {
-    const room = widthOf(drawing), left = room < 560 ? 20 : 46, right = 10;
+    const room = widthOf(drawing), left = room < 560 ? 20 : 46, right = room < 560 ? 22 : 60; // on the right edges bow out
     const column = Math.max(17, Math.min(104, (room - left - right) / layout.columns));
     const row = Math.max(40, Math.min(74, 940 / layout.rows));
     const radius = Math.max(5, Math.min(11, column * 0.3));
@@ -118,7 +118,7 @@
     const start = left + Math.max(0, (room - left - right - column * layout.columns) / 2);
     const x = (at) => start + (at + 0.5) * column, y = (at) => height - 8 - (at + 0.5) * row;
     return {
-      width, height, left, column, row, radius, x, y,
+      width, height, right, column, row, radius, x, y,
       senders: layout.senders.map(([, c, r]) => [x(c), y(r)]),
       receivers: layout.receivers.map(([, c, r]) => [x(c), y(r)]),
     };
@@ -176,15 +176,19 @@
     const [x0, y0] = places.senders[edge.s], [x1, y1] = places.receivers[edge.r];
     const from = nodes[edge.s], into = nodeOf(edge.r) < 0 ? nodes[nodes.length - 1] : nodes[nodeOf(edge.r)];
     const a = y0 - from.half, b = y1 + into.half + 3, bend = Math.max(14, Math.abs(a - b) * 0.45);
+    // An edge straight up past other nodes goes round them.
+    const rows = (y0 - y1) / places.row, straight = Math.abs(x0 - x1) < places.column * 0.4 && rows > 1.6;
+    const free = x0 > places.senders[places.senders.length - 1][0] - 1 && layout.graph.has_mlp ? places.right : places.column * 0.5;
+    const bow = straight ? 1.25 * free * Math.min(1, 0.35 + rows / layout.rows) : 0;
     const points = [];
     const steps = 16;
     for (let i = 0; i <= steps; i += 1) {
       const t = i / steps, u = 1 - t;
-      points.push(u * u * u * x0 + 3 * u * u * t * x0 + 3 * u * t * t * x1 + t * t * t * x1,
+      points.push(u * u * u * x0 + 3 * u * u * t * (x0 + bow) + 3 * u * t * t * (x1 + bow) + t * t * t * x1,
         u * u * u * a + 3 * u * u * t * (a - bend) + 3 * u * t * t * (b + bend) + t * t * t * b);
     }
     const element = svg("path", {
-      class: `edge ${edge.kind}`, d: `M${x0} ${a}C${x0} ${a - bend} ${x1} ${b + bend} ${x1} ${b}`,
+      class: `edge ${edge.kind}`, d: `M${x0} ${a}C${x0 + bow} ${a - bend} ${x1 + bow} ${b + bend} ${x1} ${b}`,
       "stroke-width": Math.max(0.9, 7 * edge.width).toFixed(2), "data-edge": `${senderNames[edge.s]}->${receiverNames[edge.r]}`,
     });
     const made = { ...edge, element, points };
@@ -359,7 +363,7 @@
   const most = () => Math.min(MOST_DRAWN, state.set === "compare" ? data.runs[0].list.length : candidates().length);
 
   function says() {
-    const total = state.set === "compare" ? layout.n_edges : candidates().length;
+    const total = state.set === "compare" || (state.set === "top" && state.sign === "all") ? layout.n_edges : candidates().length;
     const limit = total > MOST_DRAWN ? ` (the drawing takes up to ${count(MOST_DRAWN)})` : "";
     byId("count-says").textContent = state.set === "compare"
       ? `The top ${count(state.n)} edges of each run${limit}: ${count(drawn.filter((e) => e.kind === "both").length)} of both, `
@@ -706,11 +710,12 @@
     const sizes = curves.flatMap((curve) => curve.sizes).filter((n) => n > 0);
     const low = Math.max(-1, Math.min(0, ...ends)), high = Math.min(2.5, Math.max(1, ...ends));
     const frame = axes(box, {
-      x: { from: Math.min(...sizes, layout.n_edges), to: Math.max(...sizes, 2), log: true, title: "edges in the circuit", tick: count },
+      x: { from: sizes.some((n) => n < layout.n_edges) ? Math.min(...sizes) : 1, to: Math.max(...sizes, layout.n_edges, 2), log: true,
+        title: "edges in the circuit", tick: count },
       y: { from: low - 0.04, to: high + 0.04, title: "faithfulness" }, label: "Faithfulness over circuit size",
     });
     const inside = (f) => frame.y(Math.max(low - 0.04, Math.min(high + 0.04, f)));
-    for (const f of [0, 1]) frame.picture.append(svg("line", { class: "axis", x1: frame.x(Math.min(...sizes)), x2: frame.x(Math.max(...sizes)), y1: frame.y(f), y2: frame.y(f) }));
+    for (const f of [0, 1]) frame.picture.append(svg("line", { class: "axis", x1: frame.x(Math.min(...sizes)), x2: frame.x(layout.n_edges), y1: frame.y(f), y2: frame.y(f) }));
     for (const curve of curves) {
       const kept = curve.sizes.map((n, i) => [n, curve.kept[i], curve.intervals ? curve.intervals[i] : null]).filter(([n, f]) => n > 0 && f !== null);
       const banded = kept.filter(([, , ends]) => ends && ends.every((f) => f !== null));
@@ -720,6 +725,7 @@
       }
       frame.picture.append(line(kept.map(([n, f]) => [frame.x(n), inside(f)]), curve.stroke, { "stroke-dasharray": curve.dash }));
       for (const [n, f, interval] of kept) {
+        if (interval && banded.length === 1) frame.picture.append(line(interval.map((end) => [frame.x(n), inside(end)]), curve.stroke));
         frame.picture.append(dot(frame.x(n), inside(f), curve.stroke, `${curve.name}\n${count(n)} edges: ${number(f)}`
           + (interval ? `\n95 %: ${number(interval[0])} to ${number(interval[1])}` : "")));
       }
