@@ -62,7 +62,8 @@ class Ablation:
     """An ablation, made once: every function that takes the name of one takes this too.
 
     meta: what a file says of it. values: None where a sender sends what it sends on the corrupt prompts. reference: the
-    prompts of a mean, None for any other. model: whose senders these are; None for any model.
+    prompts of a mean, None for any other. model: whose senders these are; None for any model. weights: what they were
+    when a mean was made, `Weights.state`.
     """
 
     __repr__ = short
@@ -71,6 +72,7 @@ class Ablation:
     values: Values | None = None
     reference: PromptPairs | None = None
     model: Model | None = None
+    weights: object = None
 
     @property
     def name(self) -> str:
@@ -92,6 +94,8 @@ class Ablation:
                 raise ValueError("a reference task belongs to an ablation by name, but this one is already made")
             if ablation.model is not None and ablation.model.weights is not model.weights:
                 raise ValueError(f"the ablation was made for {ablation.model.name!r}, not for the weights here")
+            if ablation.weights not in (None, model.weights.state()):
+                raise ValueError(f"the weights of {model.name!r} were changed since the ablation's mean: make it anew")
             reference, name = ablation.reference, ablation.name
         else:
             one_of("ablation", ablation, ABLATIONS)
@@ -115,7 +119,8 @@ class Ablation:
             return ablation
         assert reference is not None
         meta = {"name": name, "reference": reference.name, "n_prompts": len(reference), "prompts": "clean"}
-        return Ablation(meta, means(model, reference, per_position=name == "mean-positional"), reference, model)
+        made = means(model, reference, per_position=name == "mean-positional")
+        return Ablation(meta, made, reference, model, model.weights.state())
 
 
 def zeros(model: Model) -> Values:

@@ -18,9 +18,9 @@ def from_hooked_transformer(model: nn.Module, *, kv: str = "each") -> Model:
     """A Model that computes with a HookedTransformer's own weights.
 
     Every matrix is shared, not copied: writing into `model.blocks[0].attn.W_Q` in place is seen here. Only b_Q, b_K and
-    b_V are gathered into one tensor of (H + 2G)K numbers a layer, and a folded norm (LNPre, RMSPre) gets γ = 1.
-    Whatever the module computes with counts: weights as trained or processed (folded, centred, refactored), queries
-    grouped or not. The flags use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in and
+    b_V are gathered into one tensor of (H + 2G)K numbers a layer, which follows them, and a folded norm (LNPre, RMSPre)
+    gets γ = 1. Whatever the module computes with counts: weights as trained or processed (folded, centred, refactored),
+    queries grouped or not. The flags use_attn_result, use_split_qkv_input, use_attn_in, use_hook_mlp_in and
     ungroup_grouped_query_attention may be on or off.
 
     Args:

@@ -191,6 +191,7 @@ def run_with_senders(
     Raises:
         ValueError: tokens or buffer do not fit the model.
     """
+    model = model.now()
     check_tokens(model, tokens)
     expected = (model.graph.n_senders, *tokens.shape, model.config.d_model)
     if senders is None:

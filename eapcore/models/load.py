@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
 from eapcore.models.families.gguf import find_gguf, gguf_model
 from eapcore.models.families.names import Layout, build_weights
+from eapcore.models.links import Links
 from eapcore.models.model import Model
 from eapcore.models.modules import check_module
 from eapcore.models.weights import Weights
@@ -67,13 +69,13 @@ def load(
     one_of("kv", kv, ("each", "grouped"))
     loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device, kv=kv)
     name = source if toy is not None and isinstance(source, str) else loaded.model_id
-    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family, loaded.tokenizer)
+    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family, loaded.tokenizer, loaded.links)
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A loaded model. folder: where its files lie, a GGUF file itself; it and tokenizer are None for one that came from
-    memory."""
+    memory. links: to the module whose weights these are; None where there is none."""
 
     config: ModelConfig
     weights: Weights
@@ -81,6 +83,7 @@ class Loaded:
     folder: Path | None
     family: str
     tokenizer: Tokenizer | None
+    links: Links | None = None
 
 
 def load_weights(
@@ -142,8 +145,9 @@ def load_weights(
             check_module(source, layout.config, among_others=layout.among_others)
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
-    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where)
-    return Loaded(layout.config, weights, model_id, folder, layout.family, tokenizer)
+    links = Links(weakref.ref(source)) if isinstance(source, nn.Module) else None
+    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where, links=links)
+    return Loaded(layout.config, weights, model_id, folder, layout.family, tokenizer, links)
 
 
 def _locate(

@@ -16,6 +16,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.show import card, short
 from eapcore.models.attention import Attention
 from eapcore.models.config import ModelConfig
+from eapcore.models.links import Links
 from eapcore.models.mlp import Mlp
 from eapcore.models.weights import Weights
 from eapcore.text.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ class Model:
 
     name says where they came from, folder where their files lie (None for weights from memory), family for people what
     it is. tokenizer: its own, read when it is first asked for; None for weights from memory, and where none lies beside
-    them.
+    them. links: to the module in memory that it was loaded from; None where there is none.
     """
 
     config: ModelConfig
@@ -68,6 +69,7 @@ class Model:
     folder: Path | None = None
     family: str = "decoder"
     tokenizer: Tokenizer | None = field(default=None, compare=False)
+    links: Links | None = field(default=None, repr=False, compare=False)
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -90,7 +92,13 @@ class Model:
         return card(f"Model {self.name}", facts)
 
     def now(self) -> Model:
-        """The same model without what was computed of its weights before, which somebody may have changed since."""
+        """The same model without what was computed of its weights before, which somebody may have changed since.
+
+        Raises:
+            ValueError: the module that it was loaded from has other tensors by now.
+        """
+        if self.links is not None:
+            self.links.follow()
         same = replace(self)
         object.__setattr__(same, "_hashed", self._hashed)  # which follows the weights by itself
         vars(same)["edge_masks"] = self.edge_masks  # which depend on no weight
@@ -147,9 +155,11 @@ class Model:
     def content_hash(self) -> str:
         """The weights' hash together with what changes the numbers beside them, as 16 hex digits.
 
-        It follows weights that are changed in place: they are hashed again where a tensor's address, its version, or
-        one of some of its values is another than before.
+        It follows weights that are changed in place, whoever writes: they are hashed again where a tensor's address,
+        its version, or what its bits add up to is another than before.
         """
+        if self.links is not None:
+            self.links.follow()
         state = self.weights.state()
         if state not in self._hashed:
             self._hashed.clear()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from eapcore.graph.show import short
 from eapcore.models.attention import Attention
+from eapcore.models.links import tensors_state
 from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
 
@@ -59,20 +60,9 @@ class Weights:
         yield from (("w_u", self.w_u), ("b_u", self.b_u))
         yield from _of_norm("ln_final", self.ln_final)
 
-    def state(self) -> tuple[tuple[int, int, tuple[float, ...]], ...]:
-        """What tells whether somebody wrote into the weights: each tensor's address and version, and some of its
-        values.
-
-        A write through `.data` or under inference mode changes no version: it is seen where it changes one of four
-        values along each axis.
-        """
-        found = []
-        for _, tensor in self.named():
-            version = 0 if tensor.is_inference() else tensor._version
-            places = [torch.linspace(0, size - 1, min(size, 4), device="cpu").long() for size in tensor.shape]
-            some = tensor.detach()[torch.meshgrid(*places, indexing="ij")]
-            found.append((tensor.data_ptr(), version, tuple(some.flatten().tolist())))
-        return tuple(found)
+    def state(self) -> tuple[Any, ...]:
+        """What tells whether somebody wrote into the weights, see `tensors_state`."""
+        return tensors_state(tensor for _, tensor in self.named())
 
     def content_hash(self) -> str:
         """SHA-256 over names, shapes, dtypes and values, as 16 hex digits.

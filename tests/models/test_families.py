@@ -3,6 +3,8 @@ literal definition of a decoder gives."""
 
 from __future__ import annotations
 
+import gc
+import pickle
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -15,6 +17,7 @@ from memory import peak_bytes
 import eapcore
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
+from eapcore.execution.ablation import Ablation
 from eapcore.models.families import layout_of
 from eapcore.models.families.names import assemble
 from eapcore.models.forward import forward, run_with_senders
@@ -542,19 +545,88 @@ def test_a_module_that_computes_something_else_is_refused(change, message):
         load(module)
 
 
-def test_scores_follow_weights_that_are_changed_in_place():
-    module = transformers.AutoModelForCausalLM.from_config(theirs("llama").config, attn_implementation="eager").float()
-    model = load(module)
-    pairs, before = pairs_for(model), model.content_hash
+def _by_numpy(module):
+    for tensor in module.state_dict().values():
+        array = tensor.numpy()
+        array[..., 0] *= 1.25
+
+
+def _one_number(module):
+    next(layer for layer in module.model.layers).mlp.down_proj.weight.data.numpy()[5, 7] += 3
+
+
+def _by_training(module):
+    module(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter -= 0.05 * parameter.grad
+
+
+def _another_checkpoint(module):
+    torch.manual_seed(7)
+    module.load_state_dict({name: torch.randn_like(tensor) * 0.2 for name, tensor in module.state_dict().items()})
+
+
+WRITES = {
+    "another checkpoint": _another_checkpoint,
+    "through .data": lambda module: [parameter.data.mul_(1.1) for parameter in module.parameters()],
+    "by numpy": _by_numpy,
+    "one number by numpy": _one_number,
+    "by training": _by_training,
+    "norms alone": lambda m: [p.data.add_(0.3) for name, p in m.named_parameters() if "norm" in name],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"], ids=["shared", "converted"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_scores_follow_weights_that_are_changed_in_place(name, dtype):
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(theirs(name).config, attn_implementation="eager").float()
+    model = load(module, dtype=dtype)
+    pairs, last = pairs_for(model), model.content_hash
+    ablation = Ablation.of(model, pairs, "mean")
     first = eapcore.attribute(model, pairs)
-    assert first.meta["model"]["content_hash"] == before
-    for write in (
-        lambda: module.load_state_dict({name: tensor.float() for name, tensor in theirs("llama").state_dict().items()}),
-        lambda: [layer.input_layernorm.weight.data.mul_(1.7) for layer in module.model.layers],
-    ):
-        write()
-        fresh = load(module)
+    for what, write in WRITES.items():
+        write(module)
+        fresh = load(module, dtype=dtype)
         found = eapcore.attribute(model, pairs)
-        assert torch.equal(found.scores, eapcore.attribute(fresh, pairs).scores)
-        assert not torch.equal(found.scores, first.scores)
-        assert model.content_hash == fresh.content_hash == found.meta["model"]["content_hash"] != before
+        assert torch.equal(found.scores, eapcore.attribute(fresh, pairs).scores), what
+        assert not torch.equal(found.scores, first.scores), what
+        assert model.content_hash == fresh.content_hash == found.meta["model"]["content_hash"] != last, what
+        assert torch.equal(*(eapcore.run_with_senders(m, pairs.clean)[0] for m in (model, fresh))), what
+        with pytest.raises(ValueError, match="were changed since the ablation's mean: make it anew"):
+            eapcore.attribute(model, pairs, ablation=ablation)
+        first, last = found, model.content_hash
+        ablation = Ablation.of(model, pairs, "mean")
+    assert eapcore.attribute(pickle.loads(pickle.dumps(model)), pairs).scores.equal(first.scores)
+
+
+@pytest.mark.parametrize("change", ["p.data", "to", "assign", "module"])
+def test_a_module_that_has_other_tensors_now_is_said_and_what_was_converted_follows_it(change):
+    module = transformers.AutoModelForCausalLM.from_config(theirs("gemma2").config, attn_implementation="eager").float()
+    shared, converted = load(module), load(module, dtype="float64")
+    pairs = pairs_for(shared)
+    torch.manual_seed(3)
+    if change == "p.data":
+        for parameter in module.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.2
+    elif change == "to":
+        module.to(torch.bfloat16)
+    elif change == "assign":
+        state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        module.tie_weights()
+    else:
+        module.model.layers[0].mlp.up_proj = torch.nn.Identity()
+    for call in (eapcore.attribute, lambda model, pairs: eapcore.run_with_senders(model, pairs.clean)):
+        with pytest.raises(ValueError, match="is another tensor now than when the model was loaded"):
+            call(shared, pairs)
+    if change == "module":
+        return
+    fresh = load(module, dtype="float64")
+    assert converted.content_hash == fresh.content_hash
+    assert torch.equal(eapcore.attribute(converted, pairs).scores, eapcore.attribute(fresh, pairs).scores)
+    expected = eapcore.attribute(converted, pairs).scores
+    del module, fresh
+    gc.collect()
+    assert torch.equal(eapcore.attribute(converted, pairs).scores, expected)  # nobody changes it any more

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from eapcore.models.attention import Attention
 from eapcore.models.checkpoint import Stored
 from eapcore.models.config import DTYPES, ModelConfig
+from eapcore.models.links import Links
 from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
 from eapcore.models.weights import Layer, Weights
@@ -104,18 +106,27 @@ def shapes_of(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def build_weights(
-    layout: Layout, tensors: Iterable[Stored], *, dtype: torch.dtype | None, device: torch.device | None
+    layout: Layout,
+    tensors: Iterable[Stored],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    links: Links | None = None,
 ) -> Weights:
-    """Read a checkpoint's tensors into Weights, one at a time, converted only where dtype or device ask for it."""
+    """Read a checkpoint's tensors into Weights, one at a time, converted only where dtype or device ask for it; links:
+    of the module that they are of, which learn where each comes from."""
     by_name = _match(layout, tensors)
     if dtype is None and len(kinds := sorted({tensor.dtype for tensor in by_name.values()})) > 1:
         raise ValueError(f"the checkpoint mixes {' and '.join(kinds)}: give a dtype to convert it to")
     ours: dict[str, Tensor] = {}
     for name, source, index in layout.sources():
-        stored = [by_name.get(their.format(index)) for their in source.names]
-        parts = [one.read().to(device=device, dtype=dtype) for one in stored if one is not None]
-        if parts:
-            ours[name] = source.view(*parts)
+        found = [by_name.get(their.format(index)) for their in source.names]
+        stored = [one for one in found if one is not None]
+        if stored:
+            make = partial(_made, source.view, device, dtype)
+            ours[name] = make(*(one.read() for one in stored))
+            if links is not None:
+                links.add(ours[name], [one.name for one in stored], [one.read() for one in stored], make)
     if layout.tied:
         head = ours.get("w_u")
         w_u = ours["w_e"].T
@@ -128,6 +139,12 @@ def build_weights(
             )
         ours["w_u"] = w_u
     return assemble(layout.config, ours, folded=layout.folded)
+
+
+def _made(
+    view: Callable[..., Tensor], device: torch.device | None, dtype: torch.dtype | None, *parts: Tensor
+) -> Tensor:
+    return view(*(part.to(device=device, dtype=dtype) for part in parts))
 
 
 def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool = False) -> Weights:
