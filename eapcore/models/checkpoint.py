@@ -269,20 +269,23 @@ def _shards(path: Path) -> list[str]:
     return list(dict.fromkeys(_weight_map(path).values())) if path.name.endswith(".index.json") else []
 
 
-def fetch_tokenizer(repo: str, folder: Path) -> Path | None:
-    """The folder with the tokenizer files of the commit whose model lies in `folder`; None if the model has none.
+def fetch_tokenizer(repo: str, commit: str | None) -> Path | None:
+    """The folder with the tokenizer files of a Hub model's commit, None for its main branch; None if it has none.
 
-    What says whether prompts begin with a token, tokenizer_config.json, is fetched too where the Hub can be reached.
+    What says which tokens are special, and whether prompts begin with one, is fetched too where the Hub can be reached.
     """
-    path = _fetch(repo, "tokenizer.json", folder.name, None)
+    repo = hub_id(repo)
+    path = _fetch(repo, "tokenizer.json", commit, None)
     if path is None:
-        path, merges = (_fetch(repo, file, folder.name, None) for file in ("vocab.json", "merges.txt"))
+        path, merges = (_fetch(repo, file, commit, None) for file in ("vocab.json", "merges.txt"))
         if path is None or merges is None:
             return None
-    try:
-        _fetch(repo, "tokenizer_config.json", folder.name, None)
-    except ConnectionError as error:
-        _log.info("%s: prompts begin as tokenizer.json says", error)
+    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            _fetch(repo, beside, path.parent.name, None)
+        except ConnectionError as error:
+            _log.info("%s: the tokenizer is as its other files say", error)
+            break
     return path.parent
 
 

@@ -131,9 +131,7 @@ def load_weights(
         shapes_alone = where is not None and where.type == "meta"
         model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
         raw = read_config(folder) if config is None else config
-        tokenizer = find_tokenizer(folder)
-        if tokenizer is None and not Path(source).expanduser().is_dir():
-            tokenizer = fetched_tokenizer(model_id, partial(fetch_tokenizer, model_id, folder))
+        tokenizer = find_tokenizer(folder) or _tokenizer_on_the_hub(source, model_id, folder, raw)
         layout = layout_of(raw)  # refused before the weights are opened
         tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
     else:
@@ -169,6 +167,16 @@ def _locate(
         return repo, fetch_config(repo, revision=revision, cache_dir=cache_dir).parent, None
     path = fetch_weights(repo, revision=revision, cache_dir=cache_dir)
     return repo, path.parent, path
+
+
+def _tokenizer_on_the_hub(source: str | Path, model_id: str, folder: Path, raw: Mapping[str, Any]) -> Tokenizer | None:
+    """That of a Hub model, or the one that TransformerLens's configurations name; fetched when it is asked for."""
+    named = raw.get("tokenizer_name")
+    if isinstance(named, str) and named:
+        return fetched_tokenizer(named, partial(fetch_tokenizer, named, None))
+    if Path(source).expanduser().is_dir():
+        return None
+    return fetched_tokenizer(model_id, partial(fetch_tokenizer, model_id, folder.name))
 
 
 def _without_memory(layout: Layout, raw: Mapping[str, Any]) -> list[Stored]:

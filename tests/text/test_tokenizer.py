@@ -337,6 +337,27 @@ def test_toys_read_their_own_words(tmp_path):
     refused("names no beginning-of-sequence token", model.tokenizer.with_bos("yes").prompt, "Mary")
 
 
+def test_a_folder_that_names_a_tokenizer_on_the_hub_has_it_when_it_is_asked_for(tmp_path, monkeypatch):
+    folder, cached, asked = save_checkpoint(random_model(), tmp_path / "m"), whole(tmp_path / "cached"), []
+
+    def fetch(repo, file, commit, cache_dir):
+        asked.append((repo, file, commit))
+        return cached / file if (cached / file).is_file() else None
+
+    monkeypatch.setattr("eapcore.models.checkpoint._fetch", fetch)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tokenizer_name": "someone/words"}))
+    tokenizer = load(folder).tokenizer
+    assert (tokenizer.at_hand, asked) == (False, [])
+    assert tokenizer("ab a") == [0, 1, 3] and asked[0] == ("someone/words", "tokenizer.json", None)
+    (cached / "tokenizer.json").unlink()
+    assert load(folder).tokenizer("ab a") == [0, 1, 3]
+    (cached / "merges.txt").unlink()
+    refused("someone/words on the Hub has no tokenizer.json or vocab.json and merges.txt", load(folder).tokenizer, "a")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).tokenizer is None
+
+
 # Commands
 
 
