@@ -235,6 +235,12 @@ def test_every_public_name_is_there_and_attribute_stays_the_function():
         _ = eapcore.atribute
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest takes a second one for the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 def test_the_root_holds_what_it_should_and_nothing_else():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
