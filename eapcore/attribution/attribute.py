@@ -385,8 +385,8 @@ def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: 
 def _as_read(experiment: Experiment) -> ModelConfig:
     """The model's sizes for the plan, with a vocabulary of as many tokens as the metric reads for a pair."""
     config, pairs = experiment.model.config, experiment.pairs
-    read = tokens_read(experiment.metric, pairs.answers, pairs.wrong, config.d_vocab)
-    return config if read is None else replace(config, d_vocab=read[0].shape[1])
+    read = tokens_read(experiment.metric, pairs.answers, pairs.wrong, config.n_logits)
+    return config if read is None else replace(config, d_vocab=read[0].shape[1], d_vocab_out=None)
 
 
 def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bool) -> Replays:

@@ -180,7 +180,7 @@ class LastLayer:
         rows = len(self.batch.pairs)
         useful = limits.limits(self.model.device).copy_tokens // (rows * tokens)
         tokens_read = self.reads.tokens
-        logits = rows * self.model.config.d_vocab * self.out.shape[1] if tokens_read is None else tokens_read.numel()
+        logits = rows * self.model.config.n_logits * self.out.shape[1] if tokens_read is None else tokens_read.numel()
         return max(1, min(useful, limits.LOGITS // logits))
 
 

@@ -212,7 +212,7 @@ class Plan:
         c, graph, rows = self.config, self.config.graph, batch * tokens
         layer = 12 * c.d_model + 12 * c.n_heads * c.d_head + 8 * (c.d_mlp or 0)
         numbers = rows * (2 * graph.n_senders * c.d_model + (2 + len(self.passes.passes)) * c.n_layers * layer)
-        numbers += batch * (64 * c.d_vocab + 16 * c.n_heads * tokens**2) + 6 * self._scores(batch, tokens)
+        numbers += batch * (64 * c.n_logits + 16 * c.n_heads * tokens**2) + 6 * self._scores(batch, tokens)
         return 8 * numbers + (1 << 29) <= budget  # with what the ops take besides
 
     def _scores(self, batch: int, tokens: int) -> int:
@@ -351,7 +351,12 @@ def _one_of_each(model: Model, receivers: tuple[int, ...]) -> tuple[int, ...]:
 def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tuple[str, Tensor]]:
     D, H, K, M, V = config.d_model, config.n_heads, config.d_head, config.d_mlp or 0, config.d_vocab
     each, make = H + 2 * config.n_kv, partial(torch.empty, dtype=dtype, device="meta")
-    yield from (("w_e", make(V, D)), ("w_pos", make(config.n_ctx, D)), ("w_u", make(D, V)), ("ln_final.0", make(D)))
+    yield from (
+        ("w_e", make(V, D)),
+        ("w_pos", make(config.n_ctx, D)),
+        ("w_u", make(D, config.n_logits)),
+        ("ln_final.0", make(D)),
+    )
     yield "ln_final.1", make(D)
     for index in range(config.n_layers):
         at = f"layers.{index}."

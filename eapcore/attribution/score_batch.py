@@ -102,7 +102,7 @@ def score_batch(
     del shared, runs
     past = pasts or None
 
-    reads = batch.logits_read(metric, model.config.d_vocab)  # the metric reads no other logits
+    reads = batch.logits_read(metric, model.config.n_logits)  # the metric reads no other logits
     # Of both runs at once: reading w_u is what takes time.
     all_logits, norm_in = unembed(model, out[:, 0] if batch.positions is None else out, reads.tokens)
     ends = {

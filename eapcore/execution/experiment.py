@@ -208,7 +208,7 @@ def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
     check_tokens(model, pairs.corrupt, "corrupt prompts")
     pairs.check_positions()
     pairs.check_answers()
-    pairs.check_vocabulary(model.config.d_vocab, model.name)
+    pairs.check_vocabulary(model.config.n_logits, model.name)
     if ablation == "corrupt":
         pairs.check_corrupt()
 

@@ -6,11 +6,12 @@ import json
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ PINNED = {
 }
 _PINNED_OWNER = "openai-community/"
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"  # torch files from before 1.6 are no zip archives and cannot be mapped
 
@@ -74,6 +76,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def stored_config(path: Path) -> dict[str, Any] | None:
+    """The configuration that a torch file holds beside its weights, nanoGPT's model_args; None if it has none."""
+    if path.suffix == ".safetensors" or path.name.endswith(".json"):
+        return None
+    config = _unpickled(path).get("model_args")
+    return dict(config) if isinstance(config, Mapping) else None
+
+
 def find_weights(folder: Path) -> Path:
     """The weights file of a folder: the first of WEIGHT_FILES that it has, else the only one of another name."""
     for name in WEIGHT_FILES:
@@ -103,6 +113,8 @@ def _read_shards(index: Path) -> list[Stored]:
             found[tensor.name] = shard
             tensors.append(tensor)
     for name, shard in weight_map.items():
+        if name not in found and name.endswith(_HEADS):  # tied to the embedding; who needs it misses it
+            continue
         if found.get(name) != shard:
             raise ValueError(f"{index} says that {name} is in {shard}, found it in {found.get(name, 'no shard')}")
     return tensors
@@ -136,6 +148,19 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_file(path: Path) -> list[Stored]:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, _size(path)[0])
+    loaded: Any = _unpickled(path)
+    for key in ("state_dict", "model_state_dict", "model"):  # training loops save the weights beside other things
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    return [stored(str(name), tensor, str(path)) for name, tensor in loaded.items()]
+
+
+def _size(path: Path) -> tuple[int, bytes]:
+    """The size and the first bytes of a weights file; ValueError for one that holds none."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file of weights, and is none: a device, a pipe or a folder")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
@@ -143,9 +168,7 @@ def _read_file(path: Path) -> list[Stored]:
         raise ValueError(f"{path} is empty: fetch it again")
     if start == _LFS_POINTER:
         raise ValueError(f"{path} is a git-lfs pointer of {size} bytes, not the weights: run `git lfs pull` there")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, size)
-    return _read_pickle(path, size, mapped=start.startswith(_ZIP))
+    return size, start
 
 
 def _read_safetensors(path: Path, size: int) -> list[Stored]:
@@ -165,22 +188,87 @@ def _read_safetensors(path: Path, size: int) -> list[Stored]:
     ]
 
 
-def _read_pickle(path: Path, size: int, mapped: bool) -> list[Stored]:
+def _unpickled(path: Path) -> Mapping[str, Any]:
+    """What a torch file holds, by names."""
+    size, start = _size(path)
+    mapped = start.startswith(_ZIP)
     try:
+        if mapped:
+            _check_entries(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|[Cc]lass:?|global:?) ([\w.]+\.[\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
         raise ValueError(
-            f"{path} ({size} bytes) holds more than tensors, or is no torch file; nothing in it was run: "
-            f"get the weights as safetensors ({_first_line(error)})"
+            f"{path} ({size} bytes) holds more than tensors{what}, or is no torch file; nothing in it was run: get the "
+            "weights as safetensors"
         ) from error
     except Exception as error:  # the unpickler meets damage with whatever its next step raises
         _refuse_file(path, size, "torch", error)
-    for key in ("state_dict", "model_state_dict", "model"):  # training loops save the weights beside other things
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} must hold tensors by name, got a {type(loaded).__name__}")
-    return [stored(str(name), tensor, str(path)) for name, tensor in loaded.items()]
+    return loaded
+
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    "ComplexDoubleStorage": 16,
+}
+
+
+class _Storages(pickle.Unpickler):
+    """Reads which storages a torch file's pickle names, each with its size, and makes nothing of all else."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.bytes: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type(name, (_Nothing,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, numel = pid
+        self.bytes[str(key)] = int(numel) * _ITEM_BYTES.get(kind.__name__, 1)
+        return _Nothing()
+
+
+class _Nothing(dict[Any, Any]):
+    """In place of whatever a pickle would make."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *args: Any, **how: Any) -> _Nothing:
+        return self
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+
+def _check_entries(path: Path) -> None:
+    """ValueError for a zip archive of tensors whose entries are compressed, or shorter than the tensors in them: mapped
+    into memory, what lies behind them would be read."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        packed = next((name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None:
+            raise ValueError(f"its entry {packed} is compressed, which no torch file's is")
+        pickled = next((name for name in entries if name.endswith("data.pkl")), None)
+        if pickled is None:
+            raise ValueError("it has no data.pkl")
+        with archive.open(pickled) as file:
+            storages = _Storages(file)
+            storages.load()
+    for key, needed in storages.bytes.items():
+        entry = entries.get(pickled.removesuffix("data.pkl") + f"data/{key}")
+        if entry is None or entry.file_size < needed:
+            has = "is missing" if entry is None else f"has {entry.file_size} bytes of the {needed} that it must have"
+            raise ValueError(f"its entry data/{key} {has}")
 
 
 def _refuse_file(path: Path, size: int, kind: str, error: Exception) -> NoReturn:

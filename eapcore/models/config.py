@@ -32,7 +32,7 @@ class ModelConfig:
     qk_norm_joint those of all heads together. windows: for each layer how many positions a query sees, None for all.
     attn_softcap, logits_softcap: s becomes cap · tanh(s / cap). embed_scale: of the tokens' embedding. post_norms:
     heads and MLPs have a norm behind them. pre_norms: they read through one. rotary_adjacent: the rotation's pairs
-    are neighbours.
+    are neighbours. d_vocab_out: tokens that the logits are of, where they are not all d_vocab that are read.
     """
 
     n_layers: int
@@ -62,12 +62,15 @@ class ModelConfig:
     qk_norm_joint: bool = False
     pre_norms: bool = True
     rotary_adjacent: bool = False
+    d_vocab_out: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.d_vocab_out is not None and self.d_vocab_out < 1:
+            raise ValueError(f"d_vocab_out must be a positive integer, got {self.d_vocab_out!r}")
         if (self.d_mlp is None) != (self.act_fn is None):
             raise ValueError(f"d_mlp and act_fn go together, got d_mlp={self.d_mlp!r}, act_fn={self.act_fn!r}")
         if self.act_fn is not None and self.act_fn not in ACTIVATIONS:
@@ -76,6 +79,11 @@ class ModelConfig:
             raise ValueError(f"normalization must be 'layernorm', 'rmsnorm' or None, got {self.normalization!r}")
         if self.n_kv < 1 or self.n_heads % self.n_kv:
             raise ValueError(f"n_key_value_heads must divide n_heads {self.n_heads}, got {self.n_key_value_heads!r}")
+
+    @property
+    def n_logits(self) -> int:
+        """Tokens that the logits are of."""
+        return self.d_vocab if self.d_vocab_out is None else self.d_vocab_out
 
     @property
     def attn_only(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from eapcore.models.checkpoint import (
     read_config,
     read_weights,
     stored,
+    stored_config,
 )
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
@@ -35,6 +37,7 @@ from eapcore.models.weights import Weights
 from eapcore.text.folder import fetched_tokenizer, find_tokenizer
 from eapcore.text.tokenizer import Tokenizer
 
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
 TOYS = {f"toy-{name}": Path(__file__).parents[1] / "toys" / name for name in ("ioi", "induction")}
 
 
@@ -103,9 +106,9 @@ def load_weights(
     it in the same way.
 
     Args:
-        source: a folder with config.json and its weights; a model's id on the Hub, of which `gpt2`, `gpt2-medium`,
-            `gpt2-large` and `gpt2-xl` need no owner; a transformers causal language model, a HookedTransformer; or a
-            state dict.
+        source: a folder with config.json and its weights, or nanoGPT's ckpt.pt or its folder; a model's id on the Hub,
+            of which `gpt2`, `gpt2-medium`, `gpt2-large` and `gpt2-xl` need no owner; a transformers causal language
+            model, a HookedTransformer; or a state dict.
         config: fields of a transformers or TransformerLens configuration, in place of the source's own; a state dict
             needs it.
         revision: of the Hub: a branch, tag or commit. None is a pinned commit for GPT-2, `main` for others.
@@ -130,7 +133,7 @@ def load_weights(
     elif isinstance(source, str | Path):
         shapes_alone = where is not None and where.type == "meta"
         model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
-        raw = read_config(folder) if config is None else config
+        raw = _config(folder, path) if config is None else config
         tokenizer = find_tokenizer(folder) or _tokenizer_on_the_hub(source, model_id, folder, raw)
         layout = layout_of(raw)  # refused before the weights are opened
         tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
@@ -157,10 +160,15 @@ def _locate(
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for models on the Hub, but {source} is a folder here")
         return folder.resolve().name, folder, None
+    if folder.is_file() and folder.suffix in TORCH:
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for models on the Hub, but {source} is a file here")
+        return folder.stem, folder.parent, folder
     if isinstance(source, Path) or folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
         found = "a file" if folder.exists() else "nothing"
         raise FileNotFoundError(
-            f"expected a folder with config.json and a weights file at {source}, found {found} there"
+            f"expected a folder with config.json and a weights file at {source}, or a GGUF or nanoGPT file, found "
+            f"{found} there"
         )
     repo = hub_id(source)
     if config_alone:
@@ -174,9 +182,19 @@ def _tokenizer_on_the_hub(source: str | Path, model_id: str, folder: Path, raw: 
     named = raw.get("tokenizer_name")
     if isinstance(named, str) and named:
         return fetched_tokenizer(named, partial(fetch_tokenizer, named, None))
-    if Path(source).expanduser().is_dir():
+    if Path(source).expanduser().exists():
         return None
     return fetched_tokenizer(model_id, partial(fetch_tokenizer, model_id, folder.name))
+
+
+def _config(folder: Path, path: Path | None) -> Mapping[str, Any]:
+    """The configuration of a folder: config.json, or what its only weights file says itself."""
+    alone = path
+    if alone is None and not (folder / "config.json").exists():
+        with suppress(FileNotFoundError):
+            alone = find_weights(folder)
+    own = stored_config(alone) if alone is not None and alone.suffix in TORCH else None
+    return read_config(folder) if own is None else own
 
 
 def _without_memory(layout: Layout, raw: Mapping[str, Any]) -> list[Stored]:

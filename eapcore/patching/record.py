@@ -87,7 +87,7 @@ class Recording:
         pairs, read = batch.pairs, batch.read
         past = prefix(model, pairs.clean[:, : batch.start])
         runs = [Run.of(model, batch.embed(model, prompts), past) for prompts in (pairs.clean, pairs.corrupt)]
-        reads = batch.logits_read(experiment.metric, model.config.d_vocab)
+        reads = batch.logits_read(experiment.metric, model.config.n_logits)
         ends = torch.stack([at_positions(run.streams[-1], read)[:, 0] for run in runs])
         clean, corrupt = _logits(model, ends, reads.tokens)
         reference = MetricBatch(reads.answers, reads.wrong, clean, corrupt, batch.index)
@@ -126,7 +126,7 @@ class Recording:
         if senders:
             size = senders * rows * tokens * model.config.d_model * model.dtype.itemsize
             useful = min(useful, int(limits.limits(model.device).record_share * free_bytes(model.device) // size))
-        logits = rows * model.config.d_vocab if self.tokens is None else self.tokens.numel()
+        logits = rows * model.config.n_logits if self.tokens is None else self.tokens.numel()
         return max(1, min(useful, limits.LOGITS // logits))
 
 

@@ -374,7 +374,7 @@ def _score(
     start = int(pairs.first_difference().min()) if values is None else 0
     if values is None and not bool((pairs.clean != pairs.corrupt).any()):
         return torch.zeros(model.graph.n_senders, model.graph.n_receivers, dtype=torch.float64, device=model.device)
-    base = torch.full((*pairs.clean.shape, model.config.d_vocab), torch.nan, dtype=model.dtype, device=model.device)
+    base = torch.full((*pairs.clean.shape, model.config.n_logits), torch.nan, dtype=model.dtype, device=model.device)
     reads = _reads(metric, pairs, label, base)
     if reads is None or int(reads.min()) < start:
         reads = torch.arange(start, tokens, device=model.device).expand(len(pairs), -1)

@@ -1,4 +1,4 @@
-"""GPT-2, as transformers saves it."""
+"""GPT-2, as transformers saves it, and as nanoGPT does: with torch's Linear, and perhaps without biases."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from eapcore.models.families.names import Layout, Source, activation, flag, inte
 
 
 def gpt2(raw: Mapping[str, Any]) -> Layout:
-    """The layout that a configuration describes; ValueError for what is not supported, by name."""
+    """The layout that a configuration, or nanoGPT's model_args, describes; ValueError for what is not supported, by
+    name."""
     refuse(raw, {"add_cross_attention": (False,), "pruned_heads": ({},)})
     d_model = integer(raw, "n_embd", "hidden_size")
+    nano = "block_size" in raw and "model_type" not in raw
     n_heads = integer(raw, "n_head", "num_attention_heads")
     if d_model % n_heads:
         raise ValueError(f"n_embd {d_model} of the configuration must be a multiple of n_head {n_heads}")
@@ -24,8 +26,8 @@ def gpt2(raw: Mapping[str, Any]) -> Layout:
         d_head=d_model // n_heads,
         d_mlp=4 * d_model if raw.get("n_inner") is None else integer(raw, "n_inner"),
         d_vocab=integer(raw, "vocab_size"),
-        n_ctx=integer(raw, "n_positions", "n_ctx", "max_position_embeddings"),
-        act_fn=activation(raw, "activation_function", "gelu_new"),
+        n_ctx=integer(raw, "n_positions", "n_ctx", "max_position_embeddings", "block_size"),
+        act_fn=activation(raw, "activation_function", "gelu" if nano else "gelu_new"),
         attn_scale=math.sqrt(d_model // n_heads) if flag(raw, "scale_attn_weights", True) else 1.0,
         eps=positive(raw, "layer_norm_epsilon", default=1e-5),
         scale_attn_by_inverse_layer_idx=flag(raw, "scale_attn_by_inverse_layer_idx", False),
@@ -54,5 +56,9 @@ def gpt2(raw: Mapping[str, Any]) -> Layout:
         "w_out": Source(("h.{}.mlp.c_proj.weight",), (M, D)),
         "b_out": Source(("h.{}.mlp.c_proj.bias",), (D,)),
     }
-    kind = f"GPT-2 of {config.n_layers} layers with {'a tied' if tied else 'an untied'} head"
-    return Layout(kind, config, ends, layer, tied=tied)
+    if not flag(raw, "bias", True):
+        ends = {name: source for name, source in ends.items() if name != "ln_final.1"}
+        layer = {name: source for name, source in layer.items() if not name.startswith("b_") and name[-2:] != ".1"}
+    matrices = tuple(layer[name].names[0] for name in ("w_qkv.0", "w_o", "w_in", "w_out"))
+    kind = f"{'nanoGPT' if nano else 'GPT-2'} of {config.n_layers} layers with {'a tied' if tied else 'an untied'} head"
+    return Layout(kind, config, ends, layer, tied=tied, turned=matrices, family="nanoGPT" if nano else "GPT-2")

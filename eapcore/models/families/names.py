@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -21,6 +22,7 @@ from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
 from eapcore.models.weights import Layer, Weights
 
+_log = logging.getLogger(__name__)
 # Other names of the same functions: the three tanh forms differ only in how they are computed.
 _ACTIVATIONS = {
     "gelu_new": "gelu_new",
@@ -39,6 +41,11 @@ _BUFFER = re.compile(
     r"h\.\d+\.attn\.(?:bias|masked_bias)|blocks\.\d+\.attn\.(?:mask|IGNORE|rotary_sin|rotary_cos)"
     r"|(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
+    r"|(?:\w+\.)*(?:position_ids|rotary_emb\.(?:original_inv_freq|(?:cos|sin)_cached))"
+)
+# Of models for other tasks, beside the decoder: a value of each token, classes of a text or of its tokens, and so on.
+_HEAD = re.compile(
+    r"(?:v_head|value_head|reward_head|score|classifier|classification_head|qa_outputs|multiple_choice_head|summary)\."
 )
 _OTHER_PARTS = re.compile(r"(?:vision_tower|vision_model|multi_modal_projector|image_newline)(?:\..*)?")
 _QUANTISED = re.compile(
@@ -71,7 +78,8 @@ class Layout:
     the head is the embedding; a `w_u` that is stored all the same must be equal to it. folded: its normalisations were
     folded into the weights behind them, and have γ = 1 and β = 0. aliases:
     other names of some of its tensors. among_others: the checkpoint holds more than the language model. family: for
-    people.
+    people. turned: matrices that may be stored the other way round, [out, in] as torch's Linear has them, all of them
+    or none.
     """
 
     kind: str
@@ -83,6 +91,7 @@ class Layout:
     aliases: Mapping[str, str] = field(default_factory=dict)
     family: str = "GPT-2"
     among_others: bool = False
+    turned: tuple[str, ...] = ()
 
     def sources(self) -> Iterator[tuple[str, Source, str]]:
         """(our name, where it comes from, the layer's number as text) of every tensor, in a fixed order."""
@@ -145,6 +154,33 @@ def _made(
     view: Callable[..., Tensor], device: torch.device | None, dtype: torch.dtype | None, *parts: Tensor
 ) -> Tensor:
     return view(*(part.to(device=device, dtype=dtype) for part in parts))
+
+
+def _turned(layout: Layout, by_name: dict[str, Stored]) -> None:
+    """Turn the matrices of a layout that are stored the other way round.
+
+    That is judged over all of them at once, since of a square one it cannot be seen.
+
+    Raises:
+        ValueError: some are stored one way, and some the other.
+    """
+    ways: dict[bool, str] = {}
+    found = []
+    for _, source, index in layout.sources():
+        for their, shape in shapes_of(source):
+            tensor = by_name.get(their.format(index))
+            if their in layout.turned and tensor is not None:
+                found.append(their.format(index))
+                if shape[0] != shape[1] and tensor.shape in (shape, shape[::-1]):
+                    ways.setdefault(tensor.shape == shape, tensor.name)
+    if len(ways) > 1:
+        raise ValueError(
+            f"{ways[True]} is stored as [in, out] and {ways[False]} as [out, in], as torch's Linear has it: store all "
+            "matrices one way, for of a square one nobody can tell"
+        )
+    for name in found if False in ways else ():
+        tensor = by_name[name]
+        by_name[name] = replace(tensor, shape=tensor.shape[::-1], read=lambda read=tensor.read: read().T)
 
 
 def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool = False) -> Weights:
@@ -217,6 +253,12 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
         if name in by_name:
             raise ValueError(f"the checkpoint holds {name} twice, as {by_name[name].name} and as {tensor.name}")
         by_name[name] = tensor
+    if (heads := [tensor.name for name, tensor in by_name.items() if _HEAD.match(name)]) and len(heads) < len(by_name):
+        _log.warning("left aside, a head for another task: %s", _some(heads))
+        by_name = {name: tensor for name, tensor in by_name.items() if not _HEAD.match(name)}
+    _turned(layout, by_name)
+    if layout.tied and (ends := _tied_alone(layout, by_name)) is not None:
+        by_name[ends[0]] = by_name[ends[1]]
     known, missing = {}, []
     for _, source, index in layout.sources():
         for their, shape in shapes_of(source):
@@ -241,6 +283,14 @@ def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
                 f"{tensor.name} has dtype {tensor.dtype}: quantised weights are not supported, {_ONLY_FLOATS}"
             )
     return by_name
+
+
+def _tied_alone(layout: Layout, by_name: Mapping[str, Stored]) -> tuple[str, str] | None:
+    """The embedding's name and the head's, where the head alone is stored though they are tied."""
+    if "w_u" not in layout.ends:
+        return None
+    embedding, head = (layout.ends[name].names[0] for name in ("w_e", "w_u"))
+    return (embedding, head) if embedding not in by_name and head in by_name else None
 
 
 def _some(names: list[str]) -> str:

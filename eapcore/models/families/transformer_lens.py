@@ -61,7 +61,7 @@ def transformer_lens(raw: Mapping[str, Any]) -> Layout:
     attn_only = flag(raw, "attn_only", False)
     gated = flag(raw, "gated_mlp", False) and not attn_only
     d_vocab = integer(raw, "d_vocab")
-    refuse(raw, {"d_vocab_out": (d_vocab,)})
+    d_out = d_vocab if raw.get("d_vocab_out") is None else integer(raw, "d_vocab_out")
     if not attn_only:
         refuse(raw, {"neuron_scale": (1,), "neuron_temp": (1,)})
     norm = next((raw[name] for name in ("normalization_type", "normalization") if name in raw), "LN")
@@ -98,12 +98,13 @@ def transformer_lens(raw: Mapping[str, Any]) -> Layout:
         qk_norm_joint=behind,
         pre_norms=not behind,
         rotary_adjacent=rotary and flag(raw, "rotary_adjacent_pairs", False),
+        d_vocab_out=None if d_out == d_vocab else d_out,
     )
     D, H, G, K, M, V = d_model, n_heads, config.n_kv, d_head, config.d_mlp or 0, d_vocab
     ends = {"w_e": Source(("embed.W_E",), (V, D))}
     if not rotary:
         ends["w_pos"] = Source(("pos_embed.W_pos",), (config.n_ctx, D))
-    ends |= {"w_u": Source(("unembed.W_U",), (D, V)), "b_u": Source(("unembed.b_U",), (V,), required=False)}
+    ends |= {"w_u": Source(("unembed.W_U",), (D, d_out)), "b_u": Source(("unembed.b_U",), (d_out,), required=False)}
     at, under = "blocks.{}.", "" if groups is None else "_"
     attention = at + "attn."
     layer = {
