@@ -150,6 +150,9 @@ class Options:
     spread: bool = False
 
 
+_MOST_STEPS, _MOST_GAUSS = 10_000, 1_000  # the nodes of the latter are eigenvalues of a [steps, steps] matrix
+
+
 def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float]]:
     """(α, weight) of a rule, from corrupt α = 0 to clean α = 1, or the given ones, checked; see `attribute`."""
     if not isinstance(points, str):
@@ -157,15 +160,20 @@ def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float
             given = [(float(alpha), float(weight)) for alpha, weight in points]
         except (TypeError, ValueError):
             given = []
-        if not all(map(math.isfinite, chain(*given))) or not abs(sum(weight for _, weight in given) - 1) <= 1e-6:
+        sound = all(map(math.isfinite, chain(*given))) and all(0 <= alpha <= 1 for alpha, _ in given)
+        if not sound or len(given) > _MOST_STEPS or not abs(sum(weight for _, weight in given) - 1) <= 1e-6:
+            got = repr(points)
             raise ValueError(
-                f"points must be {', '.join(POINTS)} or a list of (α, weight), finite and with weights that sum to 1, "
-                f"got {points!r}"
+                f"points must be {', '.join(POINTS)} or a list of (α, weight), at most {_MOST_STEPS}, α from corrupt 0 "
+                f"to clean 1, and finite weights that sum to 1, got {got if len(got) < 200 else f'{got[:200]}…'}"
             )
         return given
     one_of("points", points, POINTS)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    most = _MOST_GAUSS if points == "gauss" else _MOST_STEPS
+    if steps > most:
+        raise ValueError(f"steps must be at most {most} by the rule {points}, got {steps}: each is a run of the model")
     if points == "gauss":
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(nodes, weights, strict=True)]

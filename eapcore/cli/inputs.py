@@ -24,6 +24,8 @@ def load_model(args: argparse.Namespace, source: str, device: str | None = None)
     from eapcore.execution.memory import default_device
     from eapcore.models.load import load
 
+    if device is None and str(args.device).partition(":")[0] == "meta":
+        raise ValueError("--device meta has no values to compute with: eapcore info plans for a device without it")
     device = device or args.device or default_device()
     return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device, kv=args.kv)
 
@@ -45,11 +47,29 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
         check_apart([args.out], model.folder, "--model")
     tokenizer = find_tokenizer(args, model)
     pairs = find_pairs(task, n=args.n, seed=args.seed, encode=tokenizer, corruption=args.corruption)
+    if pairs.vocab is not None and tokenizer is not None and tokenizer.at_hand:
+        check_words(model.name, tokenizer, pairs)
     return (
         replace(model, tokenizer=tokenizer),
         pairs,
         args.metric or (TASKS[task].metric if task in TASKS else "logit_diff"),
     )
+
+
+def check_words(name: str, tokenizer: Tokenizer, pairs: PromptPairs) -> None:
+    """Refuse a task whose token ids stand for other words than the model's."""
+    vocab, used = pairs.vocab or (), sorted({*pairs.clean.flatten().tolist(), *pairs.answers.flatten().tolist()})
+    for i in (i for i in used if 0 < i < len(vocab)):
+        try:
+            word = tokenizer.pieces([i])[0].strip()
+        except (ValueError, OverflowError):
+            word = "nothing"
+        except (RuntimeError, OSError):  # which cannot be read here, and is not needed
+            return
+        if word != vocab[i]:
+            raise ValueError(
+                f"the task {pairs.name} is another model's: its token {i} is {vocab[i]!r}, and that of {name} {word!r}"
+            )
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:

@@ -215,6 +215,13 @@ def point(text: str) -> str | float:
         return text
 
 
+def share(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0, at most 1, got {text!r}")
+    return value
+
+
 def points(text: str) -> str | list[tuple[float, float]]:
     """A rule's name, or (α, weight) of each point."""
     if ":" not in text:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.inputs import check_number, find_ablation, method_options, prepare, score
-from eapcore.cli.options import Command, add_method, add_out, add_report, add_resume, add_task, count, number
+from eapcore.cli.options import Command, add_method, add_out, add_report, add_resume, add_task, count, number, share
 from eapcore.cli.output import Progress, check_out, described_prompts, score_table, scored_heading, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
@@ -33,7 +33,7 @@ def add(command: Command) -> None:
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument(
         "--faithfulness",
-        type=number,
+        type=share,
         default=0.8,
         metavar="F",
         help="the circuit is the smallest of a row of sizes that keeps this share of the behaviour",

@@ -254,6 +254,7 @@ def is_ours(path: Path) -> bool:
 
 _OURS = re.compile(rb'.{8}\{"__metadata__":\{"eapcore|\{\s*"format": "eapcore-|edge,score\s', re.DOTALL)
 _CHECKSUM = "sha256"
+_LARGEST = 1 << 16  # layers, or heads of one
 DAMAGED = "its checksum is not that of its content: it is damaged, or was edited"
 
 
@@ -282,7 +283,7 @@ def _graph(fields: Mapping[str, Any]) -> Graph:
     """The graph of a file's header; ValueError for what is none."""
     graph = Graph(**fields)
     sizes = (graph.n_layers, graph.n_heads, *([] if graph.n_kv is None else [graph.n_kv]))
-    known = all(type(size) is int and size > 0 for size in sizes)
+    known = all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
     if not known or {type(graph.has_mlp), type(graph.parallel)} != {bool} or graph.n_heads % sizes[-1]:
         raise ValueError(f"its graph is {fields}")
     return graph

@@ -208,7 +208,8 @@ class EdgeScores:
         """
 
         def build(tensors: Mapping[str, Tensor], graph: Graph, header: Mapping[str, Any]) -> EdgeScores:
-            if not torch.equal(tensors["mask"], graph.edge_mask()):
+            sizes = (graph.n_senders, graph.n_receivers)  # first: the mask of another graph may be huge
+            if tensors["mask"].shape != sizes or not torch.equal(tensors["mask"], graph.edge_mask()):
                 raise ValueError("its mask is not the edge mask of its graph")
             parts = {name: tensors[name] for name in (*_PARTS, *_BESIDE) if name in tensors}
             return EdgeScores(tensors["scores"], graph, header, **parts)

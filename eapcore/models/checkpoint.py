@@ -6,12 +6,17 @@ import json
 import logging
 import pickle
 import re
+import socket
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +40,7 @@ PINNED = {
 _PINNED_OWNER = "openai-community/"
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_ANSWER = 0.8  # seconds in which the Hub's machine must answer
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"  # torch files from before 1.6 are no zip archives and cannot be mapped
 
@@ -143,8 +149,10 @@ def _read_json(path: Path) -> Any:
 
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{path} must be valid JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} must be valid JSON: {error}") from error
+        raise ValueError(f"{path} must be valid JSON: {str(error).split(': value has')[0]}") from error
 
 
 def _read_file(path: Path) -> list[Stored]:
@@ -317,7 +325,7 @@ def fetch_weights(repo: str, *, revision: str | None, cache_dir: str | Path | No
                 path = _cached(name, file, commit, cache_dir)
                 if path is not None and all(_cached(name, shard, commit, cache_dir) for shard in _shards(path)):
                     return path
-    _log.info("%s is not cached as a whole: asking the Hub, which takes half a minute to fail without a network", repo)
+    _log.info("%s is not cached as a whole: asking the Hub", repo)
     commit = _config(repo, revision, cache_dir).parent.name  # the same for all files, even if the branch moves
     for file in WEIGHT_FILES:
         path = _fetch(repo, file, commit, cache_dir)
@@ -387,6 +395,26 @@ def _cached(repo: str, file: str, revision: str | None, cache_dir: str | Path | 
         return None
 
 
+def _reachable() -> bool:
+    """Whether the Hub's machine answers at all, which takes a second to find out instead of half a minute; true where
+    nobody may ask (offline), or only a proxy."""
+    from huggingface_hub import constants
+
+    where = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or where.hostname is None or set(getproxies()) - {"no"}:
+        return True
+    address, found = (where.hostname, where.port or 443), list[bool]()
+
+    def ask() -> None:
+        with suppress(OSError), socket.create_connection(address, timeout=_ANSWER):
+            found.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server that is silent knows no time-out
+    asking.start()
+    asking.join(2 * _ANSWER)
+    return bool(found)
+
+
 def _fetch(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
     """A file from the cache or the Hub; None if the Hub says that the model has no such file."""
     from huggingface_hub import hf_hub_download
@@ -402,6 +430,11 @@ def _fetch(repo: str, file: str, revision: str | None, cache_dir: str | Path | N
     path = _cached(repo, file, revision, cache_dir)
     if path is not None:
         return path
+    if not _reachable():
+        raise ConnectionError(
+            f"{file} of {at} is not cached and the Hub cannot be reached: connect to a network, or give a folder that "
+            "holds the model"
+        )
     try:
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
     except LocalEntryNotFoundError as error:

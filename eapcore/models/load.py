@@ -256,5 +256,6 @@ def usable(device: torch.device | str | None) -> torch.device | None:
         return None
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise RuntimeError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises many kinds of errors for devices that it lacks
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise RuntimeError(f"device {str(device)[:40]!r} cannot be used here: {why[:160]}") from error

@@ -17,6 +17,9 @@ from eapcore.text.tokenizer import Tokenizer, tokenizer_of
 __all__ = ["TASKS", "PromptPairs", "Task", "find_pairs"]
 
 
+_MOST = 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A built-in task, and the metric that it is judged by.
@@ -72,6 +75,8 @@ def find_pairs(
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 pair, got {n}")
     known = TASKS.get(str(task))
+    if known is not None and n is not None and n > _MOST:
+        raise ValueError(f"n must be at most {_MOST} pairs of a built-in task, got {n}")
     if known is not None and corruption is not None and corruption not in known.corruptions:
         which = f"must be one of {', '.join(known.corruptions)}" if known.corruptions else "cannot be chosen"
         raise ValueError(f"the corruption of {task} {which}, got {shown(corruption, 100)}")

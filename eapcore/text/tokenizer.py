@@ -148,9 +148,12 @@ def one_token(encode: Callable[[str], list[int]], text: str, what: str) -> int:
     ids = encode(text)
     if len(ids) == 1:
         return ids[0]
-    pieces = f", {' + '.join(map(repr, encode.pieces(ids)))}" if isinstance(encode, Tokenizer) and ids else ""
+    few, more = ids[:8], ", …" * (len(ids) > 8)
+    pieces = f", {' + '.join(map(repr, encode.pieces(few)))}" if isinstance(encode, Tokenizer) and ids else ""
     hint = "begin it with a space, or choose another word" if text[:1] != " " else "choose another word"
-    raise ValueError(f"{what} must be one token, but {text!r} is {len(ids)} tokens {ids}{pieces}: {hint}")
+    listed = f"[{', '.join(map(str, few))}{more}]"
+    shown = repr(text if len(text) < 60 else text[:59] + "…")
+    raise ValueError(f"{what} must be one token, but {shown} is {len(ids)} tokens {listed}{pieces}: {hint}")
 
 
 def made_of(tokenizer: Any, own: bool | None = None, bos: int | None = None) -> Made:

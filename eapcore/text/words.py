@@ -30,8 +30,8 @@ class WordVocabulary:
             if word not in self.ids or word == PAD:
                 few = ", ".join(self.words[1:6])
                 raise ValueError(
-                    f"word {place} of the text, {word!r}, is not among the {len(self.words) - 1} words of {self.name} "
-                    f"({few}, …; capitals count)"
+                    f"word {place} of the text, {word[:60]!r}, is not among the {len(self.words) - 1} words of "
+                    f"{self.name} ({few}, …; capitals count)"
                 )
         return [self.ids[word] for word in found]
 

@@ -157,7 +157,7 @@ def test_a_hooked_transformer_shares_its_weights(fixture):
     ({"positional_embedding_type": "rotary", "rotary_dim": 3}, "rotary_dim of the configuration must be even"),
     ({"act_fn": "solu_ln"}, "act_fn 'solu_ln'"),
     ({"n_key_value_heads": 1}, r"lacks blocks\.0\.attn\._W_K"),
-    ({"d_vocab_out": 7}, "d_vocab_out"),
+    ({"d_vocab_out": 7}, r"unembed\.W_U must be"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(changes, named):
     refused(named, tl.from_hooked_transformer, Fixture("gpt2-like").hooked(**changes))

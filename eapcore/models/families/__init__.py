@@ -30,11 +30,19 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
 
 def layout_of(raw: Mapping[str, Any]) -> Layout:
     """The layout that a configuration, transformers' or TransformerLens's, describes; ValueError for any other."""
+    try:
+        return _layout_of(raw)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"the configuration has a field of another kind than is expected there: {first}") from error
+
+
+def _layout_of(raw: Mapping[str, Any]) -> Layout:
     kind = raw.get("model_type")
     if quantized := raw.get("quantization_config"):
-        by = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        by = str((isinstance(quantized, Mapping) and quantized.get("quant_method")) or quantized)[:60]
         raise ValueError(
-            f"quantization_config of the configuration says that the weights are quantised ({by or quantized}), which "
+            f"quantization_config of the configuration says that the weights are quantised ({by}), which "
             "is not supported: take the checkpoint that was quantised, or a GGUF file"
         )
     if kind in _TEXT_ALONE and isinstance(text := raw.get("text_config"), Mapping):
@@ -47,7 +55,7 @@ def layout_of(raw: Mapping[str, Any]) -> Layout:
     if not isinstance(kind, str) or kind not in FAMILIES:
         whole = ", a model of more than text," if "text_config" in raw or "vision_config" in raw else ""
         raise ValueError(
-            f"model_type {kind!r}{whole} is not supported: expected one of {', '.join(FAMILIES)}, or a TransformerLens "
-            "configuration with d_model"
+            f"model_type {repr(kind)[:60]}{whole} is not supported: expected one of {', '.join(FAMILIES)}, or a "
+            "TransformerLens configuration with d_model"
         )
     return FAMILIES[kind](raw)

@@ -301,12 +301,26 @@ def _some(names: list[str]) -> str:
 # Configurations
 
 
+# The largest sizes, by parts of the names of fields: what is beyond is a mistake, or would fill the memory.
+_MOST = {"layer": 4096, "kv": 1 << 16, "_head": 1 << 16, "head_dim": 1 << 16, "ctx": 1 << 40, "position": 1 << 40,
+    "window": 1 << 40, "block_size": 1 << 40, "": 1 << 28}  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    """A value of a configuration, short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def integer(raw: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = raw.get(name)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} of the configuration must be a positive integer, got {value!r}")
+                raise ValueError(f"{name} of the configuration must be a positive integer, got {_shown(value)}")
+            most = next(most for part, most in _MOST.items() if part in name)
+            if value > most:
+                raise ValueError(f"{name} of the configuration must be at most {most}, got {_shown(value)}")
             return value
     raise ValueError(f"the configuration lacks {' or '.join(names)}")
 
@@ -315,8 +329,8 @@ def positive(raw: Mapping[str, Any], *names: str, default: float) -> float:
     for name in names:
         value = raw.get(name)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} of the configuration must be a positive number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+                raise ValueError(f"{name} of the configuration must be a positive number, got {_shown(value)}")
             return float(value)
     return default
 
@@ -324,14 +338,14 @@ def positive(raw: Mapping[str, Any], *names: str, default: float) -> float:
 def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
     value = raw.get(name)
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name} of the configuration must be true or false, got {value!r}")
+        raise ValueError(f"{name} of the configuration must be true or false, got {_shown(value)}")
     return default if value is None else value
 
 
 def activation(raw: Mapping[str, Any], name: str, default: str | None) -> str:
     value = raw.get(name, default)
-    if value not in _ACTIVATIONS:
-        raise ValueError(f"{name} {value!r} is not supported: expected one of {', '.join(_ACTIVATIONS)}")
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise ValueError(f"{name} {_shown(value)} is not supported: expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
 
 
@@ -341,7 +355,7 @@ def refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple[object, ...]]) ->
         value = raw.get(name)
         if value is not None and value not in values:
             expected = " or ".join(repr(each) for each in values) or "none"
-            raise ValueError(f"{name} {value!r} of the configuration is not supported: expected {expected}")
+            raise ValueError(f"{name} {_shown(value)} of the configuration is not supported: expected {expected}")
 
 
 def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None) -> tuple[float, ...]:
@@ -360,7 +374,7 @@ def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None
         return tuple(turns)
     if kind not in ("linear", "llama3"):
         raise ValueError(
-            f"rope_type {kind!r} of the configuration is not supported: expected default, linear or llama3"
+            f"rope_type {_shown(kind)} of the configuration is not supported: expected default, linear or llama3"
         )
     factor = positive(scaling, "factor", default=0)
     if kind == "linear":
