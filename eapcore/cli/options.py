@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ class Command(Protocol):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every option with its default, except where the help text states it or it is off."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # which names have
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         off = action.default is None or action.default is False or action.default == argparse.SUPPRESS

@@ -396,10 +396,12 @@ def hub_run(tmp_path, *, tokenizer):
         made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
         made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         made.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     task, out = tmp_path / "pairs.jsonl", tmp_path / "scores.safetensors"
     task.write_text(json.dumps({"clean": "red cat", "corrupt": "blue cat", "answer": "runs", "wrong": "sleeps"}))
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     command = ["attribute", "--model", "someone/small", "--task", str(task), "--out", str(out), "--device", "cpu"]
+    command += ["--method", "eap"]
     program = [sys.executable, "-m", "eapcore", *command]
     return out, subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
 
