@@ -1,10 +1,10 @@
-"""auto-circuit: PruneScores in its order and sign, and its names of edges."""
+"""auto-circuit: PruneScores in its order and sign, its names of edges, and prompt pairs of its loaders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop.sign import check_sign, sign_to_write, signed, turned
 from eapcore.interop.transformer_lens import receiver_hook
+from eapcore.tasks.pairs import PromptPairs
 
 _HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")
 _MLP = re.compile(r"MLP (\d+)")
@@ -98,6 +99,52 @@ def from_prune_scores(
     if steps:
         return EdgeScores(values.sum(0), graph, meta, per_position=values)
     return EdgeScores(values, graph, meta)
+
+
+def pairs_of_loader(loader: Iterable[Any], *, pad: int | str | None = "unknown") -> PromptPairs:
+    """The prompt pairs that a PromptDataLoader of auto-circuit yields, or any iterable of its PromptPairBatch.
+
+    Answers and wrong answers are sets of tokens in both.
+
+    Args:
+        loader: without a prefix cache.
+        pad: the token that fills prompts up on the left, as its own tokenizing does; it is taken off, but for the one
+            in front of every prompt where the tokenizer begins prompts with it. None where all have one length, which a
+            loader with a seq_len says itself.
+
+    Raises:
+        ValueError: a loader whose prompts are cut behind a cached prefix, or may be padded with an unknown token.
+    """
+    if getattr(loader, "kv_cache", None) is not None or getattr(loader, "diverge_idx", 0):
+        raise ValueError(
+            "the loader has cut its prompts behind a prefix, whose cache is that of its first batch: load the data "
+            "with tail_divergence=False; what prompts share is run once here in any case"
+        )
+    if pad == "unknown":
+        if getattr(loader, "seq_len", None) is None:
+            raise ValueError(
+                "the loader's prompts may be padded on the left: give pad=model.tokenizer.pad_token_id, or pad=None if "
+                "they have one length"
+            )
+        pad = None
+    rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
+    for batch in loader:
+        parts = (batch.clean, batch.corrupt, batch.answers, batch.wrong_answers)
+        rows += [tuple(part[i].flatten().tolist() for part in parts) for i in range(len(batch.clean))]  # type: ignore[misc]
+    whole = getattr(loader, "dataset", None)
+    whole = getattr(whole, "dataset", whole)  # of a subset
+    prompts = [row[0] for row in rows] + [p.flatten().tolist() for p in getattr(whole, "clean_prompts", ())]
+    first = min((_leading(prompt, pad) for prompt in prompts), default=0)
+    cut = [[row[i][max(0, _leading(row[i], pad) - min(first, 1)) :] for i in range(2)] for row in rows]
+    return PromptPairs.from_lists(
+        [clean for clean, _ in cut], [other for _, other in cut], [row[2] for row in rows], [row[3] for row in rows],
+        name="auto-circuit",
+    )  # fmt: skip
+
+
+def _leading(prompt: list[int], pad: int | str | None) -> int:
+    """How many tokens at a prompt's beginning are padding, or look like it."""
+    return next((i for i, token in enumerate(prompt) if token != pad), len(prompt))
 
 
 def _modules(graph: Graph) -> dict[str, list[int]]:

@@ -25,16 +25,18 @@ def from_hooked_transformer(model: nn.Module, *, kv: str = "each") -> Model:
 
     Args:
         model: a HookedTransformer of TransformerLens 2 or 3 with no hook attached: of the kinds of GPT-2, GPT-NeoX,
-            GPT-J, Llama, Mistral, Qwen and Gemma, or attention-only.
+            GPT-J, Llama, Mistral, Qwen, Gemma and OLMo 2, or attention-only; auto-circuit's PatchableModel of one; or a
+            TransformerBridge of release 3 or 4 without processed weights.
         kv: "each" or "grouped" as `load`; with "each" receivers are those of ungroup_grouped_query_attention.
 
     Raises:
         ValueError: another module, or one with something that is not supported; it is named.
     """
     kinds = {base.__name__ for base in type(model).__mro__}
-    if not isinstance(model, nn.Module) or "HookedTransformer" not in kinds:
-        hint = ": give the transformers model inside it to eapcore.load" if "TransformerBridge" in kinds else ""
-        raise ValueError(f"expected a HookedTransformer of TransformerLens, got a {type(model).__name__}{hint}")
+    if not isinstance(model, nn.Module) or not kinds & {"HookedTransformer", "TransformerBridge", "PatchableModel"}:
+        raise ValueError(
+            f"expected a HookedTransformer or a TransformerBridge of TransformerLens, got a {type(model).__name__}"
+        )
     return load(model, kv=kv)
 
 

@@ -34,6 +34,7 @@ from eapcore.models.links import Links
 from eapcore.models.model import Model
 from eapcore.models.modules import check_module
 from eapcore.models.weights import Weights
+from eapcore.models.wrappers import unwrapped
 from eapcore.text.folder import fetched_tokenizer, find_tokenizer
 from eapcore.text.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ def load(
     Args:
         source: "toy-ioi" or "toy-induction"; a folder; a GGUF file or "smollm2-135m" (see the README); a Hub id such
             as "gpt2"; a transformers causal language model of a family that `families.FAMILIES` has, or a
-            HookedTransformer; or a state dict with its `config`.
+            HookedTransformer, also inside a TransformerBridge, an nnsight model, a PatchableModel or a compiled module,
+            unless these change it; or a state dict with its `config`.
         config: the configuration of a state dict, or instead of a folder's config.json.
         revision: of a Hub id.
         dtype: float64, float32, bfloat16 or float16; None keeps the checkpoint's.
@@ -70,9 +72,15 @@ def load(
     """
     toy = TOYS.get(source) if isinstance(source, str) else None
     one_of("kv", kv, ("each", "grouped"))
+    inside = None if isinstance(source, str | Path | Mapping) else unwrapped(source)
+    if inside is not None:
+        source, config = inside.source, inside.config if config is None else config
     loaded = load_weights(toy or source, config=config, revision=revision, dtype=dtype, device=device, kv=kv)
     name = source if toy is not None and isinstance(source, str) else loaded.model_id
-    return Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family, loaded.tokenizer, loaded.links)
+    model = Model(loaded.config, loaded.weights, name, loaded.folder, loaded.family, loaded.tokenizer, loaded.links)
+    if inside is not None:
+        inside.check(model)
+    return model
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from eapcore.models.mlp import activation
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _RECORDERS = "transformers"  # which leaves hooks of its own behind that only record hidden states
+_PASSING = "nnsight"  # whose forwards run what was there, outside a trace
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", None: "Identity"}
 _CHECKED = 64  # positions of a table of sines
@@ -27,6 +28,8 @@ def check_module(module: nn.Module, config: ModelConfig, *, among_others: bool =
     whole part that was put in another's place; and in a part another eps, scale, mask, window, soft cap or rotation.
     among_others: config is of its part `language_model` alone.
     """
+    if any("_original_component" in name for name, _ in module.named_modules()):
+        raise ValueError(f"{type(module).__name__} has become part of a TransformerBridge: give the bridge itself")
     _check_devices(module)
     _check_hooks(module)
     _check_forwards(module)
@@ -87,7 +90,7 @@ def _check_forwards(module: nn.Module) -> None:
     """Every part's forward is that of its class, and of the package of the whole or torch's."""
     home = _package(_forward_of(type(module)))
     for name, part in module.named_modules():
-        if "forward" in vars(part):
+        if "forward" in vars(part) and _package(type(vars(part)["forward"])) != _PASSING:
             raise ValueError(
                 f"{_at(module, name)} a replaced forward, which would not be seen here: take the original module"
             )

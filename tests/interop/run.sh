@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests the adapters against the real packages: makes one virtual environment for each release of TransformerLens, once,
-# and runs test_real_packages.py in both. Arguments go to pytest.
+# and runs test_real_packages.py in those that have HookedTransformer, test_real_wrappers.py in all. Arguments go to
+# pytest.
 #
 #     bash tests/interop/run.sh [-s] [-k name]
 #
@@ -11,7 +12,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
 environments=${EAPCORE_INTEROP_ENVS:-build/interop}
 status=0
-for release in 2.16 3.9; do
+for release in 2.16 3.9 4; do
     environment=$environments/tl-$release
     if [ ! -x "$environment/bin/pytest" ]; then
         "${PYTHON:-python3}" -m venv "$environment"
@@ -19,6 +20,8 @@ for release in 2.16 3.9; do
         "$environment/bin/pip" install -q -r "tests/interop/environment-$release.txt"
     fi
     echo "== TransformerLens $release"
-    PYTHONPATH="$root" EAPCORE_INTEROP_REQUIRED="$release" "$environment/bin/python" -m pytest tests/interop/test_real_packages.py "$@" || status=1
+    files=(tests/interop/test_real_wrappers.py)
+    [ "$release" = 4 ] || files+=(tests/interop/test_real_packages.py)
+    PYTHONPATH="$root" EAPCORE_INTEROP_REQUIRED="$release" "$environment/bin/python" -m pytest "${files[@]}" "$@" || status=1
 done
 exit $status

@@ -8,6 +8,7 @@ import pickle
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import decoder
 import pytest
@@ -527,10 +528,44 @@ def _another_forward(module):
     module.model.layers[0].mlp.forward = lambda x: x
 
 
+def _global_hook(module):
+    return torch.nn.modules.module.register_module_forward_pre_hook(lambda *args: None)
+
+
+def _another_part(module):
+    class Mlp(type(module.model.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module.model.layers[0].mlp.__class__ = Mlp
+
+
+def _another_class_forward(module):
+    kind = type(module.model.layers[0].mlp)
+    own, kind.forward = kind.forward, lambda self, x: x
+    return SimpleNamespace(remove=lambda: setattr(kind, "forward", own))
+
+
+def _field(name, value):
+    return lambda module: setattr(module.model.layers[1].self_attn, name, value)
+
+
+def _another_rotation(module):
+    module.model.rotary_emb.inv_freq *= 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_hooked, "forward hook at model.layers.0"),
+        (_global_hook, "torch has a global forward pre hook"),
+        (_another_part, "model.layers.0.mlp a Mlp whose forward comes from test_families"),
+        (_another_class_forward, "model.layers.0.mlp a LlamaMLP whose forward comes from test_families"),
+        (_field("scaling", 0.1), "model.layers.1.self_attn scaling 0.1, but its configuration says 0.353553"),
+        (_field("is_causal", False), "model.layers.1.self_attn is_causal False"),
+        (_field("sliding_window", 2), "model.layers.1.self_attn sliding_window 2, but its configuration says None"),
+        (_field("attn_logit_softcapping", 5.0), "attn_logit_softcapping 5.0, but its configuration says None"),
+        (_another_rotation, "model.rotary_emb inv_freq with other frequencies"),
         (_another_activation, "model.layers.1.mlp the activation GELU, but its configuration says silu"),
         (_another_eps, "model.layers.0.input_layernorm variance_epsilon 0.001, but its configuration says 1e-06"),
         (_another_forward, "model.layers.0.mlp a replaced forward"),
@@ -540,9 +575,13 @@ def test_a_module_that_computes_something_else_is_refused(change, message):
     config = transformers.LlamaConfig(**SIZES | HEADS)
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     load(module)
-    change(module)
-    with pytest.raises(ValueError, match=message):
-        load(module)
+    undone = change(module)
+    try:
+        with pytest.raises(ValueError, match=message):
+            load(module)
+    finally:
+        if undone is not None:
+            undone.remove()
 
 
 def _by_numpy(module):

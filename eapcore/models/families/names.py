@@ -106,6 +106,17 @@ class Layout:
         must = [(source, index) for _, source, index in self.sources() if source.required]
         return {name.format(index): shape for source, index in must for name, shape in shapes_of(source)}
 
+    def knows(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint by this name is one of its own."""
+        name = bare(name)
+        known = {their.format(index) for _, source, index in self.sources() for their in source.names}
+        return self.aliases.get(name, name) in known
+
+
+def bare(name: str) -> str:
+    """A tensor's name without what wrappers put in front of it."""
+    return _PREFIX.sub("", name.replace("_orig_mod.", ""), count=1)
+
 
 def shapes_of(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and the shape of each tensor of a source."""
@@ -244,7 +255,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], *, folded: bool
 def _match(layout: Layout, tensors: Iterable[Stored]) -> dict[str, Stored]:
     by_name: dict[str, Stored] = {}
     for tensor in tensors:
-        name = _PREFIX.sub("", tensor.name.replace("_orig_mod.", ""), count=1)
+        name = bare(tensor.name)
         if _BUFFER.fullmatch(name) or (layout.among_others and _OTHER_PARTS.fullmatch(name)):
             continue
         if _QUANTISED.fullmatch(name):
