@@ -115,7 +115,8 @@ def pairs_of_loader(loader: Iterable[Any], *, pad: int | str | None = "unknown")
     Raises:
         ValueError: a loader whose prompts are cut behind a cached prefix, or may be padded with an unknown token.
     """
-    if getattr(loader, "kv_cache", None) is not None or getattr(loader, "diverge_idx", 0):
+    given: Any = loader
+    if getattr(given, "kv_cache", None) is not None or int(getattr(given, "diverge_idx", 0)) > 0:
         raise ValueError(
             "the loader has cut its prompts behind a prefix, whose cache is that of its first batch: load the data "
             "with tail_divergence=False; what prompts share is run once here in any case"
@@ -130,7 +131,7 @@ def pairs_of_loader(loader: Iterable[Any], *, pad: int | str | None = "unknown")
     rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for batch in loader:
         parts = (batch.clean, batch.corrupt, batch.answers, batch.wrong_answers)
-        rows += [tuple(part[i].flatten().tolist() for part in parts) for i in range(len(batch.clean))]  # type: ignore[misc]
+        rows += [tuple(part[i].flatten().tolist() for part in parts) for i in range(len(batch.clean))]
     whole = getattr(loader, "dataset", None)
     whole = getattr(whole, "dataset", whole)  # of a subset
     prompts = [row[0] for row in rows] + [p.flatten().tolist() for p in getattr(whole, "clean_prompts", ())]

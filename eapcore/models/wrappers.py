@@ -96,7 +96,8 @@ def _bridge(source: Any) -> Unwrapped:
     _check_hooks(source, "TransformerBridge", "remove it with bridge.reset_hooks()")
     inside = source.original_model
     own: dict[str, Any] = inside.config.to_dict()
-    config, state = {**own, "model_name": own.get("_name_or_path") or type(inside).__name__}, {}
+    config = {**own, "model_name": own.get("_name_or_path") or type(inside).__name__}
+    state: dict[str, Tensor] = {}
     layout = layout_of(config)
     for name, tensor in inside.state_dict().items():
         if layout.knows(name := name.replace("_original_component.", "")):

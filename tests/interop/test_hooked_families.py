@@ -12,7 +12,6 @@ from torch import nn
 
 import eapcore
 from eapcore.interop import transformer_lens as tl
-from eapcore.models.forward import forward
 from eapcore.tasks import PromptPairs
 
 transformers = pytest.importorskip("transformers")
@@ -160,7 +159,12 @@ def test_weights_are_shared_and_biases_that_have_no_place_are_refused_or_made():
     units = torch.randn(4, 33, dtype=torch.float64)
     raw = model.get_submodule("blocks.1.mlp")
     torch.testing.assert_close(units @ mlp.w_out + mlp.b_out, (units + raw.b_in) @ raw.W_out + raw.b_out)
-    assert forward(found, torch.tensor([[1, 2]])).isfinite().all()
+    before = eapcore.attribute(found, pairs()).scores
+    with torch.no_grad():
+        for name in ("attn.b_Q", "mlp.b_in"):  # what was gathered or made follows what it is made of
+            model.get_parameter(f"blocks.1.{name}").add_(0.5)
+    again = eapcore.attribute(tl.from_hooked_transformer(model), pairs()).scores
+    assert torch.equal(eapcore.attribute(found, pairs()).scores, again) and not torch.equal(again, before)
     with torch.no_grad():
         model.get_submodule("blocks.0.attn").b_O += 1
     with pytest.raises(ValueError, match=r"attn\.b_O in front of the norm .* fold_value_biases=False"):
