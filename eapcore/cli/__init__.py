@@ -13,6 +13,7 @@ import eapcore.cli.acdc as acdc
 import eapcore.cli.attribute as attribute
 import eapcore.cli.evaluate as evaluate
 import eapcore.cli.info as info
+import eapcore.cli.mib as mib
 import eapcore.cli.patch as patch
 import eapcore.cli.path as path
 import eapcore.cli.report as report
@@ -23,7 +24,7 @@ from eapcore.cli.output import shown_safely
 from eapcore.cli.process import Stopped, join, left, link_of, log_to, say, silent, stopping, told
 
 _LONGEST = 1000  # characters of an error's message
-COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report)
+COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report, mib)
 
 
 class _Parser(argparse.ArgumentParser):

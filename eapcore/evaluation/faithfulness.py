@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
 from eapcore.graph.show import short
 from eapcore.models.model import Model
-from eapcore.patching.circuits import each_pair, kept_interval
+from eapcore.patching.circuits import each_pair, interval, kept_draws
 from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -42,10 +42,10 @@ class Curve:
     """Faithfulness over circuit sizes.
 
     fractions: [P] of all edges, as asked for. sizes: [P] edges chosen. values: [P] the metric's mean. faithfulness: [P]
-    (value − ablated) / (clean − ablated). intervals: [P] (low, high) of the faithfulness, 95 % by drawing the pairs
-    again, None with one pair. cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
+    (value − ablated) / (clean − ablated). cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
     trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
-    which there is no area.
+    which there is no area. intervals, cpr_interval, cmd_interval: (low, high) of the faithfulness, [P], and of the
+    areas, 95 % by drawing the pairs again; None with one pair.
     """
 
     __repr__ = short
@@ -60,6 +60,8 @@ class Curve:
     cmd: float
     meta: Mapping[str, Any] = field(default_factory=dict)
     intervals: list[tuple[float, float]] | None = None
+    cpr_interval: tuple[float, float] | None = None
+    cmd_interval: tuple[float, float] | None = None
 
     def save(self, path: str | Path) -> None:
         write_json(path, "faithfulness", self)
@@ -187,7 +189,7 @@ def _curves(
     clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
-    described, intervals = experiment.describe(), kept_interval(rows[2:], rows[0], rows[1])
+    described, draws = experiment.describe(), kept_draws(rows[2:], rows[0], rows[1])
     curves = []
     for i, ranking in enumerate(rankings):
         mine = slice(i * len(counts), (i + 1) * len(counts))
@@ -198,8 +200,15 @@ def _curves(
         meta = {**described, "sign": _FAITHFUL, "method": {**method, **carried}, "scores": dict(scores.meta)}
         sizes_found = [c.n_edges for c in circuits[mine]]
         cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
-        spread = None if intervals is None else intervals[mine]
-        curves.append(Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta, spread))
+        curve = Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta)
+        if draws is not None:
+            own = draws[mine]
+            curve = replace(curve, intervals=[interval(row) for row in own])
+            if not math.isnan(cpr):
+                areas = [[area(fractions, y) for y in rows.T.tolist()] for rows in (own, (1 - own).abs())]
+                cpr_interval, cmd_interval = (interval(torch.tensor(drawn, dtype=own.dtype)) for drawn in areas)
+                curve = replace(curve, cpr_interval=cpr_interval, cmd_interval=cmd_interval)
+        curves.append(curve)
     return curves
 
 

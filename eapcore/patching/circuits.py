@@ -152,25 +152,34 @@ def each_pair(
     return experiment.ranks.sum([values])
 
 
-def kept_interval(
+LEVEL = 0.95  # of confidence intervals
+
+
+def interval(draws: Annotated[Tensor, "float64 ..."], level: float = LEVEL) -> tuple[float, float]:
+    """The interval that holds this share of what was drawn, with equal shares below and above (percentiles)."""
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=draws.dtype, device="cpu")
+    low, high = draws.quantile(ends).tolist()
+    return low, high
+
+
+def kept_draws(
     values: Annotated[Tensor, "float64 C N"],
     clean: Annotated[Tensor, "float64 N"],
     ablated: Annotated[Tensor, "float64 N"],
     *,
     n_resamples: int = 1000,
-    level: float = 0.95,
-) -> list[tuple[float, float]] | None:
-    """A confidence interval of each circuit's faithfulness, by drawing the pairs again.
+) -> Annotated[Tensor, "float64 C ..."] | None:
+    """Each circuit's faithfulness with the pairs drawn again, [C, n_resamples].
 
         f = (mean(values) − mean(ablated)) / (mean(clean) − mean(ablated)),  means over N pairs drawn with replacement
 
     Args:
         values: the metric of each pair for each circuit; clean, ablated: on the whole model and with all ablated.
         n_resamples: how often the pairs are drawn; the draws are always the same.
-        level: the share of the draws that lie between the ends.
 
     Returns:
-        (low, high) of each circuit; None with fewer than 2 pairs, or where clean and ablated are the same in a draw.
+        The draws, whose `interval` is a confidence interval; None with fewer than 2 pairs, or where clean and ablated
+        are the same in a draw.
 
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife" (percentiles).
     """
@@ -183,6 +192,4 @@ def kept_interval(
     scale = means[0] - means[1]
     if not bool(scale.all()):
         return None
-    kept = (means[2:] - means[1]) / scale
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=kept.dtype, device="cpu")
-    return [(low, high) for low, high in kept.quantile(ends, dim=1).T.tolist()]
+    return (means[2:] - means[1]) / scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +123,7 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
     graph, places = scores.graph, layout(scores.graph)
     edges = [(s, r, float(scores.scores[s, r])) for s, r in drawn.mask.nonzero().tolist()]
     edges.sort(key=lambda edge: abs(edge[2]))
-    most = max((abs(score) for _, _, score in edges), default=0.0) or 1.0
+    most = max((abs(score) for _, _, score in edges if math.isfinite(score)), default=0.0) or 1.0
     used = {s for s, _, _ in edges} | {s for _, r, _ in edges for s in graph.senders_behind(r)}
     ends = {r for _, r, _ in edges}
     for layer in range(0, graph.n_layers, 2):
@@ -135,7 +136,7 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
         bow = (1.0 if x0 == graph.n_heads else 0.5) * min(1, 0.35 + (y1 - y0) / places.rows) if straight else 0.0
         curve = Curve([(x0, y0), (x0 + bow, y0 + bend), (x1 + bow, y1 - bend), (x1, y1)], [1, 4, 4, 4])
         colour = NEGATIVE if score < 0 else POSITIVE if score > 0 else QUIET
-        width = max(0.6, 5 * abs(score) / most)
+        width = max(0.6, 5 * min(1, abs(score) / most))
         axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=width, alpha=0.75, zorder=1))
     names = [*graph.sender_names, "logits"]
     for node, (x, y) in enumerate([*places.senders, places.receivers[-1]]):

@@ -33,6 +33,7 @@
     : x === 0 ? "0" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
   const count = (n) => n.toLocaleString("en");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const share = (score, run) => Math.min(1, Math.abs(score) / run.most); // infinities are as wide as the largest number
   const signOf = (score) => (score < 0 ? "negative" : score > 0 ? "positive" : "zero");
 
   // Elements
@@ -87,7 +88,7 @@
       const run = current();
       return candidates().slice(0, state.n).map((edge) => ({
         key: `${edge.flat}`, s: edge.s, r: edge.r, score: edge.score, kind: signOf(edge.score),
-        width: Math.abs(edge.score) / run.most,
+        width: share(edge.score, run),
         text: `${edgeName(edge)}\nscore ${number(edge.score)}, rank ${count(edge.rank)} of ${count(layout.n_edges)}`
           + (run.measured.has(edge.flat) ? `\nexact effect ${number(run.measured.get(edge.flat).effect)}` : ""),
       }));
@@ -97,7 +98,7 @@
     return flats.map((flat) => {
       const edge = a.get(flat) || b.get(flat);
       const found = data.runs.map((run) => run.at.get(flat));
-      const width = Math.max(...found.map((e, i) => (e ? Math.abs(e.score) / data.runs[i].most : 0)));
+      const width = Math.max(...found.map((e, i) => (e ? share(e.score, data.runs[i]) : 0)));
       return {
         key: `${flat}c`, s: edge.s, r: edge.r, score: edge.score, width,
         kind: a.has(flat) && b.has(flat) ? "both" : a.has(flat) ? "only-0" : "only-1",
@@ -372,7 +373,8 @@
     slider.setAttribute("aria-valuetext", `${state.n} edges`);
     const legend = state.set === "compare"
       ? [["var(--both)", "of both runs"], ...data.runs.map((run, i) => [`var(--run-${i})`, `of ${run.name} alone`])]
-      : [["var(--negative)", "negative score: the behaviour needs the edge"], ["var(--positive)", "positive score: it hinders"]];
+      : [["var(--negative)", `negative score${current().signed ? ": the behaviour needs the edge" : ""}`],
+        ["var(--positive)", `positive score${current().signed ? ": it hinders" : ""}`]];
     byId("legend").replaceChildren(...legend.map(([stroke, text]) => html("li", {},
       html("b", { style: `color:${stroke}` }), text)),
     html("li", { text: "width: |score|; an edge enters a head at q (left), k (middle) or v (right)" }));
@@ -501,7 +503,7 @@
         return html("td", { class: numeric ? `number${sign}` : null, text: name === "rank" ? count(x) : numeric ? number(x) : x });
       }),
       html("td", { class: "bars", "aria-hidden": "true" }, html("span", {
-        class: "bar", style: `width:${(100 * Math.abs(edge.score) / run.most).toFixed(2)}%;background:var(--${edge.score < 0 ? "negative" : "positive"})`,
+        class: "bar", style: `width:${(100 * share(edge.score, run)).toFixed(2)}%;background:var(--${edge.score < 0 ? "negative" : "positive"})`,
       })))));
     const held = run.list.length < layout.n_edges ? `; the page holds the top ${count(run.list.length)} of ${count(layout.n_edges)}` : "";
     byId("table-says").textContent = `${count(Math.min(table.shown, rows.length))} of ${count(rows.length)} edges${held}`;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +108,7 @@ def _run_data(run: Run) -> dict[str, Any]:
     in_circuit = None if run.circuit is None else run.circuit.mask.flatten()[held].nonzero().flatten().int()
     return {
         "name": run.name,
+        "signed": "negative = needed" in scores.meta.get("sign", EDGE_SIGN),
         "edges": _packed(held.int()),
         "scores": _packed(values.float()),
         "circuit": None if in_circuit is None else _packed(in_circuit),
@@ -191,9 +191,8 @@ def histogram(run: Run, per_side: int = 24, decades: int = 6) -> dict[str, Any]:
     """
     scores = run.scores
     values = scores.scores[scores.mask].double()
-    most = float(values.abs().max()) if len(values) else 0.0
-    if not math.isfinite(most) or most <= 0:
-        most = 1.0
+    finite_ones = values[values.isfinite()].abs()
+    most = (float(finite_ones.max()) if len(finite_ones) else 0.0) or 1.0
     side = [most * 10 ** (decades * (i / per_side - 1)) for i in range(per_side + 1)]
     ends = torch.tensor([-x for x in reversed(side)] + side, dtype=torch.float64, device="cpu")
     inside = torch.zeros(len(values), dtype=torch.bool) if run.circuit is None else run.circuit.mask[scores.mask]

@@ -15,7 +15,7 @@ from eapcore.graph.scores import EdgeScores
 from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.circuits import each_pair, kept_interval
+from eapcore.patching.circuits import each_pair, interval, kept_draws
 from eapcore.patching.record import Recording, Recordings
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -29,7 +29,7 @@ class Tried:
 
     selected: as it was chosen. circuit: what of it connects `embed` to the logits, which was run. value: the metric's
     mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same. interval: of the
-    faithfulness, 95 % by drawing the pairs again, see `circuits.kept_interval`.
+    faithfulness, 95 % by drawing the pairs again, see `circuits.kept_draws`.
     """
 
     __repr__ = short
@@ -111,8 +111,8 @@ def run_until(
         values = each_pair(experiment, [circuit], recordings)
         (value,) = experiment.mean(values.sum(1)).tolist()
         kept = (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
-        intervals = kept_interval(values, *both)
-        tried.append(Tried(selected, circuit, value, kept, intervals[0] if intervals else None))
+        draws = kept_draws(values, *both)
+        tried.append(Tried(selected, circuit, value, kept, None if draws is None else interval(draws[0])))
         if progress is not None:
             progress(len(tried), len(circuits))
         if kept >= faithfulness:

@@ -194,7 +194,7 @@ def subparsers(parser):
     return action.choices
 
 
-COMMANDS = ["run", "attribute", "info", "patch", "acdc", "path", "evaluate", "verify", "report"]
+COMMANDS = ["run", "attribute", "info", "patch", "acdc", "path", "evaluate", "verify", "report", "mib"]
 
 
 def test_every_command_s_help_is_looked_at():

@@ -13,7 +13,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.faithfulness import faithfulness
 from eapcore.execution.experiment import Experiment
 from eapcore.graph.circuit import Circuit
-from eapcore.patching.circuits import kept_interval, metric_on
+from eapcore.patching.circuits import interval, kept_draws, metric_on
 from eapcore.patching.record import Recording, Recordings
 from eapcore.search.smallest import SIZES, run_until, selections, smallest
 
@@ -93,7 +93,7 @@ def test_the_interval_of_what_is_kept_is_that_of_pairs_drawn_again():
     generator = torch.Generator().manual_seed(3)
     clean, ablated = (torch.randn(40, generator=generator, dtype=torch.float64) + shift for shift in (3.0, 0.0))
     values = torch.stack([clean, ablated, (clean + ablated) / 2 + torch.randn(40, generator=generator) / 5])
-    whole, none, half = kept_interval(values, clean, ablated, n_resamples=4000)
+    whole, none, half = map(interval, kept_draws(values, clean, ablated, n_resamples=4000))
     assert whole == (1, 1) and none == (0, 0)
     kept = float((values[2] - ablated).mean() / (clean - ablated).mean())
     assert half[0] < kept < half[1]
@@ -101,8 +101,8 @@ def test_the_interval_of_what_is_kept_is_that_of_pairs_drawn_again():
     residual = (values[2] - ablated) - kept * (clean - ablated)
     error = float(residual.std() / 40**0.5 / (clean - ablated).mean())
     assert half[1] - half[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert kept_interval(values[:, :1], clean[:1], ablated[:1]) is None  # nothing to draw from
-    assert kept_interval(values, clean, clean) is None  # no scale
+    assert kept_draws(values[:, :1], clean[:1], ablated[:1]) is None  # nothing to draw from
+    assert kept_draws(values, clean, clean) is None  # no scale
 
 
 def test_circuits_that_are_run_have_their_interval(case):
@@ -111,3 +111,8 @@ def test_circuits_that_are_run_have_their_interval(case):
         assert each.interval is not None and each.interval[0] <= each.faithfulness <= each.interval[1]
     curve = faithfulness(model, pairs, "logit_diff", scores, sizes=[0.1, 0.5, 1.0])
     assert len(curve.intervals) == 3 and curve.intervals[-1] == pytest.approx((1, 1))
+    assert curve.cpr_interval[0] <= curve.cpr <= curve.cpr_interval[1]
+    assert curve.cmd_interval[0] <= curve.cmd <= curve.cmd_interval[1]
+    same = faithfulness(model, pairs, "logit_diff", scores, sizes=[0.5, 0.50001])  # a narrow area has its height's ends
+    for found, height in zip(same.cpr_interval, same.intervals[0], strict=True):
+        assert found == pytest.approx(height * 0.00001, rel=1e-6, abs=1e-15)
