@@ -66,10 +66,16 @@ def shape_text(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def short_repr(value: object) -> str:
+    """A value as a message shows it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} … {text[-50:]}"
+
+
 def one_of(what: str, value: str, valid: tuple[str, ...]) -> None:
     """Raise ValueError naming the valid values if `value` is none of them."""
     if value not in valid:
-        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
+        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {short_repr(value)}")
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,6 +88,17 @@ def on_device(what: str, device: torch.device, tensors: dict[str, Tensor | None]
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device} as {what} is, got {tensor.device}")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether memory from the first to the last element of one lies within the other's."""
+    if a.is_meta or b.is_meta or not a.numel() or not b.numel():
+        return False
+    ends = []
+    for x in (a, b):
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        ends.append((x.data_ptr(), x.data_ptr() + x.itemsize * (1 + last)))
+    return a.device == b.device and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 
 def edge_mask(mask: Tensor | None, senders: int, receivers: int) -> None:
@@ -166,6 +183,14 @@ def receiver_grads(
         )
     if out is not None and not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out is not None and out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require gradients: it is written over")
+    if out is not None:
+        read = {"g": g, "act": act, "weight": weight, "w_gamma": w_gamma, "offset": offset}
+        read |= {"norm.x_hat": norm.x_hat, "norm.rstd": norm.rstd, "norm.gamma": norm.gamma}
+        for name, tensor in read.items():
+            if tensor is not None and _overlap(out, tensor):
+                raise ValueError(f"out must have memory of its own, but overlaps {name}, which is read meanwhile")
     if norm.kind == "none":
         return
     statistics("norm", norm, batch, tokens, weight.shape[1], "g", g.device)

@@ -24,7 +24,7 @@ from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import Batch, in_order, spans
 from eapcore.execution.cuda_graphs import Replays, recorder
 from eapcore.execution.distributed import deal, reported
-from eapcore.execution.experiment import Experiment, Task, check_batch_size, describe, result_dtype
+from eapcore.execution.experiment import Experiment, Task, check_batch_size, check_model, describe, result_dtype
 from eapcore.execution.limits import PREFIX_SHARE
 from eapcore.execution.memory import budget, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
@@ -174,6 +174,7 @@ def attribute(
     Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; exact patterns and dropped
     gradients: Kramár, Lieberum, Shah, Nanda 2024.
     """
+    check_model(model)
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EDGE_WHEN, NO_SIGN, NODE_WHEN, sign_text
-from eapcore.kernels.checks import one_of
+from eapcore.kernels.checks import one_of, short_repr
 from eapcore.models.backward_rules import GRADIENT, RELP, Rules
 from eapcore.tasks.metrics import Metric
 
@@ -169,7 +169,7 @@ def gradient_points(steps: int, points: str | Points) -> list[tuple[float, float
             )
         return given
     one_of("points", points, POINTS)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     most = _MOST_GAUSS if points == "gauss" else _MOST_STEPS
     if steps > most:
@@ -310,9 +310,9 @@ def _where(method: str, preset: Method, options: Options) -> tuple[list[tuple[fl
         raise ValueError("gradient_at is one point, and points and steps are several: leave one of the two out")
     if where is not None:
         number = isinstance(where, int | float) and not isinstance(where, bool) and 0 <= where <= 1
-        if not number and where not in ENDS:
+        if not number and not (isinstance(where, str) and where in ENDS):
             raise ValueError(
-                f"gradient_at must be {', '.join(ENDS)}, or a number from corrupt 0 to clean 1, got {where!r}"
+                f"gradient_at must be {', '.join(ENDS)}, or a number from corrupt 0 to clean 1, got {short_repr(where)}"
             )
         return [(ENDS[where] if isinstance(where, str) else float(where), 1.0)], {"gradient_at": where}
     rule = preset.points if rule is None else rule

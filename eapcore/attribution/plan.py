@@ -30,6 +30,7 @@ from eapcore.execution.batch import Batch
 from eapcore.execution.limits import LEAST_CHUNK, limits
 from eapcore.execution.memory import budget
 from eapcore.graph.graph import Graph
+from eapcore.kernels.checks import short_repr
 from eapcore.kernels.dry_run import dry_run
 from eapcore.models.config import ModelConfig
 from eapcore.models.families.names import assemble
@@ -117,7 +118,15 @@ def dense_bytes(
         groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart.
         passes: of another method than one gradient at the clean run; `together` of them run as one batch.
     """
+    for name, size in (("batch", batch), ("tokens", tokens), ("together", together)):
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST:
+            raise ValueError(f"{name} must be an integer from 1 to {_MOST}, got {short_repr(size)}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, e.g. torch.float32, got {short_repr(dtype)}")
     return Plan(config, dtype, torch.device(device), impl, groups, passes).dense(batch, tokens, together)
+
+
+_MOST = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

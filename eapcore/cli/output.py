@@ -207,7 +207,7 @@ def check_apart(outputs: Sequence[Path], read: Path, option: str) -> None:
         if not path.exists() or not read.exists():
             continue
         inside = read.is_dir() and any(path.samefile(file) for file in read.iterdir() if file.exists())
-        if path.samefile(read) or (inside and not is_ours(path)):
+        if path.samefile(read) or (inside and (option == "--resume" or not is_ours(path))):
             raise ValueError(f"--out would write over {path}, which {option} reads: give it another name by --out")
 
 

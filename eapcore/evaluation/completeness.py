@@ -175,7 +175,6 @@ def measure_minimality(
 
 
 def _check_circuit(graph: Graph, circuit: Circuit) -> None:
-    if circuit.graph != graph:
-        raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
+    circuit.check(graph)
     if not circuit.n_edges:
         raise ValueError("the circuit has no edges: there is nothing to judge")

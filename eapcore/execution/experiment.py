@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import eapcore.execution.limits as limits
-from eapcore.execution.ablation import Ablation
+from eapcore.execution.ablation import ABLATIONS, Ablation
 from eapcore.execution.batch import Batch, cut, in_order, spans
 from eapcore.execution.distributed import ALONE, Ranks, deal
 from eapcore.graph.show import short
-from eapcore.models.forward import check_tokens, first_non_finite
+from eapcore.models.forward import as_tokens, check_tokens, first_non_finite
 from eapcore.models.model import Model
 from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, check_apart, evaluate, find_metric
 from eapcore.tasks.pairs import PromptPairs
@@ -55,6 +55,9 @@ class Experiment:
             RuntimeError: distributed without processes to share the work with.
         """
         ranks = Ranks.of(distributed)
+        check_model(model)
+        if not isinstance(ablation, str | Ablation):
+            raise ValueError(f"ablation must be one of {', '.join(ABLATIONS)}, or an Ablation, got {ablation!r}")
         model, pairs = model.now(), as_pairs(task)
         check_pairs(model, pairs, ablation if isinstance(ablation, str) else ablation.name)
         metric_name, metric = find_metric(metric, pairs.answers, pairs.wrong)
@@ -189,9 +192,9 @@ def as_pairs(task: Task) -> PromptPairs:
     """(clean, corrupt) tokens [N, T] as pairs that are read at their last position and have no answers."""
     if isinstance(task, PromptPairs):
         return task
-    if not isinstance(task, tuple | list) or len(task) != 2 or not all(isinstance(t, Tensor) for t in task):
+    if not isinstance(task, tuple | list) or len(task) != 2:
         raise ValueError(f"task must be PromptPairs or (clean, corrupt) tokens, got {type(task).__name__}")
-    clean, corrupt = task
+    clean, corrupt = (as_tokens(tokens, what) for tokens, what in zip(task, ("clean", "corrupt"), strict=True))
     if clean.ndim != 2 or clean.shape != corrupt.shape:
         raise ValueError(
             f"clean and corrupt must both be tokens [N, T], got {list(clean.shape)} and {list(corrupt.shape)}"
@@ -200,6 +203,14 @@ def as_pairs(task: Task) -> PromptPairs:
     answers = torch.full((len(clean), 1), -1, device="cpu")
     wrong = answers[:, :0]
     return PromptPairs(clean.cpu(), corrupt.cpu(), lengths, lengths - 1, answers, wrong)
+
+
+def check_model(model: Model) -> None:
+    """ValueError for what is no model, or one without values."""
+    if not isinstance(model, Model):
+        raise ValueError(f"model must be a Model, as eapcore.load returns, got a {type(model).__name__}")
+    if model.device.type == "meta":
+        raise ValueError("a model on the meta device has no weights: it is for planning alone, load it on another")
 
 
 def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:

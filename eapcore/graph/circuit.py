@@ -25,6 +25,7 @@ from eapcore.graph.files import (
 from eapcore.graph.graph import Graph
 from eapcore.graph.paths import connected
 from eapcore.graph.show import card, made_of
+from eapcore.kernels.checks import short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,20 @@ class Circuit:
     mask: Annotated[Tensor, "bool S R"]
     graph: Graph
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = [self.graph.n_senders, self.graph.n_receivers]
+        if self.mask.dtype != torch.bool or list(self.mask.shape) != expected:
+            raise ValueError(
+                f"a circuit's mask must be bool [S, R] = {expected}, got {self.mask.dtype} {list(self.mask.shape)}"
+            )
+
+    def check(self, graph: Graph) -> None:
+        """ValueError for a circuit of another graph, or one with places that are no edges."""
+        if self.graph != graph:
+            raise ValueError(f"the circuit must belong to {graph}, got one of {self.graph}")
+        if n_others := int((self.mask & ~graph.edge_mask()).sum()):
+            raise ValueError(f"a circuit has edges of {graph}, but {n_others} places of its mask are none")
 
     def __repr__(self) -> str:
         made = made_of(self.meta)
@@ -60,6 +75,8 @@ class Circuit:
     @staticmethod
     def from_edges(graph: Graph, edges: list[str], meta: Mapping[str, Any] | None = None) -> Circuit:
         """The circuit of these edge names; ValueError for a name that is no edge of the graph."""
+        if isinstance(edges, str):
+            raise ValueError(f"edges must be a list of names, got the text {short_repr(edges)}: put it in brackets")
         mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool, device="cpu")
         for name in edges:
             mask[graph.edge(name)] = True
@@ -92,8 +109,7 @@ class Circuit:
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON: format, graph, meta, and the names of the edges; ValueError if some are none."""
-        if n_others := int((self.mask & ~self.graph.edge_mask()).sum()):
-            raise ValueError(f"a circuit has edges of {self.graph}, but {n_others} places of its mask are none")
+        self.check(self.graph)
         content = {
             "format": "eapcore-circuit",
             "format_version": FORMAT_VERSION,

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.show import card
+from eapcore.kernels.checks import short_repr
 
-_SENDER = re.compile(r"a(\d+)\.h(\d+)|m(\d+)")
-_RECEIVER = re.compile(r"a(\d+)\.(h|kv)(\d+)<([qkv])>|m(\d+)")
+_MOST = 1 << 32  # places of [S, R]; a model of 126 layers of 128 heads has 2^30
+_SENDER = re.compile(r"a(\d{1,9})\.h(\d{1,9})|m(\d{1,9})")
+_RECEIVER = re.compile(r"a(\d{1,9})\.(h|kv)(\d{1,9})<([qkv])>|m(\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,23 @@ class Graph:
     has_mlp: bool
     parallel: bool = False
     n_kv: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads}
+        sizes |= {} if self.n_kv is None else {"n_kv": self.n_kv}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"a graph's {name} must be a positive integer, got {short_repr(size)}")
+        for name in ("has_mlp", "parallel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"a graph's {name} must be True or False, got {short_repr(getattr(self, name))}")
+        if self.n_heads % (self.n_kv or 1):
+            raise ValueError(f"a graph's {self.n_heads} heads must be a multiple of its n_kv, got {self.n_kv}")
+        if self.n_senders * self.n_receivers > _MOST:
+            raise ValueError(
+                f"a graph of {self.n_layers} layers × {self.n_heads} heads has {self.n_senders} senders × "
+                f"{self.n_receivers} receivers, more than any machine holds scores of ({_MOST})"
+            )
 
     def _repr_html_(self) -> str:
         heads = f"{self.n_layers} × {self.n_heads}" + (
@@ -177,18 +196,18 @@ class Graph:
 
     def sender(self, name: str) -> int:
         """The index of a sender's name; ValueError for a name that this graph does not have."""
-        match = _SENDER.fullmatch(name)
+        match = _SENDER.fullmatch(name) if isinstance(name, str) else None
         if name == "embed":
             return 0
         if match and match[3] is None and int(match[1]) < self.n_layers and int(match[2]) < self.n_heads:
             return self.heads(int(match[1])).start + int(match[2])
         if match and match[3] is not None and self.has_mlp and int(match[3]) < self.n_layers:
             return self.mlp(int(match[3]))
-        raise ValueError(f"a sender is {self._forms('')}, got {name!r}")
+        raise ValueError(f"a sender is {self._forms('')}, got {short_repr(name)}")
 
     def receiver(self, name: str) -> int:
         """The index of a receiver's name; ValueError for a name that this graph does not have."""
-        match = _RECEIVER.fullmatch(name)
+        match = _RECEIVER.fullmatch(name) if isinstance(name, str) else None
         if name == "logits":
             return self.logits
         if match and match[5] is not None and self.has_mlp and int(match[5]) < self.n_layers:
@@ -198,13 +217,13 @@ class Graph:
             each, count = ("h", self.n_heads) if part == 0 or self.n_kv is None else ("kv", self.n_kv)
             if match[2] == each and number < count:
                 return self.qkv(layer).start + (part and self.n_heads + (part - 1) * count) + number
-        raise ValueError(f"a receiver is {self._forms('<q|k|v>')}, got {name!r}")
+        raise ValueError(f"a receiver is {self._forms('<q|k|v>')}, got {short_repr(name)}")
 
     def edge(self, name: str) -> tuple[int, int]:
         """(sender, receiver) of an edge's name, e.g. `a3.h7->a5.h2<q>`; ValueError if it is not an edge."""
-        parts = name.split("->")
+        parts = name.split("->") if isinstance(name, str) else []
         if len(parts) != 2:
-            raise ValueError(f"an edge is written sender->receiver, e.g. 'a0.h1->a1.h0<q>', got {name!r}")
+            raise ValueError(f"an edge is written sender->receiver, e.g. 'a0.h1->a1.h0<q>', got {short_repr(name)}")
         sender, receiver = self.sender(parts[0]), self.receiver(parts[1])
         if sender >= self.senders_before(receiver):
             raise ValueError(f"{name!r} is no edge: {parts[0]} does not come before {parts[1]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +26,7 @@ from eapcore.graph.files import (
 )
 from eapcore.graph.graph import Graph
 from eapcore.graph.show import card, made_of, report_room
+from eapcore.kernels.checks import short_repr
 
 Scores = TypeVar("Scores")
 KEY = "eapcore"  # of the header in a file's metadata
@@ -136,6 +138,7 @@ class EdgeScores:
 
     def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
         """Names and scores of the n most important edges."""
+        check_count(n)
         flat = self.ranking(signed=signed)[0][:n].tolist()
         names = (self.graph.sender_names, self.graph.receiver_names)
         pairs = [divmod(i, self.graph.n_receivers) for i in flat]
@@ -148,8 +151,9 @@ class EdgeScores:
 
     def threshold(self, threshold: float, *, signed: bool = False) -> Circuit:
         """The circuit of the edges whose |score| (with signed=True: −score) is at least `threshold`."""
-        if not threshold == threshold:
-            raise ValueError("threshold must be a number, got NaN")
+        if not isinstance(threshold, Real) or threshold != threshold:
+            got = "NaN" if isinstance(threshold, Real) else short_repr(threshold)
+            raise ValueError(f"threshold must be a number, got {got}")
         flat, usefulness = self.ranking(signed=signed)
         meta = {"selection": "threshold", "threshold": threshold, "signed": signed}
         return self._circuit(flat[usefulness >= threshold], meta)
@@ -263,6 +267,7 @@ class EdgeScores:
         report_room("page").write_page(runs, path)
 
     def _check_n(self, n: int) -> None:
+        check_count(max(n, 0) if isinstance(n, int) else n)
         if not 0 <= n <= self.graph.n_edges:
             raise ValueError(f"n must be between 0 and the {self.graph.n_edges} edges of this graph, got {n}")
 
@@ -305,6 +310,12 @@ def read_scores(
             f"model here has the content hash {content_hash}: score this model, or load that one"
         )
     return scores
+
+
+def check_count(n: int) -> None:
+    """ValueError for what is no number of edges or nodes."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"n must be an integer of at least 0, got {short_repr(n)}")
 
 
 def check_ranked(what: str, scores: Annotated[Tensor, "..."]) -> None:
@@ -365,6 +376,7 @@ class NodeScores:
 
     def top(self, n: int, *, signed: bool = False) -> list[tuple[str, float]]:
         """Names and scores of the n senders with the largest |score|, with signed=True the most negative ones."""
+        check_count(n)
         check_ranked("nodes", self.scores)
         usefulness = -self.scores if signed else self.scores.abs()
         order = usefulness.sort(descending=True, stable=True).indices[:n].tolist()

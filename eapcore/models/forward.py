@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from eapcore.kernels.checks import short_repr
 from eapcore.models.attention import AttentionRun, AttentionSaved
 from eapcore.models.matmul import product
 from eapcore.models.mlp import MlpRun, MlpSaved
@@ -151,6 +152,19 @@ def sender_buffer(model: Model, batch: int, tokens: int) -> Annotated[Tensor, "S
     return torch.empty(shape, dtype=model.dtype, device=model.device)
 
 
+def as_tokens(tokens: Any, what: str = "tokens") -> Tensor:
+    """Token ids as a tensor: a tensor as it is, a numpy array or nested lists; ValueError for anything else."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    try:
+        made = torch.as_tensor(tokens, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        made = torch.empty(0, device="cpu")
+    if made.is_floating_point() or made.dtype == torch.bool:
+        raise ValueError(f"{what} must be token ids, int64 [B, T], got {short_repr(tokens)}")
+    return made.long()
+
+
 def check_tokens(model: Model, tokens: Tensor, what: str = "tokens") -> None:
     """Raise ValueError unless tokens are int64 [B, T] in the vocabulary and no longer than the context."""
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
@@ -192,6 +206,7 @@ def run_with_senders(
         ValueError: tokens or buffer do not fit the model.
     """
     model = model.now()
+    tokens = tokens if isinstance(tokens, Tensor) else as_tokens(tokens).to(model.device)
     check_tokens(model, tokens)
     expected = (model.graph.n_senders, *tokens.shape, model.config.d_model)
     if senders is None:

@@ -77,8 +77,7 @@ def circuit_logits(
     for circuit in circuits:
         if not isinstance(circuit, Circuit):
             raise ValueError(f"a circuit must be a Circuit, e.g. scores.top_n(100), got {type(circuit).__name__}")
-        if circuit.graph != graph:
-            raise ValueError(f"the circuit must belong to {graph}, got one of {circuit.graph}")
+        circuit.check(graph)
     masks = torch.stack([circuit.mask for circuit in circuits])
     embedding = graph.members([0])
     union = masks.any(0)

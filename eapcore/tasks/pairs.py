@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.show import card
+from eapcore.kernels.checks import short_repr
 from eapcore.text.tokenizer import Tokenizer, one_token, tokenizer_of
 
 
@@ -52,7 +53,8 @@ class PromptPairs:
         places: Mapping[str, Sequence[int]] | None = None,
         names: Sequence[str] | None = None,
     ) -> PromptPairs:
-        """Build the pairs from lists of token ids, one entry a pair; corrupt=None where there are no corrupt prompts.
+        """Build the pairs from lists, arrays or tensors of token ids, one entry a pair; corrupt=None where there are no
+        corrupt prompts.
 
         names: what an error calls each pair, "pair 0" and so on by default.
 
@@ -61,17 +63,25 @@ class PromptPairs:
                 are empty; a pair without an answer, with one twice, or with one that is wrong too; a position outside
                 its prompt. The pair is named.
         """
-        corrupt = clean if corrupt is None else corrupt
+        clean = _entries(clean, "clean")
+        corrupt = clean if corrupt is None else _entries(corrupt, "corrupt")
         if not clean:
             raise ValueError(f"the task {name!r} is empty: at least one prompt pair is needed")
-        wrong = [[] for _ in clean] if wrong is None else wrong
+        answers, wrong = (
+            _entries(answers, "answers"),
+            [[] for _ in clean] if wrong is None else _entries(wrong, "wrong"),
+        )
+        if positions is not None:
+            positions = [_ids(at, "positions", i, one=True)[0] for i, at in enumerate(_entries(positions, "positions"))]
         counts = {"clean": len(clean), "corrupt": len(corrupt), "answers": len(answers), "wrong": len(wrong)}
         if positions is not None:
             counts["positions"] = len(positions)
         if len(set(counts.values())) > 1:
             raise ValueError(f"every pair needs one entry in each list, got {counts}")
-        right = [[ids] if isinstance(ids, int) else list(ids) for ids in answers]
-        others = [[ids] if isinstance(ids, int) else list(ids) for ids in wrong]
+        clean = [_ids(ids, "clean", i) for i, ids in enumerate(clean)]
+        corrupt = [_ids(ids, "corrupt", i) for i, ids in enumerate(corrupt)]
+        right = [_ids(ids, "answers", i, one=True) for i, ids in enumerate(answers)]
+        others = [_ids(ids, "wrong", i, one=True) for i, ids in enumerate(wrong)]
         for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
             pair = f"pair {i}" if names is None else names[i]
             if len(a) != len(b):
@@ -300,6 +310,40 @@ def _parted(tokenizer: Tokenizer, pair: int, clean: list[int], corrupt: list[int
         f"clean and corrupt must have the same number of tokens, but pair {pair} has {len(clean)} and {len(corrupt)}: "
         f"behind the first {at}, which are the same, clean has {behind[0]}, corrupt {behind[1]}"
     )
+
+
+def _entries(entries: Any, what: str) -> list[Any]:
+    """One entry a pair, of a list, an array or a tensor."""
+    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
+        raise ValueError(f"{what} must be a list with one entry a pair, got {short_repr(entries)}")
+    return list(entries.tolist() if hasattr(entries, "tolist") else entries)
+
+
+def _ids(entry: Any, what: str, pair: int, *, one: bool = False) -> list[int]:
+    """The token ids of an entry, a list, an array or a tensor of integers, or where there may be one alone, an
+    integer."""
+    ids = entry.tolist() if hasattr(entry, "tolist") else entry
+    if isinstance(ids, str):
+        raise ValueError(
+            f"{what} of pair {pair} is text, {short_repr(ids)}, but from_lists takes token ids: from_text takes text, "
+            "with a model that has a tokenizer"
+        )
+    if not isinstance(ids, list | tuple):
+        if not one:
+            raise ValueError(f"{what} of pair {pair} must be a list of token ids, got {short_repr(entry)}")
+        ids = [ids]
+    if set(map(type, ids)) - {int}:
+        ids = [id.item() if hasattr(id, "item") and not getattr(id, "ndim", 0) else id for id in ids]
+        for id in ids:
+            if not isinstance(id, int) or isinstance(id, bool):
+                hint = ": from_text takes text" if isinstance(id, str) else ""
+                raise ValueError(f"{what} of pair {pair} must be integers, got {short_repr(id)}{hint}")
+    if ids and not -_LARGEST < min(ids) <= max(ids) < _LARGEST:
+        raise ValueError(f"{what} of pair {pair} has {short_repr(max(ids, key=abs))}, which is no token id")
+    return list(ids)
+
+
+_LARGEST = 1 << 62
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -15,11 +15,10 @@ from models import random_model
 from refusal import refused
 
 import eapcore.graph.files as files
-from eapcore.execution.experiment import Experiment
-from eapcore.execution.resume import Partial
 from eapcore.graph.files import load_tensors, replacing, replacing_all, target
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, NodeScores
+from eapcore.patching.edges import patch_edges
 from eapcore.tasks import PromptPairs
 
 
@@ -191,11 +190,11 @@ def written(tmp_path):
     NodeScores(torch.randn(graph.n_senders), graph).save(tmp_path / "nodes")
     model = random_model()
     pairs = PromptPairs.from_lists([[1, 2]], [[1, 3]], [4], [5])
-    mask = model.graph.edge_mask()
-    Partial(tmp_path / "partial", Experiment.of(model, pairs), mask)
+    patch_edges(model, pairs, resume=tmp_path / "partial")
+    (lane,) = (path for path in (tmp_path / "partial").iterdir() if path.suffix == ".safetensors")
     yield tmp_path / "edges", EdgeScores.load
     yield tmp_path / "nodes", NodeScores.load
-    yield tmp_path / "partial", lambda path: Partial(path, Experiment.of(model, pairs), mask)
+    yield lane, lambda path: patch_edges(model, pairs, resume=path.parent)
 
 
 def test_a_file_of_which_a_bit_is_another_is_refused(tmp_path):

@@ -60,7 +60,7 @@ def test_tokens_that_do_not_fit_are_refused(model, prompts, message):
     refusal.refused(message, attribute, model, prompts, lambda logits: logits[:, 0])
 
 
-@pytest.mark.parametrize("task", ["toy-ioi", None, [1, 2, 3], (tokens([1]),), ([[1]], [[2]])])
+@pytest.mark.parametrize("task", ["toy-ioi", None, [1, 2, 3], (tokens([1]),)])
 def test_a_task_that_is_none_is_refused(model, task):
     with pytest.raises(ValueError, match=r"task must be PromptPairs or \(clean, corrupt\) tokens, got"):
         attribute(model, task, lambda logits: logits[:, 0])
