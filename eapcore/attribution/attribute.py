@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -23,13 +23,22 @@ from eapcore.attribution.tally import Tally
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import Batch, in_order, spans
 from eapcore.execution.cuda_graphs import Replays, recorder
-from eapcore.execution.distributed import deal, reported
-from eapcore.execution.experiment import Experiment, Task, check_batch_size, check_model, describe, result_dtype
+from eapcore.execution.distributed import Ranks, deal, reported
+from eapcore.execution.experiment import (
+    Experiment,
+    Task,
+    check_batch_size,
+    check_model,
+    check_pairs,
+    describe,
+    result_dtype,
+)
 from eapcore.execution.limits import PREFIX_SHARE
 from eapcore.execution.memory import budget, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
+from eapcore.graph.pair_scores import PairWriter, begin_index, write_index
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.models.backward_rules import Rules
@@ -37,8 +46,9 @@ from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import METRICS as OWN_METRICS
-from eapcore.tasks.metrics import Metric, tokens_read, without_values
+from eapcore.tasks.metrics import Metric, find_metric, tokens_read, without_values
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.stream import PairStream
 
 STORAGES = ("auto", "dense", "factored")
 # A metric whose gradient is zero by cancellation leaves the rounding of its float64 arithmetic on logits of order 10.
@@ -48,21 +58,26 @@ _log = logging.getLogger("eapcore")
 
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["edge"] = ..., **options: Any
+    model: Model, task: Task | PairStream, metric: str | Metric = ..., *, level: Literal["edge"] = ..., **options: Any
 ) -> EdgeScores: ...
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: Literal["node", "neuron"], **options: Any
+    model: Model,
+    task: Task | PairStream,
+    metric: str | Metric = ...,
+    *,
+    level: Literal["node", "neuron"],
+    **options: Any,
 ) -> NodeScores: ...
 @overload
 def attribute(
-    model: Model, task: Task, metric: str | Metric = ..., *, level: str, **options: Any
+    model: Model, task: Task | PairStream, metric: str | Metric = ..., *, level: str, **options: Any
 ) -> EdgeScores | NodeScores: ...
 @reported  # type: ignore[misc]  # the options stand here alone
 @own_modes
 def attribute(
     model: Model,
-    task: Task,
+    task: Task | PairStream,
     metric: str | Metric = "logit_diff",
     *,
     method: str = "eap",
@@ -82,6 +97,7 @@ def attribute(
     impl: str = "auto",
     graphs: bool | str = "auto",
     progress: Progress | None = None,
+    pairs_to: str | Path | None = None,
     resume: str | Path | None = None,
     distributed: bool = False,
 ) -> EdgeScores | NodeScores:
@@ -97,7 +113,7 @@ def attribute(
     Args:
         model: the model.
         task: prompt pairs, or (clean, corrupt) tokens int64 [N, T] read at their last position, for a metric that needs
-            no answers.
+            no answers; or a `PairStream`, a file that is read a window at a time, in memory that does not grow with it.
         metric: a name out of `metrics.METRICS`, or a callable, see `metrics`. Higher is better.
         method: which gradients, and how they add up.
             "eap": one gradient, at the clean run.
@@ -154,6 +170,8 @@ def attribute(
             for a callable metric, which must not look at values on the host, and raises where it fails. The scores do
             not depend on it.
         progress: called with (pairs done, pairs in all) after every batch.
+        pairs_to: with reduce "pair", a folder to which each pair's scores are written as they come, instead of into the
+            result; see `graph.pair_scores`.
         resume: a folder for what is done so far, written every half minute and on an interruption; where it exists, the
             work goes on from there, on as many processes or others, to the same bits.
         distributed: share the pairs among the processes that torchrun or the like started for this run; every one of
@@ -182,75 +200,139 @@ def attribute(
     ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
     options = Options(gradient_at, steps, points, rules, qk, exact, spread)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
-    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    stream = task if isinstance(task, PairStream) else None
+    if stream is not None:
+        _check_stream(ablation, reference, reduce, pairs_to)
+    if pairs_to is not None and reduce != "pair":
+        raise ValueError(f"pairs_to is where each pair's scores go: reduce must be 'pair', got {reduce!r}")
+    first = task if not isinstance(task, PairStream) else task.first
+    experiment = Experiment.of(model, first, metric, ablation, reference, distributed)
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
     plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
     by_node = level != "edge" and not how.by_edge
-    asked = {"method": how.described, "level": level, "reduce": reduce}
-    ranks.agree(**asked)
-    kept = Resume(resume, "scores", lambda: asked | experiment.identity(), ranks, ranks.size)
+    n_pairs = len(pairs) if stream is None else len(stream)
+    what = {"method": how.described, "level": level, "reduce": reduce, "each pair in a folder": pairs_to is not None}
+    what |= {} if stream is None else {"stream": stream.content_hash}
+    ranks.agree(**what)
+    kept = Resume(resume, "scores", lambda: what | experiment.identity(), ranks, ranks.size)
     found = _storage(plan, pairs, level, storage, by_node)
     storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
-    size_asked = batch_size if isinstance(batch_size, int) else None
-    size = kept.settle("batch size", size_asked, lambda: ranks.least(plan.batch_size(pairs, storage)))
+    asked = batch_size if isinstance(batch_size, int) else None
 
     scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs)
-    order = in_order(pairs)
-    first, stop = (x[order] for x in spans(pairs, shared=experiment.shared))
-    lead = {"all": (), "pair": (len(pairs),), "position": (int(pairs.positions.max()) + 1,)}[reduce]
     shapes = _shapes(model, level, passes)
-    alone = kept.lanes == ranks.size == 1
-    lanes: list[tuple[list[int], Tally]] = []
-    for lane, part in enumerate(deal((stop - (1 - PREFIX_SHARE) * first).tolist(), kept.lanes)):
-        if lane in kept.mine:
-            mine = order[part.start : part.stop]
-            places = torch.tensor(mine if alone else range(len(mine)), device="cpu").to(model.device)
-            rows = lead if alone or reduce != "pair" else (len(mine),)
-            made = {name: (*rows, *shape) for name, shape in shapes.items()}
-            tally = Tally(kept, lane, made, places, reduce, {"storage": storage})
-            tally.begin(0, len(pairs), size)
-            tally.restore()
-            scoring.check_metric(mine, tally)
-            lanes.append((mine, tally))
-    count = Count(ranks.watched(progress), len(pairs), sum(tally.done for _, tally in lanes))
+    lead: tuple[int, ...] = (int(pairs.positions.max()) + 1,) if reduce == "position" else ()
+    rows = _rows(experiment, kept) if stream is None else {lane: [] for lane in kept.mine}
+    # Rows of each pair lie where they belong at once.
+    whole = kept.lanes == ranks.size == 1 and reduce == "pair" and pairs_to is None
+    lanes: dict[int, Tally] = {}
+    for lane, mine in rows.items():
+        if reduce == "pair" and pairs_to is None:
+            lead = (n_pairs if whole else len(mine),)
+        places = torch.tensor(mine if whole else range(len(mine)), dtype=torch.int64, device="cpu").to(model.device)
+        made = {name: (*lead, *shape) for name, shape in shapes.items()}
+        writer = None if pairs_to is None else PairWriter(pairs_to, lane, result_dtype(model.dtype))
+        lanes[lane] = Tally(kept, lane, made, places, reduce, {"storage": storage}, writer)
+    if pairs_to is not None and ranks.leads:
+        begin_index(pairs_to)
+    if stream is None:
+        size = kept.settle("batch size", asked, lambda: ranks.least(plan.batch_size(pairs, storage)))
+        for tally in lanes.values():
+            tally.begin(0, n_pairs, size)
+    for lane, tally in lanes.items():
+        tally.restore()
+        if stream is None:
+            scoring.check_metric(rows[lane], tally)
+    count = Count(ranks.watched(progress), n_pairs, sum(tally.done for tally in lanes.values()))
     if count.done:
         count.add(0)
-    for mine, tally in lanes:
-        scoring.lane(mine, tally, count)
-
-    def over_lanes(each: list[Tensor], *shape: int) -> Tensor:
-        nothing = torch.zeros(shape, dtype=torch.float64, device=model.device)  # of a process without a lane
-        return ranks.sum(each or [nothing], kept.lanes)
-
-    if alone:
-        scores = lanes[0][1].scores
-    elif reduce == "pair":
-        scores = {
-            name: torch.zeros(*lead, *shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()
-        }
-        for name, total in scores.items():
-            ranks.rows(total, [(torch.tensor(mine, device="cpu"), tally.scores[name]) for mine, tally in lanes])
+    if stream is None:
+        for lane, tally in lanes.items():
+            scoring.lane(rows[lane], tally, count)
     else:
-        scores = {
-            name: over_lanes([tally.scores[name] for _, tally in lanes], *lead, *shape)
-            for name, shape in shapes.items()
-        }
-    largest = ranks.largest(torch.stack([tally.largest for _, tally in lanes]).max() if lanes else torch.zeros(()))
+        for number, window in stream.windows(lambda n: (t := lanes.get(n % kept.lanes)) is not None and n >= t.window):
+            tally = lanes[number % kept.lanes]
+            scoring.window(window, tally, count, number, number * stream.window, asked)
+
+    scores = _combined(
+        lanes, rows, ranks, kept.lanes, shapes, reduce, n_pairs, whole, pairs_to is not None, model.device
+    )
+    nothing = torch.zeros((), dtype=torch.float64, device=model.device)
+    largest = ranks.largest(torch.stack([nothing, *(tally.largest for tally in lanes.values())]).max())
     _check_gradients(experiment, largest, scores)
     if how.absolute:
         for name, x in scores.items():
-            x /= _reached(model, how, name).to(model.device)
-    clean, corrupt = (over_lanes([t.ends + t.values.sum(1) for _, t in lanes], 2) / len(pairs)).tolist()
+            x /= scoring.reached(name)
+    ends = [tally.ends + tally.values.sum(1) for tally in lanes.values()] or [nothing.expand(2)]
+    clean, corrupt = (ranks.sum(ends, kept.lanes) / n_pairs).tolist()
+    described = describe(model, pairs)
     meta = {
-        **describe(model, pairs),
+        **described,
+        "task": {**described["task"], "n_pairs": n_pairs},
         "sign": how.sign,
         "method": how.described | {"ablation": dict(experiment.ablation.meta)},
         "metric": {"name": experiment.metric_name, "clean": clean, "corrupt": corrupt},
         "impl": kernels.choose("edge_scores", device=model.device, dtype=model.dtype) if impl == "auto" else impl,
         "storage": storage,
     }
-    return _result(model, scores, meta, level, reduce, len(pairs), how.exact)
+    if pairs_to is not None:
+        meta["per_pair"] = {"folder": Path(pairs_to).name}
+        files = ranks.gather({lane: tally.finish() for lane, tally in lanes.items()})
+        if ranks.leads:
+            counts = {int(lane): number for each in files for lane, number in each.items()}
+            write_index(pairs_to, [counts[lane] for lane in range(kept.lanes)], n_pairs, meta)
+        reduce = "all"
+    return _result(model, scores, meta, level, reduce, n_pairs, how.exact)
+
+
+def _check_stream(
+    ablation: str | Ablation, reference: PromptPairs | None, reduce: str, pairs_to: str | Path | None
+) -> None:
+    """ValueError for what needs all pairs of a task at once."""
+    if isinstance(ablation, str) and ablation.startswith("mean") and reference is None:
+        raise ValueError(f"the ablation {ablation} of a task that is read as a stream needs a reference task")
+    if reduce == "pair" and pairs_to is None:
+        raise ValueError("the scores of each pair of a stream need a folder: give pairs_to")
+
+
+def _rows(experiment: Experiment, kept: Resume) -> dict[int, list[int]]:
+    """Which pairs, in order, are those of each of this process's lanes."""
+    order = in_order(experiment.pairs)
+    first, stop = (x[order] for x in spans(experiment.pairs, shared=experiment.shared))
+    parts = deal((stop - (1 - PREFIX_SHARE) * first).tolist(), kept.lanes)
+    return {lane: order[parts[lane].start : parts[lane].stop] for lane in kept.mine}
+
+
+def _combined(
+    lanes: Mapping[int, Tally],
+    rows: Mapping[int, list[int]],
+    ranks: Ranks,
+    n_lanes: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    reduce: str,
+    n_pairs: int,
+    whole: bool,
+    in_folder: bool,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """All lanes' scores by name; whole: of the only lane, as they are to be."""
+    if whole:
+        return next(iter(lanes.values())).scores
+    where: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    if reduce == "pair" and not in_folder:
+        scores = {name: torch.zeros(n_pairs, *shape, **where) for name, shape in shapes.items()}
+        for name, total in scores.items():
+            ranks.rows(total, [(torch.tensor(rows[i], device="cpu"), t.scores[name]) for i, t in lanes.items()])
+        return scores
+    lead: tuple[int, ...] = ()
+    if reduce == "position":
+        lead = (max(ranks.gather(max([0, *(len(tally.scores["scores"]) for tally in lanes.values())]))),)
+        for tally in lanes.values():
+            tally.reach(lead[0])
+    nothing = {name: torch.zeros(*lead, *shape, **where) for name, shape in shapes.items()}  # of one without a lane
+    each = {name: [tally.scores[name] for tally in lanes.values()] or [nothing[name]] for name in shapes}
+    return {name: ranks.sum(parts, n_lanes) for name, parts in each.items()}
 
 
 class _Scoring:
@@ -278,8 +360,8 @@ class _Scoring:
         self.memory = torch.empty(0, dtype=model.dtype, device=model.device)
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
 
-    def lane(self, order: list[int], tally: Tally, count: Count) -> None:
-        """Score what is left of a lane's pairs, in order, and keep what is done."""
+    def lane(self, order: list[int], tally: Tally, count: Count, first: int = 0) -> None:
+        """Score what is left of some of a lane's pairs, in order, and keep what is done; first: the task's pair 0."""
         experiment, device = self.experiment, self.experiment.model.device
         left = order[tally.here :]
         feed = Feed(experiment.pairs, left, device, shared=experiment.shared, copy=pinned_copy(device))
@@ -302,7 +384,8 @@ class _Scoring:
                     continue
                 feed.advance(batch)
                 self.check = None
-                tally.add(batch, values, largest, parts)
+                divisors = [self.reached(name) for name in self.shapes] if self.how.absolute else None
+                tally.add(batch, values, largest, parts, first, divisors)
                 if device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
                     experiment.check_finite(tally.values)
                 count.add(len(batch.pairs))
@@ -310,6 +393,23 @@ class _Scoring:
                     tally.save()
         finally:
             tally.save()
+
+    def window(self, pairs: PromptPairs, tally: Tally, count: Count, number: int, first: int, size: int | None) -> None:
+        """Score a window of a stream: its number, which of the task's pairs is its first, pairs a batch or None."""
+        before = self.experiment
+        try:
+            check_pairs(before.model, pairs, before.ablation.name)
+            Ablation.of(before.model, pairs, before.ablation)
+            find_metric(before.metric, pairs.answers, pairs.wrong)
+            self.experiment = replace(before, pairs=pairs)
+            tally.begin(number, len(pairs), self.plan.batch_size(pairs, self.storage) if size is None else size)
+            self.lane(in_order(pairs), tally, count, first)
+        except ValueError as error:
+            raise ValueError(f"{error} (counted from pair {first} of the task)" if first else str(error)) from error
+
+    def reached(self, name: str) -> Tensor:
+        """`_reached` on the model's device."""
+        return _reached(self.experiment.model, self.how, name).to(self.experiment.model.device)
 
     def check_metric(self, order: list[int], tally: Tally) -> None:
         """ValueError where a callable gives other values on the first batch than it gave when that was scored."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eapcore.execution.batch import Batch
 from eapcore.execution.resume import Resume
+from eapcore.graph.pair_scores import PairWriter
 
 
 class Tally:
@@ -32,8 +33,11 @@ class Tally:
         places: Tensor,
         reduce: str,
         choices: Mapping[str, Any],
+        writer: PairWriter | None = None,
     ) -> None:
-        """shapes: of `scores`. choices: what else the run that goes on from here has to do alike."""
+        """shapes: of `scores`. choices: what else the run that goes on from here has to do alike. writer: where each
+        pair's scores go; `scores` are their sums then."""
+        self.writer = writer
         self.resume, self.lane, self.reduce, self.places, self.choices = resume, lane, reduce, places, choices
         self.where: dict[str, Any] = {"dtype": torch.float64, "device": places.device}
         self.scores = {name: torch.zeros(shape, **self.where) for name, shape in shapes.items()}
@@ -50,7 +54,9 @@ class Tally:
         found, note = self.resume.found.pop(self.lane), self.resume.notes[self.lane]
         self.done, self.here, self.window, self.size = (note[x] for x in ("done", "here", "window", "batch size"))
         self.largest, self.ends, self.values = (found[x].to(self.largest.device) for x in ("largest", "ends", "values"))
-        if self.reduce != "pair":
+        if self.writer is not None:
+            self.writer.done = note["files"]
+        if self.reduce != "pair" or self.writer is not None:
             self.scores = {name: found[f"scores.{name}"].to(self.largest.device) for name in self.scores}
         elif self.done:
             widths = [total[0].numel() for total in self.scores.values()]
@@ -67,17 +73,40 @@ class Tally:
         self.window, self.here, self.size = window, 0, size
         self.whole = True
 
-    def add(self, batch: Batch, values: Tensor, largest: Tensor, parts: list[Tensor]) -> None:
-        """A batch is scored. An interruption in between leaves it marked as not whole."""
+    def reach(self, positions: int) -> None:
+        """Sums for each position have at least so many."""
+        for name, total in self.scores.items():
+            if len(total) < positions:
+                self.scores[name] = torch.cat([total, total.new_zeros(positions - len(total), *total.shape[1:])])
+
+    def add(
+        self,
+        batch: Batch,
+        values: Tensor,
+        largest: Tensor,
+        parts: list[Tensor],
+        first: int = 0,
+        divisors: Sequence[Tensor] | None = None,
+    ) -> None:
+        """A batch is scored. An interruption in between leaves it marked as not whole.
+
+        first: which of the task's pairs is the window's first. divisors: of the pairs' own scores by name.
+        """
+        if self.reduce == "position":
+            self.reach(batch.stop)
         self.whole = False
         self.values[:, batch.index] = values
         self.largest = torch.maximum(self.largest, largest)
         count = len(batch.pairs)
+        if self.writer is not None:
+            own = parts if divisors is None else [x / by for x, by in zip(parts, divisors, strict=True)]
+            self.writer.add(batch.index + first, dict(zip(self.scores, own, strict=True)))
+            parts = [part.sum(0) for part in parts]
         for total, part in zip(self.scores.values(), parts, strict=True):
-            if self.reduce == "pair":
+            if self.reduce == "pair" and self.writer is None:
                 total[self.places[self.done : self.done + count]] = part
             else:
-                (total if self.reduce == "all" else total[: batch.stop]).add_(part)
+                (total[: batch.stop] if self.reduce == "position" else total).add_(part)
         self.done += count
         self.here += count
         self.whole = True
@@ -88,11 +117,20 @@ class Tally:
             return
         tensors = {"values": self.values, "largest": self.largest, "ends": self.ends}
         rows: Tensor | None = None
-        if self.reduce == "pair":
+        if self.writer is not None:
+            self.writer.flush()
+        if self.reduce == "pair" and self.writer is None:
             new = self.places[self.written : self.done]
             rows = torch.cat([x[new].flatten(1) for x in self.scores.values()], 1)
         else:
             tensors |= {f"scores.{name}": x for name, x in self.scores.items()}
         note = {**self.choices, "done": self.done, "here": self.here, "window": self.window, "batch size": self.size}
+        note |= {} if self.writer is None else {"files": self.writer.done}
         self.resume.write(self.lane, note, tensors, rows)
         self.written = self.done
+
+    def finish(self) -> int:
+        """All is done: how many files of pairs' scores there are."""
+        assert self.writer is not None
+        self.writer.flush()
+        return self.writer.done

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
-from eapcore.cli.inputs import check_number, find_ablation, prepare, score
+from eapcore.cli.inputs import check_number, find_ablation, prepare_large, score
 from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, count, number
 from eapcore.cli.output import check_out, score_table, scored_heading, write
 
@@ -21,6 +22,13 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--reduce", default="all", metavar="HOW", help="all, or pair or position: the file has each one's scores too"
     )
+    parser.add_argument(
+        "--pairs-out",
+        type=Path,
+        metavar="FOLDER",
+        help="with --reduce pair: write each pair's scores here as they come (default: into the score file, or for a "
+        "task file above 32 MiB beside it)",
+    )
     printed = parser.add_mutually_exclusive_group()
     printed.add_argument(
         "--top-n", type=count, metavar="N", help="also print the N most important edges or nodes (default: none)"
@@ -35,16 +43,21 @@ def add(command: Command) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score, write, and print what was asked for."""
     from eapcore.graph.scores import EdgeScores
+    from eapcore.tasks import PromptPairs
 
     check_out(args)
-    model, pairs, metric = prepare(args)
+    model, pairs, metric = prepare_large(args)
     check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
     ablation = find_ablation(args, model, pairs)
     start = time.perf_counter()
-    scores = score(args, model, pairs, metric, ablation=ablation, level=args.level, reduce=args.reduce)
+    folder = args.pairs_out
+    if folder is None and args.reduce == "pair" and not isinstance(pairs, PromptPairs):
+        folder = args.out.with_suffix(".pairs")
+    options = {"level": args.level, "reduce": args.reduce, "pairs_to": folder}
+    scores = score(args, model, pairs, metric, ablation=ablation, **options)
     seconds = time.perf_counter() - start
     write(args, scores)
-    print(scored_heading(model, pairs, scores, seconds))
+    print(scored_heading(model, pairs if isinstance(pairs, PromptPairs) else pairs.first, scores, seconds))
     shown = args.top_n
     if args.threshold is not None:
         among = scores.scores[scores.mask] if isinstance(scores, EdgeScores) else scores.scores
@@ -55,4 +68,4 @@ def run(args: argparse.Namespace) -> None:
         largest = scores.units.flatten().abs().sort(descending=True, stable=True).indices[:shown].tolist()
         places = [divmod(i, scores.units.shape[1]) for i in largest]
         print(score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
-    print(f"wrote    {args.out}")
+    print(f"wrote    {args.out}" + (f" and {folder}/" if folder is not None else ""))

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from eapcore.cli.options import METHOD
 from eapcore.cli.output import Progress, check_apart
 
+_LARGE = 32 << 20  # bytes of a task file that is read as it goes
+
 if TYPE_CHECKING:
     from eapcore.execution.ablation import Ablation
     from eapcore.graph.circuit import Circuit
     from eapcore.graph.scores import EdgeScores, NodeScores
     from eapcore.models.model import Model
     from eapcore.tasks.pairs import PromptPairs
+    from eapcore.tasks.stream import PairStream
     from eapcore.text.tokenizer import Tokenizer
 
 
@@ -32,28 +35,52 @@ def load_model(args: argparse.Namespace, source: str, device: str | None = None)
 
 def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
     """The model, the prompt pairs and the metric that the shared options name."""
+    from eapcore.tasks import find_pairs
+
+    model, task, metric = _begin(args)
+    return model, _checked(model, find_pairs(task, seed=args.seed, **_reading(args, model))), metric
+
+
+def _reading(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    return {"n": args.n, "encode": model.tokenizer, "corruption": args.corruption}
+
+
+def _checked(model: Model, pairs: PromptPairs) -> PromptPairs:
+    tokenizer = model.tokenizer
+    if pairs.vocab is not None and tokenizer is not None and tokenizer.at_hand:
+        check_words(model.name, tokenizer, pairs)
+    return pairs
+
+
+def prepare_large(args: argparse.Namespace) -> tuple[Model, PromptPairs | PairStream, str]:
+    """The same for what can read a file as it goes: one that is large is not read at once."""
     from eapcore.tasks import TASKS, find_pairs
+    from eapcore.tasks.stream import STREAMED, PairStream
+
+    model, task, metric = _begin(args)
+    what, path = _reading(args, model), Path(task)
+    if task not in TASKS and path.suffix.lower() in STREAMED and path.is_file() and path.stat().st_size > _LARGE:
+        return model, PairStream(path, **what), metric
+    return model, _checked(model, find_pairs(task, seed=args.seed, **what)), metric
+
+
+def _begin(args: argparse.Namespace) -> tuple[Model, str, str]:
+    """The model with its tokenizer, the task by its name or path, and the metric."""
+    from eapcore.tasks import TASKS
 
     task = args.task
     if task is None:
         if args.model not in TASKS:
             raise ValueError(
-                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl, .json, .csv or "
-                ".tsv file"
+                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl, .json, .csv, "
+                ".tsv or .parquet file"
             )
         task = args.model
     model = load_model(args, args.model)
     if model.folder is not None and args.out.is_file():  # a folder that was found on the Hub
         check_apart([args.out], model.folder, "--model")
-    tokenizer = find_tokenizer(args, model)
-    pairs = find_pairs(task, n=args.n, seed=args.seed, encode=tokenizer, corruption=args.corruption)
-    if pairs.vocab is not None and tokenizer is not None and tokenizer.at_hand:
-        check_words(model.name, tokenizer, pairs)
-    return (
-        replace(model, tokenizer=tokenizer),
-        pairs,
-        args.metric or (TASKS[task].metric if task in TASKS else "logit_diff"),
-    )
+    metric = args.metric or (TASKS[task].metric if task in TASKS else "logit_diff")
+    return replace(model, tokenizer=find_tokenizer(args, model)), task, metric
 
 
 def check_words(name: str, tokenizer: Tokenizer, pairs: PromptPairs) -> None:
@@ -92,14 +119,18 @@ def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:
     return found.with_bos(args.bos)
 
 
-def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> Ablation:
+def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs | PairStream) -> Ablation:
     """The ablation that the options name; a mean is made here, once."""
     from eapcore.execution.ablation import Ablation
-    from eapcore.tasks import find_pairs
+    from eapcore.tasks import PromptPairs, find_pairs
 
     task, reference = args.reference_task, None
     if task is not None:
         reference = find_pairs(task, n=args.n, seed=args.seed, encode=model.tokenizer)
+    if not isinstance(pairs, PromptPairs):
+        if args.ablation.startswith("mean") and reference is None:
+            raise ValueError(f"--ablation {args.ablation} of a file as large as {pairs.name} needs --reference-task")
+        pairs = pairs.first
     return Ablation.of(model, pairs, args.ablation, reference)
 
 
@@ -112,14 +143,16 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(
-    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, **options: Any
+    args: argparse.Namespace, model: Model, pairs: PromptPairs | PairStream, metric: str, **options: Any
 ) -> EdgeScores | NodeScores:
     """First-order scores by the method's options, and by other keywords of `attribute`."""
     from eapcore.evaluation.screened import attribute, little_more
+    from eapcore.tasks import PromptPairs
 
     how = method_options(args)
     if not how.keys() & {"method", "gradient_at", "steps", "points", "budget"}:
-        how = little_more(model, pairs, metric, args.ablation, options.get("level", "edge")) | how
+        some = pairs if isinstance(pairs, PromptPairs) else pairs.first
+        how = little_more(model, some, metric, args.ablation, options.get("level", "edge")) | how
     with Progress("scoring", len(pairs)) as progress:
         options = {**how, **options, "batch_size": args.batch_size, "progress": progress}
         options |= {"resume": args.resume, "distributed": args.distributed}

@@ -49,8 +49,8 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         "--task",
         metavar="TASK",
         help="ioi, greater-than, docstring, agreement or capitals, for a model with a tokenizer; toy-ioi, "
-        "toy-induction, sort; or a .jsonl, .json, .csv or .tsv file of clean, corrupt, answer, wrong, as text or as "
-        "token ids, or of another tool's fields (default: the toy model's own task)",
+        "toy-induction, sort; or a .jsonl, .json, .csv, .tsv or .parquet file of clean, corrupt, answer, wrong, as "
+        "text or as token ids, or of another tool's fields (default: the toy model's own task)",
     )
     parser.add_argument(
         "--corruption",

@@ -36,7 +36,7 @@ def scored_heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeSc
         units = f" and {scores.units.numel()} hidden units" if scores.units is not None else ""
         what = f"{graph.n_senders} nodes{units}"
     return (
-        f"{heading(model, pairs, scores.meta['metric']['name'])}\n"
+        f"{heading(model, pairs, scores.meta['metric']['name'], scores.meta['task']['n_pairs'])}\n"
         f"scored   {what} by {method(scores)}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
     )
 
@@ -211,8 +211,11 @@ def check_apart(outputs: Sequence[Path], read: Path, option: str) -> None:
             raise ValueError(f"--out would write over {path}, which {option} reads: give it another name by --out")
 
 
-def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
-    """What is named: the model, the task and the metric; and what is read: the fields of a file, the first pair."""
+def heading(model: Model, pairs: PromptPairs, metric: str, count: int | None = None) -> str:
+    """What is named: the model, the task and the metric; and what is read: the fields of a file, the first pair.
+
+    count: of the task's pairs, where these are only its first.
+    """
     config = model.config
     kind = "attention-only" if config.attn_only else model.family
     said = {"seed": pairs.seed, **{what: text for what, text in pairs.details.items() if what != "fields"}}
@@ -221,7 +224,7 @@ def heading(model: Model, pairs: PromptPairs, metric: str) -> str:
     return (
         f"model    {model.name}: {kind}, {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}\n"
-        f"task     {pairs.name}: {len(pairs)} prompt pairs{about}; metric {metric}\n"
+        f"task     {pairs.name}: {len(pairs) if count is None else count} prompt pairs{about}; metric {metric}\n"
         + ("" if fields is None else f"fields   {fields}\n")
         + first_pair(pairs, model.tokenizer)
     )

@@ -103,6 +103,10 @@ class Ranks:
         if self.link is not None:
             self.link.agree(what | {"eapcore": _sources(), "torch": torch.__version__})
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, something that JSON can hold, by rank."""
+        return [json.loads(json.dumps(value))] if self.link is None else self.link.gather(value)
+
     def least(self, value: int) -> int:
         """The least of all processes' values."""
         return value if self.link is None else min(self.link.gather(value))

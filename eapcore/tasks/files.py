@@ -46,6 +46,11 @@ def read_pairs(
     rows = read_rows(path, KNOWN, n)
     if not rows.rows:
         raise ValueError(f"the task {shown(path.name)} is empty: at least one prompt pair is needed")
+    return pairs_of(rows, path, encode, corruption)
+
+
+def pairs_of(rows: Rows, path: Path, encode: Encode | None, corruption: str | None) -> PromptPairs:
+    """`read_pairs` for rows that are read."""
     kind = recognise(rows.fields, path.name)
     if kind is OWN and not rows.typed:
         rows = columns_named(rows)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FORM = 'an entry is {"clean": …, "corrupt": …, "answer": …, "wrong": …}, prompts as text or lists of token ids'
 
 
@@ -47,7 +49,7 @@ def read_rows(path: Path, known: Collection[str], n: int | None) -> Rows:
         ValueError: another ending than ENDINGS, or a file that is not what its ending says. The line is named.
     """
     readers: dict[str, Callable[[Path, Collection[str], int | None], Rows]]
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table}
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
     ending = path.suffix.lower()
     if ending not in readers:
         raise ValueError(f"a task file must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, got {shown(path.name)}")
@@ -57,18 +59,83 @@ def read_rows(path: Path, known: Collection[str], n: int | None) -> Rows:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from error
 
 
+def blocks(path: Path, size: int, n: int, wanted: Callable[[int], bool]) -> Iterator[Rows | None]:
+    """The first n rows of a JSONL or Parquet file, so many at a time; None for a block whose number is not wanted."""
+    try:
+        yield from (_jsonl_blocks if path.suffix.lower() == ".jsonl" else _parquet_blocks)(path, size, n, wanted)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+
+
+def count_rows(path: Path) -> tuple[int, str]:
+    """How many rows a JSONL or Parquet file has, and the sha256 of its bytes."""
+    digest, rows = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".jsonl":
+            for line in file:
+                digest.update(line)
+                rows += bool(line.strip())
+            return rows, digest.hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return _parquet_file(path).metadata.num_rows, digest.hexdigest()
+
+
 def _jsonl(path: Path, known: Collection[str], n: int | None) -> Rows:
+    return next(_jsonl_blocks(path, sys.maxsize, n, lambda number: True), None) or Rows((), [], typed=True)
+
+
+def _jsonl_blocks(path: Path, size: int, n: int | None, wanted: Callable[[int], bool]) -> Iterator[Rows | None]:
     rows: list[tuple[str, dict[str, Any]]] = []
+    seen = 0
     # newline: not as splitlines, which also breaks at U+2028 and the like, and JSON allows those inside a string.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if n is not None and len(rows) == n:
+            if seen == n:
                 break
             if not line.strip():
                 continue
-            where = f"line {number} of {path.name}"
-            rows.append((where, _row(parsed(line, where), where)))
-    return Rows(_names(rows), rows, typed=True)
+            if wanted(seen // size):
+                where = f"line {number} of {path.name}"
+                rows.append((where, _row(parsed(line, where), where)))
+            seen += 1
+            if seen % size == 0:
+                yield Rows(_names(rows), rows, typed=True) if rows else None
+                rows = []
+    if seen % size:
+        yield Rows(_names(rows), rows, typed=True) if rows else None
+
+
+def _parquet(path: Path, known: Collection[str], n: int | None) -> Rows:
+    n = _parquet_file(path).metadata.num_rows if n is None else n
+    return next(_parquet_blocks(path, max(1, n), n, lambda number: True), None) or Rows((), [], typed=True)
+
+
+def _parquet_blocks(path: Path, size: int, n: int, wanted: Callable[[int], bool]) -> Iterator[Rows | None]:
+    file, left = _parquet_file(path), n
+    for number, batch in enumerate(file.iter_batches(batch_size=size)):
+        if left <= 0:
+            return
+        first, count = n - left, min(left, batch.num_rows)
+        left -= count
+        if not wanted(number):
+            yield None
+            continue
+        entries = batch.slice(0, count).to_pylist()
+        rows = [(f"row {first + i} of {path.name}", row) for i, row in enumerate(entries)]
+        yield Rows(_names(rows), rows, typed=True)
+
+
+def _parquet_file(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path.name} is Parquet, which pyarrow reads: pip install 'eapcore[parquet]'") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} must be a Parquet file, but it cannot be read: {error}") from error
 
 
 def _json(path: Path, known: Collection[str], n: int | None) -> Rows:

@@ -239,7 +239,7 @@ def test_an_unknown_model_is_refused_by_name(refused, tmp_path):
 def test_an_unknown_task_and_a_missing_one_list_the_valid_ones(refused, tmp_path):
     for argv in (["--task", "iio"], ["--task", tmp_path / "nothing.jsonl"], []):
         line = refused(*argv, task=False)
-        assert "one of toy-ioi, toy-induction, sort" in line and ".csv or .tsv file" in line
+        assert "one of toy-ioi, toy-induction, sort" in line and ".csv, .tsv or .parquet file" in line
 
 
 GOOD_LINE = {"clean": [1, 2, 3], "corrupt": [1, 4, 3], "answer": 5, "wrong": 6}
@@ -288,7 +288,7 @@ def test_malformed_and_foreign_task_files_are_refused(refused, tmp_path):
         "--task", tmp_path / "task.csv", task=False
     )
     (tmp_path / "task.txt").write_text("Mary")
-    assert "must end in .jsonl, .json, .csv or .tsv, got 'task.txt'" in refused(
+    assert "must end in .jsonl, .json, .csv, .tsv or .parquet, got 'task.txt'" in refused(
         "--task", tmp_path / "task.txt", task=False
     )
 

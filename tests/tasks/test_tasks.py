@@ -251,17 +251,23 @@ def test_a_byte_order_mark_and_line_separators_inside_text_do_no_harm(tmp_path):
 
 def test_a_file_of_another_format_or_a_missing_one_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("{}")
-    refused(r"a task file must end in \.jsonl, \.json, \.csv or \.tsv, got 't\.txt'", read_pairs, tmp_path / "t.txt")
+    refused(
+        r"a task file must end in \.jsonl, \.json, \.csv, \.tsv or \.parquet, got 't\.txt'",
+        read_pairs,
+        tmp_path / "t.txt",
+    )
     with pytest.raises(FileNotFoundError):
         read_pairs(tmp_path / "t.jsonl")
-    with pytest.raises(ValueError, match=r"capitals or a \.jsonl, \.json, \.csv or \.tsv file, got .*nothing\.csv"):
+    with pytest.raises(
+        ValueError, match=r"capitals or a \.jsonl, \.json, \.csv, \.tsv or \.parquet file, got .*nothing\.csv"
+    ):
         find_pairs(tmp_path / "nothing.csv", n=None, seed=0)
 
 
 @pytest.mark.parametrize("task", ["iio", "", "Sort", "."])
 def test_an_unknown_task_lists_the_valid_ones(task):
     with pytest.raises(
-        ValueError, match=r"must be one of toy-ioi, .*, capitals or a \.jsonl, \.json, \.csv or \.tsv file"
+        ValueError, match=r"must be one of toy-ioi, .*, capitals or a \.jsonl, \.json, \.csv, \.tsv or \.parquet file"
     ) as e:
         find_pairs(task, n=None, seed=0)
     assert repr(task) in str(e.value)
