@@ -386,7 +386,10 @@ class _Scoring:
                 self.check = None
                 divisors = [self.reached(name) for name in self.shapes] if self.how.absolute else None
                 tally.add(batch, values, largest, parts, first, divisors)
-                if device.type == "cpu" or not feed.left:  # on a GPU every look would wait for it
+                if device.type == "cpu":  # on a GPU every look would wait for it
+                    if not bool(values.isfinite().all()):
+                        experiment.check_finite(tally.values)
+                elif not feed.left:
                     experiment.check_finite(tally.values)
                 count.add(len(batch.pairs))
                 if tally.resume.due:

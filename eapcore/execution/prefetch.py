@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -78,10 +79,10 @@ class Feed:
     ) -> None:
         self.pairs, self.order, self.device, self.shared, self.copy = pairs, list(order), device, shared, copy
         self.first, self.stop = (x[self.order] for x in spans(pairs, shared=shared))
-        self.done = 0
+        self.done = self.at = 0  # pairs, and batches since the last cut
         self.ahead: tuple[list[int], Batch] | None = None
         self.size, self.cuts = 0, [0]
-        self.shapes: list[tuple[int, int, int]] = []
+        self.to_come: Counter[tuple[int, int, int]] = Counter()  # batches by their shape
 
     @property
     def left(self) -> int:
@@ -102,25 +103,26 @@ class Feed:
 
     def alike(self, batch: Batch) -> int:
         """How many batches of this one's shape are to come, itself included."""
-        at = self.cuts.index(self.done)
-        return self.shapes[at:].count((batch.start, batch.stop, len(batch.pairs)))
+        return self.to_come[batch.start, batch.stop, len(batch.pairs)]
 
     def _cut(self, size: int) -> None:
         """Where the batches of the pairs that are left begin, at most `size` pairs apart, and what shapes they have."""
-        self.size, self.cuts, self.shapes = size, [self.done], []
+        self.size, self.cuts, self.at = size, [self.done], 0
+        self.to_come = Counter()
         for count in cut(self.first[self.done :], self.stop[self.done :], size, limits(self.device).one_more_batch):
             part = slice(self.cuts[-1], self.cuts[-1] + count)
-            self.shapes.append((int(self.first[part].min()), int(self.stop[part].max()), count))
+            self.to_come[int(self.first[part].min()), int(self.stop[part].max()), count] += 1
             self.cuts.append(part.stop)
 
     def _pairs(self, further: int) -> list[int]:
         """The pairs of the batch that is next, or so many batches behind it."""
-        begin, end = (self.cuts.index(self.done) + further + i for i in (0, 1))
+        begin, end = (self.at + further + i for i in (0, 1))
         return self.order[self.cuts[begin] : self.cuts[end]] if end < len(self.cuts) else []
 
     def advance(self, batch: Batch) -> None:
         """A batch is scored."""
-        self.done += len(batch.pairs)
+        self.done, self.at = self.done + len(batch.pairs), self.at + 1
+        self.to_come[batch.start, batch.stop, len(batch.pairs)] -= 1
 
     def _start(self, chosen: list[int]) -> Batch:
         assert self.copy is not None
