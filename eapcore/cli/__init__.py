@@ -18,13 +18,14 @@ import eapcore.cli.patch as patch
 import eapcore.cli.path as path
 import eapcore.cli.report as report
 import eapcore.cli.run as run
+import eapcore.cli.sweep as sweep
 import eapcore.cli.verify as verify
 from eapcore.cli.options import Help
 from eapcore.cli.output import shown_safely
 from eapcore.cli.process import Stopped, join, left, link_of, log_to, say, silent, stopping, told
 
 _LONGEST = 1000  # characters of an error's message
-COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report, mib)
+COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report, mib, sweep)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,171 @@
+"""Many models and tasks, scored one after the other into a folder each, and compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.agreement import agreement, check_scores
+from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.progress import Progress
+from eapcore.graph.files import finite, replacing, write_json, write_text
+from eapcore.graph.scores import EdgeScores
+from eapcore.models.model import Model
+from eapcore.patching.record import Recordings
+from eapcore.search.smallest import SIZES, run_until, selections
+from eapcore.tasks.metrics import Metric
+
+_SCORES, _DONE, _KEPT = "scores.safetensors", "entry.json", "unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One of a sweep.
+
+    name: of its folder. load: what makes its model and task, when its turn comes. metric, options: of `attribute`.
+    asked: what it was made from, for JSON; results of the same are not made again.
+    """
+
+    name: str
+    load: Callable[[], tuple[Model, Task]]
+    metric: str | Metric = "logit_diff"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An entry beside the first.
+
+    metric: its mean on the clean runs. spearman: rank correlation of all edges' scores with the first entry's. jaccard:
+    of the edges with the largest |score|, common over all of both, at each size. faithfulness: of those circuits. NaN
+    where the first has another graph.
+    """
+
+    name: str
+    metric: float
+    spearman: float
+    sizes: Sequence[int]
+    jaccard: Sequence[float]
+    faithfulness: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """All entries, in order. done: how many of them were there already."""
+
+    entries: Sequence[Compared]
+    done: int
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, "sweep-table", self)
+
+
+def sweep(
+    entries: Iterable[Entry],
+    folder: str | Path,
+    *,
+    shares: Sequence[float] = SIZES,
+    progress: Callable[[str], Progress | None] = lambda name: None,
+    distributed: bool = False,
+    leads: bool = True,
+) -> Sweep:
+    """Score every entry into a folder of its own, run its circuits of several sizes, and compare all with the first.
+
+    An entry that is done is read; one that was interrupted goes on where it was.
+
+    Args:
+        entries: an iterable; each one's model is loaded when its turn comes, and let go behind it.
+        folder: where the entries' folders go.
+        shares: sizes of the circuits, as shares of all edges.
+        progress: what is called for an entry, by name, with (pairs done, pairs in all).
+        distributed: share each entry's work among the processes of this run, as `attribute`. leads: whether this is the
+            one that writes.
+
+    Raises:
+        ValueError: a name that is no folder's, or that comes twice; a folder whose results were made from something
+            else; as `attribute` and `run_circuit`, naming the entry.
+    """
+    found: list[tuple[str, EdgeScores, list[float]]] = []
+    done = 0
+    for entry in entries:
+        named = re.fullmatch(r"[\w.+-]+", entry.name) and entry.name not in (".", "..")
+        if not named or entry.name in [other[0] for other in found]:
+            raise ValueError(f"an entry's name must be that of a folder of its own, got {entry.name!r}")
+        place = Path(folder) / entry.name
+        kept = _read(place, _asked(entry, shares))
+        done += kept is not None
+        try:
+            made = kept or _score(entry, place, shares, progress(entry.name), distributed, leads)
+        except (ValueError, OSError, RuntimeError) as error:
+            if type(error) is not ValueError:
+                raise
+            raise ValueError(f"{entry.name}: {error}") from error
+        found.append((entry.name, *made))
+    if not found:
+        raise ValueError("a sweep needs at least one entry")
+    return Sweep([_compared(found[0][1], each, shares) for each in found], done)
+
+
+def _score(
+    entry: Entry, place: Path, shares: Sequence[float], progress: Progress | None, distributed: bool, leads: bool
+) -> tuple[EdgeScores, list[float]]:
+    model, task = entry.load()
+    options: dict[str, Any] = {**entry.options, "progress": progress, "distributed": distributed}
+    options["resume"] = place / _KEPT
+    scores = attribute(model, task, entry.metric, **options)
+    check_scores(scores, model.graph)
+    experiment = Experiment.of(
+        model, task, entry.metric, options.get("ablation", "corrupt"), options.get("reference"), distributed
+    )
+    recordings = Recordings(experiment, options.get("batch_size", "auto"))
+    tried = run_until(experiment, recordings, selections(scores, shares), math.inf)[0]
+    kept = [each.faithfulness for each in tried]
+    if leads:
+        scores.save(place / _SCORES)
+        content = {"format": "eapcore-sweep-entry", "format_version": 1, "asked": _asked(entry, shares)}
+        with replacing(place / _DONE) as temporary:
+            write_text(temporary, finite(content | {"faithfulness": kept}))
+        shutil.rmtree(place / _KEPT, ignore_errors=True)
+    return scores, kept
+
+
+def _asked(entry: Entry, shares: Sequence[float]) -> dict[str, Any]:
+    """What an entry was made from, as JSON has it."""
+    return dict(json.loads(json.dumps({**entry.asked, "sizes": list(shares)})))
+
+
+def _read(place: Path, now: Mapping[str, Any]) -> tuple[EdgeScores, list[float]] | None:
+    """What is done of an entry; None where it is not done."""
+    if not (place / _DONE).exists():
+        return None
+    try:
+        content = json.loads((place / _DONE).read_text(encoding="utf-8"))
+        asked, kept = dict(content["asked"]), [math.nan if x is None else float(x) for x in content["faithfulness"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place / _DONE} must be what a sweep wrote, but it cannot be read: {error}") from error
+    changed = [name for name in sorted({*asked, *now}) if asked.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{place} holds results of another {' and another '.join(changed)}: delete it, or give the entry another "
+            "name"
+        )
+    return EdgeScores.load(place / _SCORES), kept
+
+
+def _compared(first: EdgeScores, each: tuple[str, EdgeScores, list[float]], shares: Sequence[float]) -> Compared:
+    name, scores, kept = each
+    sizes = sorted({max(1, round(share * scores.graph.n_edges)) for share in shares})
+    metric = float((scores.meta.get("metric") or {}).get("clean", math.nan))
+    if scores.graph != first.graph:
+        return Compared(name, metric, math.nan, sizes, [math.nan] * len(sizes), kept)
+    both = [(first.top_n(n).mask, scores.top_n(n).mask) for n in sizes]
+    jaccard = [int((a & b).sum()) / int((a | b).sum()) for a, b in both]
+    return Compared(name, metric, agreement(first, scores).spearman, sizes, jaccard, kept)
