@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from eapcore.attribution.attribute import attribute as first_order
 from eapcore.attribution.methods import METHODS, exact_receivers
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import spans
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
@@ -92,6 +94,7 @@ def little_more(
     return {"method": "hybrid"} if level == "edge" and exact <= LITTLE * cost.eap else {"gradient_at": 0.75}
 
 
+@reported
 @own_modes
 @torch.no_grad()
 def screened(
@@ -104,6 +107,8 @@ def screened(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
+    distributed: bool = False,
     **options: Any,
 ) -> EdgeScores:
     """Score every edge by first order, and patch as many exactly as a budget allows.
@@ -123,6 +128,7 @@ def screened(
         budget: in units of what `attribute(method="eap")` costs, by a count of multiply-adds; at least 1. For less than
             a gradient at 0.75 costs it is "eap", for more than patching every edge costs it is `patch_edges`.
         progress: called with (runs done, runs in all), one for each pair and each edge that is patched, and the scores.
+        resume, distributed: as `attribute`.
         options: `storage`, `impl` and `graphs` of `attribute`.
 
     Returns:
@@ -131,14 +137,14 @@ def screened(
     Raises:
         ValueError: a budget below 1; as `attribute` and `patch_edges`.
     """
-    plain = {"level": "edge", "reduce": "all", "distributed": False}
+    plain = {"level": "edge", "reduce": "all"}
     for option, value in options.items():
         if option not in ("storage", "impl", "graphs") and value is not None and value != plain.get(option):
             raise ValueError(f"screened chooses for itself and takes a budget, but no {option}, got {value!r}")
     options = {option: value for option, value in options.items() if option not in plain and value is not None}
     if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget >= 1:
         raise ValueError(f"budget must be a number of at least 1, the cost of one gradient, got {budget!r}")
-    experiment = Experiment.of(model, task, metric, ablation, reference)
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph, mask = model.graph, model.graph.edge_mask()
     pairs = experiment.pairs
     cost = _cost(model, pairs, experiment.metric, shared=experiment.shared)
@@ -147,7 +153,7 @@ def screened(
     allowed, n_pairs = budget * cost.eap, len(experiment)
     name = {"name": "screened", "budget": float(budget)}
     if allowed >= everything:
-        patched = measure_edges(experiment, batch_size=batch_size, progress=progress)
+        patched = measure_edges(experiment, batch_size=batch_size, progress=progress, resume=resume)
         n = graph.n_edges
         method = {**patched.meta["method"], **name, "spent": everything / cost.eap, "n_exact": n, "n_patched": n}
         return replace(patched, exact=mask, meta={**patched.meta, "method": method})
@@ -165,7 +171,7 @@ def screened(
     count = Count(progress, n_pairs)
     scores = first_order(
         model, experiment.pairs, experiment.metric, ablation=experiment.ablation, batch_size=batch_size,
-        progress=count.stage(n_pairs), **how, **options,
+        progress=count.stage(n_pairs), resume=resume, distributed=distributed, **how, **options,
     )  # fmt: skip
     assert isinstance(scores, EdgeScores)
     values, exact = scores.scores, torch.zeros_like(mask) if scores.exact is None else scores.exact
@@ -175,7 +181,8 @@ def screened(
         spent += cost.record + used
         count.total += n_pairs * n
         stage = count.stage(n_pairs * n)
-        patched = measure_edges(experiment, Circuit(chosen, graph), batch_size=batch_size, progress=stage)
+        edges = Circuit(chosen, graph)
+        patched = measure_edges(experiment, edges, batch_size=batch_size, progress=stage, resume=resume)
         values, exact = patched.scores.where(chosen, values), exact | chosen
     method = {**scores.meta["method"], **name, "spent": spent / cost.eap, "n_exact": int(exact.sum()), "n_patched": n}
     meta = {**scores.meta, "method": method, "metric": {**scores.meta["metric"], "name": experiment.metric_name}}

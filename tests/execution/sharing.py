@@ -13,6 +13,7 @@ from models import random_model, random_pairs
 
 import eapcore.execution.distributed as distributed
 from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.screened import screened
 from eapcore.patching.edges import patch_edges
 
 LENGTHS = [7, 5, 6, 7, 3, 6, 4, 7]
@@ -32,7 +33,7 @@ def everything(rank, size, folder):
     """Every public function, alone and shared: how far they differ, and the bits of what was shared, twice."""
     model, pairs = case()
     found = {}
-    for name, call in EVERYTHING.items():
+    for name, call in {**EVERYTHING, "screened": lambda m, p, **o: screened(m, p, budget=5.0, **o).scores}.items():
         if name == "circuits":  # one batch
             continue
         alone = number(call(model, pairs))

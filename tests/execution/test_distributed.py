@@ -72,7 +72,8 @@ def test_work_that_is_killed_at_any_moment_goes_on_to_the_same_bits(told):
 
 
 def test_torchrun_runs_a_command_and_one_process_prints_and_writes(tmp_path):
-    command = ["--nproc-per-node=2", "-m", "eapcore", "attribute", "--n-pairs", "6", "--out", "shared.safetensors"]
+    command = ["--nproc-per-node=2", "-m", "eapcore", "attribute", "--n-pairs", "6"]
+    command += ["--method", "eap", "--out", "shared.safetensors"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "torch.distributed.run", *command]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

@@ -33,7 +33,7 @@ def start(*groups: tuple[str, int], folder: Path) -> list[list[Any]]:
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "execution"), str(folder)]
     code = FORK.format(paths=paths, groups=[(*group, str(folder)) for group in groups])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])
 

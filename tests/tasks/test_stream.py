@@ -136,7 +136,8 @@ def test_the_command_reads_a_large_file_as_it_goes(case, tmp_path, monkeypatch, 
     monkeypatch.setattr(inputs, "_LARGE", 10)
     folder = save_checkpoint(model, tmp_path / "model")
     out = tmp_path / "scores.safetensors"
-    command = ["attribute", "--model", folder, "--task", path, "--reduce", "pair", "--device", "cpu", "--out", out]
+    command = ["attribute", "--model", folder, "--task", path, "--method", "eap", "--reduce", "pair"]
+    command += ["--device", "cpu", "--out", out]
     assert main([str(x) for x in command]) == 0
     printed = capsys.readouterr().out
     assert "25 prompt pairs" in printed and printed.endswith(f"wrote    {out} and {out.with_suffix('.pairs')}/\n")
