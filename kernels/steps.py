@@ -44,7 +44,7 @@ def normalise(
     centred: LayerNorm; else RMSNorm, where μ is 0 (returned as None) and there is no β.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if _takes_triton(impl, x):
+    if takes_triton(impl, x):
         if (run := dry.active.get()) is not None:
             statistics = [x.new_empty((*x.shape[:-1], 1), dtype=wide) for _ in range(1 + centred)]
             n = x.new_empty(x.shape)
@@ -70,7 +70,7 @@ def standardise(
     impl: str = "auto",
 ) -> Annotated[Tensor, "... D"]:
     """x̂ = (x − μ)/σ, without a mean x/σ, in x's dtype."""
-    if _takes_triton(impl, x):
+    if takes_triton(impl, x):
         if (run := dry.active.get()) is not None:
             made = x.new_empty(x.shape)
             run.ran("standardise", x, made)
@@ -98,7 +98,7 @@ def normalise_grad(
 
     RMSNorm has no mean(u). frozen: σ is taken as a constant, which leaves out the last term.
     """
-    if _takes_triton(impl, grad):
+    if takes_triton(impl, grad):
         if (run := dry.active.get()) is not None:
             made = grad.new_empty(grad.shape)
             run.ran("normalise_grad", grad, *(() if frozen else (x,)), made)
@@ -137,7 +137,7 @@ def moved_units(
     Rounded once to hidden's dtype.
     """
     checks.one_of("act_fn", act_fn, ACTIVATIONS)
-    if _takes_triton(impl, hidden):
+    if takes_triton(impl, hidden):
         if (run := dry.active.get()) is not None:
             made = hidden.new_empty(hidden.shape)
             run.ran("moved_units", hidden, *(() if up is None else (up,)), made)
@@ -167,7 +167,7 @@ def moved_sum(
     Rounded once in the moved rows. `sent` may be overwritten.
     """
     count = difference.shape[1]
-    if _takes_triton(impl, x):
+    if takes_triton(impl, x):
         if (run := dry.active.get()) is not None:
             out = x.new_empty(x.shape)
             run.ran("moved_sum", x, sent, difference, out)
@@ -184,7 +184,8 @@ def moved_sum(
     return out
 
 
-def _takes_triton(impl: str, x: Tensor) -> bool:
+def takes_triton(impl: str, x: Tensor) -> bool:
+    """Whether a step on this tensor, or on one like it in a dry run, is the GPU's kernel."""
     checks.one_of("impl", impl, IMPLS)
     if impl != "auto":
         return impl == "triton"

@@ -7,6 +7,7 @@ from typing import Any
 import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import checks, cpp, reference, steps
+from eapcore.kernels.attention import Causal, attend, attend_grad
 from torch import Tensor
 
 from ops import work
@@ -32,7 +33,10 @@ def variant(kernel: str, meta: dict[str, Any], args: tuple[Any, ...]) -> str:
     return f"{kernel} {dtype} {meta['KIND']}{' by table' if meta['HAS_TABLE'] else ''}"
 
 
-STEPS = {"normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows"}
+STEPS = {
+    "attend_rows", "query_grads", "key_grads",
+    "normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows",
+}  # fmt: skip
 VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges", *STEPS} | {
     f"channel_grads {str(dtype).removeprefix('torch.')} {kind}{table}"
     for dtype in DTYPES
@@ -68,6 +72,7 @@ def check_every_kernel(kind: str, device: str) -> None:
                 check_factored(fast, device, dtype, reduce)
             if fast == "triton":
                 check_steps(device, dtype)
+                check_attention(device, dtype)
     finally:
         if fast == "triton":
             triton_common.launch = launch
@@ -157,3 +162,20 @@ def check_steps(device: str, dtype: torch.dtype) -> None:
         got = steps.moved_sum(x, sent, difference, bias, impl="triton")
         exact = steps.moved_sum(wide[0], sent.double(), difference.double(), bias.double())
         judge(f"moved_sum {dtype} D={width}", got, exact, STORED[dtype])
+
+
+def check_attention(device: str, dtype: torch.dtype) -> None:
+    read = torch.tensor([[0, 4], [2, 3]], device=device)
+    for past, where, how in (
+        (0, None, Causal(0.4)),
+        (3, None, Causal(0.4, window=4)),
+        (2, read, Causal(0.4, softcap=2.0)),
+    ):
+        q, dz = (torch.randn(2, 4, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
+        k, v = (torch.randn(2, 2, past + 5, 20, device=device).to(dtype) for _ in range(2))
+        wide = [x.double() for x in (q, k, v, dz)]
+        got = attend(q, k, v, how, 5, where, impl="triton")
+        judge(f"attend {dtype} {how}", got, attend(*wide[:3], how, 5, where), 1e-5)
+        made = attend_grad(q, k, v, dz, how, 5, where, impl="triton")
+        for got, exact in zip(made, attend_grad(*wide, how, 5, where), strict=True):
+            judge(f"attend_grad {dtype} {how}", got, exact, 2 * STORED[dtype])

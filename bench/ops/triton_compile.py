@@ -139,6 +139,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
+    from eapcore.kernels.attention import Causal, attend, attend_grad
 
     on = triton_common.target(torch.device("meta"))
 
@@ -244,6 +245,18 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     steps_of("steps bf16, GPT-2 small", half, 768, "gelu_new", False)
     steps_of("steps f32, GPT-2 XL", single, 1600, "gelu", False)
     steps_of("steps f16, gated, 16384 wide", torch.float16, 16384, "silu", True)
+
+    def attention(case: str, dtype: torch.dtype, d_head: int, tokens: int, past: int, read: bool, how: Any) -> None:
+        q, kv = empty(8, tokens, 12, d_head, dtype=dtype), empty(8, past + tokens, 4, d_head, dtype=dtype)
+        k = v = kv.transpose(1, 2)
+        where = empty(8, 2, dtype=torch.int64) if read else None
+        q = (q[:, :2] if read else q).transpose(1, 2)
+        calls.append((case, "", lambda: attend(q, k, v, how, tokens, where, impl="triton")))
+        calls.append((case, "", lambda: attend_grad(q, k, v, q, how, tokens, where, impl="triton")))
+
+    attention("attention bf16, K = 64", half, 64, 512, 0, False, Causal(0.1))
+    attention("attention bf16, K = 128, a past", half, 128, 512, 8, False, Causal(0.1))
+    attention("attention f16, K = 80, read, window and cap", torch.float16, 80, 20, 8, True, Causal(0.1, 64, 50.0))
 
     def add() -> None:
         delta, gradients = empty(1249, 4, 64, 1600), empty(3649, 4, 64, 1600)

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from eapcore.kernels import steps
+from eapcore.kernels import attention, steps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,6 +160,10 @@ def count_op(count: Count, op: str, *tensors: Tensor) -> None:
     elif op == "receiver_grads":
         g, weight, _ = tensors
         count.add("receivers", 1, size_of(g, *tensors), 2 * g.numel() * weight.shape[1], g.dtype)
+    elif op.startswith("attend"):
+        q, k = tensors[:2]
+        products = {"attend": 2, "attend_grad, queries": 5, "attend_grad, keys": 4}[op]
+        count.add("attention, fused", 1, size_of(*tensors), products * 2 * q.numel() * k.shape[2], q.dtype)
     else:
         count.add("steps", 1, size_of(*tensors))
 
@@ -173,8 +177,11 @@ def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool 
     operations = Operations(count)
     plan = Plan(model.config, dtype, torch.device("cuda"))
     model.closed_forms  # noqa: B018 - constants of the weights, made once for a call
-    one_by_one = contextlib.nullcontext() if fused else mock.patch.object(steps, "_takes_triton", lambda impl, x: False)
-    with one_by_one, Attention(count):
+    with contextlib.ExitStack() as how:
+        if not fused:
+            for module in (steps, attention):
+                how.enter_context(mock.patch.object(module, "takes_triton", lambda impl, x: False))
+        how.enter_context(Attention(count))
         run_dry(plan, model, work.B, work.T, "dense", 1, operations, ran=partial(count_op, count))
     return count
 

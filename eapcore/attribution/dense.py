@@ -130,7 +130,7 @@ class _Edges(Sink):
             if receivers.start < receivers.stop:
                 before = slice(0, self.graph.senders_before(part.receivers.start))
                 self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
-        return torch.cat(total, 1).flatten(0, 1)
+        return (total[0] if len(total) == 1 else torch.cat(total, 1)).flatten(0, 1)
 
     def add(
         self,

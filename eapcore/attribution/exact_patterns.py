@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.limits import limits
-from eapcore.models.attention import Channels, by_group
+from eapcore.kernels.attention import by_group
+from eapcore.models.attention import Channels
 from eapcore.models.tensors import accumulate_dtype
 
 
@@ -53,7 +54,7 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     norm_in = part.saved.norm_in.at(read) if queries else part.saved.norm_in
     q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, read)
     before = k.shape[2] - part.saved.kv.shape[1]
-    known = attention.scores(q, k, before, read)
+    known = attention.causal.scores(q, k, before, read)
     pattern = known.softmax(-1)  # [B, H, Q, P + T]
     d_pattern = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
     by_key = reduce == "position" and not queries
@@ -64,12 +65,12 @@ def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) ->
     def changed(made: Tensor, summed: bool = False) -> Tensor:
         """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
         if queries:
-            other = attention.scores(attention.ready_queries(made, before, read), k, before, read)
+            other = attention.causal.scores(attention.ready_queries(made, before, read), k, before, read)
         else:
             front = k[:, :, :before]
             front = front.repeat_interleave(made.shape[2] // k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
             keys = torch.cat([front, attention.ready_keys(made, before)], 3)  # [S', B, G, P + T, K]
-            other = attention.scores(q.expand(len(made), *q.shape), keys, before, read)
+            other = attention.causal.scores(q.expand(len(made), *q.shape), keys, before, read)
         base = pattern
         if by_key:
             base = pattern * (known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()

@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
+from eapcore.kernels.attention import Causal, attend, attend_grad, value_grad
 from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
@@ -271,36 +270,12 @@ class Attention:
 
         In float32 at least and not rounded to half precision, so that mixtures can be subtracted before they are.
         """
-        q, k, v = (x.to(accumulate_dtype(x.dtype)) for x in (q, k, v))
-        if q.shape[2] == 0:
-            return q
-        before = k.shape[2] - tokens
-        if self.softcap is not None:
-            return by_group(self.pattern(q, k, before, read), v)
-        attend = partial(F.scaled_dot_product_attention, q, k, v, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
-        if before == 0 and read is None and (self.window is None or tokens <= self.window):
-            return attend(is_causal=True)
-        return attend(attn_mask=~self.hidden(tokens, before, read, q.device))
+        return attend(q, k, v, self.causal, tokens, read)
 
-    def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
-        """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
-        keys = torch.arange(-past, tokens, device=device)
-        queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
-        future = keys > queries
-        return future if self.window is None else future | (keys <= queries - self.window)
-
-    def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
-        """softmax of the causal scores in float32 at least, from q [.., H, Q, K] and k [.., G, P + T, K] as `heads`
-        gives them; before is P."""
-        return self.scores(q, k, before, read).softmax(-1)
-
-    def scores(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
-        """What `pattern` is the softmax of: −∞ where a query must not see a key."""
-        hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
-        scores = by_group(q, k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * (scores / self.softcap).tanh()
-        return scores.masked_fill_(hidden, -torch.inf)
+    @property
+    def causal(self) -> Causal:
+        """How queries see keys."""
+        return Causal(self.scale, self.window, self.softcap)
 
     def added(self, run: AttentionRun) -> Annotated[Tensor, "B Q D"]:
         """What all heads add to the residual stream together, the bias included."""
@@ -370,8 +345,8 @@ class Attention:
         if rules.attention == "frozen":
             q, k, v = self.heads(saved.q, saved.kv, past, read)
             before = k.shape[2] - saved.kv.shape[1]
-            pattern = self.pattern(q, k, before, read)
-            dv = self._of_channels(_value_grad(pattern, dz.transpose(1, 2), before)).transpose(1, 2)
+            pattern = self.causal.pattern(q, k, before, read)
+            dv = self._of_channels(value_grad(pattern, dz.transpose(1, 2), before)).transpose(1, 2)
             del pattern, q, k, v
             yield piece(of_v, self._of_each(saved.kv[:, :, self.n_kv :]), dv)
             return
@@ -401,23 +376,12 @@ class Attention:
         self, saved: AttentionSaved, dz: Annotated[Tensor, "B Q H K"], past: Tensor | None, read: Tensor | None
     ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
         """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before the norms and the turn, k and v for each query head; dz is
-        ∂metric/∂z.
-
-        With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The
-        pattern is computed again, so that no [B, H, Q, T] outlives its layer.
-        """
+        ∂metric/∂z."""
         q, k, v = self.heads(saved.q, saved.kv, past, read)
         dz = dz.transpose(1, 2)  # [B, H, Q, K]
-        before, wide = k.shape[2] - saved.kv.shape[1], accumulate_dtype(q.dtype)
-        pattern = self.pattern(q, k, before, read)
-        dv = _value_grad(pattern, dz, before)
-        dp = by_group(dz, v.transpose(-1, -2)).to(wide)
-        ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * self.scale
-        if self.softcap is not None:
-            tanh = (by_group(q, k.transpose(-1, -2)).to(wide) * (self.scale / self.softcap)).tanh()
-            ds = ds * (1 - tanh**2)
-        ds = ds.to(dz.dtype)
-        dq, dk = by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q
+        tokens = saved.kv.shape[1]
+        dq, dk, dv = attend_grad(q, k, v, dz, self.causal, tokens, read)
+        before = k.shape[2] - tokens
         if self.rotary is not None:
             dq = self.rotary.back(dq, _query_positions(dq, before, read))
             dk = self.rotary.back(dk, _positions(dk, before))
@@ -570,7 +534,7 @@ class Attention:
             by_prompt = q.unflatten(1, (-1, len(past))).permute(2, 0, 1, 3)  # [B, H, N/B, K]
             earlier = (by_prompt @ before[:, :heads]).permute(2, 0, 1, 3).flatten(0, 1)  # [N, H, P]
             scores = torch.cat([earlier, scores], 2)
-        hidden = self.hidden(tokens, scores.shape[2] - tokens, read, x.device)[:, 0]
+        hidden = self.causal.hidden(tokens, scores.shape[2] - tokens, read, x.device)[:, 0]
         pattern = (scores * self.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
         here = pattern[:, :, -tokens:]
         z = torch.bmm(torch.bmm(here, n).transpose(0, 1), w_v)  # [H, N, K]
@@ -666,15 +630,6 @@ class Channels:
         return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]
 
 
-def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
-    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
-    group = x.shape[-3] // y.shape[-3]
-    if group == 1:
-        return x @ y
-    rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]
-    return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
-
-
 def _positions(x: Tensor, before: int) -> Tensor:
     """int64 [T], the positions of x [..., T, K] behind `before` others."""
     return torch.arange(before, before + x.shape[-2], device=x.device)
@@ -683,8 +638,3 @@ def _positions(x: Tensor, before: int) -> Tensor:
 def _query_positions(q: Tensor, before: int, read: Tensor | None) -> Tensor:
     """int64 [Q] or [B, 1, Q], the positions of queries [..., B, H, Q, K]."""
     return _positions(q, before) if read is None else before + read[:, None]
-
-
-def _value_grad(pattern: Tensor, dz: Tensor, before: int) -> Tensor:
-    """∂metric/∂v [B, H, T, K] = Pᵀ dz from the pattern [B, H, Q, P + T] and dz [B, H, Q, K]."""
-    return pattern[..., before:].to(dz.dtype).transpose(-1, -2) @ dz

@@ -129,7 +129,7 @@ def test_scores_by_the_steps_kernels(monkeypatch):
         launch(kernel, *args, **meta)
 
     monkeypatch.setattr(common, "launch", watched)
-    monkeypatch.setattr(steps, "_takes_triton", lambda impl, x: True)
+    monkeypatch.setattr(steps, "takes_triton", lambda impl, x: True)
     got = attribute(model, task, storage="dense").scores
     assert {"normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows"} == set(seen)
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()

@@ -1,0 +1,154 @@
+"""Causal attention of queries that may stand anywhere: mixtures of values, and the gradients of q, k and v.
+
+Letters: H query heads, G key and value heads, each shared by H / G query heads that follow one another; P positions
+before the T tokens, Q queries, K d_head. Queries are all T tokens, or those at the positions `read`, int64 [B, Q].
+
+On a GPU each direction is one or two kernels that keep no pattern, in half precision and for d_head up to 128: what is
+larger has more numbers on its way than registers, and takes torch's operations, the specification, as all else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dry_run as dry
+from .steps import takes_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """How queries see keys: s = q·k · scale, with a soft cap c as c·tanh(s/c), and softmax over the keys that are seen.
+
+    window: how many positions a query sees, itself the last; None for all. softcap: None for none.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
+        """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
+        keys = torch.arange(-past, tokens, device=device)
+        queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
+        future = keys > queries
+        return future if self.window is None else future | (keys <= queries - self.window)
+
+    def scores(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """s in float32 at least, −∞ where a query must not see a key, from q [.., H, Q, K] and k [.., G, P + T, K];
+        before is P."""
+        hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
+        scores = by_group(q, k.transpose(-1, -2)).to(_wide(q)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        return scores.masked_fill_(hidden, -torch.inf)
+
+    def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """softmax of `scores`."""
+        return self.scores(q, k, before, read).softmax(-1)
+
+
+def attend(
+    q: Annotated[Tensor, "B H Q K"],
+    k: Annotated[Tensor, "B G P+T K"],
+    v: Annotated[Tensor, "B G P+T K"],
+    how: Causal,
+    tokens: int,
+    read: Annotated[Tensor, "int64 B Q"] | None = None,
+    *,
+    impl: str = "auto",
+) -> Annotated[Tensor, "B H Q K"]:
+    """z = softmax(..) v, in float32 at least: not rounded to half precision, so that mixtures can be subtracted before
+    they are. tokens is T."""
+    if takes_triton(impl, q) and (impl == "triton" or fits(q)):
+        if (run := dry.active.get()) is not None:
+            z = empty_mixtures(q)
+            run.ran("attend", q, k, v, z)
+            return z
+        from . import triton_attention
+
+        return triton_attention.attend(q, k, v, how, tokens, read)
+    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
+    if q.shape[2] == 0:
+        return q
+    before = k.shape[2] - tokens
+    if how.softcap is not None:
+        return by_group(how.pattern(q, k, before, read), v)
+    run = partial(F.scaled_dot_product_attention, q, k, v, scale=how.scale, enable_gqa=q.shape[1] != k.shape[1])
+    if before == 0 and read is None and (how.window is None or tokens <= how.window):
+        return run(is_causal=True)
+    return run(attn_mask=~how.hidden(tokens, before, read, q.device))
+
+
+def attend_grad(
+    q: Annotated[Tensor, "B H Q K"],
+    k: Annotated[Tensor, "B G P+T K"],
+    v: Annotated[Tensor, "B G P+T K"],
+    dz: Annotated[Tensor, "B H Q K"],
+    how: Causal,
+    tokens: int,
+    read: Annotated[Tensor, "int64 B Q"] | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
+    """∂metric/∂q, ∂metric/∂k and ∂metric/∂v of `attend` from dz = ∂metric/∂z, in dz's dtype; k and v of the T tokens,
+    for each query head.
+
+    With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The pattern
+    is computed again, so that no [B, H, Q, T] outlives its layer.
+    """
+    before = k.shape[2] - tokens
+    if takes_triton(impl, q) and (impl == "triton" or fits(q)):
+        if (run := dry.active.get()) is not None:
+            rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
+            made = dz.new_empty(q.shape), *(dz.new_empty(*q.shape[:2], tokens, q.shape[3]) for _ in range(2))
+            run.ran("attend_grad, queries", q, k, v, dz, made[0], *rows)
+            run.ran("attend_grad, keys", q, k, v, dz, *made[1:], *rows)
+            return made
+        from . import triton_attention
+
+        return triton_attention.attend_grad(q, k, v, dz, how, tokens, read)
+    wide = _wide(q)
+    pattern = how.pattern(q, k, before, read)
+    dv = value_grad(pattern, dz, before)
+    dp = by_group(dz, v.transpose(-1, -2)).to(wide)
+    ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * how.scale
+    if how.softcap is not None:
+        tanh = (by_group(q, k.transpose(-1, -2)).to(wide) * (how.scale / how.softcap)).tanh()
+        ds = ds * (1 - tanh**2)
+    ds = ds.to(dz.dtype)
+    return by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv
+
+
+def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q K"]:
+    """Room for z, a token's heads beside each other, as their projection reads them."""
+    batch, heads, queries, d_head = q.shape
+    return q.new_empty(batch, queries, heads, d_head, dtype=torch.float32).transpose(1, 2)
+
+
+def fits(q: Tensor) -> bool:
+    """Whether the GPU's kernels keep what they need of queries like these in registers."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
+
+
+def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
+    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
+    group = x.shape[-3] // y.shape[-3]
+    if group == 1:
+        return x @ y
+    rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]
+    return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
+
+
+def value_grad(pattern: Tensor, dz: Tensor, before: int) -> Tensor:
+    """∂metric/∂v [B, H, T, K] = Pᵀ dz from the pattern [B, H, Q, P + T] and dz [B, H, Q, K]."""
+    return pattern[..., before:].to(dz.dtype).transpose(-1, -2) @ dz
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

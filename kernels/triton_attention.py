@@ -1,0 +1,280 @@
+"""Causal attention on the GPU without a pattern in memory, float32 between what is read and what is written.
+
+    attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018)
+    query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next
+    key_grads          dk and dv of a block of keys: the queries that see them go by
+
+One program instance has one block of one query head of one prompt. Queries at given positions and those of all tokens
+differ in where their position comes from alone; a block walks through the keys between the first and the last that any
+of its queries sees. Sums have a fixed order: nothing is added atomically.
+
+Bytes: q, k, v read once by each block that needs them (from L2 after the first), z written in float32. Patterns of half
+precision are rounded to it before products in the backward pass, as torch's operations round them; in the forward pass
+they are not, so that the mixtures of two nearly equal prompts can be subtracted.
+"""
+
+# Triton reads the annotations of its kernels' parameters, which leaves no room for types there.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_common as common
+from .attention import Causal, empty_mixtures
+from .triton_steps import rounded
+
+
+@triton.jit
+def pattern_scores(
+    q, k, positions, keys, N, scale, window, softcap,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    slope = tl.full(s.shape, 1.0, dtype=tl.float32)
+    if SOFTCAP:
+        tanh = 2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0
+        s = softcap * tanh
+        slope = 1.0 - tanh * tanh
+    seen = (keys[None, :] <= positions[:, None]) & (keys < N)[None, :]
+    if WINDOW:
+        seen = seen & (keys[None, :] > positions[:, None] - window)
+    return tl.where(seen, s, float("-inf")), slope
+
+
+@triton.jit
+def key_range(positions, window, N, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    first = 0
+    if WINDOW:
+        first = tl.maximum(tl.min(positions, 0) - window + 1, 0) // BLOCK_N * BLOCK_N
+    return first, tl.minimum(tl.max(positions, 0) + 1, N)
+
+
+@triton.jit
+def load_rows(source, rows, stride, d, K, UPCAST: tl.constexpr):
+    tile = tl.load(source + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=(d < K)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def query_positions(read, prompt, rows, Q, before, HAS_READ: tl.constexpr):
+    positions = rows
+    if HAS_READ:
+        positions = tl.load(read + prompt.to(tl.int64) * Q + rows).to(tl.int32)
+    return positions + before
+
+
+@triton.jit
+def attend_rows(
+    q, k, v, z, read,
+    H, group, Q, N, K, before, scale, window, softcap,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK_Q)
+    row = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    head = (tl.program_id(0) // blocks) % H
+    prompt = (tl.program_id(0) // blocks // H).to(tl.int64)
+    rows = tl.minimum(row, Q - 1)  # rows past the end repeat the last one
+    d = tl.arange(0, BLOCK_K)
+    positions = query_positions(read, prompt, rows, Q, before, HAS_READ)
+    queries = load_rows(q + prompt * stride_qb + head * stride_qh, rows, stride_qt, d, K, UPCAST)
+    keys_at = k + prompt * stride_kb + (head // group) * stride_kh
+    values_at = v + prompt * stride_vb + (head // group) * stride_vh
+    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(n, N - 1)
+        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+        s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+        top = tl.maximum(largest, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST).to(tl.float32)
+        mixed = tl.dot(p, values, mixed * shrink[:, None], input_precision=PRECISION)
+        largest = top
+    at = z + ((prompt * Q + row.to(tl.int64)) * H + head)[:, None] * K + d[None, :]
+    tl.store(at, mixed / total[:, None], mask=(row < Q)[:, None] & (d < K)[None, :])
+
+
+@triton.jit
+def query_grads(
+    q, k, v, dz, dq, sums, products, read,
+    H, group, Q, N, K, before, scale, window, softcap,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_zb, stride_zh, stride_zt,
+    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK_Q)
+    row = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    head = (tl.program_id(0) // blocks) % H
+    prompt = (tl.program_id(0) // blocks // H).to(tl.int64)
+    rows = tl.minimum(row, Q - 1)
+    d = tl.arange(0, BLOCK_K)
+    positions = query_positions(read, prompt, rows, Q, before, HAS_READ)
+    queries = load_rows(q + prompt * stride_qb + head * stride_qh, rows, stride_qt, d, K, UPCAST)
+    behind = load_rows(dz + prompt * stride_zb + head * stride_zh, rows, stride_zt, d, K, UPCAST)
+    keys_at = k + prompt * stride_kb + (head // group) * stride_kh
+    values_at = v + prompt * stride_vb + (head // group) * stride_vh
+    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    product = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(n, N - 1)
+        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+        s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
+        dp = tl.dot(behind, values.T, input_precision=PRECISION)
+        top = tl.maximum(largest, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        product = product * shrink + tl.sum(p * dp, 1)
+        largest = top
+    product = product / total
+    total = largest + tl.log(total)  # log Σ exp s
+    grad = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(n, N - 1)
+        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+        s, slope = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
+        dp = tl.dot(behind, values.T, input_precision=PRECISION)
+        ds = tl.exp(s - total[:, None]) * (dp - product[:, None]) * slope * scale
+        grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, grad, input_precision=PRECISION)
+    at_row = (prompt * H + head) * Q + row.to(tl.int64)
+    tl.store(sums + at_row, total, mask=row < Q)
+    tl.store(products + at_row, product, mask=row < Q)
+    inside_out = (row < Q)[:, None] & (d < K)[None, :]
+    tl.store(dq + at_row[:, None] * K + d[None, :], rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
+
+
+@triton.jit
+def key_grads(
+    q, k, v, dz, dk, dv, sums, products, read,
+    H, group, Q, N, K, before, scale, window, softcap,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_zb, stride_zh, stride_zt,
+    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tokens = N - before
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    token = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = (tl.program_id(0) // blocks) % H
+    prompt = (tl.program_id(0) // blocks // H).to(tl.int64)
+    n = before + token
+    inside = tl.minimum(n, N - 1)
+    d = tl.arange(0, BLOCK_K)
+    keys = load_rows(k + prompt * stride_kb + (head // group) * stride_kh, inside, stride_kt, d, K, UPCAST)
+    values = load_rows(v + prompt * stride_vb + (head // group) * stride_vh, inside, stride_vt, d, K, UPCAST)
+    queries_at = q + prompt * stride_qb + head * stride_qh
+    behind_at = dz + prompt * stride_zb + head * stride_zh
+    of_keys = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    of_values = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    first, last = 0, Q
+    if not HAS_READ:  # the first query that sees one of these keys is the first key's own
+        first = (tl.program_id(0) % blocks) * BLOCK_N // BLOCK_Q * BLOCK_Q
+        if WINDOW:
+            last = tl.minimum(Q, (tl.program_id(0) % blocks) * BLOCK_N + BLOCK_N - 1 + window)
+    for start in range(first, last, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        rows = tl.minimum(row, Q - 1)
+        positions = query_positions(read, prompt, rows, Q, before, HAS_READ)
+        positions = tl.where(row < Q, positions, -1)  # which sees nothing
+        queries = load_rows(queries_at, rows, stride_qt, d, K, UPCAST)
+        behind = load_rows(behind_at, rows, stride_zt, d, K, UPCAST)
+        at_row = (prompt * H + head) * Q + rows
+        total, product = tl.load(sums + at_row), tl.load(products + at_row)
+        s, slope = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+        p = tl.exp(s - total[:, None])
+        of_values = tl.dot(rounded(p, ROUND).to(behind.dtype).T, behind, of_values, input_precision=PRECISION)
+        dp = tl.dot(behind, values.T, input_precision=PRECISION)
+        ds = p * (dp - product[:, None]) * slope * scale
+        of_keys = tl.dot(rounded(ds, ROUND).to(queries.dtype).T, queries, of_keys, input_precision=PRECISION)
+    at = ((prompt * H + head) * tokens + token.to(tl.int64))[:, None] * K + d[None, :]
+    inside_out = (token < tokens)[:, None] & (d < K)[None, :]
+    tl.store(dk + at, rounded(of_keys, ROUND).to(dk.dtype.element_ty), mask=inside_out)
+    tl.store(dv + at, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=inside_out)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, how: Causal, tokens: int, read: Tensor | None) -> Tensor:
+    """`eapcore.kernels.attention.attend` on the GPU."""
+    z = empty_mixtures(q)
+    if z.numel() == 0:
+        return z
+    q, k, v = (common.unit_inner_stride(x.detach()) for x in (q, k, v))
+    numbers, meta = _how(q, k, how, tokens, exact=True)
+    precision = "tf32x3" if common.target(q.device).backend == "cuda" else "ieee"  # of float32 products alone
+    common.launch(
+        attend_rows, common.cdiv(q.shape[2], meta["BLOCK_Q"]) * q.shape[0] * q.shape[1],
+        q, k, v, z, None if read is None else read.contiguous(), *numbers,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        HAS_READ=read is not None, PRECISION=precision, **meta, device=q.device,
+    )  # fmt: skip
+    return z
+
+
+def attend_grad(
+    q: Tensor, k: Tensor, v: Tensor, dz: Tensor, how: Causal, tokens: int, read: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`eapcore.kernels.attention.attend_grad` on the GPU."""
+    batch, heads, queries, d_head = q.shape
+    dq = dz.new_empty(q.shape)
+    dk, dv = (dz.new_empty(batch, heads, tokens, d_head) for _ in range(2))
+    if queries == 0 or batch * heads * d_head == 0:
+        return dq, dk.zero_(), dv.zero_()
+    q, k, v, dz = (common.unit_inner_stride(x.detach()) for x in (q, k, v, dz))
+    sums, products = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    numbers, meta = _how(q, k, how, tokens, exact=q.dtype == torch.float32)
+    precision = common.check_precision("auto", q.dtype, common.target(q.device))
+    strides = [n for x in (q, k, v, dz) for n in x.stride()[:3]]
+    where = None if read is None else read.contiguous()
+    rounds = common.interpreted() and dz.dtype == torch.bfloat16
+    meta |= {"HAS_READ": read is not None, "PRECISION": precision, "ROUND": rounds}
+    common.launch(
+        query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
+        q, k, v, dz, dq, sums, products, where, *numbers, *strides, **meta, device=q.device,
+    )  # fmt: skip
+    if tokens:
+        common.launch(
+            key_grads, common.cdiv(tokens, meta["BLOCK_N"]) * batch * heads,
+            q, k, v, dz, dk, dv, sums, products, where, *numbers, *strides, **meta, device=q.device,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _how(q: Tensor, k: Tensor, how: Causal, tokens: int, *, exact: bool) -> tuple[list[object], dict[str, object]]:
+    """The numbers and the compile-time arguments that all three kernels take; exact: patterns stay in float32."""
+    common.check_precision("auto", q.dtype, common.target(q.device))
+    _, heads, queries, d_head = q.shape
+    keys = k.shape[2]
+    block_k = max(16, triton.next_power_of_2(d_head))
+    block = 64 if block_k <= 64 and not exact else 32  # as far as registers go
+    numbers = [
+        heads, heads // k.shape[1], queries, keys, d_head, keys - tokens, how.scale, how.window or 0, how.softcap or 1.0
+    ]  # fmt: skip
+    meta = {
+        "WINDOW": how.window is not None, "SOFTCAP": how.softcap is not None,
+        "UPCAST": common.interpreted() and q.dtype != torch.float32,
+        "BLOCK_Q": 16 if queries <= 16 else 32 if queries <= 32 else block,
+        "BLOCK_N": 16 if keys <= 16 else 32 if keys <= 32 else block,
+        "BLOCK_K": block_k, "num_warps": 4, "num_stages": 2 if block_k <= 64 else 1,
+    }  # fmt: skip
+    return numbers, meta

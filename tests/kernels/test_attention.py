@@ -1,0 +1,124 @@
+"""Attention's kernels in Triton's interpreter, against torch's operations in float64, and those against autograd."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("these tests interpret; bench/bench_kernels.py checks the kernels on a GPU", allow_module_level=True)
+
+from accuracy import STORED
+from eapcore.kernels import steps
+from eapcore.kernels import triton_common as common
+from eapcore.kernels.attention import Causal, attend, attend_grad, fits
+from models import random_model, random_pairs
+from refusal import refused
+
+from eapcore import attribute
+
+# Heads, key and value heads, positions before, tokens, d_head, positions read; how.
+CASES = {
+    "one block": (2, 2, 0, 5, 8, None, Causal(0.5)),
+    "one of everything": (1, 1, 0, 1, 1, None, Causal(1.0)),
+    "a past, grouped": (4, 2, 3, 6, 5, None, Causal(0.4)),
+    "read, a past": (2, 1, 4, 7, 16, 3, Causal(0.4)),
+    "blocks": (1, 1, 5, 70, 20, None, Causal(0.3)),
+    "blocks, a window": (2, 1, 9, 75, 4, None, Causal(0.3, window=11)),
+    "read, blocks, a window, a cap": (2, 1, 20, 50, 4, 2, Causal(0.7, window=9, softcap=2.0)),
+    "a cap": (2, 2, 0, 40, 6, None, Causal(0.9, softcap=1.5)),
+    "a window of one": (1, 1, 2, 6, 3, None, Causal(0.9, window=1)),
+}
+
+
+def case(name, dtype):
+    torch.manual_seed(0)
+    heads, groups, past, tokens, d_head, count, how = CASES[name]
+    read = None if count is None else torch.randint(0, tokens, (2, count))
+    queries = tokens if read is None else count
+
+    def draw(n, rows):
+        """[2, n, rows, K] that lies as a projection makes it, between NaN."""
+        buffer = torch.full((2, rows, n, d_head + 4), float("nan"), dtype=dtype)
+        buffer[..., 2:-2] = torch.randn(2, rows, n, d_head).to(dtype)
+        return buffer[..., 2:-2].transpose(1, 2)
+
+    q, k, v, dz = draw(heads, queries), draw(groups, past + tokens), draw(groups, past + tokens), draw(heads, queries)
+    return q, k, v, dz, how, tokens, read
+
+
+def doubled(*tensors):
+    return [x.double() for x in tensors]
+
+
+def literal(q, k, v, how, tokens, read):
+    """One query after the other."""
+    group, past, out = q.shape[1] // k.shape[1], k.shape[2] - tokens, []
+    for b in range(len(q)):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                at = past + (i if read is None else int(read[b, i]))
+                first = 0 if how.window is None else max(0, at - how.window + 1)
+                s = k[b, h // group, first : at + 1] @ q[b, h, i] * how.scale
+                s = s if how.softcap is None else how.softcap * torch.tanh(s / how.softcap)
+                out.append(s.softmax(0) @ v[b, h // group, first : at + 1])
+    return torch.stack(out).view(q.shape)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torchs_operations_are_the_literal_ones(name):
+    q, k, v, dz, how, tokens, read = case(name, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    z = literal(*leaves, how, tokens, read)
+    torch.testing.assert_close(attend(q, k, v, how, tokens, read), z.detach(), rtol=1e-11, atol=1e-12)
+    expected = torch.autograd.grad((z * dz).sum(), leaves)
+    got, group, past = attend_grad(q, k, v, dz, how, tokens, read), q.shape[1] // k.shape[1], k.shape[2] - tokens
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-10, atol=1e-12)
+    for mine, whole in zip(got[1:], expected[1:], strict=True):
+        summed = mine.unflatten(1, (-1, group)).sum(2)
+        torch.testing.assert_close(summed, whole[:, :, past:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
+    q, k, v, dz, how, tokens, read = case(name, dtype)
+    z = attend(q, k, v, how, tokens, read, impl="triton")
+    exact = attend(*doubled(q, k, v), how, tokens, read)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.double(), exact, rtol=1e-5, atol=1e-5)  # in half precision too
+    made = attend_grad(q, k, v, dz, how, tokens, read, impl="triton")
+    for got, there in zip(made, attend_grad(*doubled(q, k, v, dz), how, tokens, read), strict=True):
+        assert got.dtype == dtype and got.shape == there.shape and not got.isnan().any()
+        assert (got.double() - there).norm() <= (2 * STORED[dtype] + 1e-6) * there.norm() + 1e-6
+
+
+def test_scores_by_the_kernels(monkeypatch):
+    model = random_model(dtype=torch.float32, n_layers=2)
+    pairs = random_pairs(model, [6, 5, 6], first_difference=2)
+    expected = attribute(model, pairs, storage="dense").scores
+    seen, launch = set(), common.launch
+
+    def watched(kernel, *args, **meta):
+        seen.add(kernel.fn.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(common, "launch", watched)
+    for decides in ("takes_triton", "fits"):
+        monkeypatch.setattr(f"eapcore.kernels.attention.{decides}", lambda *like: True)
+    got = attribute(model, pairs, storage="dense").scores
+    assert seen == {"attend_rows", "query_grads", "key_grads"}
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_no_queries_and_what_cannot_be_done():
+    q, k, v, _, how, tokens, _ = case("one block", torch.float32)
+    none, read = q[:, :, :0], torch.zeros(2, 0, dtype=torch.int64)
+    assert attend(none, k, v, how, tokens, read, impl="triton").shape == none.shape
+    dq, dk, dv = attend_grad(none, k, v, none, how, tokens, read, impl="triton")
+    assert dq.shape == none.shape and not dk.any() and not dv.any()
+    refused("no float64 kernels", attend, *doubled(q, k, v), how, tokens, impl="triton")
+    assert not steps.takes_triton("auto", q)
+    sizes = ((128, torch.bfloat16), (129, torch.bfloat16), (8, torch.float32))
+    assert [fits(torch.empty(1, d_head, dtype=dtype)) for d_head, dtype in sizes] == [True, False, False]
