@@ -79,10 +79,10 @@ def attend(
     before = k.shape[2] - tokens
     if how.softcap is not None:
         return by_group(how.pattern(q, k, before, read), v)
-    run = partial(F.scaled_dot_product_attention, q, k, v, scale=how.scale, enable_gqa=q.shape[1] != k.shape[1])
+    mix = partial(F.scaled_dot_product_attention, q, k, v, scale=how.scale, enable_gqa=q.shape[1] != k.shape[1])
     if before == 0 and read is None and (how.window is None or tokens <= how.window):
-        return run(is_causal=True)
-    return run(attn_mask=~how.hidden(tokens, before, read, q.device))
+        return mix(is_causal=True)
+    return mix(attn_mask=~how.hidden(tokens, before, read, q.device))
 
 
 def attend_grad(
@@ -106,10 +106,11 @@ def attend_grad(
     if takes_triton(impl, q) and (impl == "triton" or fits(q)):
         if (run := dry.active.get()) is not None:
             rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
-            made = dz.new_empty(q.shape), *(dz.new_empty(*q.shape[:2], tokens, q.shape[3]) for _ in range(2))
-            run.ran("attend_grad, queries", q, k, v, dz, made[0], *rows)
-            run.ran("attend_grad, keys", q, k, v, dz, *made[1:], *rows)
-            return made
+            dq = dz.new_empty(q.shape)
+            dk, dv = (dz.new_empty(*q.shape[:2], tokens, q.shape[3]) for _ in range(2))
+            run.ran("attend_grad, queries", q, k, v, dz, dq, *rows)
+            run.ran("attend_grad, keys", q, k, v, dz, dk, dv, *rows)
+            return dq, dk, dv
         from . import triton_attention
 
         return triton_attention.attend_grad(q, k, v, dz, how, tokens, read)

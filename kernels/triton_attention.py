@@ -18,6 +18,8 @@ they are not, so that the mixtures of two nearly equal prompts can be subtracted
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -260,7 +262,7 @@ def attend_grad(
     return dq, dk, dv
 
 
-def _how(q: Tensor, k: Tensor, how: Causal, tokens: int, *, exact: bool) -> tuple[list[object], dict[str, object]]:
+def _how(q: Tensor, k: Tensor, how: Causal, tokens: int, *, exact: bool) -> tuple[list[float], dict[str, Any]]:
     """The numbers and the compile-time arguments that all three kernels take; exact: patterns stay in float32."""
     common.check_precision("auto", q.dtype, common.target(q.device))
     _, heads, queries, d_head = q.shape
