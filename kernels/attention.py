@@ -9,7 +9,6 @@ larger has more numbers on its way than registers, and takes torch's operations,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -18,39 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dry_run as dry
+from .causal import Causal, by_group, empty_mixtures, wide_dtype
 from .steps import takes_triton
-
-
-@dataclass(frozen=True, slots=True)
-class Causal:
-    """How queries see keys: s = q·k · scale, with a soft cap c as c·tanh(s/c), and softmax over the keys that are seen.
-
-    window: how many positions a query sees, itself the last; None for all. softcap: None for none.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-    def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
-        """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
-        keys = torch.arange(-past, tokens, device=device)
-        queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
-        future = keys > queries
-        return future if self.window is None else future | (keys <= queries - self.window)
-
-    def scores(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
-        """s in float32 at least, −∞ where a query must not see a key, from q [.., H, Q, K] and k [.., G, P + T, K];
-        before is P."""
-        hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
-        scores = by_group(q, k.transpose(-1, -2)).to(_wide(q)) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * (scores / self.softcap).tanh()
-        return scores.masked_fill_(hidden, -torch.inf)
-
-    def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
-        """softmax of `scores`."""
-        return self.scores(q, k, before, read).softmax(-1)
 
 
 def attend(
@@ -73,7 +41,7 @@ def attend(
         from . import triton_attention
 
         return triton_attention.attend(q, k, v, how, tokens, read)
-    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
+    q, k, v = (x.to(wide_dtype(x)) for x in (q, k, v))
     if q.shape[2] == 0:
         return q
     before = k.shape[2] - tokens
@@ -114,7 +82,7 @@ def attend_grad(
         from . import triton_attention
 
         return triton_attention.attend_grad(q, k, v, dz, how, tokens, read)
-    wide = _wide(q)
+    wide = wide_dtype(q)
     pattern = how.pattern(q, k, before, read)
     dv = value_grad(pattern, dz, before)
     dp = by_group(dz, v.transpose(-1, -2)).to(wide)
@@ -126,30 +94,11 @@ def attend_grad(
     return by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv
 
 
-def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q K"]:
-    """Room for z, a token's heads beside each other, as their projection reads them."""
-    batch, heads, queries, d_head = q.shape
-    return q.new_empty(batch, queries, heads, d_head, dtype=torch.float32).transpose(1, 2)
-
-
 def fits(q: Tensor) -> bool:
     """Whether the GPU's kernels keep what they need of queries like these in registers."""
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
 
 
-def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
-    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
-    group = x.shape[-3] // y.shape[-3]
-    if group == 1:
-        return x @ y
-    rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]
-    return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
-
-
 def value_grad(pattern: Tensor, dz: Tensor, before: int) -> Tensor:
     """∂metric/∂v [B, H, T, K] = Pᵀ dz from the pattern [B, H, Q, P + T] and dz [B, H, Q, K]."""
     return pattern[..., before:].to(dz.dtype).transpose(-1, -2) @ dz
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

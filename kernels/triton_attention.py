@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .attention import Causal, empty_mixtures
+from .causal import Causal, empty_mixtures
 from .triton_steps import rounded
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import checks, cpp, reference, steps
-from eapcore.kernels.attention import Causal, attend, attend_grad
+from eapcore.kernels.attention import attend, attend_grad
+from eapcore.kernels.causal import Causal
 from torch import Tensor
 
 from ops import work

@@ -139,7 +139,8 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
-    from eapcore.kernels.attention import Causal, attend, attend_grad
+    from eapcore.kernels.attention import attend, attend_grad
+    from eapcore.kernels.causal import Causal
 
     on = triton_common.target(torch.device("meta"))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.limits import limits
-from eapcore.kernels.attention import by_group
+from eapcore.kernels.causal import by_group
 from eapcore.models.attention import Channels
 from eapcore.models.tensors import accumulate_dtype
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.attention import Causal, attend, attend_grad, value_grad
+from eapcore.kernels.attention import attend, attend_grad, value_grad
+from eapcore.kernels.causal import Causal
 from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput

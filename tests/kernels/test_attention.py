@@ -12,7 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from accuracy import STORED
 from eapcore.kernels import steps
 from eapcore.kernels import triton_common as common
-from eapcore.kernels.attention import Causal, attend, attend_grad, fits
+from eapcore.kernels.attention import attend, attend_grad, fits
+from eapcore.kernels.causal import Causal
 from models import random_model, random_pairs
 from refusal import refused
 

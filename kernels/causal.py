@@ -1,0 +1,61 @@
+"""What attention's implementations share: which keys a query sees, and how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """How queries see keys: s = q·k · scale, with a soft cap c as c·tanh(s/c), and softmax over the keys that are seen.
+
+    window: how many positions a query sees, itself the last; None for all. softcap: None for none.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def hidden(self, tokens: int, past: int, read: Tensor | None, device: torch.device) -> Tensor:
+        """True where a query must not see a key: [T, P + T], or [B, 1, Q, P + T] for queries at positions read."""
+        keys = torch.arange(-past, tokens, device=device)
+        queries = torch.arange(tokens, device=device)[:, None] if read is None else read[:, None, :, None]
+        future = keys > queries
+        return future if self.window is None else future | (keys <= queries - self.window)
+
+    def scores(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """s in float32 at least, −∞ where a query must not see a key, from q [.., H, Q, K] and k [.., G, P + T, K];
+        before is P."""
+        hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
+        scores = by_group(q, k.transpose(-1, -2)).to(wide_dtype(q)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        return scores.masked_fill_(hidden, -torch.inf)
+
+    def pattern(self, q: Tensor, k: Tensor, before: int, read: Tensor | None) -> Annotated[Tensor, "... H Q P+T"]:
+        """softmax of `scores`."""
+        return self.scores(q, k, before, read).softmax(-1)
+
+
+def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q K"]:
+    """Room for z, a token's heads beside each other, as their projection reads them."""
+    batch, heads, queries, d_head = q.shape
+    return q.new_empty(batch, queries, heads, d_head, dtype=torch.float32).transpose(1, 2)
+
+
+def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
+    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
+    group = x.shape[-3] // y.shape[-3]
+    if group == 1:
+        return x @ y
+    rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]
+    return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Of statistics and sums: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
