@@ -401,7 +401,6 @@ def hub_run(tmp_path, *, tokenizer):
     task.write_text(json.dumps({"clean": "red cat", "corrupt": "blue cat", "answer": "runs", "wrong": "sleeps"}))
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     command = ["attribute", "--model", "someone/small", "--task", str(task), "--out", str(out), "--device", "cpu"]
-    command += ["--method", "eap"]
     program = [sys.executable, "-m", "eapcore", *command]
     return out, subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
 
