@@ -22,6 +22,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.cli import _parser, main
 from eapcore.cli.output import Progress
 from eapcore.cli.process import STOP
+from eapcore.evaluation.screened import little_more
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
@@ -56,7 +57,7 @@ def test_run_writes_scores_edges_and_circuit_and_prints_them(eapcore, model, tas
     status, printed, _ = eapcore("run", "--task", task_file, "--n-pairs", 3, "--top-n", 30, out=out)
     assert status == 0 and {p.name for p in out.iterdir()} == FILES
     pairs = find_pairs(task_file, n=None, seed=0)
-    expected = attribute(model, pairs, method="hybrid")
+    expected = attribute(model, pairs, **little_more(model, pairs, "logit_diff", "corrupt"))
     scores = EdgeScores.load(out / "scores.safetensors", content_hash=model.content_hash)
     assert torch.equal(scores.scores, expected.scores) and scores.meta == expected.meta
 
@@ -408,9 +409,8 @@ def hub_run(tmp_path, *, tokenizer):
 def test_a_cached_hub_model_is_scored_on_text_with_its_own_tokenizer(tmp_path):
     out, done = hub_run(tmp_path, tokenizer=True)
     assert (done.returncode, done.stderr) == (0, "")
-    expected = attribute(
-        random_model(dtype=torch.float32), PromptPairs.from_lists([[1, 3]], [[2, 3]], [5], [6]), method="hybrid"
-    )
+    model, pairs = random_model(dtype=torch.float32), PromptPairs.from_lists([[1, 3]], [[2, 3]], [5], [6])
+    expected = attribute(model, pairs, **little_more(model, pairs, "logit_diff", "corrupt"))
     assert expected.scores.abs().max() > 1e-3
     loaded = EdgeScores.load(out)
     torch.testing.assert_close(loaded.scores, expected.scores)
