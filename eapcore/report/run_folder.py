@@ -24,6 +24,7 @@ PARTS = {
     ),
 }
 SCORES = "scores.safetensors"
+_META = {"evaluation": ("mib", "signed", "meta"), "verification": ("meta", "scores")}  # where a part's header lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,24 @@ class Run:
             circuit = Circuit.load(file)
             if circuit.graph != loaded.graph:
                 raise ValueError(f"{file} is of {circuit.graph}, but the scores of {loaded.graph}: not of one run")
+        own = _hash(loaded.meta, ())
+        for part, content in {**parts, "circuit": None if circuit is None else circuit.meta}.items():
+            found_hash = _hash(content, _META.get(part, ()))
+            if None not in (own, found_hash) and own != found_hash:
+                raise ValueError(f"{path / files[part]} is of another model than the scores: not of one run")
         return Run(loaded, path.resolve().name or str(path), circuit, files=files, **parts)
 
     @property
     def missing(self) -> dict[str, str]:
         """How each part that is not there is made."""
         return {part: how.format(name) for part, (name, how) in PARTS.items() if getattr(self, part) is None}
+
+
+def _hash(content: Any, keys: tuple[str, ...]) -> Any:
+    """The content hash of the model that a file's header, under these keys, names; None where it names none."""
+    for key in (*keys, "model", "content_hash"):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
 def _scores(folder: Path) -> Path:

@@ -114,6 +114,22 @@ def test_a_part_is_found_by_what_it_says_it_is(folder, tmp_path):
     assert run.files["evaluation"] == "judged.json" and run.evaluation == Run.read(folder).evaluation
 
 
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("run", {"model": {"content_hash": "f"}}),
+        ("evaluation", {"mib": {"signed": {"meta": {"model": {"content_hash": "f"}}}}}),
+        ("verification", {"meta": {"scores": {"model": {"content_hash": "f"}}}}),
+    ],
+)
+def test_a_part_of_another_model_is_refused(folder, tmp_path, part, content):
+    (tmp_path / "scores.safetensors").write_bytes((folder / "scores.safetensors").read_bytes())
+    content = {"format": f"eapcore-{part}", "format_version": 1, **content}
+    (tmp_path / f"{part}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{part}\.json is of another model than the scores"):
+        Run.read(tmp_path)
+
+
 @pytest.mark.parametrize("grouped", [None, 2])
 def test_nodes_stand_by_layer_and_head(grouped):
     graph = Graph(2, 4, True, n_kv=grouped)
