@@ -184,6 +184,10 @@ def check_out(args: argparse.Namespace, files: Sequence[str] = ()) -> None:
         raise ValueError(
             f"--out would write a file where --resume keeps a folder, {kept}: give one of them another name"
         )
+    if kept is not None:
+        if kept.is_symlink() and not kept.exists():
+            raise FileNotFoundError(f"--resume: {kept} is a link to nothing; choose another place")
+        _place("--resume", kept / "done")
     for option in _READ:
         read = getattr(args, option, None)
         if read is not None:

@@ -28,6 +28,10 @@ COMMANDS = {
 }
 
 
+def test_every_command_that_writes_a_result_is_here():
+    assert {name.__name__.split(".")[-1] for name in cli.COMMANDS} == {*COMMANDS, "info", "report", "mib"}
+
+
 class Failing(io.TextIOBase):
     """A stream that takes nothing: a full disk, a reader that has gone, a terminal that was closed."""
 
@@ -43,6 +47,13 @@ class Failing(io.TextIOBase):
 def argv(command, checkpoint, out):
     shared = ["--model", str(checkpoint), "--task", "sort", "--n", "4", "--device", "cpu", "--out", str(out)]
     return [command, *COMMANDS[command], *shared]
+
+
+def test_a_table_of_methods_is_written_whatever_stdout_does(checkpoint, tmp_path, monkeypatch):
+    shared = argv("evaluate", checkpoint, tmp_path / "circuits")[1:]
+    monkeypatch.setattr(sys, "stdout", Failing(OSError(28, "No space left on device")))
+    assert main(["mib", "--methods", "eap", *shared]) == 0
+    assert len([path for path in (tmp_path / "circuits").rglob("*.json") if path.stat().st_size]) == 2
 
 
 def content(out):
@@ -128,10 +139,10 @@ def test_a_result_whose_place_fails_at_the_end_is_kept_elsewhere(checkpoint, tmp
         out.parent.mkdir()
         before = cli.run.write
 
-        def no_place(result, path, out=out, before=before):
+        def no_place(args, result, path=None, out=out, before=before):
             shutil.rmtree(out.parent, ignore_errors=True)  # somebody has put a file there meanwhile
             out.parent.write_text("in the way")
-            before(result, path)
+            before(args, result, path)
 
         monkeypatch.setattr(f"eapcore.cli.{command}.write", no_place)
         assert main(argv(command, checkpoint, out)) == 2
