@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated
 
 import torch
@@ -72,10 +73,16 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:100]} … {text[-50:]}"
 
 
-def one_of(what: str, value: str, valid: tuple[str, ...]) -> None:
-    """Raise ValueError naming the valid values if `value` is none of them."""
+def one_of(what: str, value: str, valid: tuple[str, ...], words: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise ValueError naming the valid values if `value` is none of them.
+
+    words: other tools' names, in lower case with hyphens, and what is said of them.
+    """
     if value not in valid:
-        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {short_repr(value)}")
+        plain = short_repr(value).strip("'").lower().replace("_", "-")
+        said = f"{plain!r}" if plain in valid else words.get(plain)
+        hint = "" if said is None else f"; here that is {said}"
+        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {short_repr(value)}{hint}")
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:

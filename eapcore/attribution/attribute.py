@@ -14,6 +14,7 @@ from torch import Tensor
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
 from eapcore.attribution.factored import FactoredStore
+from eapcore.attribution.methods import OPTIONS as OTHER_OPTIONS
 from eapcore.attribution.methods import Options, Passes, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Plan
@@ -73,7 +74,7 @@ def attribute(
 def attribute(
     model: Model, task: Task | PairStream, metric: str | Metric = ..., *, level: str, **options: Any
 ) -> EdgeScores | NodeScores: ...
-@reported  # type: ignore[misc]  # the options stand here alone
+@reported  # the options stand here alone
 @own_modes
 def attribute(
     model: Model,
@@ -100,6 +101,7 @@ def attribute(
     pairs_to: str | Path | None = None,
     resume: str | Path | None = None,
     distributed: bool = False,
+    **others: Any,
 ) -> EdgeScores | NodeScores:
     """Score every edge, node or neuron of a model for one behaviour.
 
@@ -193,6 +195,7 @@ def attribute(
     gradients: Kramár, Lieberum, Shah, Nanda 2024.
     """
     check_model(model)
+    _check_options(others)
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
@@ -457,6 +460,13 @@ class _Scoring:
             self.replays.clear()
             self.memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
             self.memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
+
+
+def _check_options(others: dict[str, Any]) -> None:
+    """TypeError for a keyword that is none of ours, with ours where it is another tool's."""
+    for name in others:
+        hint = f"; here that is {OTHER_OPTIONS[name]}" if name in OTHER_OPTIONS else ""
+        raise TypeError(f"attribute has no option {name!r}{hint}")
 
 
 def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, Tensor]) -> None:

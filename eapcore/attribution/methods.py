@@ -222,6 +222,33 @@ METHODS: dict[str, Method] = {
     "atp-star": Method(dropped=True, qk="exact"),
 }
 LEVELS = ("edge", "node", "neuron")
+# Other tools' names of methods, and ours.
+_WORDS = {
+    "eap-ig-inputs": "'eap-ig', with steps= for ig_steps and points='left' for the same points",
+    "ig": "'eap-ig'",
+    "integrated-gradients": "'eap-ig'",
+    "clean-corrupted": "'clean-corrupt'",
+    "attribution-patching": "'eap'",
+    "atp": "'eap'",
+    "atp*": "'atp-star'",
+    "denoising": "'eap' with gradient_at='corrupt'",
+    "noising": "'eap' with gradient_at='clean'",
+    "exact": "eapcore.patching.edges.patch_edges, the command patch",
+    "activation-patching": "eapcore.patching.edges.patch_edges, the command patch",
+    "patching": "eapcore.patching.edges.patch_edges, the command patch",
+    "acdc": "eapcore.search.acdc.acdc, the command acdc",
+}
+# Other tools' names of options of `attribute`, and ours.
+OPTIONS = {
+    "ig_steps": "steps",
+    "n_steps": "steps",
+    "num_steps": "steps",
+    "intervention": "ablation",
+    "intervention_dataloader": "reference",
+    "reference_pairs": "reference",
+    "dataloader": "task",
+    "quiet": "progress",
+}
 _UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; " + NO_SIGN
 
 
@@ -233,7 +260,7 @@ def recipe(
     Raises:
         ValueError: an unknown method or option, or one that does not go with the others.
     """
-    one_of("method", method, tuple(METHODS))
+    one_of("method", method, tuple(METHODS), _WORDS)
     one_of("level", level, LEVELS)
     preset = METHODS[method]
     at, described = _where(method, preset, options)

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     start, scores = load_circuit(args, "circuit", model), None
     sizes = [model.graph.n_edges if start is None else start.n_edges]
     if args.scores is not None:
-        scores = load_scores(args.scores, model)
+        scores = load_scores(args, model)
         sizes = args.top_n or [scores.threshold(x).n_edges for x in chosen]
     for asked, size in zip(chosen or [], sizes, strict=False):
         check_number("--top-n", size, model)

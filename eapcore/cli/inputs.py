@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.options import METHOD
@@ -179,20 +178,24 @@ def selection(args: argparse.Namespace, model: Model) -> Circuit | None:
     check_number("--top-n", args.top_n, model)
     if args.circuit is not None:
         return load_circuit(args, "circuit", model)
-    return None if args.scores is None else load_scores(args.scores, model).top_n(args.top_n)
+    return None if args.scores is None else load_scores(args, model).top_n(args.top_n)
 
 
 def load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
     """The circuit whose file an option names, or as the truth a task's published one, if it is one of the model's
     graph, and not empty."""
     from eapcore.graph.circuit import Circuit
+    from eapcore.interop.files import is_foreign, read_foreign
     from eapcore.tasks import TASKS
 
     path = getattr(args, option)
     if path is None:
         return None
     published = TASKS[str(path)].truth if option == "true_circuit" and str(path) in TASKS else None
-    circuit = Circuit.load(path) if published is None else published().circuit
+    if published is not None:
+        circuit = published().circuit
+    else:
+        circuit = read_foreign(path, model)[0] if is_foreign(path) else Circuit.load(path)
     if circuit.graph != model.graph:
         raise ValueError(
             f"--{option.replace('_', '-')} must be a circuit of {model.name}, {model.graph}, but {path} is one of "
@@ -209,10 +212,16 @@ def top(args: argparse.Namespace, model: Model) -> int:
     return args.top_n or min(50, model.graph.n_edges)
 
 
-def load_scores(path: Path, model: Model) -> EdgeScores:
+def load_scores(args: argparse.Namespace, model: Model) -> EdgeScores:
+    """The scores of the file that --scores names, ours or another tool's."""
     from eapcore.graph.scores import EdgeScores
+    from eapcore.interop.files import is_foreign, scores_of
 
-    return EdgeScores.load(path, content_hash=model.content_hash)
+    if is_foreign(args.scores):
+        return scores_of(args.scores, model, args.sign)
+    if args.sign is not None:
+        raise ValueError(f"--sign is for other tools' files: {args.scores} says its own")
+    return EdgeScores.load(args.scores, content_hash=model.content_hash)
 
 
 def find_scores(
@@ -227,4 +236,4 @@ def find_scores(
         return found
     if options := given(args, *METHOD):
         raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
-    return load_scores(args.scores, model)
+    return load_scores(args, model)

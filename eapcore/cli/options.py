@@ -281,8 +281,24 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
 
 def add_scores(parser: argparse.ArgumentParser) -> None:
     """A score file, or the method's options that make one."""
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="a score file (default: computed here by --method)")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="a score file, or EAP-IG's, MIB's, ACDC's or acdcpp's (default: computed here by --method)",
+    )
+    add_sign(parser)
     add_method(parser)
+
+
+def add_sign(parser: argparse.ArgumentParser) -> None:
+    """What another tool's score file does not say."""
+    parser.add_argument(
+        "--sign",
+        metavar="SIGN",
+        help="of another tool's score file: metric if more of what it differentiated is better, loss if less is, none "
+        "for sizes (default: what the file says)",
+    )
 
 
 def add_edges(parser: argparse.ArgumentParser, what: str) -> None:
@@ -292,3 +308,4 @@ def add_edges(parser: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
     )
+    add_sign(parser)

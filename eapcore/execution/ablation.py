@@ -16,6 +16,13 @@ from eapcore.models.model import Model
 from eapcore.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean", "mean-positional")
+# Other tools' names, and ours.
+_WORDS = dict.fromkeys(("patching", "resample", "noising", "counterfactual", "interchange"), "'corrupt'") | {
+    "denoising": "'corrupt', with gradient_at='corrupt' where something is scored",
+    "zero-ablation": "'zero'",
+    "mean-ablation": "'mean'",
+    "optimal": "not there",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ class Ablation:
                 raise ValueError(f"the weights of {model.name!r} were changed since the ablation's mean: make it anew")
             reference, name = ablation.reference, ablation.name
         else:
-            one_of("ablation", ablation, ABLATIONS)
+            one_of("ablation", ablation, ABLATIONS, _WORDS)
             if not ablation.startswith("mean"):
                 if reference is not None:
                     raise ValueError(

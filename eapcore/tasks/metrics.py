@@ -107,6 +107,7 @@ def find_metric(
         metric = METRICS[metric]
     name = next((n for n, m in METRICS.items() if m is metric), getattr(metric, "__qualname__", type(metric).__name__))
     if METRICS.get(name) is not metric:
+        _check_arguments(name, metric)
         return name, metric
     if name in _NEEDS_WRONG and (pair := _first_without(wrong)) is not None:
         raise ValueError(f"the metric {name} needs wrong answers, but pair {pair} has none: nll needs none")
@@ -187,13 +188,36 @@ def evaluate(
     Raises:
         ValueError: the metric returned no tensor, or a wrong shape.
     """
-    values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
+    try:
+        values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
+    except IndexError as error:
+        raise ValueError(
+            f"the metric cannot be computed from logits [B, V] = {list(logits.shape)}: {error}. They are those at the "
+            "position that is read alone, not [B, T, V]: leave out the index of the position"
+        ) from error
     # Another tool's metric may read several positions of a pair, [B, Q, V].
     expected = logits.shape[:1] if getattr(metric, "several_positions", False) else logits.shape[:-1]
     if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"a metric must return one value a pair, [B] = {list(expected)}, got {got}")
+        hint = ": leave out the mean over the batch" if isinstance(values, Tensor) and values.ndim == 0 else ""
+        raise ValueError(f"a metric must return one value a pair, [B] = {list(expected)}, got {got}{hint}")
     return values
+
+
+def _check_arguments(name: str, metric: Metric) -> None:
+    """ValueError for a callable that needs more arguments than a metric gets, as those of EAP-IG and MIB do."""
+    try:
+        parameters = inspect.signature(metric).parameters.values()
+    except (TypeError, ValueError):
+        return
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    if len(required) > 2:
+        raise ValueError(
+            f"the metric {name} takes {', '.join(required)}, as those of EAP-IG do: here a metric takes the logits "
+            "[B, V] at the position that is read and, if it likes, a MetricBatch of the answers, and returns [B]; give "
+            "yours to eapcore.interop.eap_ig.attribute, or use 'logit_diff' or 'prob_diff'"
+        )
 
 
 def _takes_batch(metric: Metric) -> bool:
