@@ -10,13 +10,14 @@ import torch
 from eapcore.attribution.plan import Plan
 from pipeline.work import LLAMA, MIB, Work, memories
 
-SIZES = ((4, 20), (2, 64), (16, 8))  # pairs, tokens
+SIZES = ((4, 20), (16, 20))  # pairs, tokens
 QUICK = Work(3, 4, 64, 211, B=24, T=20, G=2, M=170, dtype="float32")
 
 
 def planned(work: Work, storage: str) -> int:
     """Bytes of a batch, of the model's configuration alone."""
-    plan = Plan(work.config, getattr(torch, work.dtype), torch.device("cpu"), groups=3 if work.G else 1)
+    config = replace(work, V=2).config  # the logits that the metric reads, of the right and of the wrong answer
+    plan = Plan(config, getattr(torch, work.dtype), torch.device("cpu"), groups=3 if work.G else 1)
     if storage == "dense":
         return plan.dense(work.B, work.T)
     return plan.factored(work.B, work.T, plan.chunk(work.B, work.T, 1 << 60))

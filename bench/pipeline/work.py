@@ -18,6 +18,7 @@ from peers.plain import floor
 from torch import Tensor
 
 from eapcore.attribution.attribute import attribute
+from eapcore.attribution.plan import dense_bytes
 from eapcore.graph.graph import Graph
 from eapcore.models.config import ModelConfig
 from eapcore.models.families.names import assemble
@@ -197,8 +198,11 @@ def peak_of(run: Callable[[], object]) -> int:
 
 def peak_memory(work: Work, name: str) -> int:
     """Bytes above loading at the high-water mark of one batch, in this process: run it in one of its own."""
-    # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs.
-    for small in (Work(2, 2, 16, 16, B=2, T=4), Work(2, 4, 256, 16, B=4, T=20)):
+    # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs; nor is what
+    # torch imports when the plan first runs dry.
+    kind = {"dtype": work.dtype, "G": min(work.G, 1), "M": 24}
+    for small in (Work(2, 2, 16, 16, B=2, T=4, **kind), Work(2, 4, 256, 16, B=4, T=20, **kind)):
+        dense_bytes(small.config, small.B, small.T, getattr(torch, small.dtype))
         implementation(name, small.model(), small.pairs(), small.B)()
     return peak_of(implementation(name, work.model(), work.pairs(), work.B))
 
