@@ -92,7 +92,12 @@ GROUPED = [name for name in CASES if "neox" not in name and "each" not in name]
 @cache
 def theirs(name):
     kind, given = CASES[name]
-    config = getattr(transformers, kind)(**SIZES | given)
+    return random_module(kind, SIZES | given)
+
+
+def random_module(kind, given):
+    """A model of transformers with every weight random, in float64."""
+    config = getattr(transformers, kind)(**given)
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
@@ -145,6 +150,45 @@ def test_scores_are_those_of_the_literal_definition(name, kv):
     for options in ({}, {"batch_size": 1}, {"storage": "factored"}, {"impl": "reference"}):
         scores = eapcore.attribute(model, pairs, **options).scores
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+ODD = [
+    {"num_hidden_layers": 1, "hidden_size": 10, "intermediate_size": 7, "num_attention_heads": 5, "head_dim": 2},
+    {"num_hidden_layers": 3, "hidden_size": 21, "intermediate_size": 13, "num_attention_heads": 3, "head_dim": 14},
+]
+
+
+@pytest.mark.parametrize("sizes", ODD)
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("LlamaConfig", {}),
+        ("MistralConfig", {"sliding_window": 3}),
+        ("Qwen2Config", {}),
+        ("Qwen3Config", {}),
+        ("GemmaConfig", {}),
+        ("Gemma2Config", {"sliding_window": 2, "query_pre_attn_scalar": 7} | CAPS),
+        ("Gemma3TextConfig", {"sliding_window": 3, "sliding_window_pattern": 2} | KINDS),
+        ("Olmo2Config", {}),
+        ("GPTNeoXConfig", {"rope_parameters": NEOX["rope_parameters"] | {"partial_rotary_factor": 1.0}}),
+    ],
+)
+def test_odd_sizes_of_every_family_are_those_of_transformers_and_of_the_literal_definition(kind, given, sizes):
+    sizes = SIZES | sizes | {"num_key_value_heads": 1}
+    if kind in ("Qwen2Config", "GPTNeoXConfig", "Olmo2Config"):  # their heads divide the stream
+        sizes |= {"hidden_size": sizes["num_attention_heads"] * sizes.pop("head_dim")}
+    module = random_module(kind, sizes | given)
+    model = load(module)
+    tokens = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(tokens).logits
+    assert (forward(model, tokens) - expected).abs().max() <= 5e-6 * expected.abs().max()
+    pairs = pairs_for(model, (6, 5))
+    for kv in ("each", "grouped"):
+        model = load(module, kv=kv)
+        scores = decoder.eap(model, pairs, METRICS["logit_diff"])
+        found = eapcore.attribute(model, pairs).scores
+        torch.testing.assert_close(found, scores, rtol=0, atol=1e-12 * float(scores.abs().max()))
 
 
 @pytest.mark.parametrize("name", GROUPED)
