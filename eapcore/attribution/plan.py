@@ -146,13 +146,13 @@ class Plan:
 
     def dense(self, batch: int, tokens: int, together: int = 1) -> int:
         """Peak bytes of a dense batch; see `dense_bytes`."""
-        return self._dry_run(batch, tokens, "dense", together)[0]
+        return self._dry_run(batch, tokens, "dense", together)[0] + self._throughout(tokens)
 
     def factored(self, batch: int, tokens: int, chunk: int | None = None) -> int:
         """Peak bytes of a factored batch: about 10·L·B·T·D numbers, and the workspace of contracting them in chunks of
         so many token rows, None for as many as are fast."""
         rest, before = self._dry_run(batch, tokens, "factored")
-        return max(rest, before + self._chunk_bytes(batch, tokens, chunk))
+        return max(rest, before + self._chunk_bytes(batch, tokens, chunk)) + self._throughout(tokens)
 
     def storage(self, pairs: PromptPairs, within: int | None = None) -> str:
         """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored".
@@ -223,6 +223,12 @@ class Plan:
         numbers = rows * (2 * graph.n_senders * c.d_model + (2 + len(self.passes.passes)) * c.n_layers * layer)
         numbers += batch * (64 * c.n_logits + 16 * c.n_heads * tokens**2) + 6 * self._scores(batch, tokens)
         return 8 * numbers + (1 << 29) <= budget  # with what the ops take besides
+
+    def _throughout(self, tokens: int) -> int:
+        """What is there from the first batch to the last: the sum over batches, float64, and the masks of the edges."""
+        graph = self.config.graph
+        each = {"all": 1, "pair": 0, "position": tokens}[self._reduce]
+        return (8 * each + 2) * graph.n_senders * graph.n_receivers
 
     def _scores(self, batch: int, tokens: int) -> int:
         """How many scores a batch has."""
