@@ -222,12 +222,16 @@ def _uninterrupted() -> Iterator[None]:
 def save_tensors(path: str | Path, key: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a safetensors file of tensors with one JSON object under a key of its metadata, which has a checksum of
     both."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     plain = finite(header)
     with replacing(path) as written:
-        save_file(tensors, written, metadata={key: json.dumps({**plain, _CHECKSUM: _checksum(plain, tensors)})})
+        try:
+            save_file(tensors, written, metadata={key: json.dumps({**plain, _CHECKSUM: _checksum(plain, tensors)})})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
