@@ -215,8 +215,13 @@ def check_model(model: Model) -> None:
 
 def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
     """Raise ValueError where prompts, positions or answers do not fit the model, or there is nothing to ablate with."""
-    check_tokens(model, pairs.clean, "clean prompts")
-    check_tokens(model, pairs.corrupt, "corrupt prompts")
+    for what, tokens in (("clean prompts", pairs.clean), ("corrupt prompts", pairs.corrupt)):
+        try:
+            check_tokens(model, tokens, what)
+        except ValueError as error:
+            outside = ((tokens < 0) | (tokens >= model.config.d_vocab)).any(-1) if tokens.ndim == 2 else tokens[:0]
+            pair = int((outside if bool(outside.any()) else pairs.lengths).int().argmax()) if len(tokens) else 0
+            raise ValueError(f"{error} (pair {pair})") from error
     pairs.check_positions()
     pairs.check_answers()
     pairs.check_vocabulary(model.config.n_logits, model.name)

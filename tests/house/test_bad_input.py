@@ -46,11 +46,11 @@ TOKENS = {
     "empty task": ((torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)),
         r"clean prompts must be int64 \[B, T\] with at least one token, got torch.int64 \[0, 3\]"),
     "out of the vocabulary": ((tokens([1, 29]), tokens([1, 2])),
-        r"clean prompts have the token id 29, but the vocabulary of random is 0\.\.28: was another"),
-    "negative": ((tokens([1, 2]), tokens([1, -4])),
-        r"corrupt prompts have the token id -4, but the vocabulary of random is 0\.\.28"),
+        r"clean prompts have the token id 29, but the vocabulary of random is 0\.\.28: was another .*\(pair 0\)"),
+    "negative": ((tokens([1, 2], [1, 2]), tokens([1, 3], [1, -4])),
+        r"corrupt prompts have the token id -4, but the vocabulary of random is 0\.\.28.*\(pair 1\)"),
     "longer than the context": ((tokens(range(17)), tokens(range(1, 18))),
-        "clean prompts have 17 positions, but the context of random is 16"),
+        r"clean prompts have 17 positions, but the context of random is 16 \(pair 0\)"),
     "identical": ((tokens([1, 2], [3, 4]), tokens([1, 3], [3, 4])), "clean and corrupt of pair 1 are identical"),
 }  # fmt: skip
 
