@@ -450,7 +450,7 @@ class _Scoring:
             return NodeStore(model, batch, units=self.level == "neuron")
         if self.storage == "dense":
             self._make_room(batch)
-            return DenseStore(model, batch, self.memory)
+            return DenseStore(model, batch, self.memory, apart=self.how.exact_softmax)
         return FactoredStore(model, batch, self.plan.chunk(*batch.shape, self.within))
 
     def _make_room(self, batch: Batch) -> None:

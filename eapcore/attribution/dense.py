@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from eapcore.models.attention import Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
 from eapcore.models.model import Model
-from eapcore.models.tensors import accumulate_dtype
+from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
 class DenseStore:
@@ -31,8 +32,18 @@ class DenseStore:
 
     steps = True
 
-    def __init__(self, model: Model, batch: Batch, memory: Tensor, device: torch.device | None = None) -> None:
-        """device: whose limits count, None for the model's."""
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        memory: Tensor,
+        device: torch.device | None = None,
+        *,
+        apart: bool = False,
+    ) -> None:
+        """device: whose limits count, None for the model's. apart: `deltas` gives what each component sends by itself,
+        with `factors`, which are kept."""
+        self.dz: dict[int, Tensor] | None = {} if apart else None
         self.model, self.read, self.device = model, batch.read, model.device if device is None else device
         (rows, tokens), width, graph = batch.shape, model.config.d_model, model.graph
         before, reads = graph.senders_everywhere.stop, self.read.shape[1]
@@ -61,6 +72,8 @@ class DenseStore:
         graph, last = self.model.graph, self.model.graph.is_last(index)
         if last:
             self.at_read[: len(self.everywhere)] = rows_at(self.everywhere, self.read)
+        if self.dz is not None:
+            self.dz[index] = dz
         self.model.attentions[index].send(dz, out=self.rows(last)[graph.heads(index)])
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
@@ -68,7 +81,20 @@ class DenseStore:
         self.rows(graph.is_last(index))[graph.mlp(index)] = delta
 
     def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, count), self.rows(at_read)[:count]
+        rows, graph = self.rows(at_read), self.model.graph
+        if self.dz is None:
+            yield slice(0, count), rows[:count]
+            return
+        begins = {0, *(graph.heads(index).start for index in self.dz), *(graph.heads(index).stop for index in self.dz)}
+        places = sorted({start for start in begins if start < count} | {count})
+        for start, stop in pairwise(places):
+            yield slice(start, stop), rows[start:stop]
+
+    def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
+        for index, dz in (self.dz or {}).items():
+            if senders == self.model.graph.heads(index):
+                return at_positions(dz, self.read if at_read else None), self.model.attentions[index].w_send
+        return None
 
     def moved(self, name: str) -> Tensor:
         index, graph = int(name[1:]), self.model.graph

@@ -9,7 +9,7 @@ the metric is first order. Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,93 +18,162 @@ from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.limits import limits
 from eapcore.kernels.causal import by_group
 from eapcore.models.attention import Channels
+from eapcore.models.matmul import product
 from eapcore.models.tensors import accumulate_dtype
 
 
 def add_exact(store: Store, sums: Sums, part: Channels, weight: float) -> None:
     """Add the scores of all edges into a layer's q and k receivers; part: one that has its v receivers."""
     first = part.receivers.start - part.channels.start
-    for kind in part.attention.channels[:2]:
-        at_read = part.read is not None and kind.start == 0
-        for senders, delta in store.deltas(at_read, store.model.graph.senders_before(first)):
-            block = exact_scores(part, kind, delta, sums.reduction(at_read))
-            sums.add("scores", block, (senders, slice(first + kind.start, first + kind.stop)), weight, at_read)
+    graph, kinds = store.model.graph, part.attention.channels[:2]
+    short = part.read is not None  # where q is made at the positions read alone
+    for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
+        patterns = [_Pattern(part, kind, sums.reduction(at_read)) for kind in mine]
+        for senders, delta in store.deltas(at_read, graph.senders_before(first)):
+            factors = None if part.attention.joint else store.factors(senders, at_read)
+            projected = [pattern.through_factors(delta, factors) for pattern in patterns]
+            for some in patterns[0].parts(delta):
+                here = slice(senders.start + some.start, senders.start + some.stop)
+                rstd = patterns[0].rstd(delta[some])
+                for pattern, through in zip(patterns, projected, strict=True):
+                    place = slice(first + pattern.channels.start, first + pattern.channels.stop)
+                    block = pattern.scores(delta[some], None if through is None else [x[some] for x in through], rstd)
+                    sums.add("scores", block, (here, place), weight, at_read)
 
 
-def exact_scores(part: Channels, channels: slice, delta: Tensor, reduce: str) -> Tensor:
-    """Scores of the edges from all senders in delta to a layer's q or k receivers.
+class _Pattern:
+    """A layer's pattern, and what edges into all of its q heads, or all of its k heads, change in it.
 
-    With reduce="position" a query's are those of its own position, and keys' those of the positions t of the keys: with
-    s the scores, s′ those with the edge's difference, d = ∂metric/∂pattern and Z = Σ_t pattern_t exp(s′_t − s_t),
+    With σ that of the norm's input x, and σ_s that of x + Δ_s, the activations a become
+
+        a_s = offset + (a − offset) σ/σ_s + Δ_s W′/σ_s,    W′ = (1 − 11ᵀ/D) diag(γ) W,  offset = b + Wᵀβ
+
+    (RMSNorm without the mean). For a head's Δ = Δz W_O a product of Δz [B·T, K] with W_O W′ [K, C·K] takes the place of
+    one of Δ [B·T, D] with W′ where that is less work.
+
+    With reduce="position" a query's scores are those of its own position, and keys' those of the positions t of the
+    keys: with s the scores, s′ those with the edge's difference, d = ∂metric/∂pattern and Z = Σ_t pattern_t
+    exp(s′_t − s_t),
 
         Σ_t (pattern′_t − pattern_t) d_t = Σ_t (pattern′_t − pattern_t / Z) (d_t − Σ_u pattern_u d_u),
 
     whose terms are 0 where a key is the same, and to first order the gradient's.
 
-    Args:
-        part: what the backward pass made of the layer.
-        channels: all of its q heads, or all of its k heads.
-        delta: [S, B, T, D] the senders' differences; for q at the positions that are read where the layer is at these.
-        reduce: "all", "pair" or "position".
-
-    Returns:
-        [S, H], [B, S, H] or [T, S, H], in float32 at least.
+    part: what the backward pass made of the layer. channels: all of its q heads, or all of its k heads. reduce: "all",
+    "pair" or "position".
     """
-    attention, queries, read = part.attention, channels.start == 0, part.read
-    norm_in = part.saved.norm_in.at(read) if queries else part.saved.norm_in
-    q, k, v = attention.heads(part.saved.q, part.saved.kv, part.past, read)
-    before = k.shape[2] - part.saved.kv.shape[1]
-    known = attention.causal.scores(q, k, before, read)
-    pattern = known.softmax(-1)  # [B, H, Q, P + T]
-    d_pattern = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(accumulate_dtype(q.dtype))
-    by_key = reduce == "position" and not queries
-    if by_key:
-        d_pattern = d_pattern - (pattern * d_pattern).sum(-1, keepdim=True)
-    kept = "b" if reduce != "position" else "q" if queries else "t"
 
-    def changed(made: Tensor, summed: bool = False) -> Tensor:
-        """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
-        if queries:
-            other = attention.causal.scores(attention.ready_queries(made, before, read), k, before, read)
+    def __init__(self, part: Channels, channels: slice, reduce: str) -> None:
+        self.part, self.channels, self.queries = part, channels, channels.start == 0
+        attention, self.read = part.attention, part.read
+        self.attention, self.joint, self.reduce = attention, attention.joint, reduce
+        self.norm_in = part.saved.norm_in.at(self.read) if self.queries else part.saved.norm_in
+        self.wide = accumulate_dtype(part.dz.dtype)
+        self.q, self.k, v = attention.heads(part.saved.q, part.saved.kv, part.past, self.read)
+        self.before = self.k.shape[2] - part.saved.kv.shape[1]
+        self.known = attention.causal.scores(self.q, self.k, self.before, self.read)
+        self.pattern = self.known.softmax(-1)  # [B, H, Q, P + T]
+        d = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(self.wide)
+        self.by_key = reduce == "position" and not self.queries
+        self.d = d - (self.pattern * d).sum(-1, keepdim=True) if self.by_key else d
+        # The projections behind the channels: their activations [B, T, C, K], offsets [C, K] and W′ [D, C·K].
+        n_kv = attention.n_kv
+        act = part.saved.q if self.queries else part.saved.kv[:, :, :n_kv]
+        each = 1 if self.queries or attention.grouped else attention.group
+        self.offset = part.constants[1][channels][::each].to(self.wide)
+        self.moved = act.to(self.wide) - self.offset  # (x − μ) W′ without σ
+        if self.norm_in.rstd is not None:
+            self.moved = self.moved / self.norm_in.rstd[..., None]
+        places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
+        self.places, norm = places, attention.norm
+        weights = [norm.frozen_weight(w) if norm.kind != "none" else w for w in attention.weights(places)]
+        self.weight = torch.cat([w.transpose(0, 1).flatten(1) for w in weights], 1)
+
+    def parts(self, delta: Tensor) -> Iterator[slice]:
+        """Senders of delta [S', B, T, D] that go together."""
+        size = max(self.pattern.numel(), self.moved.numel(), delta[0].numel())
+        at_once = max(1, limits(delta.device).exact_numbers // size)
+        yield from (slice(start, min(start + at_once, len(delta))) for start in range(0, len(delta), at_once))
+
+    def through_factors(self, delta: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Δz [S', B·T, K] and W_O W′ [S', K, C·K], where products through them are fewer operations; factors: of heads
+        their Δz [B, T, S', K] and what makes Δ of it, [S', K, D]."""
+        if factors is None:
+            return None
+        dz, w_send = factors
+        rows, (size, width) = delta[0].numel() // delta.shape[-1], w_send.shape[1:]
+        if size * (width + rows) >= rows * width:
+            return None
+        return dz.flatten(0, 1).transpose(0, 1), product(w_send.flatten(0, 1), self.weight).unflatten(
+            0, w_send.shape[:2]
+        )
+
+    def rstd(self, delta: Tensor) -> Tensor | None:
+        """1/σ_s [S', B, T, 1] of the norm's input with some senders' differences; None without a norm."""
+        norm = self.attention.norm
+        return None if norm.kind == "none" else norm.rstd(self.norm_in.x + delta)
+
+    def scores(self, delta: Tensor, factors: list[Tensor] | None, rstd: Tensor | None) -> Tensor:
+        """[S', H], [B, S', H] or [T, S', H] of some senders, from their delta [S', B, T, D], at the positions that are
+        read for q of the last layer, or from factors."""
+        if self.joint:
+            n, _ = self.attention.norm.forward((self.norm_in.x + delta).flatten(0, 1))
+            found = self._jointly_normed(n.unflatten(0, (-1, len(self.norm_in.x))))
         else:
-            front = k[:, :, :before]
-            front = front.repeat_interleave(made.shape[2] // k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
-            keys = torch.cat([front, attention.ready_keys(made, before)], 3)  # [S', B, G, P + T, K]
+            found = self._changed(self._activations(delta, factors, rstd))
+            if not self.queries and self.attention.grouped:
+                found = found.unflatten(2, (-1, self.attention.group)).sum(3)
+        if self.by_key:
+            found = found[self.before :]
+        return found.sum(0) if self.reduce == "all" else found
+
+    def _activations(self, delta: Tensor, factors: list[Tensor] | None, rstd: Tensor | None) -> Tensor:
+        """a_s of some senders, [S', B, C, T, K]."""
+        made = product(delta, self.weight) if factors is None else torch.bmm(*factors).view(*delta.shape[:3], -1)
+        made = made.to(self.wide).unflatten(-1, self.offset.shape)  # [S', B, T, C, K]
+        if rstd is None:
+            made += self.moved + self.offset
+        else:
+            made += self.moved
+            made *= rstd[..., None]
+            made += self.offset
+        return made.transpose(2, 3)
+
+    def _changed(self, made: Tensor, summed: bool = False) -> Tensor:
+        """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
+        attention, before, read = self.attention, self.before, self.read
+        if self.queries:
+            other = attention.causal.scores(
+                attention.ready_queries(made, before, read), self.k.to(made.dtype), before, read
+            )
+        else:
+            front = self.k[:, :, :before].to(made.dtype)
+            front = front.repeat_interleave(made.shape[2] // self.k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
+            ready = attention.ready_keys(made, before)
+            keys = torch.cat([front, ready], 3) if before else ready  # [S', B, G, P + T, K]
+            q = self.q.to(made.dtype)
             other = attention.causal.scores(q.expand(len(made), *q.shape), keys, before, read)
-        base = pattern
-        if by_key:
-            base = pattern * (known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()
-        return torch.einsum(f"cbhqt,bhqt->{kept}c{'' if summed else 'h'}", other.softmax(-1) - base, d_pattern)
+        base = self.pattern
+        if self.by_key:
+            base = base * (self.known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()
+        change = (other.softmax(-1) - base) * self.d  # [S', B, H, Q, P + T]
+        change = change.sum(2) if summed else change
+        if self.reduce != "position":
+            return change.sum((-2, -1)).transpose(0, 1)
+        return change.sum((1, -1 if self.queries else -2)).movedim(-1, 0)
 
-    size = max(pattern.numel(), delta[0].numel())
-    scores = []
-    places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
-    for some in delta.split(max(1, limits(q.device).exact_numbers // size)):
-        n, _ = attention.norm.forward((norm_in.x + some).flatten(0, 1))
-        if attention.joint:
-            scores.append(_jointly_normed(part, channels, n.unflatten(0, some.shape[:2]), changed))
-            continue
-        each = changed(attention.project(n, places).unflatten(0, some.shape[:2]).transpose(2, 3))
-        grouped = not queries and attention.grouped
-        scores.append(each.unflatten(2, (-1, attention.group)).sum(3) if grouped else each)
-    joined = torch.cat(scores, 1)  # [B or T, S, H]
-    if by_key:
-        return joined[before:]
-    return joined.sum(0) if reduce == "all" else joined
-
-
-def _jointly_normed(part: Channels, channels: slice, n: Tensor, changed: Callable[..., Tensor]) -> Tensor:
-    """Scores [B or T, S', C] where q and k are normed with those of all heads: an edge into one changes every head's
-    pattern. n: [S', B, T, D]."""
-    attention = part.attention
-    made = part.saved.q if channels.start == 0 else part.saved.kv[:, :, : attention.n_kv]
-    each = channels.start == 0 or attention.grouped
-    made = made if each else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
-    found = []
-    for channel in range(channels.start, channels.stop):
-        place = attention.projection(channel)
-        others = made.expand(len(n), *made.shape).clone()  # [S', B, T, C, K]
-        new = attention.project(n.flatten(0, 1), slice(place, place + 1))
-        others[:, :, :, channel - channels.start] = new.view(*n.shape[:3], -1)
-        found.append(changed(others.transpose(2, 3), summed=True))
-    return torch.stack(found, -1)
+    def _jointly_normed(self, n: Tensor) -> Tensor:
+        """Scores [B or T, S', C] where q and k are normed with those of all heads: an edge into one changes every
+        head's pattern. n: [S', B, T, D]."""
+        part, attention, channels = self.part, self.attention, self.channels
+        made = part.saved.q if self.queries else part.saved.kv[:, :, : attention.n_kv]
+        each = self.queries or attention.grouped
+        made = made if each else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
+        found = []
+        for channel in range(channels.start, channels.stop):
+            place = attention.projection(channel)
+            others = made.expand(len(n), *made.shape).clone()  # [S', B, T, C, K]
+            new = attention.project(n.flatten(0, 1), slice(place, place + 1))
+            others[:, :, :, channel - channels.start] = new.view(*n.shape[:3], -1)
+            found.append(self._changed(others.transpose(2, 3), summed=True))
+        return torch.stack(found, -1)

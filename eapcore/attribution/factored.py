@@ -63,6 +63,13 @@ class FactoredStore:
             if self.mlp is not None and mlp < count:
                 yield slice(mlp, mlp + 1), at_positions(self.mlp[index], read)[None]
 
+    def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
+        graph, read = self.model.graph, self.read if at_read else None
+        for index, attention in enumerate(self.model.attentions):
+            if senders == graph.heads(index):
+                return at_positions(self.dz[index], read), attention.w_send
+        return None
+
     def moved(self, name: str) -> Tensor:
         index = int(name[1:])
         read = self.read if self.model.graph.is_last(index) else None

@@ -345,7 +345,8 @@ def run_dry(
         store: Store
         if storage == "dense":
             buffer = torch.empty(DenseStore.size(model, what), dtype=plan.dtype, device="meta")
-            store = DenseStore(model, what, buffer, plan.device)
+            kept = any(step.exact_softmax for step in passes.passes)
+            store = DenseStore(model, what, buffer, plan.device, apart=kept)
         else:
             store = FactoredStore(model, what)
         score_batch(model, what, metric, store, sums, passes, count)

@@ -122,6 +122,9 @@ class Store(Protocol):
         """The first so many senders' Δ, some at a time: which they are, and [S', B, T, D], or [S', B, Q, D] at the
         positions that are read. The last layer's are there at those alone."""
 
+    def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
+        """Of some heads their Δz [B, T, h, K] and what makes Δ of it, [h, K, D]; None for other senders, or unknown."""
+
     def moved(self, name: str) -> Tensor:
         """Δ of what all heads of a layer "a{l}" or its MLP "m{l}" send together, [B, T, D], of the last [B, Q, D]."""
 

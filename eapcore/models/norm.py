@@ -59,6 +59,10 @@ class Norm:
         n, mean, rstd = normalise(x, self.gamma, self.beta, self.eps, centred=self.kind == "layernorm")
         return n, NormInput(x, mean, rstd)
 
+    def rstd(self, x: Annotated[Tensor, "... D"]) -> Annotated[Tensor, "... 1"]:
+        """1/σ of x, in float32 at least, where there is one."""
+        return normalise(x, None, None, self.eps, centred=self.kind == "layernorm")[2]
+
     def backward(self, grad: Annotated[Tensor, "... D"], norm_in: NormInput, rule: str = "gradient") -> Tensor:
         """∂metric/∂x from grad = ∂metric/∂n, same shape; rule "frozen" takes σ as a constant."""
         if self.kind == "none":
