@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import find_ablation, find_scores, prepare, top
+from eapcore.cli.inputs import check_number, find_ablation, find_scores, prepare, top
 from eapcore.cli.options import TOP, Command, add_out, add_report, add_resume, add_scores, add_task, count, positive
 from eapcore.cli.output import Progress, check_out, heading, method, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
+
+if TYPE_CHECKING:
+    from eapcore.execution.ablation import Ablation
+    from eapcore.graph.scores import EdgeScores
+    from eapcore.models.model import Model
+    from eapcore.tasks.pairs import PromptPairs
 
 
 def add(command: Command) -> None:
@@ -16,6 +23,12 @@ def add(command: Command) -> None:
     add_task(parser)
     add_scores(parser)
     parser.add_argument("--top-n", type=positive, metavar="N", help=f"how many edges to patch {TOP}")
+    parser.add_argument(
+        "--sample",
+        type=positive,
+        metavar="N",
+        help="instead: N edges drawn in strata by |score|, and what they say of all edges (default: off)",
+    )
     parser.add_argument(
         "--curve",
         action="append",
@@ -35,12 +48,18 @@ def run(args: argparse.Namespace) -> None:
     check_out(args)
     if args.report:
         check_report(args.out.parent / PAGE)
+    if args.sample is not None and (args.top_n is not None or args.curve or args.report or args.distributed):
+        raise ValueError("--sample draws edges by itself: leave out --top-n, --curve, --report and --distributed")
     model, pairs, metric = prepare(args)
+    check_number("--sample", args.sample, model)
     n, curves = top(args, model), args.curve or []
     for edge in curves:
         model.graph.edge(edge)  # an unknown name is refused before the work
     ablation = find_ablation(args, model, pairs)
     scores = find_scores(args, model, pairs, metric, ablation)
+    if args.sample is not None:
+        _sample(args, model, pairs, metric, ablation, scores)
+        return
     with Progress("verifying", None, "run × pair") as progress:
         options = {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
         options |= {"ablation": ablation, "batch_size": args.batch_size, "distributed": args.distributed}
@@ -62,3 +81,27 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nwrote    {args.out}")
     if args.report:
         report_folder(args, args.out.parent, scores)
+
+
+def _sample(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, ablation: Ablation, scores: EdgeScores
+) -> None:
+    """Patch a sample of all edges, its cost told before."""
+    from eapcore.evaluation.sampled import sample_cost, verify_sample
+
+    print(heading(model, pairs, metric))
+    cost = sample_cost(model, pairs, metric, scores, args.sample)
+    print(f"patching {args.sample} of {model.graph.n_edges} edges: about {cost:.3g} times what eap costs", flush=True)
+    with Progress("verifying", None, "run × pair") as progress:
+        options = {"ablation": ablation, "batch_size": args.batch_size, "progress": progress, "resume": args.resume}
+        found = verify_sample(model, pairs, metric, scores, args.sample, **options)
+    write(args, found)
+    (r2_low, r2_high), (low, high) = found.r2_interval, found.slope_interval
+    print(
+        f"agree    over all edges, by {method(scores)}: R² {found.r2:.3f} ({r2_low:.3f} to {r2_high:.3f}), exact = "
+        f"{found.slope:.3g} ({low:.3g} to {high:.3g}) · score; in brackets three standard errors"
+    )
+    if args.show:
+        rows = sorted(zip(found.edges, found.estimates, found.effects, strict=True), key=lambda r: -abs(r[1] - r[2]))
+        print(table(("edges that differ most", "score", "exact"), rows[: args.show]))
+    print(f"\nwrote    {args.out}")

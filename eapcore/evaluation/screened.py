@@ -146,8 +146,7 @@ def screened(
         raise ValueError(f"budget must be a number of at least 1, the cost of one gradient, got {budget!r}")
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph, mask = model.graph, model.graph.edge_mask()
-    pairs = experiment.pairs
-    cost = _cost(model, pairs, experiment.metric, shared=experiment.shared)
+    cost = cost_of(experiment)
     into = mask.sum(0).double()
     everything = cost.record + float(into @ cost.edge)
     allowed, n_pairs = budget * cost.eap, len(experiment)
@@ -215,6 +214,11 @@ def _cost(model: Model, pairs: PromptPairs, metric: Metric, *, shared: bool) -> 
     read = tokens_read(metric, pairs.answers, pairs.wrong, model.config.d_vocab)
     logits = model.config.d_vocab if read is None else read[0].shape[1]
     return Operations.of(model.config, float((stop - first).double().mean()), logits)
+
+
+def cost_of(experiment: Experiment) -> Operations:
+    """What scoring and patching cost in an experiment."""
+    return _cost(experiment.model, experiment.pairs, experiment.metric, shared=experiment.shared)
 
 
 def _any_method(function: Function) -> Function:

@@ -110,7 +110,7 @@ def verify(
         found = attribute(model, experiment.pairs, metric, ablation=experiment.ablation, **screening)
         check_scores(found, model.graph)
         scores = found
-    _check_origin(experiment, scores)
+    check_origin(experiment, scores)
     chosen = scores.top_n(n, signed=ranking == "signed")
     exact = measure_edges(experiment, chosen, batch_size=batch_size, progress=count.stage(n * n_pairs), resume=resume)
     followed = []
@@ -127,7 +127,7 @@ def verify(
     )
 
 
-def _check_origin(experiment: Experiment, scores: EdgeScores) -> None:
+def check_origin(experiment: Experiment, scores: EdgeScores) -> None:
     """ValueError for scores of another graph, model, metric or ablation than an experiment's, or of unknown sign.
 
     What scores from elsewhere do not say is logged; the name of another tool's metric is compared where it is one of

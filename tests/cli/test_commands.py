@@ -258,6 +258,18 @@ def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
     assert status == 0 and again["stability"]["overlap"] == pytest.approx(expected.overlap)
 
 
+def test_verify_a_sample_tells_its_cost_and_what_it_says_of_all_edges(eapcore, model, pairs, score_file):
+    options = ("verify", "--metric", "logit_diff", "--scores", score_file)
+    status, printed, content = eapcore(*options, "--sample", 20)
+    assert (
+        status == 0 and "patching 20 of 46 edges: about " in printed and "agree    over all edges, by hybrid" in printed
+    )
+    assert len(content["edges"]) == 20 and sum(content["weights"]) == pytest.approx(46)
+    assert f"R² {content['r2']:.3f}" in printed
+    status, printed, _ = eapcore(*options, "--sample", 20, "--top-n", 3)
+    assert status == 2 and "leave out --top-n" in printed
+
+
 def test_verify_scores_patches_and_follows_an_edge(eapcore, scores, model, pairs):
     edge = scores.top(1)[0][0]
     status, printed, content = eapcore("verify", "--metric", "logit_diff", "--top-n", 6, "--curve", edge)
