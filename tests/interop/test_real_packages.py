@@ -153,6 +153,7 @@ def test_scores_of_other_families_are_those_of_hooks_in_float64(name, kv):
         pytest.skip("its queries are not grouped")
     hooked = hooked_transformer(False, **changes)
     clean, corrupt, answer = (tokens(20, seed, shape) for seed, shape in ((1, (4, 9)), (2, (4, 9)), (3, (4, 2))))
+    answer[:, 1] = (answer[:, 0] + 1) % 20
     metric = partial(logit_diff, label=answer)
     model = tl.from_hooked_transformer(hooked, kv=kv)
     turn_in_float64(hooked, model)
@@ -385,7 +386,7 @@ def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(attn_only, tm
     scores = EdgeScores(eap_ig.in_our_order(ours, graph.scores), ours)
     circuit = Circuit(eap_ig.in_our_order(ours, graph.in_graph), ours)
     for suffix, read in ((".json", EapIgGraph.from_json), (".pt", EapIgGraph.from_pt)):
-        eap_ig.GraphFile.of(scores, 16, circuit).save(tmp_path / f"graph{suffix}")
+        eap_ig.GraphFile.of(scores, 16, circuit).save(tmp_path / f"graph{suffix}", sign="metric")
         again = read(str(tmp_path / f"graph{suffix}"))
         assert torch.equal(again.scores, graph.scores.float()) and torch.equal(again.in_graph, graph.in_graph)
         assert torch.equal(again.nodes_in_graph, graph.nodes_in_graph)
