@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 def test_every_command_that_writes_a_result_is_here():
-    assert {name.__name__.split(".")[-1] for name in cli.COMMANDS} == {*COMMANDS, "info", "report", "mib"}
+    assert {name.__name__.split(".")[-1] for name in cli.COMMANDS} == {*COMMANDS, "info", "report", "mib", "sweep"}
 
 
 class Failing(io.TextIOBase):

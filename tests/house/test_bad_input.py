@@ -194,7 +194,7 @@ OPTIONS = {
     "--impl cuda": "impl must be one of auto, reference, triton, cpp, got 'cuda'",
     "--dtype int8": "dtype must be one of float64, float32, bfloat16, float16, got 'int8'",
     "--device abacus": "device 'abacus' cannot be used here",
-    "--metric kl": "the gradient of the metric kl is zero on every pair",
+    "--metric kl --method eap": "the gradient of the metric kl is zero on every pair",
     "--colour red": "unrecognized arguments: --colour red",
 }
 
