@@ -128,7 +128,8 @@ def test_a_metric_that_leaves_the_device_is_found_out():
         assert there.content_hash  # which is made once
         for size in (4, 2):
             device.waits.clear()
-            eapcore.attribute(there, pairs, lambda logits: logits[:, 0] * float(torch.ones_like(logits[0, 0])), batch_size=size)
+            waits = lambda logits: logits[:, 0] * float(torch.ones_like(logits[0, 0]))  # noqa: E731
+            eapcore.attribute(there, pairs, waits, batch_size=size)
             counts.append(device.waits.total())
     assert counts[1] == counts[0] + 3  # one more batch, of two runs and a gradient
 
