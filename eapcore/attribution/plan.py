@@ -195,7 +195,8 @@ class Plan:
         rows = min(kernels.fast_chunk(self._factored_sizes(batch, tokens), **where), max(1, batch * tokens))
         if self._surely_fits(batch, tokens, budget):
             return rows
-        before, workspace = self._dry_run(batch, tokens, "factored")[1], self._chunk_bytes(batch, tokens, rows)
+        before = self._dry_run(batch, tokens, "factored")[1] + self._throughout(tokens)
+        workspace = self._chunk_bytes(batch, tokens, rows)
         while before + workspace > budget and workspace > before and rows >= 2 * LEAST_CHUNK:
             half = self._chunk_bytes(batch, tokens, rows // 2)
             if 4 * half > 3 * workspace:
