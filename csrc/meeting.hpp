@@ -28,6 +28,9 @@ class Meeting {
     const int team = omp_get_num_threads();
     if (team == 1) return;
     const unsigned round = round_.load(std::memory_order_acquire);
+    // Those who sleep in this round. Who has been woken may be asleep again in the next one, which nobody leaves before
+    // this round's last: two counts suffice.
+    std::atomic<int>& asleep = asleep_[round % 2];
     if (here_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
       here_.store(0, std::memory_order_relaxed);
       {
@@ -35,7 +38,7 @@ class Meeting {
         round_.store(round + 1, std::memory_order_release);
       }
       all_.notify_all();
-      while (asleep_.load(std::memory_order_acquire) > 0) std::this_thread::sleep_for(kNap);
+      while (asleep.load(std::memory_order_acquire) > 0) std::this_thread::sleep_for(kNap);
       return;
     }
     for (int look = 0; look < kLooks; ++look) {
@@ -45,14 +48,14 @@ class Meeting {
 #endif
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    asleep_.fetch_add(1, std::memory_order_relaxed);
+    asleep.fetch_add(1, std::memory_order_relaxed);
     all_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
-    asleep_.fetch_sub(1, std::memory_order_release);
+    asleep.fetch_sub(1, std::memory_order_release);
 #endif
   }
 
  private:
-  std::atomic<int> here_{0}, asleep_{0};
+  std::atomic<int> here_{0}, asleep_[2] = {};
   std::atomic<unsigned> round_{0};
   std::mutex mutex_;
   std::condition_variable all_;

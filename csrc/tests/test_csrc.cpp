@@ -4,6 +4,8 @@
 // failure's line.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,10 +13,12 @@
 #include <new>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../edge_scores.hpp"
 #include "../factored.hpp"
+#include "../meeting.hpp"
 #include "../receiver_grads.hpp"
 
 namespace {
@@ -420,9 +424,33 @@ void test_outer_edge_scores(Isa isa, const char* type) {
   }
 }
 
+// Threads that hurry from one meeting to the next; one of them is late by more than the others look before they sleep.
+void test_meetings() {
+#if defined(_OPENMP)
+  for (const int team : {2, 3}) {
+    Meeting meeting;
+    std::atomic<int> came{0};
+    std::atomic<bool> early{false};
+#pragma omp parallel num_threads(team)
+    {
+      const int threads = omp_get_num_threads();
+      for (int round = 0; round < 300; ++round) {
+        if (omp_get_thread_num() == round % threads) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        came.fetch_add(1);
+        meeting.wait();
+        if (came.load() < threads * (round + 1)) early = true;
+        meeting.wait();
+      }
+    }
+    expect(!early, "a meeting of " + std::to_string(team));
+  }
+#endif
+}
+
 }  // namespace
 
 int main() {
+  test_meetings();
   for (std::uint32_t bits = 0; bits < 0x10000u; ++bits) {  // every half, against its definition
     const half x{static_cast<std::uint16_t>(bits)};
     const int exponent = static_cast<int>(bits >> 10) & 31, fraction = static_cast<int>(bits & 1023u);

@@ -115,7 +115,7 @@ class _Factors(Sink):
         self.exact = torch.zeros(graph.n_receivers, dtype=torch.bool, device=kv.device)  # q and k
         for index, attention in enumerate(model.attentions):
             start = graph.qkv(index).start
-            self.exact[start : start + attention.channels[1].stop] = True
+            self.exact[start : start + attention.channels[1].stop].fill_(True)  # `= True` would wait for the device
         self.tokens = {False: kv.shape[1], True: read.shape[1]}
         # Of all layers but the last, and of the last at the positions read: [L, B, T, D] of which the rest stays zero.
         self.mlp = {

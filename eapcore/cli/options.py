@@ -294,7 +294,9 @@ def add_scores(parser: argparse.ArgumentParser) -> None:
 def add_sign(parser: argparse.ArgumentParser) -> None:
     """What another tool's score file does not say."""
     parser.add_argument(
+        "--scores-sign",
         "--sign",
+        dest="sign",
         metavar="SIGN",
         help="of another tool's score file: metric if more of what it differentiated is better, loss if less is, none "
         "for sizes (default: what the file says)",

@@ -206,7 +206,9 @@ def _curves(
             curve = replace(curve, intervals=[interval(row) for row in own])
             if not math.isnan(cpr):
                 areas = [[area(fractions, y) for y in rows.T.tolist()] for rows in (own, (1 - own).abs())]
-                cpr_interval, cmd_interval = (interval(torch.tensor(drawn, dtype=own.dtype)) for drawn in areas)
+                cpr_interval, cmd_interval = (
+                    interval(torch.tensor(drawn, dtype=own.dtype, device="cpu")) for drawn in areas
+                )
                 curve = replace(curve, cpr_interval=cpr_interval, cmd_interval=cmd_interval)
         curves.append(curve)
     return curves

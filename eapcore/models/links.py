@@ -17,7 +17,7 @@ _SMALL = 1 << 16  # numbers of a tensor that is made anew every time, rather tha
 
 @dataclass(slots=True)
 class _Link:
-    """A tensor of ours and the module's tensors that it is a view of, or that `make` makes it of."""
+    """A tensor of ours and the module's tensors that it is a view of, or that `make` makes it of; state: theirs."""
 
     ours: Tensor
     names: Sequence[str]
@@ -38,7 +38,7 @@ class Links:
         found = [self._find(name) for name in names]
         if all(x is not None and x.data_ptr() == part.data_ptr() for x, part in zip(found, parts, strict=True)):
             shared = _storage(ours) == _storage(parts[0])
-            self.links.append(_Link(ours, tuple(names), make, shared, tensors_state(parts)))
+            self.links.append(_Link(ours, tuple(names), make, shared, () if shared else tensors_state(parts)))
 
     def _find(self, name: str) -> Tensor | None:
         found = reduce(lambda at, part: getattr(at, part, None), name.split("."), self.module())
@@ -94,4 +94,4 @@ def tensors_state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()

@@ -91,7 +91,7 @@ def logit_diff_of_all(logits, batch):  # not the package's own: it may read any 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_making_only_the_logits_that_a_metric_reads_leaves_the_scores_as_they_were(options, method):
     model, pairs = random_case([8, 8, 6], first_difference=2, **options)
-    pairs = replace(pairs, wrong=torch.tensor([[3, 5, 7], [2, 2, -1], [9, -1, -1]]))
+    pairs = replace(pairs, wrong=torch.tensor([[3, 5, 7], [2, 6, -1], [9, -1, -1]]))
     for name, metric in (("logit_diff", logit_diff_of_all), ("logit_margin", None)):
         read = attribute(model, pairs, name, method=method)
         whole = attribute(model, pairs, metric or (lambda x, b: METRICS["logit_margin"](x, b)), method=method)

@@ -260,11 +260,11 @@ def test_a_gpt2lmheadmodel_on_the_device_shares_its_weights(module):
 
 
 def test_load_moves_a_model_to_the_device(module):
-    here = eapcore.load(module)
+    expected = eapcore.load(module).content_hash
     with on_accel():
         for there in (eapcore.load(module, device=DEVICE), eapcore.load(moved(module), device="accel")):
             assert {x.device for _, x in there.weights.named()} == {DEVICE}
-            assert there.content_hash == here.content_hash
+            assert there.content_hash == expected
         toy = eapcore.load("toy-ioi", device="accel:0", dtype="float64")
         assert toy.device == DEVICE and toy.content_hash == eapcore.load("toy-ioi", dtype="float64").content_hash
 
