@@ -94,4 +94,4 @@ def tensors_state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.element_size()
