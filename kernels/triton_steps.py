@@ -13,6 +13,8 @@ Offsets are 64-bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -204,7 +206,7 @@ def normalise_grad(
 
 def _rows(x: Tensor) -> Tensor:
     """[N, D] of [..., D], with unit stride along D."""
-    return common.unit_inner_stride(x.detach()).reshape(-1, x.shape[-1])
+    return common.unit_inner_stride(x.detach()).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _warps(block: int) -> int:

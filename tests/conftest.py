@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tests' models are small: a second thread would only wait. Tests of threads set their own number.
+# The tests' models are small: a second thread would only wait, in other processes too. Tests of threads set their own
+# number.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -137,43 +137,36 @@ def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> N
 
 
 def check_steps(device: str, dtype: torch.dtype) -> None:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
+    def draw(*shape: int) -> tuple[Tensor, Tensor]:
+        """A tensor, and the same in float64."""
+        x = torch.randn(*shape, device=device).to(dtype)
+        return x, x.double()
 
     for width, centred in ((40, True), (37, False)):
-        x, gamma = draw(1, 6, width), draw(width)
-        beta = draw(width) if centred else None
-        wide = [None if t is None else t.double() for t in (x, gamma, beta)]
-        exact, mean, rstd = steps.normalise(*wide, 1e-5, centred=centred)
+        (x, wide), (grad, wide_grad), (gamma, wide_gamma) = draw(1, 3, width), draw(1, 3, width), draw(width)
+        beta, wide_beta = draw(width) if centred else (None, None)
+        exact, mean, rstd = steps.normalise(wide, wide_gamma, wide_beta, 1e-5, centred=centred)
         got, *statistics = steps.normalise(x, gamma, beta, 1e-5, centred=centred, impl="triton")
         judge(f"normalise {dtype} D={width}", got, exact, STORED[dtype])
         got = steps.standardise(x, *statistics, impl="triton")
-        judge(f"standardise {dtype} D={width}", got, steps.standardise(wide[0], mean, rstd), STORED[dtype])
-        grad = draw(1, 6, width)
-        for frozen in (False, True):
-            got = steps.normalise_grad(grad, x, *statistics, gamma, beta, frozen=frozen, impl="triton")
-            exact = steps.normalise_grad(grad.double(), wide[0], mean, rstd, *wide[1:], frozen=frozen)
-            judge(f"normalise_grad {dtype} D={width} frozen={frozen}", got, exact, STORED[dtype])
-        for act_fn in steps.ACTIVATIONS:
-            hidden, up = draw(1, 6, width), None if centred else draw(1, 6, width)
-            got = steps.moved_units(hidden, up, act_fn, 2, impl="triton")
-            exact = steps.moved_units(hidden.double(), None if up is None else up.double(), act_fn, 2)
-            judge(f"moved_units {dtype} {act_fn}", got, exact, STORED[dtype])
-        sent, difference, bias = draw(1, 4, width), draw(1, 2, width), draw(width)
-        got = steps.moved_sum(x, sent, difference, bias, impl="triton")
-        exact = steps.moved_sum(wide[0], sent.double(), difference.double(), bias.double())
-        judge(f"moved_sum {dtype} D={width}", got, exact, STORED[dtype])
+        judge(f"standardise {dtype} D={width}", got, steps.standardise(wide, mean, rstd), STORED[dtype])
+        got = steps.normalise_grad(grad, x, *statistics, gamma, beta, frozen=not centred, impl="triton")
+        exact = steps.normalise_grad(wide_grad, wide, mean, rstd, wide_gamma, wide_beta, frozen=not centred)
+        judge(f"normalise_grad {dtype} D={width}", got, exact, STORED[dtype])
+    for act_fn, gated in zip(steps.ACTIVATIONS, (False, True, False, True), strict=True):
+        (hidden, wide), (up, wide_up) = draw(1, 6, 37), draw(1, 6, 37) if gated else (None, None)
+        got = steps.moved_units(hidden, up, act_fn, 2, impl="triton")
+        judge(f"moved_units {dtype} {act_fn}", got, steps.moved_units(wide, wide_up, act_fn, 2), STORED[dtype])
+    drawn = [draw(*shape) for shape in ((1, 6, 37), (1, 4, 37), (1, 2, 37), (37,))]
+    got = steps.moved_sum(*(x for x, _ in drawn), impl="triton")
+    judge(f"moved_sum {dtype}", got, steps.moved_sum(*(wide for _, wide in drawn)), STORED[dtype])
 
 
 def check_attention(device: str, dtype: torch.dtype) -> None:
-    read = torch.tensor([[0, 4], [2, 3]], device=device)
-    for past, where, how in (
-        (0, None, Causal(0.4)),
-        (3, None, Causal(0.4, window=4)),
-        (2, read, Causal(0.4, softcap=2.0)),
-    ):
-        q, dz = (torch.randn(2, 4, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
-        k, v = (torch.randn(2, 2, past + 5, 20, device=device).to(dtype) for _ in range(2))
+    read = torch.tensor([[0, 4]], device=device)
+    for past, where, how in ((3, None, Causal(0.4, window=4)), (2, read, Causal(0.4, softcap=2.0))):
+        q, dz = (torch.randn(1, 2, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
+        k, v = (torch.randn(1, 1, past + 5, 20, device=device).to(dtype) for _ in range(2))
         wide = [x.double() for x in (q, k, v, dz)]
         got = attend(q, k, v, how, 5, where, impl="triton")
         judge(f"attend {dtype} {how}", got, attend(*wide[:3], how, 5, where), 1e-5)

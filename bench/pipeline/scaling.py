@@ -58,6 +58,10 @@ def table(rows: list[dict], axis: str, what: str) -> str:
     return "\n".join(lines)
 
 
+# What is drawn, its least value on a logarithmic axis (nothing above the model is drawn as a page), scale, label.
+PANELS = (("seconds", 1e-6, 1, "CPU seconds"), ("bytes", 4096, 1 / MIB, "peak MiB"))
+
+
 def draw(rows: list[dict], base: Work, file: Path) -> None:
     """Time above, memory below, a column for each axis, both axes logarithmic: a PNG."""
     try:
@@ -68,11 +72,13 @@ def draw(rows: list[dict], base: Work, file: Path) -> None:
     figure = Figure(figsize=(3 * len(axes), 5.5), layout="constrained")
     panels = figure.subplots(2, len(axes), sharey="row")
     for column, axis in enumerate(axes):
-        for line, (what, scale, label) in enumerate((("seconds", 1, "CPU seconds"), ("bytes", 1 / MIB, "peak MiB"))):
+        for line, (what, least, scale, label) in enumerate(PANELS):
             panel = panels[line, column]
             for name in NAMES:
                 points = [
-                    (row["size"], row[what] * scale) for row in rows if (row["axis"], row["name"]) == (axis, name)
+                    (row["size"], max(row[what], least) * scale)
+                    for row in rows
+                    if (row["axis"], row["name"]) == (axis, name)
                 ]
                 panel.loglog(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
             sizes = [size for size, _ in points]

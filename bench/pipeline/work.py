@@ -198,17 +198,17 @@ def peak_of(run: Callable[[], object]) -> int:
 
 def peak_memory(work: Work, name: str) -> int:
     """Bytes above loading at the high-water mark of one batch, in this process: run it in one of its own."""
-    # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs; nor is what
-    # torch imports when the plan first runs dry.
+    # Program code and the threads' own buffers, which a first run brings in, are not what a batch needs.
     kind = {"dtype": work.dtype, "G": min(work.G, 1), "M": 24}
     for small in (Work(2, 2, 16, 16, B=2, T=4, **kind), Work(2, 4, 256, 16, B=4, T=20, **kind)):
-        dense_bytes(small.config, small.B, small.T, getattr(torch, small.dtype))
         implementation(name, small.model(), small.pairs(), small.B)()
     return peak_of(implementation(name, work.model(), work.pairs(), work.B))
 
 
 def serve_memory(jobs: list[tuple[dict[str, Any], str]], threads: int) -> None:
-    """Print the peak memory of every job, each measured in a fork of this process, which has run nothing itself."""
+    """Print the peak memory of every job, each measured in a fork of this process, which has run no model itself."""
+    # What torch imports when a plan first runs dry is no batch's either.
+    dense_bytes(Work(2, 2, 16, 16, B=2, T=4).config, 2, 4, torch.float32)
     for fields, name in jobs:
         sys.stdout.flush()
         if (pid := os.fork()) == 0:

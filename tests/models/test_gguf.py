@@ -308,7 +308,7 @@ BAD = {
     "a key is missing": ({"metadata": {"llama.block_count": None}}, r"llama.block_count is not there"),
     "a list for a size": ({"metadata": {"llama.feed_forward_length": [96, 32]}}, r"feed_forward_length is \[96, 32\]"),
     "more layers": ({"metadata": {"llama.block_count": 3}}, r"it lacks blk.2.attn_k.weight, .* and 5 more"),
-    "far more layers": ({"metadata": {"llama.block_count": 10**9}}, "there are only 21 tensors"),
+    "far more layers": ({"metadata": {"llama.block_count": 10**9}}, "num_hidden_layers .* must be at most 4096"),
     "heads": ({"metadata": {"llama.attention.head_count": 3}}, r"must have 3 heads of 21 rows, got 64"),
     "key heads": ({"metadata": {"llama.attention.head_count_kv": 1}}, r"attn_k.weight must be \[16, 64\]"),
     "a missing tensor": ({"without": {"blk.1.ffn_up.weight"}}, r"it lacks blk.1.ffn_up.weight$"),
