@@ -298,7 +298,8 @@ def test_auto_circuit_s_prune_scores_are_the_same(attn_only, by_position):
         pytest.skip("auto-circuit is not in this environment")
     from make_fixtures import auto_circuit as run_auto_circuit
 
-    clean, corrupt, answer = tokens(22, 1, (4, 6)), tokens(22, 2, (4, 6)), tokens(22, 3, (4, 2))
+    clean, corrupt, answer = tokens(22, 1, (4, 6)), tokens(22, 2, (4, 6)), tokens(11, 3, (4, 2))
+    answer[:, 1] += 11  # another one than the right answer
     model = tl.from_hooked_transformer(hooked_transformer(attn_only))
     start = time.process_time()
     theirs = run_auto_circuit(hooked_transformer(attn_only), [(clean, corrupt, answer)], 6 if by_position else None)
