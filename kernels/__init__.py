@@ -151,7 +151,7 @@ def edge_scores(
     checks.rows_in_range(rows, delta.shape[1] * delta.shape[2])
     checks.one_of("precision", precision, checks.PRECISIONS)
     if (run := dry.active.get()) is not None:
-        return dry.edge_scores(run, delta, grads, reduce, partial(workspace_bytes, impl=impl))
+        return dry.edge_scores(run, delta, grads, mask, reduce, partial(workspace_bytes, impl=impl))
     chosen = _resolve("edge_scores", impl, delta.device, delta.dtype)
     if chosen == "cpp":
         from . import cpp

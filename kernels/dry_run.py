@@ -40,9 +40,11 @@ def dry_run(
         active.reset(token)
 
 
-def edge_scores(run: DryRun, delta: Tensor, grads: Tensor, reduce: str, workspace: Callable[..., int]) -> Tensor:
+def edge_scores(
+    run: DryRun, delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, workspace: Callable[..., int]
+) -> Tensor:
     sizes = checks.Sizes(delta.shape[1], delta.shape[2], delta.shape[3], senders=len(delta), receivers=len(grads))
-    _hold(workspace("edge_scores", sizes, dtype=delta.dtype, device=run.device, reduce=reduce))
+    _hold(workspace("edge_scores", sizes, dtype=delta.dtype, device=run.device, mask=mask, reduce=reduce))
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
     scores = delta.new_empty((*lead, len(delta), len(grads)), dtype=checks.output_dtype(delta.dtype))
     run.ran("edge_scores", delta, grads, scores)

@@ -105,8 +105,10 @@ class DenseStore:
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         runs = len(grad) // len(self.read)
-        edges, read = _Edges(self, sums, step, runs), self.read.repeat(runs, 1)
-        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=read)
+        layers = 0 if step.exact_softmax else _layers_at_once(self, runs)
+        edges = _Layers(self, sums, step, runs, layers) if layers else _Edges(self, sums, step, runs)
+        backward(self.model, saved, grad, edges, rules=step.rules, past=past, read=self.read.repeat(runs, 1))
+        edges.end()
 
 
 class _Edges(Sink):
@@ -158,6 +160,9 @@ class _Edges(Sink):
                 self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
         return (total[0] if len(total) == 1 else torch.cat(total, 1)).flatten(0, 1)
 
+    def end(self) -> None:
+        """The backward pass is over."""
+
     def add(
         self,
         grads: Tensor,
@@ -172,6 +177,72 @@ class _Edges(Sink):
         grads = over_steps(grads, 1, delta.shape[1])
         block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
         sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)
+
+
+class _Layers(_Edges):
+    """Contracts the receivers of several layers at once, so that the buffer is read less often, and takes their sum
+    from ∂metric/∂(q, k, v), so that no receiver is read a second time.
+
+    What has its gradient at the positions that are read is contracted as it comes.
+    """
+
+    def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int, layers: int) -> None:
+        self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
+        buffer, size = store.everywhere, layers * self.graph.receivers_per_layer
+        self.grads = buffer.new_empty(size, runs * buffer.shape[1], *buffer.shape[2:])
+        self.filled = size  # from here on, by receivers in the graph's order: these
+        self.waiting: list[slice] = []
+
+    def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
+        if at_read or name == "logits":
+            self.add(grad[None], slice(receiver, receiver + 1), at_read)
+        else:
+            self.room(slice(receiver, receiver + 1))[0].copy_(grad)
+
+    def channels(self, part: Channels) -> Tensor:
+        if part.at_read:
+            self.add(part.grads(self.sums.impl), part.receivers, True)
+        else:
+            part.grads(self.sums.impl, self.room(part.receivers).flatten())
+        return part.total()
+
+    def room(self, receivers: slice) -> Tensor:
+        """Where the gradients of some receivers go, [R', n·B, T, D]; backward, the later ones come first."""
+        count = receivers.stop - receivers.start
+        if count > self.filled:
+            self.end()
+        self.filled -= count
+        if self.waiting and self.waiting[0].start == receivers.stop:
+            receivers = slice(receivers.start, self.waiting.pop(0).stop)
+        self.waiting.insert(0, receivers)
+        return self.grads[self.filled : self.filled + count]
+
+    def end(self) -> None:
+        if not self.waiting:
+            return
+        senders, sums = slice(0, self.graph.senders_before(self.waiting[-1].stop - 1)), self.sums
+        edges = [self.store.model.edge_masks[0][senders, receivers] for receivers in self.waiting]
+        delta = self.store.everywhere[senders]
+        if len(delta):
+            block = kernels.edge_scores(
+                delta,
+                over_steps(self.grads[self.filled :], 1, delta.shape[1]),
+                mask=edges[0] if len(edges) == 1 else torch.cat(edges, 1),
+                reduce=sums.reduction(False),
+                impl=sums.impl,
+            )
+            for receivers in self.waiting:
+                part, block = block.tensor_split([receivers.stop - receivers.start], -1)
+                sums.add("scores", part, (senders, receivers), self.step.weight)
+        self.waiting, self.filled = [], len(self.grads)
+
+
+def _layers_at_once(store: DenseStore, runs: int) -> int:
+    """How many layers' receivers are contracted at once; 0 where one layer's are more than is held at a time."""
+    most, each, buffer = limits(store.device), store.model.graph.receivers_per_layer, store.everywhere
+    one = each * runs * math.prod(buffer.shape[1:]) * buffer.itemsize
+    at_once = min(max(1, most.receivers // each), most.workspace // one, store.model.graph.n_layers)
+    return at_once if most.receivers else 0
 
 
 def pairs_at_once(pairs: int, size: int, device: torch.device) -> int:

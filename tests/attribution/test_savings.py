@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import eapcore.kernels as kernels
 import oracle
 import pytest
 import torch
@@ -81,6 +82,40 @@ def test_making_the_receivers_of_some_pairs_at_a_time_leaves_the_scores_as_they_
         if expected is not None:
             assert expected.abs().max() > 1e-3
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+LAYERED = [
+    *((options, "eap", "all", 2) for options in KINDS.values()),
+    *(({"n_layers": 5}, method, reduce, 3) for method in ("eap-ig", "relp") for reduce in ("pair", "position")),
+    ({"n_layers": 3}, "qk-fix", "all", 2),
+]
+
+
+@pytest.mark.parametrize(("options", "method", "reduce", "layers"), LAYERED)
+def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_were(
+    options, method, reduce, layers, limited, monkeypatch
+):
+    model, pairs = random_case([8, 8, 6], first_difference=2, **options)
+    how = {"method": method, "reduce": reduce, "storage": "dense", "batch_size": 3}
+    expected = attribute(model, pairs, **how)
+    masks, contract = [], kernels.edge_scores
+
+    def edge_scores(*args, mask=None, **options):
+        masks.append(mask)
+        return contract(*args, mask=mask, **options)
+
+    monkeypatch.setattr(kernels, "edge_scores", edge_scores)
+    limited(receivers=layers * model.graph.receivers_per_layer, workspace=1 << 30)
+    found = attribute(model, pairs, **how)
+    at_once = [mask.shape[1] for mask in masks if mask is not None]
+    if method == "qk-fix" or model.config.n_layers == 1:
+        assert max([0, *at_once]) <= 2 * model.config.n_heads  # one layer's
+    else:
+        assert max(at_once) > model.graph.receivers_per_layer
+    for name in ("scores", "per_pair", "per_position"):
+        if (part := getattr(expected, name)) is not None:
+            assert part.abs().max() > 1e-3
+            torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12)
 
 
 def logit_diff_of_all(logits, batch):  # not the package's own: it may read any logit
