@@ -11,10 +11,10 @@ and kept in the temporary folder; two compiled programs; SmolLM2-135M where the 
 edge is patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
 
 R² is the squared correlation of scores and exact effects, and "fit" 1 − Σ(effect − score)² / Σ(effect − mean effect)²,
-which also sees scale and offset; "tenth" the share of the top tenth by |effect| that is in the top tenth by |score|;
-CPR and CMD as MIB has them, of models all of whose edges are patched. Time is CPU seconds over eap's, the less of
-two. The summary has for each combination its worst and its mean over models, of means over draws; what is chosen by
-the first draws is to be read off the others.
+which also sees scale and offset; scores that are sizes are compared with |effect|; "tenth" the share of the top tenth
+by |effect| that is in the top tenth by |score|; CPR and CMD as MIB has them, of models all of whose edges are patched.
+Time is CPU seconds over eap's, the less of two. The summary has for each combination its worst and its
+mean over models, of means over draws; what is chosen by the first draws is to be read off the others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import mib
 from eapcore.evaluation.screened import attribute
 from eapcore.graph.circuit import Circuit
-from eapcore.graph.scores import EdgeScores
+from eapcore.graph.scores import NO_SIGN, EdgeScores
 from eapcore.patching.edges import patch_edges
 
-WITHOUT_SIGN = ("grad-drop", "atp-star")
+SLOW = ("grad-drop", "atp-star")  # a backward pass a layer
 AT = {"gradient_at": 0.75}
 CHEAP = {"exact": "logits,mlp"}
 COMBINATIONS: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in METHODS if name not in WITHOUT_SIGN},
+    **{name: {"method": name} for name in METHODS if name not in SLOW},
     **{f"at {x}": {"gradient_at": x} for x in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)},
     "right 3": {"method": "eap-ig", "points": "right", "steps": 3},
     "gauss 2": {"method": "eap-ig", "steps": 2},
@@ -68,6 +69,8 @@ Row = dict[str, float]
 def judge(scores: EdgeScores, exact: EdgeScores, edges: torch.Tensor) -> Row:
     """R², fit, Spearman and the top tenth's overlap over some edges, bool [S, R]."""
     found, effect = scores.scores[edges].double(), exact.scores[edges].double()
+    if NO_SIGN in scores.meta["sign"]:
+        effect, exact = effect.abs(), replace(exact, scores=exact.scores.abs())
     lost = float((effect - found).square().sum() / (effect - effect.mean()).square().sum())
     agreed, tenth = agreement(scores, exact, edges), max(1, len(effect) // 10)
     tops = [set(x.abs().sort(descending=True, stable=True).indices[:tenth].tolist()) for x in (found, effect)]

@@ -18,6 +18,7 @@ from eapcore.attribution.methods import OPTIONS as OTHER_OPTIONS
 from eapcore.attribution.methods import Options, Passes, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Plan
+from eapcore.attribution.pruning import EndStore, pruned
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Store, Sums
 from eapcore.attribution.tally import Tally
@@ -135,6 +136,8 @@ def attribute(
             "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
             (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
             "atp-star": "grad-drop" with the exact patterns of "qk-fix".
+            "hisp": head importance scores for pruning, the mean of |score of a pair| of each node over its layer's
+            norm, and an edge's the smaller of its ends', see `pruning`; "hisp-raw" without the norm. They have no sign.
             All of them are choices of points, `qk`, `rules` and `exact`, each of which can be made otherwise; the file
             says which.
         level: "edge"; "node" scores senders, with exact patterns or edges by the sum over their edges; "neuron" also
@@ -192,7 +195,7 @@ def attribute(
 
     Source: Syed, Rager, Conmy 2023, eq. 2 and appendix F; integrated gradients over inputs and activations: Hanna,
     Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; exact patterns and dropped
-    gradients: Kramár, Lieberum, Shah, Nanda 2024.
+    gradients: Kramár, Lieberum, Shah, Nanda 2024; hisp: Michel, Levy, Neubig 2019, Conmy et al. 2023.
     """
     check_model(model)
     _check_options(others)
@@ -206,6 +209,8 @@ def attribute(
     stream = task if isinstance(task, PairStream) else None
     if stream is not None:
         _check_stream(ablation, reference, reduce, pairs_to)
+    if pairs_to is not None and how.pruning:
+        raise ValueError(f"the scores of {method} belong to all pairs together, so there can be no pairs_to")
     if pairs_to is not None and reduce != "pair":
         raise ValueError(f"pairs_to is where each pair's scores go: reduce must be 'pair', got {reduce!r}")
     first = task if not isinstance(task, PairStream) else task.first
@@ -213,7 +218,7 @@ def attribute(
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
     plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
-    by_node = level != "edge" and not how.by_edge
+    by_node = how.by_ends or (level != "edge" and not how.by_edge)
     n_pairs = len(pairs) if stream is None else len(stream)
     what = {"method": how.described, "level": level, "reduce": reduce, "each pair in a folder": pairs_to is not None}
     what |= {} if stream is None else {"stream": stream.content_hash}
@@ -224,7 +229,7 @@ def attribute(
     asked = batch_size if isinstance(batch_size, int) else None
 
     scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs)
-    shapes = _shapes(model, level, passes)
+    shapes = _shapes(model, how, passes)
     lead: tuple[int, ...] = (int(pairs.positions.max()) + 1,) if reduce == "position" else ()
     rows = _rows(experiment, kept) if stream is None else {lane: [] for lane in kept.mine}
     # Rows of each pair lie where they belong at once.
@@ -264,7 +269,7 @@ def attribute(
     nothing = torch.zeros((), dtype=torch.float64, device=model.device)
     largest = ranks.largest(torch.stack([nothing, *(tally.largest for tally in lanes.values())]).max())
     _check_gradients(experiment, largest, scores)
-    if how.absolute:
+    if how.dropped:
         for name, x in scores.items():
             x /= scoring.reached(name)
     ends = [tally.ends + tally.values.sum(1) for tally in lanes.values()] or [nothing.expand(2)]
@@ -286,7 +291,7 @@ def attribute(
             counts = {int(lane): number for each in files for lane, number in each.items()}
             write_index(pairs_to, [counts[lane] for lane in range(kept.lanes)], n_pairs, meta)
         reduce = "all"
-    return _result(model, scores, meta, level, reduce, n_pairs, how.exact)
+    return _result(model, scores, meta, level, reduce, n_pairs, how)
 
 
 def _check_stream(
@@ -356,8 +361,8 @@ class _Scoring:
         model = experiment.model
         self.experiment, self.how, self.passes, self.plan = experiment, how, passes, plan
         self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
-        self.shapes, self.within = _shapes(model, level, passes), budget(model.device)
-        self.by_node = level != "edge" and not how.by_edge
+        self.shapes, self.within = _shapes(model, how, passes), budget(model.device)
+        self.by_node = how.by_ends or (level != "edge" and not how.by_edge)
         recordable = storage == "dense" or self.by_node
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
         self.memory = torch.empty(0, dtype=model.dtype, device=model.device)
@@ -387,7 +392,7 @@ class _Scoring:
                     continue
                 feed.advance(batch)
                 self.check = None
-                divisors = [self.reached(name) for name in self.shapes] if self.how.absolute else None
+                divisors = [self.reached(name) for name in self.shapes] if self.how.dropped else None
                 tally.add(batch, values, largest, parts, first, divisors)
                 if device.type == "cpu":  # on a GPU every look would wait for it
                     if not bool(values.isfinite().all()):
@@ -446,6 +451,8 @@ class _Scoring:
 
     def _store(self, batch: Batch) -> Store:
         model = self.experiment.model
+        if self.how.by_ends:
+            return EndStore(model, batch)
         if self.by_node:
             return NodeStore(model, batch, units=self.level == "neuron")
         if self.storage == "dense":
@@ -490,7 +497,8 @@ def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: 
     if by_node:
         if storage == "dense":
             raise ValueError(
-                f"level {level!r} keeps no sender buffer: storage must be 'auto' or 'factored', got 'dense'"
+                f"level {level!r} by this method keeps no sender buffer: storage must be 'auto' or 'factored', got "
+                "'dense'"
             )
         return "factored"
     return plan.storage(pairs) if storage == "auto" else storage
@@ -516,9 +524,11 @@ def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bo
     return Replays(by, strict=graphs is True)
 
 
-def _shapes(model: Model, level: str, passes: Passes) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model, how: Recipe, passes: Passes) -> dict[str, tuple[int, ...]]:
     """What is scored at a level, without the axis of pairs or positions."""
-    graph, config = model.graph, model.config
+    graph, config, level = model.graph, model.config, how.described["level"]
+    if how.by_ends:
+        return {"scores": (graph.n_receivers,)}
     if level == "edge":
         names = ("scores", "spread") if passes.spread else ("scores",)
         return dict.fromkeys(names, (graph.n_senders, graph.n_receivers))
@@ -548,20 +558,23 @@ def _result(
     level: str,
     reduce: str,
     n_pairs: int,
-    receivers: tuple[int, ...],
+    how: Recipe,
 ) -> EdgeScores | NodeScores:
     """The mean over pairs, with the parts that were asked for."""
     keep = result_dtype(model.dtype)
     whole = scores if reduce == "all" else {name: x.sum(0) for name, x in scores.items()}
-    whole = {name: (x / n_pairs).to(keep).cpu() for name, x in whole.items()}
+    whole = {name: x / n_pairs for name, x in whole.items()}
+    if how.pruning:
+        whole, scores = pruned(model.graph, whole, scores, normalised=how.pruning == "normalised", by_ends=how.by_ends)
+    whole = {name: x.to(keep).cpu() for name, x in whole.items()}
     parts: dict[str, Tensor] = {}
     if reduce != "all":
         parts = {name: (x if reduce == "pair" else x / n_pairs).to(keep).cpu() for name, x in scores.items()}
     if level == "edge":
         part, exact = parts.get("scores"), None
-        if receivers:
+        if how.exact:
             exact = torch.zeros_like(model.graph.edge_mask())
-            exact[:, list(receivers)] = model.graph.edge_mask()[:, list(receivers)]
+            exact[:, list(how.exact)] = model.graph.edge_mask()[:, list(how.exact)]
         return EdgeScores(
             whole["scores"],
             model.graph,

@@ -31,6 +31,7 @@ class DenseStore:
     """
 
     steps = True
+    channels = False
 
     def __init__(
         self,
@@ -79,6 +80,9 @@ class DenseStore:
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         graph = self.model.graph
         self.rows(graph.is_last(index))[graph.mlp(index)] = delta
+
+    def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
+        pass
 
     def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
         rows, graph = self.rows(at_read), self.model.graph

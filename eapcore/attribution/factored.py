@@ -26,6 +26,7 @@ class FactoredStore:
     """Δz and Δ of the MLPs, about 2·L·B·T·D, from which senders are made on the fly, so many token rows at a time."""
 
     steps = False
+    channels = False
 
     def __init__(self, model: Model, batch: Batch, chunk: int | None = None) -> None:
         self.model, self.read, self.chunk = model, batch.read, chunk
@@ -51,6 +52,9 @@ class FactoredStore:
         if not self.model.graph.is_last(index):
             return ...
         return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
+
+    def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
+        pass
 
     def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
         graph, read = self.model.graph, self.read if at_read else None

@@ -103,9 +103,10 @@ class Passes:
 class Recipe:
     """A method with all its parameters.
 
-    passes: the backward passes. absolute: add |score of a pair|, not the score; a score is then divided by the number
-    of dropped layers whose gradients leave its receiver one. exact: the receivers whose edges are patched instead of
-    estimated. described: what a score file says of it. sign: the scores' convention in words.
+    passes: the backward passes. absolute: add |score of a pair|, not the score. dropped: a score is divided by the
+    number of dropped layers whose gradients leave its receiver one. exact: the receivers whose edges are patched
+    instead of estimated. described: what a score file says of it. sign: the scores' convention in words. pruning: what
+    is scored are nodes, "raw" or "normalised" by layer, and edges by their ends, see `pruning`; "" for all others.
     """
 
     passes: tuple[Pass, ...]
@@ -113,10 +114,17 @@ class Recipe:
     absolute: bool = False
     sign: str = ""
     exact: tuple[int, ...] = ()
+    pruning: str = ""
+    dropped: bool = False
 
     @property
     def exact_softmax(self) -> bool:
         return any(step.exact_softmax for step in self.passes)
+
+    @property
+    def by_ends(self) -> bool:
+        """Whether edges are scored by their ends, which are what is scored of a batch."""
+        return bool(self.pruning) and self.described["level"] == "edge"
 
     @property
     def by_edge(self) -> bool:
@@ -193,7 +201,7 @@ class Method:
 
     points: a rule with its number of steps, or (α, weight) of each. replaced: what is at the point: "inputs", the
     embedding; "components", each component in turn. dropped: one layer's gradient at a time, and absolute scores.
-    exact: out of EXACT, those that a model has.
+    exact: out of EXACT, those that a model has. pruning: of `Recipe`, with absolute scores too.
     """
 
     points: str | Points = ((1.0, 1.0),)
@@ -203,6 +211,7 @@ class Method:
     qk: str = "gradient"
     dropped: bool = False
     exact: tuple[str, ...] = ()
+    pruning: str = ""
 
     @property
     def ablations(self) -> bool:
@@ -220,6 +229,8 @@ METHODS: dict[str, Method] = {
     "qk-fix": Method(qk="exact"),
     "grad-drop": Method(dropped=True),
     "atp-star": Method(dropped=True, qk="exact"),
+    "hisp": Method(pruning="normalised"),
+    "hisp-raw": Method(pruning="raw"),
 }
 LEVELS = ("edge", "node", "neuron")
 # Other tools' names of methods, and ours.
@@ -233,6 +244,8 @@ _WORDS = {
     "atp*": "'atp-star'",
     "denoising": "'eap' with gradient_at='corrupt'",
     "noising": "'eap' with gradient_at='clean'",
+    "head-importance": "'hisp'",
+    "16h": "'hisp'",
     "exact": "eapcore.patching.edges.patch_edges, the command patch",
     "activation-patching": "eapcore.patching.edges.patch_edges, the command patch",
     "patching": "eapcore.patching.edges.patch_edges, the command patch",
@@ -250,6 +263,9 @@ OPTIONS = {
     "quiet": "progress",
 }
 _UNSIGNED = "score = mean over pairs and backward passes of |predicted change of the metric| when {}; " + NO_SIGN
+_PRUNED = "score = mean over pairs of |predicted change of the metric| when {} is ablated{}; " + NO_SIGN
+_NORMALISED = ", over the norm of those of its layer"
+_ENDS = "the less important end of the edge, a q, k or v activation or what an MLP sends,"
 
 
 def recipe(
@@ -267,8 +283,9 @@ def recipe(
     rules = preset.rules if options.rules is None else options.rules
     if not isinstance(rules, Rules):
         raise ValueError(f"rules must be a Rules, e.g. Rules(norm='frozen'), got {rules!r}")
-    if preset.dropped and rules.cut:
-        raise ValueError(f"{method} drops gradients itself, so rules.cut must be empty, got {sorted(rules.cut)}")
+    if (preset.dropped or preset.pruning) and rules.cut:
+        why = "drops gradients itself" if preset.dropped else "scores every node by its gradient"
+        raise ValueError(f"{method} {why}, so rules.cut must be empty, got {sorted(rules.cut)}")
     qk = preset.qk if options.qk is None else options.qk
     one_of("qk", qk, QK)
     kinds = _exact_kinds(preset, options.exact, graph)
@@ -284,7 +301,9 @@ def recipe(
             f"ablation {ablation!r} has no prompt to take gradients at, as {method} with these options does: use "
             f"{', '.join(name for name, other in METHODS.items() if other.ablations)}, or other points"
         )
-    if preset.dropped and reduce == "position":
+    if preset.pruning:
+        _check_pruning(method, level, ablation, qk == "exact" or bool(kinds))
+    if (preset.dropped or preset.pruning) and reduce == "position":
         raise ValueError(
             f"the method {method} is no sum over positions, so reduce must be 'all' or 'pair', got 'position'"
         )
@@ -298,7 +317,9 @@ def recipe(
             f"exact patterns and exact edges are of all that a sender sends, so level must be 'edge' or 'node' with "
             f"{method} and these options, got 'neuron'"
         )
-    if options.spread and (preset.dropped or preset.replaced != "inputs" or len(at) < 2 or level != "edge"):
+    if options.spread and (
+        preset.dropped or preset.pruning or preset.replaced != "inputs" or len(at) < 2 or level != "edge"
+    ):
         raise ValueError(
             "spread is the difference of edges' scores between the first and the last of several points, which "
             f"{method} with these options does not have: give points, e.g. [(0.5, 0.5), (1, 0.5)], and level 'edge'"
@@ -327,7 +348,25 @@ def recipe(
     described = {"name": method, "level": level, "ablation": {"name": ablation}, "points": points} | described
     when = EDGE_WHEN if level == "edge" else NODE_WHEN
     sign = _UNSIGNED.format(when) if preset.dropped else sign_text("score", "predicted", when)
-    return Recipe(tuple(passes), described, preset.dropped, sign, exact_receivers(graph, kinds))
+    if preset.pruning:
+        by = _NORMALISED if preset.pruning == "normalised" else ""
+        sign = _PRUNED.format(_ENDS if level == "edge" else "what the node sends", by)
+        described["normalised"] = preset.pruning == "normalised"
+    absolute, exact = preset.dropped or bool(preset.pruning), exact_receivers(graph, kinds)
+    return Recipe(tuple(passes), described, absolute, sign, exact, preset.pruning, preset.dropped)
+
+
+def _check_pruning(method: str, level: str, ablation: str, by_edge: bool) -> None:
+    """ValueError for what importance scores of nodes do not have."""
+    if by_edge:
+        raise ValueError(f"{method} scores nodes: qk must be 'gradient' and exact 'none'")
+    if level == "neuron":
+        raise ValueError(f"{method} scores nodes, and edges by their ends, so level must be 'edge' or 'node'")
+    if level == "edge" and ablation not in ("corrupt", "zero"):
+        raise ValueError(
+            f"the ends of an edge are activations of q, k and v too, of which no mean is taken: with {method} of edges "
+            f"ablation must be 'corrupt' or 'zero', got {ablation!r}"
+        )
 
 
 def _where(method: str, preset: Method, options: Options) -> tuple[list[tuple[float, float]], dict[str, Any]]:

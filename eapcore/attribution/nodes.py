@@ -36,10 +36,14 @@ class NodeStore(FactoredStore):
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         read = self.read.repeat(len(grad) // len(self.read), 1)
-        backward(self.model, saved, grad, _Nodes(self, sums, step), rules=step.rules, past=past, read=read)
+        backward(self.model, saved, grad, self.sink(sums, step), rules=step.rules, past=past, read=read)
+
+    def sink(self, sums: Sums, step: Pass) -> Nodes:
+        """What takes the gradients of a backward pass."""
+        return Nodes(self, sums, step)
 
 
-class _Nodes(Sink):
+class Nodes(Sink):
     """Multiplies what a sender sends more with the residual stream's gradient behind it."""
 
     def __init__(self, store: NodeStore, sums: Sums, step: Pass) -> None:

@@ -91,6 +91,8 @@ def score_batch(
         if before is not None:
             pasts.append(before.clone())  # a view would keep all that the stage made alive
         _set_mlp(batch, run, values, units, store)
+        if store.channels and run.attention is not None:
+            _set_channels(run, values, store)
         for alpha, rows in halves.items():
             if alpha in kept:
                 kept[alpha].append(run.saved.of(lambda x, rows=rows: x[rows].clone()))  # type: ignore[misc]
@@ -204,6 +206,16 @@ def _set_mlp(batch: Batch, run: StageRun, values: Values | None, units: bool, st
     else:
         delta = _difference(batch, run.mlp.sent, values.mlp[index] if values.mlp is not None else None, at_read)
     store.set_mlp(index, delta, _units(mlp, batch, run, values) if units else None)
+
+
+def _set_channels(run: StageRun, values: Values | None, store: Store) -> None:
+    """Give the store Δ of a stage's q, k and v: those of the corrupt prompts, or zeros, in place of the clean ones'."""
+    assert run.attention is not None
+    moved = []
+    for both in (run.attention.saved.q, run.attention.saved.kv):
+        clean, corrupt = both.tensor_split(2)
+        moved.append(corrupt - clean if values is None else -clean)
+    store.set_channels(run.stage.index, *moved)
 
 
 def _units(mlp: Mlp, batch: Batch, run: StageRun, values: Values | None) -> Tensor:

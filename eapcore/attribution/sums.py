@@ -103,10 +103,12 @@ class Sums:
 class Store(Protocol):
     """Where a batch's differences e_corrupt − e_clean are kept until gradients meet them.
 
-    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up.
+    steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up. channels:
+    whether it takes the differences of q, k and v.
     """
 
     steps: bool
+    channels: bool
     model: Model
 
     def set_embed(self, delta: Tensor) -> None:
@@ -117,6 +119,9 @@ class Store(Protocol):
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
+
+    def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
+        """Δ of a layer's q [B, Q, H, K], and of its k and v [B, T, 2G, K], before norms and rotation."""
 
     def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
         """The first so many senders' Δ, some at a time: which they are, and [S', B, T, D], or [S', B, Q, D] at the

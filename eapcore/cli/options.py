@@ -106,9 +106,10 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop, atp-star, or screened: "
-        "exact patching too, as much as --budget allows (default: hybrid, the gradient at 0.75 from corrupt to clean "
-        "with the edges into the logits and the last MLP exact where that is cheap; eap for other ablations)",
+        help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop, atp-star, hisp, "
+        "hisp-raw, or screened: exact patching too, as much as --budget allows (default: hybrid, the gradient at 0.75 "
+        "from corrupt to clean with the edges into the logits and the last MLP exact where that is cheap; eap for "
+        "other ablations)",
     )
     parser.add_argument(
         "--gradient-at",

@@ -349,7 +349,7 @@ class Attention:
             pattern = self.causal.pattern(q, k, before, read)
             dv = self._of_channels(value_grad(pattern, dz.transpose(1, 2), before)).transpose(1, 2)
             del pattern, q, k, v
-            yield piece(of_v, self._of_each(saved.kv[:, :, self.n_kv :]), dv)
+            yield piece(of_v, self.of_each(saved.kv[:, :, self.n_kv :]), dv)
             return
         dq, dk, dv = self.grads(saved, dz, past, read)
         dk, dv = self._of_channels(dk), self._of_channels(dv)
@@ -357,19 +357,19 @@ class Attention:
             g = torch.cat([dq, dk, dv], 1).transpose(1, 2)
             del dq, dk, dv
             alike = self.grouped or self.group == 1
-            act = saved.qkv[0] if alike else torch.cat([saved.q, self._of_each(saved.kv)], 2)
+            act = saved.qkv[0] if alike else torch.cat([saved.q, self.of_each(saved.kv)], 2)
             yield piece(slice(0, of_v.stop), act, g)
             return
         yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
         g = torch.cat([dk, dv], 1).transpose(1, 2)
         del dq, dk, dv
-        yield piece(slice(of_k.start, of_v.stop), self._of_each(saved.kv), g)
+        yield piece(slice(of_k.start, of_v.stop), self.of_each(saved.kv), g)
 
     def _of_channels(self, grad: Annotated[Tensor, "B H T K"]) -> Annotated[Tensor, "B C' T K"]:
         """Gradients of k or v for each query head as those of the receivers."""
         return grad.unflatten(1, (self.n_kv, self.group)).sum(2) if self.grouped and self.group > 1 else grad
 
-    def _of_each(self, kv: Annotated[Tensor, "B T C' K"]) -> Annotated[Tensor, "B T C'' K"]:
+    def of_each(self, kv: Annotated[Tensor, "B T C' K"]) -> Annotated[Tensor, "B T C'' K"]:
         """Activations of key and value heads as those of the receivers."""
         return kv if self.grouped or self.group == 1 else kv.repeat_interleave(self.group, 2)
 

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from everything import PRUNING
 from memory import peak_bytes
 from models import random_case, random_model, random_pairs, with_weights
 from oracle import mean_of
@@ -438,9 +439,9 @@ def test_on_trained_models_integrated_gradients_and_relevance_come_closer_to_exa
 NARROW = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative, of all scores together
 
 
-BY_GRADIENT = [method for method in NAMES if method not in ("hybrid", "qk-fix", "atp-star")]
+BY_GRADIENT = [method for method in NAMES if method not in ("hybrid", "qk-fix", "atp-star", *PRUNING)]
 WAYS = [
-    *((method, "edge", "dense") for method in NAMES),
+    *((method, "edge", "dense") for method in NAMES if method not in PRUNING),
     *((method, "edge", "factored") for method in NAMES),
     *((method, "neuron", "factored") for method in BY_GRADIENT),
 ]
@@ -474,6 +475,8 @@ DESCRIBED = {
     "qk-fix": {"exact_softmax": True, "points": [[1.0, 1.0]]},
     "grad-drop": {"dropped": [["a0", "m0"], ["a1", "m1"]], "points": [[1.0, 1.0]]},
     "atp-star": {"dropped": [["a0", "m0"], ["a1", "m1"]], "exact_softmax": True, "points": [[1.0, 1.0]]},
+    "hisp": {"normalised": True, "points": [[1.0, 1.0]]},
+    "hisp-raw": {"normalised": False, "points": [[1.0, 1.0]]},
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import eapcore.kernels as kernels
 import pytest
 import torch
 from accel import DEVICE, AccelTensor, on_accel
-from everything import EVERYTHING, EXACT, FIRST_ORDER
+from everything import EVERYTHING, EXACT, FIRST_ORDER, PRUNING
 from models import gpt2, lens, random_case, random_model, random_pairs, tensors_of, with_weights
 from refusal import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -73,7 +73,8 @@ def test_the_device_counts_what_the_host_waits_for():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_cpus_scores_and_waits_for_no_batch(method):
     steps = {"steps": 2} if method.startswith("eap-ig") else {}
-    for storage in ("dense",) if method in ("qk-fix", "atp-star") else ("dense", "factored"):
+    storages = ("factored",) if method in PRUNING else ("dense", "factored")
+    for storage in ("dense",) if method in ("qk-fix", "atp-star") else storages:
         compare_scores(method=method, storage=storage, **steps)
 
 
@@ -176,7 +177,7 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
 def test_the_callers_modes_change_nothing(mode, storage):
     """Autocast would multiply in bfloat16, and in inference mode no metric has a gradient."""
     model, pairs = random_case([6, 5, 6], first_difference=1, dtype=torch.float32)
-    ways = [method for method in METHODS if storage == "dense" or method == "eap"]
+    ways = [method for method in METHODS if storage == "dense" or method == "eap" if method not in PRUNING]
     runs = {
         **{way: lambda m, p, way=way: eapcore.attribute(m, p, "nll", method=way, storage=storage).scores
             for way in ways},

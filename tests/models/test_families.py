@@ -21,7 +21,7 @@ from eapcore.attribution.plan import Plan
 from eapcore.execution.ablation import Ablation
 from eapcore.models.families import layout_of
 from eapcore.models.families.names import assemble
-from eapcore.models.forward import forward, run_with_senders
+from eapcore.models.forward import embed, forward, run_stages, run_with_senders, unembed
 from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.patching.edges import patch_edges
@@ -329,6 +329,29 @@ def test_exact_edges_of_the_last_layer_are_those_that_patching_measures(name):
         assert edges.n_edges > 40
         expected = patch_edges(model, pairs, metric, edges).scores
         torch.testing.assert_close(found.scores[found.exact], expected[found.exact], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "neox"])
+def test_importances_of_queries_keys_and_values_are_their_gradients_times_what_they_move(name):
+    """Of shared keys and values as they are; before norms and rotation, by autograd through the same forward."""
+    model = ours(name, "grouped")
+    pairs, graph = pairs_for(model), model.graph
+    values = torch.zeros(graph.n_receivers, dtype=torch.float64)
+    for i in range(len(pairs)):
+        acts, t, position = [], int(pairs.lengths[i]), int(pairs.positions[i])
+        for tokens in (pairs.clean, pairs.corrupt):
+            x = embed(model, tokens[i : i + 1, :t]).requires_grad_()
+            runs = list(run_stages(model, x))
+            acts.append([run.attention.saved.qkv[0] for run in runs if run.attention is not None])
+            if len(acts) == 1:
+                logits = unembed(model, runs[-1].out)[0][0, position]
+                value = logits[pairs.answers[i, 0]] - logits[pairs.wrong[i][pairs.wrong[i] >= 0]].mean()
+        for layer, (a, b, g) in enumerate(zip(*acts, torch.autograd.grad(value, acts[0]), strict=True)):
+            values[graph.qkv(layer)] += ((b - a) * g).sum((0, 1, 3)).abs().detach() / len(pairs)
+    found = eapcore.attribute(model, pairs, method="hisp-raw", reduce="pair", batch_size=2)
+    for layer in range(graph.n_layers):
+        for r in range(graph.qkv(layer).start, graph.qkv(layer).stop):  # the embedding is never taken away
+            torch.testing.assert_close(found.scores[0, r], values[r], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,8 +20,12 @@ from eapcore.patching.paths import path_patch, routes
 from eapcore.search.acdc import acdc
 from eapcore.search.smallest import smallest
 
+PRUNING = tuple(name for name, method in METHODS.items() if method.pruning)  # which keep no buffer, and no mean of q
 FIRST_ORDER = {
-    **{method: lambda m, p, how=method, **o: attribute(m, p, "nll", method=how, **o).scores for method in METHODS},
+    **{
+        method: lambda m, p, how=method, **o: attribute(m, p, "nll", method=how, level=level_of(how), **o).scores
+        for method in METHODS
+    },
     "neurons": lambda m, p, **o: attribute(m, p, level="neuron", batch_size=2, **o).dimensions,
     "by pair, factored": lambda m, p, **o: attribute(m, p, storage="factored", reduce="pair", **o).per_pair,
     "by position": lambda m, p, **o: attribute(m, p, storage="dense", reduce="position", **o).per_position,
@@ -54,6 +58,10 @@ JUDGING = {
     ),
 }
 EVERYTHING = FIRST_ORDER | EXACT | SEARCHES | JUDGING
+
+
+def level_of(method):
+    return "node" if method in PRUNING else "edge"
 
 
 def between(graph):

@@ -22,6 +22,7 @@ class Run:
     receivers: list = field(default_factory=list)  # [T, D] each
     patterns: dict = field(default_factory=dict)  # (layer, head): [T, T]
     queries_keys: dict = field(default_factory=dict)  # (layer, head): (q, k)
+    inner: dict = field(default_factory=dict)  # receiver index: [T, K] the activation of its q, k or v
     units: list = field(default_factory=list)  # [T, M] each
     logits: torch.Tensor | None = None
 
@@ -75,7 +76,9 @@ def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation
 
     for index, (heads, mlp) in enumerate(layers_of(weights)):
         w = torch.cat(list(heads.w_qkv))
+        first = len(made.receivers)
         channels = [receive(heads.norm) @ w[c] + heads.b_qkv[c] for c in range(3 * config.n_heads)]
+        made.inner |= {first + c: x for c, x in enumerate(channels)}
         outputs = []
         for h in range(config.n_heads):
             q, k, v = (channels[part * config.n_heads + h] for part in range(3))
@@ -211,6 +214,20 @@ def dropped(pair, deltas, one=one_pass):
     for r, name in enumerate(graph.receiver_names):
         total[:, r] /= config.n_layers - (name != "logits")
     return total
+
+
+def importances(pair, zero=False):
+    """|Σ_t ⟨Δ, gradient⟩| of one pair: by name, of every sender, and of every q, k and v activation."""
+    made, names, receivers = (
+        run(pair.model, pair.tokens),
+        pair.model.graph.sender_names,
+        pair.model.graph.receiver_names,
+    )
+    there = dict(zip(names, zip(made.senders, pair.corrupt.senders, strict=True), strict=True))
+    there |= {receivers[r]: (x, pair.corrupt.inner[r]) for r, x in made.inner.items()}
+    grads = pair.grads(made, [x for x, _ in there.values()])
+    pairs = zip(there.items(), grads, strict=True)
+    return {name: (((0 if zero else b) - a) * g).sum().abs().detach() for (name, (a, b)), g in pairs}
 
 
 # Exact patching
