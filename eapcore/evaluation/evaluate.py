@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eapcore.evaluation.agreement import check_model, say_unknown
 from eapcore.evaluation.completeness import Completeness, measure_completeness, measure_minimality
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, Mib, measure_mib
 from eapcore.evaluation.roc import Roc, roc
@@ -15,6 +14,7 @@ from eapcore.evaluation.stability import Stability, stability
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.origin import check_scored, say_unknown
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
@@ -86,7 +86,7 @@ def evaluate(
             `stability.stability`.
     """
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
-    check_model(scores, experiment.model)
+    check_scored(scores, model)
     say_unknown(scores, ["model"])
     recordings = Recordings(experiment, batch_size)
     pairs, graph = len(experiment), model.graph

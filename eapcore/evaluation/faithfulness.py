@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from eapcore.evaluation.agreement import RANKINGS, ablation_of, check_scores
+from eapcore.evaluation.agreement import RANKINGS
 from eapcore.evaluation.roc import area
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment
+from eapcore.execution.origin import ablation_of, check_scored, say_unknown
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
@@ -105,13 +106,14 @@ def faithfulness(
         `mib`; the axis is linear and nothing is added between 0 and the first fraction.
 
     Raises:
-        ValueError: scores of another graph; sizes outside the graph or not ascending; an unknown ranking or selection;
+        ValueError: scores of another model; sizes outside the graph or not ascending; an unknown ranking or selection;
             a metric that the ablation does not change.
 
     Source: Mueller et al. 2025 (MIB), section 4.
     """
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     recordings = record(experiment, batch_size)
+    say_unknown(scores, ["model"])
     return _curves(experiment, recordings, scores, sizes, [ranking], selection, progress)[0]
 
 
@@ -148,6 +150,7 @@ def mib(
 ) -> Mib:
     """CPR (higher is better) and CMD (lower is better) at MIB's ten sizes; arguments as `faithfulness`."""
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    say_unknown(scores, ["model"])
     return measure_mib(
         experiment, record(experiment, batch_size), scores, sizes=sizes, selection=selection, progress=progress
     )
@@ -177,7 +180,7 @@ def _curves(
     progress: Progress | None,
 ) -> list[Curve]:
     graph = experiment.model.graph
-    check_scores(scores, graph)
+    check_scored(scores, experiment.model)
     for what, value, known in [("selection", selection, SELECTIONS), *(("ranking", r, RANKINGS) for r in rankings)]:
         if value not in known:
             raise ValueError(f"{what} must be {' or '.join(known)}, got {value!r}")

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from eapcore.evaluation.agreement import RANKINGS, check_scores
+from eapcore.evaluation.agreement import RANKINGS
+from eapcore.execution.origin import check_scores
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph

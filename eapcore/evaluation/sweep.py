@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from eapcore.attribution.attribute import attribute
-from eapcore.evaluation.agreement import agreement, check_scores
+from eapcore.evaluation.agreement import agreement
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.origin import check_scores
 from eapcore.execution.progress import Progress
 from eapcore.graph.files import finite, replacing, write_json, write_text
 from eapcore.graph.scores import EdgeScores

@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from eapcore.attribution.attribute import attribute
-from eapcore.evaluation.agreement import (
-    RANKINGS,
-    Agreement,
-    ablation_of,
-    agreement,
-    check_model,
-    check_scores,
-    say_unknown,
-)
+from eapcore.evaluation.agreement import RANKINGS, Agreement, agreement
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.origin import ablation_of, check_scored, check_scores, say_unknown
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
@@ -133,7 +126,7 @@ def check_origin(experiment: Experiment, scores: EdgeScores) -> None:
     What scores from elsewhere do not say is logged; the name of another tool's metric is compared where it is one of
     ours.
     """
-    check_model(scores, experiment.model)
+    check_scored(scores, experiment.model)
     scores.check_sign("a comparison with exact effects")
     made = scores.meta.get("metric") or {}
     scored, elsewhere = made.get("name", experiment.metric_name), made.get("source")

@@ -13,9 +13,9 @@ from torch import Tensor
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.origin import check_scored
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
-from eapcore.graph.graph import Graph
 from eapcore.graph.paths import moved_by, needed, reached
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
@@ -87,7 +87,7 @@ def acdc(
         raise ValueError(f"start must be a circuit of {graph}, got one of {start.graph}")
     if start is not None and bool((start.mask & ~graph.edge_mask()).any()):
         raise ValueError(f"start must be edges of {graph}, but some places of its mask are none")
-    keys = _keys(graph, order)
+    keys = _keys(model, order)
     mask = (graph.edge_mask() if start is None else start.mask).clone()
     search = _Search(experiment, mask, batch_size)
     progress = experiment.ranks.watched(progress, alike=True)
@@ -151,6 +151,7 @@ def prune_sweep(
     """
     if (sizes is None) == (score_thresholds is None):
         raise ValueError("the starts are given by sizes or by score_thresholds: one of the two, got both or neither")
+    check_scored(scores, model)
     starts = [scores.top_n(n) for n in sizes or ()] + [scores.threshold(t) for t in score_thresholds or ()]
     total, before, found = len(thresholds) * sum(start.n_edges for start in starts), 0, []
 
@@ -165,11 +166,11 @@ def prune_sweep(
     return found
 
 
-def _keys(graph: Graph, order: str | EdgeScores) -> list[list[float]]:
+def _keys(model: Model, order: str | EdgeScores) -> list[list[float]]:
     """[S][R], by which the senders of a receiver are tried, the smallest first."""
+    graph = model.graph
     if isinstance(order, EdgeScores):
-        if order.graph != graph:
-            raise ValueError(f"the scores that give the order must belong to {graph}, got some of {order.graph}")
+        check_scored(order, model)
         return order.scores.abs().tolist()
     if order not in ORDERS:
         raise ValueError(f"order must be {', '.join(ORDERS)} or edge scores, got {order!r}")

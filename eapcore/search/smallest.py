@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.origin import check_scored
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
@@ -75,9 +76,10 @@ def smallest(
         The circuits that were run; the last is the smallest that keeps so much, or the largest of all.
 
     Raises:
-        ValueError: as `run_circuit`; scores of another graph; a metric that does not fit.
+        ValueError: as `run_circuit`; scores of another model; a metric that does not fit.
     """
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    check_scored(scores, model)
     recordings, circuits = Recordings(experiment, batch_size), selections(scores, sizes)
     return run_until(experiment, recordings, circuits, faithfulness, progress=progress)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +19,7 @@ from eapcore.evaluation.completeness import completeness, minimality
 from eapcore.evaluation.evaluate import Evaluation, evaluate
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, faithfulness, mib
 from eapcore.evaluation.roc import area, roc, roc_of_circuits
+from eapcore.evaluation.sampled import verify_sample
 from eapcore.evaluation.stability import stability
 from eapcore.evaluation.verify import verify
 from eapcore.graph.circuit import Circuit
@@ -26,6 +28,8 @@ from eapcore.graph.scores import EdgeScores
 from eapcore.patching.circuits import metric_on
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.record import Recording
+from eapcore.search.acdc import acdc, prune_sweep
+from eapcore.search.smallest import smallest
 
 GRAPH = Graph(2, 2, True)
 LENGTHS = [5, 3]
@@ -292,7 +296,19 @@ def test_scores_of_another_ablation_may_rank_and_the_curve_says_so(model, pairs)
 def test_verify_refuses_scores_of_something_else(model, pairs):
     scores = attribute(model, pairs)
     refused("estimate the metric logit_diff, but nll was to be measured", verify, model, pairs, "nll", scores, 5)
-    refused("whose weights are not those of", verify, random_model(n_heads=2, seed=1), pairs, "logit_diff", scores, 5)
+    of_another = partial(refused, "whose weights are not those of")
+    other = random_model(n_heads=2, seed=1)
+    of_another(verify, other, pairs, "logit_diff", scores, 5)
+    for judge in (
+        faithfulness,
+        mib,
+        evaluate,
+        smallest,
+        partial(verify_sample, n=9),
+    ):  # whatever runs a model by scores
+        of_another(judge, other, pairs, "logit_diff", scores)
+    of_another(acdc, other, pairs, threshold=0.1, order=scores)
+    of_another(prune_sweep, other, pairs, scores, [3], [0.1])
     refused("n must be between 1 and the", verify, model, pairs, "logit_diff", scores, 0)
     with pytest.raises(ValueError, match=r"n must be between 1 and the \d+ edges of this graph, got 2.5"):
         verify(model, pairs, "logit_diff", scores, 2.5)

@@ -15,7 +15,7 @@ from refusal import refused
 
 from eapcore import attribute
 from eapcore.evaluation.evaluate import evaluate
-from eapcore.evaluation.faithfulness import mib
+from eapcore.evaluation.faithfulness import faithfulness, mib
 from eapcore.evaluation.verify import verify
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
@@ -171,7 +171,8 @@ def test_what_is_known_guards_against_another_model_metric_and_ablation(caplog):
     other = random_model(seed=5, d_vocab=29, n_layers=MODEL.config.n_layers, n_heads=MODEL.config.n_heads)
     if other.graph == MODEL.graph:
         refused("whose weights are not those of", verify, other, PAIRS, "logit_diff", found, 3)
-        refused("whose weights are not those of", evaluate, other, PAIRS, "logit_diff", found)
+        for judge in (evaluate, faithfulness, mib):
+            refused("whose weights are not those of", judge, other, PAIRS, "logit_diff", found)
     refused("estimate the metric logit_diff, but nll was to be measured", verify, MODEL, PAIRS, "nll", found, 3)
     zero, _ = scored(logit_diff, intervention="zero")
     refused(
@@ -189,8 +190,9 @@ def test_what_is_known_guards_against_another_model_metric_and_ablation(caplog):
     assert message.startswith(
         "the scores, from auto-circuit, do not say with which model, metric and ablation they were"
     )
-    evaluate(MODEL, PAIRS, "logit_diff", read)
-    assert "do not say with which model they were made" in caplog.records.pop().getMessage()
+    for judge in (evaluate, faithfulness, mib):
+        judge(MODEL, PAIRS, "logit_diff", read)
+        assert "do not say with which model they were made" in caplog.records.pop().getMessage()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])

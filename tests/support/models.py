@@ -158,7 +158,7 @@ def random_scores(graph: Graph, seed: int = 0, *, ties: bool = False) -> EdgeSco
     """Scores on every edge; with ties, each of few values many times."""
     generator, shape = torch.Generator().manual_seed(seed), (graph.n_senders, graph.n_receivers)
     values = torch.randint(-3, 4, shape, generator=generator) if ties else torch.randn(shape, generator=generator)
-    meta = {"model": {"name": "random", "content_hash": "0123"}}
+    meta = {"model": {"name": "random"}}
     return EdgeScores(values.double() * graph.edge_mask(), graph, meta)
 
 
