@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from eapcore.attribution import dense
 from eapcore.attribution.plan import Plan, run_dry
 from pipeline.gpu import B13, XL
 from pipeline.work import SMALL, Work
@@ -171,7 +172,7 @@ def count_op(count: Count, op: str, *tensors: Tensor) -> None:
 def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool = True) -> Count:
     """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits.
 
-    fused: with the steps between products as the package's kernels; else as torch's operations, as they were profiled.
+    fused: as it runs; else as it was profiled, with torch's operations between products and each layer contracted alone.
     """
     model, count = work.without_memory(dtype), Count()
     operations = Operations(count)
@@ -179,6 +180,7 @@ def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool 
     model.closed_forms  # noqa: B018 - constants of the weights, made once for a call
     with contextlib.ExitStack() as how:
         if not fused:
+            how.enter_context(mock.patch.object(dense, "_layers_at_once", lambda store, runs: 0))
             for module in (steps, attention):
                 how.enter_context(mock.patch.object(module, "takes_triton", lambda impl, x: False))
         how.enter_context(Attention(count))
