@@ -172,7 +172,7 @@ def count_op(count: Count, op: str, *tensors: Tensor) -> None:
 def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool = True) -> Count:
     """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits.
 
-    fused: as it runs; else as it was profiled, with torch's operations between products and each layer contracted alone.
+    fused: as it runs; else as it was profiled: torch's operations between products, each layer contracted alone.
     """
     model, count = work.without_memory(dtype), Count()
     operations = Operations(count)
