@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, prepare, top
+from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, load_truth, prepare, top
 from eapcore.cli.options import (
     RUN,
     TOP,
@@ -43,7 +43,7 @@ def add(command: Command) -> None:
         type=Path,
         metavar="FILE",
         help="also the ROC against this circuit's edges: a file, or ioi, greater-than or docstring, for the published "
-        "one (default: none)",
+        "one, with and without its edges inside components (default: none)",
     )
     parser.add_argument(
         "--true-top",
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.evaluation.faithfulness import SELECTIONS
     from eapcore.evaluation.roc import RULES
     from eapcore.kernels.checks import one_of
+    from eapcore.tasks.truth import Truth
 
     check_out(args)
     if args.report:
@@ -85,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
     model, pairs, metric = prepare(args)
     n, n_edges = top(args, model), model.graph.n_edges
     check_number("--true-top", args.true_top, model)
-    circuit, truth = (load_circuit(args, option, model) for option in ("circuit", "true_circuit"))
-    if n_edges in (args.true_top, 0 if truth is None else truth.n_edges):
+    circuit, truth = load_circuit(args, "circuit", model), load_truth(args, model)
+    true_edges = truth.circuit if isinstance(truth, Truth) else truth
+    if n_edges in (args.true_top, 0 if true_edges is None else true_edges.n_edges):
         raise ValueError(f"a ROC needs true and false edges, but all {n_edges} edges of {model.name} would be true")
     if args.bootstrap is not None and args.scores is None and len(pairs) < 2:
         raise ValueError("--bootstrap needs at least 2 prompt pairs to draw from, got 1")
@@ -119,13 +121,17 @@ def run(args: argparse.Namespace) -> None:
     write(args, judged)
     print(heading(model, pairs, metric))
     _print_faithfulness(judged, scores)
-    names = [str(args.true_circuit)] if truth is not None else []
+    names = [str(args.true_circuit)] * (len(judged.rocs) - (args.true_top is not None))
     names += [f"exact patching's top {args.true_top}"] if args.true_top is not None else []
     for found, name in zip(judged.rocs, names, strict=True):
         edges = found.edge_set
         print(
             f"AUC {found.auc:.4f} ({rule}) against {name}: {edges['n_true']} true of {edges['n_edges']} edges "
             f"({edges['name']})"
+        )
+    if isinstance(truth, Truth) and args.ablation != "corrupt":
+        print(
+            "without  the edges inside components: they have scores where edges carry the corrupt prompt's activation"
         )
     if circuit is not None:
         _print_circuit(judged, circuit)

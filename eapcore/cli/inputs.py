@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eapcore.models.model import Model
     from eapcore.tasks.pairs import PromptPairs
     from eapcore.tasks.stream import PairStream
+    from eapcore.tasks.truth import Truth
     from eapcore.text.tokenizer import Tokenizer
 
 
@@ -183,20 +184,30 @@ def selection(args: argparse.Namespace, model: Model) -> Circuit | None:
 
 
 def load_circuit(args: argparse.Namespace, option: str, model: Model) -> Circuit | None:
-    """The circuit whose file an option names, or as the truth a task's published one, if it is one of the model's
-    graph, and not empty."""
+    """The circuit whose file an option names, if it is one of the model's graph, and not empty."""
     from eapcore.graph.circuit import Circuit
     from eapcore.interop.files import is_foreign, read_foreign
-    from eapcore.tasks import TASKS
 
     path = getattr(args, option)
     if path is None:
         return None
-    published = TASKS[str(path)].truth if option == "true_circuit" and str(path) in TASKS else None
-    if published is not None:
-        circuit = published().circuit
-    else:
-        circuit = read_foreign(path, model)[0] if is_foreign(path) else Circuit.load(path)
+    circuit = read_foreign(path, model)[0] if is_foreign(path) else Circuit.load(path)
+    return _of_model(circuit, option, path, model)
+
+
+def load_truth(args: argparse.Namespace, model: Model) -> Circuit | Truth | None:
+    """The circuit that --true-circuit names, a file's or as a task's name its published one, with the same checks."""
+    from eapcore.tasks import TASKS
+
+    known = TASKS.get(str(args.true_circuit))
+    if known is None or known.truth is None:
+        return load_circuit(args, "true_circuit", model)
+    truth = known.truth()
+    _of_model(truth.circuit, "true_circuit", args.true_circuit, model)
+    return truth
+
+
+def _of_model(circuit: Circuit, option: str, path: Path, model: Model) -> Circuit:
     if circuit.graph != model.graph:
         raise ValueError(
             f"--{option.replace('_', '-')} must be a circuit of {model.name}, {model.graph}, but {path} is one of "

@@ -72,10 +72,9 @@ class _Importances:
 
     def save(self, path: Path) -> None:
         """In the benchmark's sign, which takes the largest first; sizes stay sizes."""
-        from eapcore.graph.scores import NO_SIGN
         from eapcore.interop.eap_ig.files import GraphFile
 
-        sign = "none" if NO_SIGN in self.scores.meta.get("sign", "") else "loss"
+        sign = "none" if self.scores.unsigned else "loss"
         GraphFile.of(self.scores, self.d_model).save(path, sign=sign)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from eapcore.evaluation.completeness import Completeness, measure_completeness, measure_minimality
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, Mib, measure_mib
+from eapcore.evaluation.inside import WITH_INSIDE, inside_scores
 from eapcore.evaluation.roc import Roc, roc
 from eapcore.evaluation.stability import Stability, stability
 from eapcore.execution.ablation import Ablation
@@ -26,6 +27,7 @@ from eapcore.patching.edges import measure_edges
 from eapcore.patching.record import Recordings
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.truth import Truth
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def evaluate(
     *,
     selection: str = "top_n",
     circuit: Circuit | None = None,
-    truths: Sequence[Circuit] = (),
+    truths: Sequence[Circuit | Truth] = (),
     true_top: int | None = None,
     rule: str = "trapezoid",
     resamples: Mapping[str, Any] | None = None,
@@ -72,7 +74,8 @@ def evaluate(
         scores: of the model's edges; with the scores of each pair where resamples are asked for.
         selection: of the circuits, "top_n" or "greedy".
         circuit: also judge its completeness and minimality.
-        truths: circuits whose edges count as true: the ROC against each of them.
+        truths: circuits whose edges count as true: the ROC against each of them, and against a published one also with
+            the edges inside components, scored to first order at the clean run, where the ablation is corrupt.
         true_top: also the ROC against so many edges that exact patching ranks highest.
         rule: how the area under a ROC is taken, see `roc.area`.
         resamples: `top_n`, `n_resamples` and `seed` of `stability.stability`.
@@ -95,13 +98,16 @@ def evaluate(
     count = Count(progress, pairs * sum(shares.values()))
     stages = {part: pairs * share for part, share in shares.items()}
     judged = measure_mib(experiment, recordings, scores, selection=selection, progress=count.stage(stages["mib"]))
-    references = list(truths)
+    rocs: list[Roc] = []
+    for truth in truths:
+        rocs.append(roc(scores, truth.circuit if isinstance(truth, Truth) else truth, rule=rule))
+        if isinstance(truth, Truth) and experiment.shared:
+            others = inside_scores(experiment, batch_size=batch_size).against(truth)
+            rocs.append(roc(scores, truth.circuit, rule=rule, edge_set=WITH_INSIDE, others=others))
     if true_top is not None:
         stage = count.stage(stages["patching"])
-        references.append(
-            measure_edges(experiment, batch_size=batch_size, progress=stage, resume=resume).top_n(true_top)
-        )
-    rocs = [roc(scores, truth, rule=rule) for truth in references]
+        exact = measure_edges(experiment, batch_size=batch_size, progress=stage, resume=resume)
+        rocs.append(roc(scores, exact.top_n(true_top), rule=rule))
     complete: Completeness | None = None
     minimal: EdgeScores | None = None
     if circuit is not None:

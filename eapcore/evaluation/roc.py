@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,22 @@ class Roc:
     rule: str
     edge_set: Mapping[str, Any]
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, thresholds: Sequence[float]) -> Roc:
+        """The curve of these thresholds alone, with (0, 0) and (1, 1): a coarser one, its area by the same rule.
+
+        An edge counts from its own threshold on; of no edge (0, 0).
+        """
+        points = {(0.0, 0.0), (1.0, 1.0)}
+        for threshold in thresholds:
+            count = bisect.bisect_right(self.thresholds, -threshold, key=lambda x: -x)
+            points.add((self.fpr[count], self.tpr[count]))
+        fpr, tpr = (list(side) for side in zip(*sorted(points), strict=True))
+        return replace(self, fpr=fpr, tpr=tpr, thresholds=[], auc=area(fpr, tpr, self.rule))
+
+    def by(self, rule: str) -> Roc:
+        """The same curve with its area by another rule."""
+        return replace(self, rule=rule, auc=area(self.fpr, self.tpr, rule))
 
     def save(self, path: str | Path) -> None:
         write_json(path, "roc", self)
@@ -84,6 +101,7 @@ def roc(
     ranking: str = "absolute",
     edges: Annotated[Tensor, "bool S R"] | None = None,
     edge_set: str = "all edges",
+    others: tuple[Annotated[Tensor, "E'"], Annotated[Tensor, "bool E'"]] | None = None,
 ) -> Roc:
     """How well scores tell a reference circuit's edges from the others.
 
@@ -94,6 +112,7 @@ def roc(
         ranking: "absolute" by |score|, "signed" by −score.
         edges: bool [S, R], the edges that count; None is all edges of the graph.
         edge_set: what they are called in the result.
+        others: scores of what counts besides, and which of it is true; see `inside`.
 
     Raises:
         ValueError: another graph; an unknown rule or ranking; scores that are NaN; no true or no false edge among those
@@ -108,12 +127,27 @@ def roc(
     flat, usefulness = scores.ranking(signed=ranking == "signed")
     inside = counted.flatten()[flat]
     true, usefulness = reference.mask.flatten()[flat[inside]], usefulness[inside]
+    if others is not None:
+        signed = ranking == "signed" and not scores.unsigned
+        more = -others[0] if signed else others[0].abs()
+        usefulness, order = torch.cat([usefulness.double(), more.double()]).sort(descending=True, stable=True)
+        true = torch.cat([true, others[1]])[order]
+        counts = (("n_edges", len(others[1])), ("n_true", int(others[1].sum())))
+        described |= {name: described[name] + more for name, more in counts}
+    fpr, tpr, thresholds = curve(usefulness, true)
+    meta = {"ranking": ranking, "scores": dict(scores.meta), "reference": dict(reference.meta)}
+    return Roc(fpr, tpr, thresholds, area(fpr, tpr, rule), rule, described, meta)
+
+
+def curve(
+    usefulness: Annotated[Tensor, "E"], true: Annotated[Tensor, "bool E"]
+) -> tuple[list[float], list[float], list[float]]:
+    """(false positive rates, true positive rates, thresholds) of what is ranked by usefulness, descending."""
     ends = torch.cat([usefulness[1:] != usefulness[:-1], torch.ones(1, dtype=torch.bool, device="cpu")])
     positives, negatives = true.cumsum(0)[ends].double(), (~true).cumsum(0)[ends].double()
     fpr = [0.0, *(negatives / negatives[-1]).tolist()]
     tpr = [0.0, *(positives / positives[-1]).tolist()]
-    meta = {"ranking": ranking, "scores": dict(scores.meta), "reference": dict(reference.meta)}
-    return Roc(fpr, tpr, usefulness[ends].tolist(), area(fpr, tpr, rule), rule, described, meta)
+    return fpr, tpr, usefulness[ends].tolist()
 
 
 def roc_of_circuits(

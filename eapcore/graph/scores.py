@@ -126,7 +126,12 @@ class EdgeScores:
         if not signed:
             return values.abs()
         self.check_sign("a signed ranking")
-        return values.abs() if NO_SIGN in self.meta.get("sign", "") else -values
+        return values.abs() if self.unsigned else -values
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether these scores are sizes."""
+        return NO_SIGN in self.meta.get("sign", "")
 
     def check_sign(self, what: str) -> None:
         """ValueError where `what` needs the sign of scores that do not say whether they are of a metric or a loss."""

@@ -81,7 +81,7 @@ def sign_to_write(scores: EdgeScores, sign: str | None, what: str) -> str | None
             f"{what} does not say which way its scores point: give {ASK}; MIB's circuit track reads a loss"
         )
     scores.check_sign("another sign")
-    sizes = NO_SIGN in scores.meta.get("sign", "")
+    sizes = scores.unsigned
     if sizes != (sign == "none"):
         has = "have no sign" if sizes else "have one"
         raise ValueError(f"these scores {has}, so that sign={sign!r} does not suit them: give {ASK}")

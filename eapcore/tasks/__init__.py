@@ -10,6 +10,7 @@ from typing import Any
 from eapcore.tasks import agreement, capitals, docstring, greater_than, ioi, sort, toy_induction, toy_ioi
 from eapcore.tasks.files import read_pairs
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.published import Published
 from eapcore.tasks.rows import ENDINGS, shown
 from eapcore.tasks.truth import Truth
 from eapcore.text.tokenizer import Tokenizer, tokenizer_of
@@ -26,7 +27,7 @@ class Task:
 
     generate: draws pairs by their number and a seed; where there are corruptions to choose from, the prompts are text
     for any tokenizer, and it takes a tokenizer and a corruption too. The first corruption is the default. truth: the
-    published circuit, where there is one.
+    published circuit, and published: the numbers that came of it, where there are some.
     """
 
     description: str
@@ -34,15 +35,23 @@ class Task:
     metric: str = "logit_diff"
     corruptions: tuple[str, ...] = ()
     truth: Callable[[], Truth] | None = None
+    published: Published | None = None
 
 
 TASKS: dict[str, Task] = {
     "toy-ioi": Task("indirect objects, for the model toy-ioi", toy_ioi.generate),
     "toy-induction": Task("induction, for the model toy-induction", toy_induction.generate),
     "sort": Task("sorting six digits, for gpt-nano-sort", sort.generate),
-    "ioi": Task("indirect objects, as text", ioi.generate, "logit_diff", ioi.CORRUPTIONS, ioi.true_circuit),
+    "ioi": Task(
+        "indirect objects, as text", ioi.generate, "logit_diff", ioi.CORRUPTIONS, ioi.true_circuit, ioi.PUBLISHED
+    ),
     "greater-than": Task(
-        "years, as text", greater_than.generate, "prob_diff", greater_than.CORRUPTIONS, greater_than.true_circuit
+        "years, as text",
+        greater_than.generate,
+        "prob_diff",
+        greater_than.CORRUPTIONS,
+        greater_than.true_circuit,
+        greater_than.PUBLISHED,
     ),
     "docstring": Task(
         "a docstring's arguments, as text",
@@ -50,6 +59,7 @@ TASKS: dict[str, Task] = {
         "logit_margin",
         docstring.CORRUPTIONS,
         docstring.true_circuit,
+        docstring.PUBLISHED,
     ),
     "agreement": Task("subject and verb, as text", agreement.generate, corruptions=agreement.CORRUPTIONS),
     "capitals": Task("countries and capitals, as text", capitals.generate, corruptions=capitals.CORRUPTIONS),

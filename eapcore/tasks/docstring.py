@@ -9,6 +9,7 @@ import random
 
 from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.published import Published
 from eapcore.tasks.templates import Row, pairs_of, single
 from eapcore.tasks.truth import Edge, Truth, heads, truth
 from eapcore.text.tokenizer import Tokenizer
@@ -88,6 +89,17 @@ _READS = {
     **{f"{head}<k>": "a1.h2 a2.h0" for head in ROLES["argument mover"]},
     **{f"{head}<v>": "embed a0.h5" for head in ROLES["argument mover"]},
 }  # fmt: skip
+
+
+PUBLISHED = Published(
+    model="NeelNanda/Attn_Only_4L512W_C4_Code",
+    n_pairs=40,
+    auc={"eap": 0.976, "patch": 0.978, "acdc": 0.972, "acdc kl": 0.982},
+    threshold=0.244,
+    fit=(0.531, -0.049, 0.27),
+    moments={"inside": (-0.6777, 0.8054), "outside": (0.0170, 0.2127)},
+    bent=tuple(f"embed->{receiver}<k>" for receiver in ("a1.h4", "a3.h0", "a3.h6")),
+)
 
 
 def true_circuit() -> Truth:

@@ -10,6 +10,7 @@ import random
 
 from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.published import Published
 from eapcore.tasks.templates import Row, each, pairs_of
 from eapcore.tasks.truth import Edge, Truth, connect, heads, mlps, reads, truth
 from eapcore.text.tokenizer import Tokenizer
@@ -62,6 +63,15 @@ def generate(n: int, seed: int, tokenizer: Tokenizer, corruption: str = "01") ->
 # The circuit of GPT-2 small
 
 ROLES = {"input 0.3, 0.5": heads("0.3 0.5"), "input 0.1": heads("0.1"), "middle": heads("5.5 6.1 6.9 7.10 8.11 9.1")}
+
+
+PUBLISHED = Published(
+    model="gpt2",
+    n_pairs=25,
+    auc={"eap": 0.896, "acdc": 0.458, "acdc kl": 0.849},
+    threshold=0.009,
+    moments={"inside": (-0.0061, 0.0237), "outside": (-0.0000, 0.0005)},
+)
 
 
 def true_circuit() -> Truth:

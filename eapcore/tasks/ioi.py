@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from eapcore.graph.graph import Graph
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.published import Published
 from eapcore.tasks.templates import Row, pairs_of, single
 from eapcore.tasks.toy_ioi import OBJECTS, PLACES
 from eapcore.tasks.truth import Edge, Truth, connect, heads, mlps, reads, truth
@@ -108,6 +109,25 @@ _WIRES = (
     ("duplicate token", "S-inhibition", "kv"),
     *(("input", role, "kv") for role in _WRITERS),
     *(("S-inhibition", role, "q") for role in _WRITERS),
+)
+
+
+PUBLISHED = Published(
+    model="gpt2",
+    n_pairs=25,
+    auc={"eap": 0.904, "acdc": 0.588, "acdc kl": 0.868},
+    threshold=0.077,
+    normalised=True,
+    beyond=(0.25, 6),
+    roles={
+        "previous token": (0.0015, 0.0566),
+        "duplicate token": (0.0011, 0.0441),
+        "induction": (-0.0094, 0.0739),
+        "S-inhibition": (-0.0167, 0.0364),
+        "negative name mover": (0.2372, 0.2807),
+        "name mover": (-0.0713, 0.2194),
+    },
+    curve=tuple(5 ** (-6 + 6 * i / 49) for i in range(50)),
 )
 
 

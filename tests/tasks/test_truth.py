@@ -9,7 +9,7 @@ from models import SHARED, random_model
 from refusal import refused
 
 from eapcore.cli import _parser
-from eapcore.cli.inputs import load_circuit
+from eapcore.cli.inputs import load_truth
 from eapcore.evaluation.roc import roc
 from eapcore.graph.graph import Graph
 from eapcore.interop.eap_ig import GraphFile
@@ -94,7 +94,6 @@ def test_published_scores_of_the_real_model_have_the_published_area():
 
 def test_a_task_s_name_stands_for_its_published_circuit():
     args = _parser().parse_args(["evaluate", "--true-circuit", "docstring"])
-    found = load_circuit(args, "true_circuit", random_model(4, 8, 16, 2, None))
-    assert found.edges == TRUTHS["docstring"].circuit.edges
-    refused("--true-circuit must be a circuit of random, .*, but docstring is one of", load_circuit, args,
-        "true_circuit", random_model())  # fmt: skip
+    found = load_truth(args, random_model(4, 8, 16, 2, None))
+    assert found.circuit.edges == TRUTHS["docstring"].circuit.edges
+    refused("--true-circuit must be a circuit of random, .*, but docstring is one of", load_truth, args, random_model())
