@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+import eapcore.attribution.statistics as over_pairs
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
 from eapcore.attribution.factored import FactoredStore
@@ -91,6 +92,7 @@ def attribute(
     qk: str | None = None,
     exact: str | Sequence[str] | None = None,
     spread: bool = False,
+    uncertainty: bool | str = False,
     ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
     reduce: str = "all",
@@ -156,6 +158,10 @@ def attribute(
             is all of these. See `exact_edges`; `EdgeScores.exact` says which they were.
         spread: of edges and several points, keep also how far apart the estimates lie, `EdgeScores.spread`: the score
             by the first point's gradient alone − that by the last one's. Where it is large first order is in doubt.
+        uncertainty: of edges, keep also the standard error over pairs and the sign consistency of every score, and how
+            far the top edges of bootstrap draws of the pairs are the same; "auto" where there are two pairs and the
+            memory for it. See `EdgeScores` and `statistics`. A score is then the sum of its pairs' own scores, and may
+            differ in the last bits.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
             "mean" over reference prompts and their positions; "mean-positional" over them for each position. Or an
             `Ablation` that was made before.
@@ -199,6 +205,8 @@ def attribute(
     """
     check_model(model)
     _check_options(others)
+    if uncertainty not in (True, False, "auto"):
+        raise ValueError(f"uncertainty must be True, False or 'auto', got {uncertainty!r}")
     one_of("reduce", reduce, REDUCE)
     one_of("storage", storage, STORAGES)
     one_of("impl", impl, kernels.IMPLS)
@@ -216,19 +224,28 @@ def attribute(
     first = task if not isinstance(task, PairStream) else task.first
     experiment = Experiment.of(model, first, metric, ablation, reference, distributed)
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
-    passes = how.planned(ablation_name, reduce, without_values(experiment.metric))
-    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
     by_node = how.by_ends or (level != "edge" and not how.by_edge)
     n_pairs = len(pairs) if stream is None else len(stream)
+    vary = level == "edge" and not how.pruning and n_pairs > 1
+    if uncertainty is True and not vary:
+        got = f"{method}, level {level!r} and {n_pairs} pairs"
+        raise ValueError(f"uncertainty is of edges' own scores over at least 2 pairs, got {got}")
     what = {"method": how.described, "level": level, "reduce": reduce, "each pair in a folder": pairs_to is not None}
     what |= {} if stream is None else {"stream": stream.content_hash}
     ranks.agree(**what)
     kept = Resume(resume, "scores", lambda: what | experiment.identity(), ranks, ranks.size)
+
+    def by_memory() -> int:  # none for what was begun by a version without
+        return ranks.first(int(vary and not kept.notes and over_pairs.affordable(model.graph, model.device)))
+
+    varied = bool(kept.settle("uncertainty", None if uncertainty == "auto" else int(uncertainty), by_memory))
+    passes = how.planned(ablation_name, reduce, without_values(experiment.metric), statistics=varied)
+    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
     found = _storage(plan, pairs, level, storage, by_node)
     storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
     asked = batch_size if isinstance(batch_size, int) else None
 
-    scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs)
+    scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs, n_pairs)
     shapes = _shapes(model, how, passes)
     lead: tuple[int, ...] = (int(pairs.positions.max()) + 1,) if reduce == "position" else ()
     rows = _rows(experiment, kept) if stream is None else {lane: [] for lane in kept.mine}
@@ -241,7 +258,8 @@ def attribute(
         places = torch.tensor(mine if whole else range(len(mine)), dtype=torch.int64, device="cpu").to(model.device)
         made = {name: (*lead, *shape) for name, shape in shapes.items()}
         writer = None if pairs_to is None else PairWriter(pairs_to, lane, result_dtype(model.dtype))
-        lanes[lane] = Tally(kept, lane, made, places, reduce, {"storage": storage}, writer)
+        choices = {"storage": storage, "uncertainty": int(varied)}
+        lanes[lane] = Tally(kept, lane, made, places, reduce, choices, writer, scoring.statistics)
     if pairs_to is not None and ranks.leads:
         begin_index(pairs_to)
     if stream is None:
@@ -267,6 +285,10 @@ def attribute(
         lanes, rows, ranks, kept.lanes, shapes, reduce, n_pairs, whole, pairs_to is not None, model.device
     )
     nothing = torch.zeros((), dtype=torch.float64, device=model.device)
+    statistics = {
+        name: ranks.sum([tally.statistics[name] for tally in lanes.values()] or [nothing.expand(shape)], kept.lanes)
+        for name, shape in scoring.statistics.items()
+    }
     largest = ranks.largest(torch.stack([nothing, *(tally.largest for tally in lanes.values())]).max())
     _check_gradients(experiment, largest, scores)
     if how.dropped:
@@ -291,7 +313,14 @@ def attribute(
             counts = {int(lane): number for each in files for lane, number in each.items()}
             write_index(pairs_to, [counts[lane] for lane in range(kept.lanes)], n_pairs, meta)
         reduce = "all"
-    return _result(model, scores, meta, level, reduce, n_pairs, how)
+    result = _result(model, scores, meta, level, reduce, n_pairs, how)
+    if not varied or not isinstance(result, EdgeScores):
+        return result
+    total = scores["scores"] if reduce == "all" else scores["scores"].sum(0)
+    error, share, jaccard = (
+        x.to(result.scores.dtype).cpu() for x in over_pairs.described(total, statistics, n_pairs, result.mask)
+    )
+    return replace(result, standard_error=error, sign_consistency=share, jaccard=jaccard)
 
 
 def _check_stream(
@@ -357,6 +386,7 @@ class _Scoring:
         storage: str,
         impl: str,
         graphs: bool | str,
+        n_pairs: int,
     ) -> None:
         model = experiment.model
         self.experiment, self.how, self.passes, self.plan = experiment, how, passes, plan
@@ -367,6 +397,7 @@ class _Scoring:
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
         self.memory = torch.empty(0, dtype=model.dtype, device=model.device)
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
+        self.n_pairs, self.statistics = n_pairs, over_pairs.shapes(model.graph) if passes.statistics else {}
 
     def lane(self, order: list[int], tally: Tally, count: Count, first: int = 0) -> None:
         """Score what is left of some of a lane's pairs, in order, and keep what is done; first: the task's pair 0."""
@@ -393,7 +424,9 @@ class _Scoring:
                 feed.advance(batch)
                 self.check = None
                 divisors = [self.reached(name) for name in self.shapes] if self.how.dropped else None
-                tally.add(batch, values, largest, parts, first, divisors)
+                here = order[tally.here : tally.here + len(batch.pairs)]
+                parts, statistics = self._summed(parts, [first + pair for pair in here])
+                tally.add(batch, values, largest, parts, first, divisors, statistics)
                 if device.type == "cpu":  # on a GPU every look would wait for it
                     if not bool(values.isfinite().all()):
                         experiment.check_finite(tally.values)
@@ -404,6 +437,16 @@ class _Scoring:
                     tally.save()
         finally:
             tally.save()
+
+    def _summed(self, parts: list[Tensor], index: list[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """A batch's scores by name as they are kept, and the statistics of its pairs; index: which of the task's."""
+        if not self.statistics:
+            return parts, {}
+        each, parts = parts[-1 if self.reduce == "position" else 0], parts[: len(self.shapes)]
+        each = each / self.reached("scores") if self.how.dropped else each
+        return [x.sum(0) for x in parts] if self.reduce == "all" else parts, over_pairs.sums_of(
+            each, index, self.n_pairs
+        )
 
     def window(self, pairs: PromptPairs, tally: Tally, count: Count, number: int, first: int, size: int | None) -> None:
         """Score a window of a stream: its number, which of the task's pairs is its first, pairs a batch or None."""
@@ -441,7 +484,9 @@ class _Scoring:
         experiment, how = self.experiment, self.how
         by_sender, graph = self.passes.by_sender, experiment.model.graph
         made = {"scores": (graph.n_senders, graph.n_receivers)} if by_sender else self.shapes
-        sums = Sums(made, batch, self.reduce, self.impl, absolute=how.absolute, by_sender=by_sender)
+        beside = self.passes.statistics and self.reduce == "position"
+        reduce = self.passes.reduce
+        sums = Sums(made, batch, reduce, self.impl, absolute=how.absolute, by_sender=by_sender, pairs=beside)
         store = self._store(batch)
         together = self.plan.steps_together
         groups = self.passes.grouped(lambda n: together(*batch.shape, n, self.within) if store.steps else 1)

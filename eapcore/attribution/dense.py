@@ -179,8 +179,9 @@ class _Edges(Sink):
         senders = senders or slice(0, self.graph.senders_before(receivers.start))
         delta, sums = self.store.rows(at_read)[senders, pairs], self.sums
         grads = over_steps(grads, 1, delta.shape[1])
-        block = kernels.edge_scores(delta, grads, reduce=sums.reduction(at_read), impl=sums.impl)
-        sums.add("scores", block, (senders, receivers), self.step.weight, at_read, pairs)
+        for name, reduce in sums.targets(at_read):
+            block = kernels.edge_scores(delta, grads, reduce=reduce, impl=sums.impl)
+            sums.add(name, block, (senders, receivers), self.step.weight, at_read, pairs)
 
 
 class _Layers(_Edges):

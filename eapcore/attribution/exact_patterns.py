@@ -24,11 +24,18 @@ from eapcore.models.tensors import accumulate_dtype
 
 def add_exact(store: Store, sums: Sums, part: Channels, weight: float) -> None:
     """Add the scores of all edges into a layer's q and k receivers; part: one that has its v receivers."""
+    for which in range(len(sums.targets(True))):
+        _add_exact(store, sums, part, weight, which)
+
+
+def _add_exact(store: Store, sums: Sums, part: Channels, weight: float, which: int) -> None:
+    """`add_exact` to one of the targets of `sums`."""
     first = part.receivers.start - part.channels.start
     graph, kinds = store.model.graph, part.attention.channels[:2]
     short = part.read is not None  # where q is made at the positions read alone
     for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
-        patterns = [_Pattern(part, kind, sums.reduction(at_read)) for kind in mine]
+        name, reduce = sums.targets(at_read)[which]
+        patterns = [_Pattern(part, kind, reduce) for kind in mine]
         for senders, delta in store.deltas(at_read, graph.senders_before(first)):
             factors = None if part.attention.joint else store.factors(senders, at_read)
             projected = [pattern.through_factors(delta, factors) for pattern in patterns]
@@ -38,7 +45,7 @@ def add_exact(store: Store, sums: Sums, part: Channels, weight: float) -> None:
                 for pattern, through in zip(patterns, projected, strict=True):
                     place = slice(first + pattern.channels.start, first + pattern.channels.stop)
                     block = pattern.scores(delta[some], None if through is None else [x[some] for x in through], rstd)
-                    sums.add("scores", block, (here, place), weight, at_read)
+                    sums.add(name, block, (here, place), weight, at_read)
 
 
 class _Pattern:

@@ -98,11 +98,11 @@ class FactoredStore:
                 embed = at_positions(embed, self.read)
                 dz, mlp = rows_at(dz, self.read), None if mlp is None else rows_at(mlp, self.read)
             senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
-            reduce = sums.reduction(at_read)
-            block = kernels.edge_scores_factored(
-                senders, receivers, mask=mask, reduce=reduce, chunk=self.chunk, impl=sums.impl
-            )
-            sums.add("scores", block, (), 1.0, at_read)
+            for name, reduce in sums.targets(at_read):
+                block = kernels.edge_scores_factored(
+                    senders, receivers, mask=mask, reduce=reduce, chunk=self.chunk, impl=sums.impl
+                )
+                sums.add(name, block, (), 1.0, at_read)
             del receivers
 
 

@@ -58,6 +58,7 @@ class Passes:
     start from. reduce: "pair" and "position" keep sums for each. absolute: sums for each pair, and those of passes that
     drop the same gradients apart. exact: the receivers whose edges are patched instead, see `exact_edges`. by_sender:
     of each sender the sum over its edges. metric: what a dry run makes of the logits, None for as little as any metric.
+    statistics: those over pairs are kept, from each pair's scores.
     """
 
     passes: tuple[Pass, ...] = (Pass(1.0, 1.0),)
@@ -67,6 +68,7 @@ class Passes:
     exact: tuple[int, ...] = ()
     by_sender: bool = False
     metric: Metric | None = None
+    statistics: bool = False
 
     @property
     def origins(self) -> tuple[float | None, ...]:
@@ -131,10 +133,13 @@ class Recipe:
         """Whether a node's score can only be the sum of its edges' scores."""
         return self.exact_softmax or bool(self.exact)
 
-    def planned(self, ablation: str, reduce: str, metric: Metric | None = None) -> Passes:
+    def planned(self, ablation: str, reduce: str, metric: Metric | None = None, *, statistics: bool = False) -> Passes:
         """What the run and the memory of a batch depend on."""
         by_sender = self.by_edge and self.described["level"] == "node"
-        return Passes(self.passes, ablation == "corrupt", reduce, self.absolute, self.exact, by_sender, metric)
+        reduce = "pair" if statistics and reduce == "all" else reduce
+        return Passes(
+            self.passes, ablation == "corrupt", reduce, self.absolute, self.exact, by_sender, metric, statistics
+        )
 
     def reached(self, graph: Graph) -> Tensor:
         """int64 [S + 1], how many cuts leave a gradient at what a component reads; the last entry is the logits'."""

@@ -25,6 +25,7 @@ from eapcore.attribution.dense import DenseStore
 from eapcore.attribution.factored import FactoredStore
 from eapcore.attribution.methods import Passes
 from eapcore.attribution.score_batch import score_batch
+from eapcore.attribution.statistics import ARRAYS
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import LEAST_CHUNK, limits
@@ -229,11 +230,13 @@ class Plan:
         """What is there from the first batch to the last: the sum over batches, float64, and the masks of the edges."""
         graph = self.config.graph
         each = {"all": 1, "pair": 0, "position": tokens}[self._reduce]
+        each += 1 + ARRAYS if self.passes.statistics else 0
         return (8 * each + 2) * graph.n_senders * graph.n_receivers
 
     def _scores(self, batch: int, tokens: int) -> int:
         """How many scores a batch has."""
         each = {"all": 1, "pair": batch, "position": tokens}[self._reduce]
+        each += batch if self.passes.statistics and self._reduce == "position" else 0
         return each * self.config.graph.n_senders * self.config.graph.n_receivers
 
     @property
@@ -258,7 +261,6 @@ class Plan:
         how: dict[str, Any] = {
             "dtype": self.dtype,
             "device": self.device,
-            "reduce": self._reduce,
             "chunk": chunk,
             "impl": self.impl,
         }
@@ -266,8 +268,9 @@ class Plan:
         sizes = (self._factored_sizes(batch, positions) for positions in (tokens, 1))
         masks = _edge_masks(self.config.graph)
         workspaces = [
-            kernels.workspace_bytes("edge_scores_factored", size, mask=mask, **how)
+            kernels.workspace_bytes("edge_scores_factored", size, mask=mask, reduce=reduce, **how)
             for size, mask in zip(sizes, masks, strict=True)
+            for reduce in {self._reduce, "pair" if self.passes.statistics else self._reduce}
         ]
         return max(workspaces) + self._scores(batch, tokens) * max(self.dtype.itemsize, 4)
 
@@ -342,6 +345,7 @@ def run_dry(
         if passes.spread:
             shapes["spread"] = shapes["scores"]
         apart = {"absolute": passes.absolute, "by_sender": passes.by_sender}
+        apart["pairs"] = passes.statistics and passes.reduce == "position"
         sums = Sums(shapes, what, passes.reduce, plan.impl, **apart)
         store: Store
         if storage == "dense":

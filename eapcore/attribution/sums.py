@@ -26,7 +26,8 @@ class Sums:
 
     spread: what a pass's scores without their weight count in "spread" beside "scores", where that is among the shapes.
     absolute: a pair's scores are added to `total` as |score| at the end of every pass. by_sender: of edges' scores, the
-    result is the sum over the edges of each sender.
+    result is the sum over the edges of each sender. pairs: beside the "scores" of each position those of each pair, in
+    "pairs".
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Sums:
         *,
         absolute: bool = False,
         by_sender: bool = False,
+        pairs: bool = False,
     ) -> None:
         self.reduce, self.impl, self.read, self.start = reduce, impl, batch.pairs.positions, batch.start
         self.absolute, self.inner = absolute, "pair" if absolute else reduce
@@ -47,11 +49,19 @@ class Sums:
             name: torch.zeros((*size, *shape), dtype=torch.float64, device=self.read.device)
             for name, shape in shapes.items()
         }
+        if pairs:
+            made = (len(batch.pairs), *shapes["scores"])
+            self.scores["pairs"] = torch.zeros(made, dtype=torch.float64, device=self.read.device)
         self.total = {name: torch.zeros_like(self._summed(x)) for name, x in self.scores.items()} if absolute else {}
 
     def reduction(self, at_read: bool) -> str:
         """What a block is to be summed over; see `add`."""
         return "pair" if self.inner == "position" and at_read else self.inner
+
+    def targets(self, at_read: bool) -> list[tuple[str, str]]:
+        """What a block of scores is added to, and what it is to be summed over for that; see `add`."""
+        own = [("scores", self.reduction(at_read))]
+        return [*own, ("pairs", "pair")] if "pairs" in self.scores else own
 
     def add(
         self,
@@ -66,7 +76,9 @@ class Sums:
         if self.spread and name == "scores":
             self.add("spread", block, place, weight * self.spread, at_read, pairs)
         scores = self.scores[name][(..., *place)]
-        if self.inner == "position" and at_read:
+        if name == "pairs":
+            scores[pairs].add_(block, alpha=weight)
+        elif self.inner == "position" and at_read:
             scores.index_add_(0, self.read[pairs], block.double() * weight)
         else:
             here = {"all": slice(None), "pair": pairs, "position": slice(self.start, None)}[self.inner]
@@ -74,6 +86,8 @@ class Sums:
 
     def replace(self, name: str, block: Tensor, place: tuple[Any, ...]) -> None:
         """Put a block for each pair, [B, *place], in the place of what all passes make there."""
+        if name == "scores" and "pairs" in self.scores:
+            self.scores["pairs"][(..., *place)] = block.double()
         scores = self.scores[name][(..., *place)]
         if self.inner == "pair":
             scores.copy_(block)

@@ -17,7 +17,8 @@ class Tally:
     """A lane's sums over the pairs that are done, in order.
 
     scores: float64 by name: the sum over pairs, for reduce "position" [T, ..] of each, for "pair" a row of each of the
-    lane's pairs, in their order at the rows `places` int64 [n]. largest: max |∂metric/∂logits|. done: pairs in all.
+    lane's pairs, in their order at the rows `places` int64 [n]. statistics: float64 by name, those of `statistics`
+    over the pairs that are done, where they are kept. largest: max |∂metric/∂logits|. done: pairs in all.
     size: pairs a batch from here on.
 
     Of the window under way, in which pairs were put in order: window, its number; here, how many of its pairs are done;
@@ -34,13 +35,15 @@ class Tally:
         reduce: str,
         choices: Mapping[str, Any],
         writer: PairWriter | None = None,
+        statistics: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         """shapes: of `scores`. choices: what else the run that goes on from here has to do alike. writer: where each
-        pair's scores go; `scores` are their sums then."""
+        pair's scores go; `scores` are their sums then. statistics: their shapes."""
         self.writer = writer
         self.resume, self.lane, self.reduce, self.places, self.choices = resume, lane, reduce, places, choices
         self.where: dict[str, Any] = {"dtype": torch.float64, "device": places.device}
         self.scores = {name: torch.zeros(shape, **self.where) for name, shape in shapes.items()}
+        self.statistics = {name: torch.zeros(shape, **self.where) for name, shape in (statistics or {}).items()}
         self.largest = torch.zeros((), **self.where)
         self.ends, self.values = torch.zeros(2, **self.where), torch.zeros(2, 0, **self.where)
         self.done = self.here = self.window = self.size = self.written = 0
@@ -56,6 +59,7 @@ class Tally:
         self.largest, self.ends, self.values = (found[x].to(self.largest.device) for x in ("largest", "ends", "values"))
         if self.writer is not None:
             self.writer.done = note["files"]
+        self.statistics = {name: found[f"statistics.{name}"].to(self.largest.device) for name in self.statistics}
         if self.reduce != "pair" or self.writer is not None:
             self.scores = {name: found[f"scores.{name}"].to(self.largest.device) for name in self.scores}
         elif self.done:
@@ -87,10 +91,12 @@ class Tally:
         parts: list[Tensor],
         first: int = 0,
         divisors: Sequence[Tensor] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
         """A batch is scored. An interruption in between leaves it marked as not whole.
 
-        first: which of the task's pairs is the window's first. divisors: of the pairs' own scores by name.
+        first: which of the task's pairs is the window's first. divisors: of the pairs' own scores by name. statistics:
+        of these pairs.
         """
         if self.reduce == "position":
             self.reach(batch.stop)
@@ -107,6 +113,8 @@ class Tally:
                 total[self.places[self.done : self.done + count]] = part
             else:
                 (total[: batch.stop] if self.reduce == "position" else total).add_(part)
+        for name, total in self.statistics.items():
+            total.add_((statistics or {})[name])
         self.done += count
         self.here += count
         self.whole = True
@@ -124,6 +132,7 @@ class Tally:
             rows = torch.cat([x[new].flatten(1) for x in self.scores.values()], 1)
         else:
             tensors |= {f"scores.{name}": x for name, x in self.scores.items()}
+        tensors |= {f"statistics.{name}": x for name, x in self.statistics.items()}
         note = {**self.choices, "done": self.done, "here": self.here, "window": self.window, "batch size": self.size}
         note |= {} if self.writer is None else {"files": self.writer.done}
         self.resume.write(self.lane, note, tensors, rows)

@@ -6,9 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from eapcore.cli.inputs import check_number, find_ablation, prepare_large, score
-from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, count, number
-from eapcore.cli.output import check_out, score_table, scored_heading, write
+from eapcore.cli.inputs import check_number, find_ablation, prepare_large, score, uncertainty
+from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, add_uncertainty, count, number
+from eapcore.cli.output import check_out, enough_prompts, score_table, scored_heading, write
 
 
 def add(command: Command) -> None:
@@ -16,6 +16,7 @@ def add(command: Command) -> None:
     parser = command("attribute", run, "Score every edge and write the scores.")
     add_task(parser)
     add_method(parser)
+    add_uncertainty(parser)
     parser.add_argument(
         "--level", default="edge", metavar="WHAT", help="edge, node, or neuron: also MLP units and output dimensions"
     )
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.pairs_out
     if folder is None and args.reduce == "pair" and not isinstance(pairs, PromptPairs):
         folder = args.out.with_suffix(".pairs")
-    options = {"level": args.level, "reduce": args.reduce, "pairs_to": folder}
+    options = {"level": args.level, "reduce": args.reduce, "pairs_to": folder, "uncertainty": uncertainty(args)}
     scores = score(args, model, pairs, metric, ablation=ablation, **options)
     seconds = time.perf_counter() - start
     write(args, scores)
@@ -68,4 +69,5 @@ def run(args: argparse.Namespace) -> None:
         largest = scores.units.flatten().abs().sort(descending=True, stable=True).indices[:shown].tolist()
         places = [divmod(i, scores.units.shape[1]) for i in largest]
         print(score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
+    print(enough_prompts(scores, shown or min(50, model.graph.n_edges)), end="")
     print(f"wrote    {args.out}" + (f" and {folder}/" if folder is not None else ""))

@@ -143,6 +143,14 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "rules": Rules(**found["rules"])} if "rules" in found else found
 
 
+def uncertainty(args: argparse.Namespace) -> bool | str:
+    """--uncertainty as the keyword of `attribute`."""
+    words: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
+    if args.uncertainty not in words:
+        raise ValueError(f"--uncertainty must be auto, yes or no, got {args.uncertainty!r}")
+    return words[args.uncertainty]
+
+
 def score(
     args: argparse.Namespace, model: Model, pairs: PromptPairs | PairStream, metric: str, **options: Any
 ) -> EdgeScores | NodeScores:

@@ -161,6 +161,16 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", metavar="IMPL", help="kernels: reference, cpp or triton (default: auto)")
 
 
+def add_uncertainty(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--uncertainty",
+        default="auto",
+        metavar="HOW",
+        help="yes, no, or auto where memory allows: keep each score's standard error and sign consistency over the "
+        "pairs, and say whether they are enough for the circuit",
+    )
+
+
 def add_ablation(parser: argparse.ArgumentParser) -> None:
     """The options that say what an ablated edge carries; `find_ablation` reads them."""
     parser.add_argument("--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean or mean-positional")

@@ -60,6 +60,24 @@ def score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def enough_prompts(scores: EdgeScores | NodeScores, n: int) -> str:
+    """Whether the pairs were enough for the circuit of the top n edges, in one line; "" where nothing is known."""
+    from eapcore.graph.scores import ENOUGH, EdgeScores
+
+    pairs = scores.meta["task"]["n_pairs"]
+    if not isinstance(scores, EdgeScores) or n < 1:
+        return ""
+    if scores.jaccard is None:
+        why = "one pair does not say how scores vary: give more" if pairs == 1 else "no standard errors were kept"
+        return f"prompts  not judged: {why}\n"
+    found = float(scores.jaccard[n - 1])
+    verdict, word = ("enough", "at least") if found >= ENOUGH else ("too few", "less than")
+    return (
+        f"prompts  {verdict}: drawn again, {pairs} pairs give top {n} edges with a Jaccard index of {found:.2f} on "
+        f"average, {word} {ENOUGH:g}\n"
+    )
+
+
 class Shown:
     """stdout or stderr of a command: what cannot be shown is lost, never the result.
 

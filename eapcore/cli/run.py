@@ -11,9 +11,28 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import check_number, find_ablation, method_options, prepare, score
-from eapcore.cli.options import Command, add_method, add_out, add_report, add_resume, add_task, count, number, share
-from eapcore.cli.output import Progress, check_out, described_prompts, score_table, scored_heading, write
+from eapcore.cli.inputs import check_number, find_ablation, method_options, prepare, score, uncertainty
+from eapcore.cli.options import (
+    Command,
+    add_method,
+    add_out,
+    add_report,
+    add_resume,
+    add_task,
+    add_uncertainty,
+    count,
+    number,
+    share,
+)
+from eapcore.cli.output import (
+    Progress,
+    check_out,
+    described_prompts,
+    enough_prompts,
+    score_table,
+    scored_heading,
+    write,
+)
 from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
@@ -30,6 +49,14 @@ def add(command: Command) -> None:
     parser = command("run", run, "Score every edge, pick a circuit, run it, and write scores, edges and circuit.")
     add_task(parser)
     add_method(parser)
+    add_uncertainty(parser)
+    parser.add_argument(
+        "--select",
+        default="top",
+        metavar="HOW",
+        help="which edges a circuit of a size has: top, by |score|; greedy, grown from the logits back; or stable, the "
+        "top ones of those that are needed on at least nine of ten pairs",
+    )
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument(
         "--faithfulness",
@@ -50,6 +77,11 @@ def add(command: Command) -> None:
 
 _FILES = ("scores.safetensors", "edges.csv", "circuit.json", "prompts.json", "run.json")
 _EARLY = "scores.unfinished.safetensors"  # where the files of another run lie, which stay a set
+_RULES = {
+    "top": "top {} edges by |score|",
+    "greedy": "{} edges grown from the logits back",
+    "stable": "top {} of the stable edges",
+}
 _MOST_PARTS = 25_000_000  # scores of single positions that a report is worth: 100 MB in float32
 
 
@@ -88,10 +120,11 @@ def run(args: argparse.Namespace) -> None:
         check_report(args.out / PAGE)
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
+    varied = _uncertainty(args)
     experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs), distributed=args.distributed)
     start = time.perf_counter()
     reduce = _reduce(args, model, pairs)
-    scores = score(args, model, pairs, name, ablation=experiment.ablation, reduce=reduce)
+    scores = score(args, model, pairs, name, ablation=experiment.ablation, reduce=reduce, uncertainty=varied)
     assert isinstance(scores, EdgeScores)
     seconds = time.perf_counter() - start
     write(args, scores, args.out / early)  # what follows may take long, or be interrupted
@@ -118,9 +151,24 @@ def run(args: argparse.Namespace) -> None:
     rows += [(args.ablation, ablated, math.nan if same else 0.0)]
     for what, value, kept in rows:
         print(f"{what:<24}{value:>12.4f}{'–' if math.isnan(kept) else format(kept, '.3f'):>15}")
-    print(f"\nwrote    {args.out}/{', '.join(_FILES)}")
+    print("\n" + enough_prompts(scores, chosen.selected.n_edges), end="")
+    print(f"wrote    {args.out}/{', '.join(_FILES)}")
     if args.report:
         report_folder(args, args.out)
+
+
+def _uncertainty(args: argparse.Namespace) -> bool | str:
+    """--uncertainty, which stable edges need; ValueError for a selection that is not known or does not suit."""
+    from eapcore.search.smallest import SELECT
+
+    if args.select not in SELECT:
+        raise ValueError(f"--select must be {', '.join(SELECT[:-1])} or {SELECT[-1]}, got {args.select!r}")
+    if args.select != "top" and args.threshold is not None:
+        raise ValueError(f"--threshold takes all edges with such a score: leave out --select {args.select}")
+    varied = uncertainty(args)
+    if args.select == "stable" and varied is False:
+        raise ValueError("--select stable needs the scores' sign consistency: leave out --uncertainty no")
+    return args.select == "stable" or varied
 
 
 def _reduce(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> str:
@@ -158,16 +206,16 @@ def _described(
 def _circuits(args: argparse.Namespace, experiment: Experiment, scores: EdgeScores) -> tuple[list[Tried], str, float]:
     """The circuits that were run, the chosen one last; how it was selected; the metric with every edge ablated."""
     from eapcore.patching.record import Recordings
-    from eapcore.search.smallest import run_until, selections
+    from eapcore.search.smallest import run_until, selected, selections
 
     recordings, least = Recordings(experiment, args.batch_size), math.inf
     if args.threshold is not None:
         rule, circuits = f"edges with |score| ≥ {args.threshold:g}", [scores.threshold(args.threshold)]
     elif args.top_n is not None:
-        rule, circuits = f"top {args.top_n} edges by |score|", [scores.top_n(args.top_n)]
+        rule, circuits = _RULES[args.select], [selected(scores, args.top_n, args.select)]
     else:
-        circuits, least = selections(scores), args.faithfulness
-        rule = "top {} edges by |score|, the first size that keeps " + f"{args.faithfulness:g}"
+        circuits, least = selections(scores, select=args.select), args.faithfulness
+        rule = f"{_RULES[args.select]}, the first size that keeps {args.faithfulness:g}"
     with Progress("running circuits", len(circuits), "circuit") as progress:
         tried, _, ablated = run_until(experiment, recordings, circuits, least, progress=progress)
     return tried, rule.format(tried[-1].selected.n_edges), ablated

@@ -137,7 +137,9 @@ def screened(
     Raises:
         ValueError: a budget below 1; as `attribute` and `patch_edges`.
     """
-    plain = {"level": "edge", "reduce": "all"}
+    plain = {"level": "edge", "reduce": "all", "uncertainty": False}  # patching measures no single pairs
+    if options.get("uncertainty") == "auto":
+        options["uncertainty"] = False
     for option, value in options.items():
         if option not in ("storage", "impl", "graphs") and value is not None and value != plain.get(option):
             raise ValueError(f"screened chooses for itself and takes a budget, but no {option}, got {value!r}")

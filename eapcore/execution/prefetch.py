@@ -63,6 +63,11 @@ def pinned_copy(device: torch.device) -> Copy | None:
     return PinnedCopy(device) if device.type == "cuda" else None
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Feed:
     """A task's batches in a given order; with a copy, each is on its way while the one before it is scored.
 

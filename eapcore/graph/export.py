@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -12,18 +13,17 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.show import need
 
 
-def frame(graph: Graph, flat: Annotated[Tensor, "int64 E"], scores: Annotated[Tensor, "S R"]) -> Any:
-    """A pandas DataFrame of edges by their flat indices s·R + r: edge, sender, receiver, score."""
+def frame(graph: Graph, flat: Annotated[Tensor, "int64 E"], columns: Mapping[str, Annotated[Tensor, "S R"]]) -> Any:
+    """A pandas DataFrame of edges by their flat indices s·R + r: edge, sender, receiver, and other columns."""
     pandas = need("pandas", "a table of scores")
     names = graph.sender_names, graph.receiver_names
     places = [divmod(i, graph.n_receivers) for i in flat.tolist()]
-    columns = {
+    names_of = {
         "edge": [f"{names[0][s]}->{names[1][r]}" for s, r in places],
         "sender": [names[0][s] for s, _ in places],
         "receiver": [names[1][r] for _, r in places],
-        "score": scores.flatten()[flat].numpy(),
     }
-    return pandas.DataFrame(columns)
+    return pandas.DataFrame(names_of | {name: x.flatten()[flat].numpy() for name, x in columns.items()})
 
 
 def network(graph: Graph, mask: Annotated[Tensor, "bool S R"], scores: Annotated[Tensor, "S R"] | None) -> Any:

@@ -31,7 +31,8 @@ from eapcore.kernels.checks import short_repr
 Scores = TypeVar("Scores")
 KEY = "eapcore"  # of the header in a file's metadata
 _PARTS = ("per_pair", "per_position")
-_BESIDE = ("exact", "spread")
+ENOUGH = 0.8  # Jaccard index of the circuits of two bootstrap draws from which on the prompts are enough
+_BESIDE = ("exact", "spread", "standard_error", "sign_consistency", "jaccard")
 
 
 def sign_text(name: str, kind: str, when: str) -> str:
@@ -53,7 +54,10 @@ class EdgeScores:
     an edge that the behaviour needs; where it is another number, `meta["sign"]` says which. float64 for a float64
     model, float32 for all others. per_pair [N, S, R] is there where it was asked for, with scores its mean;
     per_position [T, S, R] likewise, with scores its sum. exact: the edges that were patched rather than estimated;
-    spread: how far apart the estimates of several points lie; None where they are not known.
+    spread: how far apart the estimates of several points lie. standard_error: of the scores, which are means over
+    pairs. sign_consistency: the share of the pairs whose score has the sign of the mean. jaccard: [n − 1] the mean
+    Jaccard index |A ∩ B| / |A ∪ B| of the n edges with the largest |score| of two bootstrap draws of the pairs. None
+    where they are not known.
     """
 
     scores: Annotated[Tensor, "S R"]
@@ -63,13 +67,19 @@ class EdgeScores:
     per_position: Annotated[Tensor, "T S R"] | None = None
     exact: Annotated[Tensor, "bool S R"] | None = None
     spread: Annotated[Tensor, "S R"] | None = None
+    standard_error: Annotated[Tensor, "S R"] | None = None
+    sign_consistency: Annotated[Tensor, "S R"] | None = None
+    jaccard: Annotated[Tensor, "E"] | None = None
 
     def __post_init__(self) -> None:
         expected = (self.graph.n_senders, self.graph.n_receivers)
         if self.scores.shape != expected:
             raise ValueError(f"scores must be [S, R] = {list(expected)}, got {list(self.scores.shape)}")
-        if self.spread is not None and self.spread.shape != expected:
-            raise ValueError(f"spread must be [S, R] = {list(expected)}, got {list(self.spread.shape)}")
+        shapes = dict.fromkeys(("spread", "standard_error", "sign_consistency"), expected)
+        for name, shape in {**shapes, "jaccard": (self.graph.n_edges,)}.items():
+            part, axes = getattr(self, name), "E" if len(shape) == 1 else "S, R"
+            if part is not None and part.shape != shape:
+                raise ValueError(f"{name} must be [{axes}] = {list(shape)}, got {list(part.shape)}")
         if self.exact is not None and (self.exact.shape != expected or self.exact.dtype != torch.bool):
             found = f"{self.exact.dtype} {list(self.exact.shape)}"
             raise ValueError(f"exact must be bool [S, R] = {list(expected)}, got {found}")
@@ -195,9 +205,31 @@ class EdgeScores:
         meta = {"selection": "greedy", "n": n, "signed": signed}
         return self._circuit(torch.tensor(chosen, dtype=torch.int64, device="cpu"), meta)
 
+    def stable(self, share: float = 0.9, n: int | None = None) -> Circuit:
+        """The circuit of the stable edges: those that the behaviour needs (score < 0) and whose score has that sign on
+        at least such a share of the pairs; n: of them the ones with the largest |score|, None for all.
+
+        Raises:
+            ValueError: a share outside 0…1, n below 0; scores without `sign_consistency`, or without a known sign.
+        """
+        if not isinstance(share, Real) or not 0 <= share <= 1:
+            raise ValueError(f"share must be a number from 0 to 1, got {short_repr(share)}")
+        if self.sign_consistency is None:
+            raise ValueError("stable edges need the sign consistency of scores: give attribute uncertainty=True")
+        self.check_sign("a circuit of stable edges")
+        if NO_SIGN in self.meta.get("sign", ""):
+            raise ValueError("stable edges are those of one sign, but these scores are sizes without one")
+        flat = self.ranking()[0]
+        fit = (self.scores < 0) & (self.sign_consistency.double() >= share - 1e-6)  # a share may have been rounded
+        chosen = flat[fit.flatten()[flat]]
+        if n is not None:
+            check_count(n)
+            chosen = chosen[:n]
+        return self._circuit(chosen, {"selection": "stable", "share": float(share), "n": len(chosen)})
+
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of `per_pair`, `per_position`,
-        `exact` and `spread`, and one JSON header (README, "Files")."""
+        """Write a safetensors file: `scores` [S, R], `mask` [S, R], what is there of the other tensors, and one JSON
+        header (README, "Files")."""
         header = {"format_version": FORMAT_VERSION, "graph": self.graph.as_dict(), "sign": EDGE_SIGN, **self.meta}
         tensors = {"scores": self.scores.clone(), "mask": self.mask}  # a part's memory may not be in a file twice
         tensors |= {name: part for name in (*_PARTS, *_BESIDE) if (part := getattr(self, name)) is not None}
@@ -226,13 +258,16 @@ class EdgeScores:
         return read_scores(path, build, content_hash)
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame with a row for each edge, the most important first: edge, sender, receiver, score.
+        """A pandas DataFrame with a row for each edge, the most important first: edge, sender, receiver, score, and
+        where they are known standard_error, sign_consistency and exact.
 
         Raises:
             RuntimeError: the package pandas is not installed.
             ValueError: scores that are NaN.
         """
-        return frame(self.graph, self.ranking()[0], self.scores)
+        beside = {name: getattr(self, name) for name in ("standard_error", "sign_consistency", "exact")}
+        found = {name: x for name, x in beside.items() if x is not None}
+        return frame(self.graph, self.ranking()[0], {"score": self.scores, **found})
 
     def to_networkx(self, n: int | None = None) -> Any:
         """A networkx MultiDiGraph of the n edges with the largest |score|, None all: nodes by name with their `layer`,

@@ -15,6 +15,7 @@
   /** A run's edges from the most important down, each {flat, s, r, score, rank}. */
   function unpack(run) {
     const flat = new Int32Array(bytes(run.edges)), scores = new Float32Array(bytes(run.scores));
+    run.beside = Object.entries(run.beside).map(([name, values]) => [name, new Float32Array(bytes(values))]);
     run.list = Array.from(flat, (f, rank) => ({
       flat: f, s: Math.floor(f / nReceivers), r: f % nReceivers, score: scores[rank], rank: rank + 1,
     }));
@@ -451,7 +452,8 @@
   ];
   const table = { column: "rank", down: false, shown: 25, find: "" };
   function columns() {
-    const run = current(), more = [];
+    const run = current();
+    const more = run.beside.map(([name, values]) => [name, (edge) => values[edge.rank - 1], true]);
     if (run.inside) more.push(["in circuit", (edge) => (run.inside.has(edge.flat) ? "yes" : ""), false]);
     if (run.measured.size) {
       more.push(["exact", (edge) => (run.measured.has(edge.flat) ? run.measured.get(edge.flat).effect : null), true]);
@@ -499,7 +501,8 @@
     byId("table").tBodies[0].replaceChildren(...rows.slice(0, table.shown).map((edge) => html("tr", {},
       ...shown.map(([name, cell, numeric]) => {
         const x = cell(edge);
-        const sign = numeric && name !== "rank" && name !== "|score|" && x !== null ? ` ${signOf(x)}-text` : "";
+        const sizes = ["rank", "|score|", ...run.beside.map(([beside]) => beside)];
+        const sign = numeric && !sizes.includes(name) && x !== null ? ` ${signOf(x)}-text` : "";
         return html("td", { class: numeric ? `number${sign}` : null, text: name === "rank" ? count(x) : numeric ? number(x) : x });
       }),
       html("td", { class: "bars", "aria-hidden": "true" }, html("span", {

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.files import finite, replacing
-from eapcore.graph.scores import EDGE_SIGN, EdgeScores
+from eapcore.graph.scores import EDGE_SIGN, ENOUGH, EdgeScores
 from eapcore.report.compare import correlations, jaccard, sizes
 from eapcore.report.layout import layout
 from eapcore.report.run_folder import PARTS, Run
 
-MOST = 60_000  # edges that a page holds: 8 bytes each
+MOST = 60_000  # edges that a page holds: 8 bytes each, 16 with their uncertainty
 _HERE = Path(__file__).parent
 _ROWS = 24  # prompt pairs that a page shows
 
@@ -111,6 +111,11 @@ def _run_data(run: Run) -> dict[str, Any]:
         "signed": "negative = needed" in scores.meta.get("sign", EDGE_SIGN),
         "edges": _packed(held.int()),
         "scores": _packed(values.float()),
+        "beside": {
+            name: _packed(x.flatten()[held].float())
+            for name, x in (("standard error", scores.standard_error), ("same sign", scores.sign_consistency))
+            if x is not None
+        },
         "circuit": None if in_circuit is None else _packed(in_circuit),
         "histogram": histogram(run),
         **parts(run),
@@ -267,6 +272,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows.append(("edges", f"{graph.n_edges:,} ({graph.n_senders} senders × {graph.n_receivers} receivers)"))
     if run.circuit is not None:
         rows.append(("circuit", f"{run.circuit.n_edges:,} edges"))
+    if run.scores.jaccard is not None:
+        n = max(1, run.circuit.n_edges if run.circuit is not None else min(50, graph.n_edges))
+        text = f"Jaccard index {_number(run.scores.jaccard[n - 1])} of the top {n:,} edges of two draws of the pairs"
+        rows.append(("prompts", f"{text}; {ENOUGH:g} is enough"))
     if meta.get("dtype"):
         rows.append(("dtype", str(meta["dtype"])))
     return rows

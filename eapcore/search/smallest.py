@@ -21,6 +21,7 @@ from eapcore.patching.record import Recording, Recordings
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
+SELECT = ("top", "greedy", "stable")
 SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # of all edges
 
 
@@ -84,10 +85,23 @@ def smallest(
     return run_until(experiment, recordings, circuits, faithfulness, progress=progress)[0]
 
 
-def selections(scores: EdgeScores, sizes: Sequence[float] = SIZES) -> list[Circuit]:
-    """The circuits of the edges with the largest |score|, at shares of all edges, at least one edge each."""
+def selected(scores: EdgeScores, n: int, select: str = "top") -> Circuit:
+    """The circuit of n edges by a rule out of SELECT: `EdgeScores.top_n`, `greedy` or `stable`, of which fewer may be
+    there."""
+    if select == "stable":
+        return scores.stable(n=n)
+    return scores.greedy(n) if select == "greedy" else scores.top_n(n)
+
+
+def selections(scores: EdgeScores, sizes: Sequence[float] = SIZES, select: str = "top") -> list[Circuit]:
+    """The circuits by a rule out of SELECT at shares of all edges, at least one edge each, up to all that it has."""
     counts = sorted({max(1, round(share * scores.graph.n_edges)) for share in sizes})
-    return [scores.top_n(n) for n in counts]
+    circuits: list[Circuit] = []
+    for n in counts:
+        circuits.append(selected(scores, n, select))
+        if circuits[-1].n_edges < n:
+            break
+    return circuits
 
 
 def run_until(

@@ -57,7 +57,7 @@ def test_run_writes_scores_edges_and_circuit_and_prints_them(eapcore, model, tas
     status, printed, _ = eapcore("run", "--task", task_file, "--n-pairs", 3, "--top-n", 30, out=out)
     assert status == 0 and {p.name for p in out.iterdir()} == FILES
     pairs = find_pairs(task_file, n=None, seed=0)
-    expected = attribute(model, pairs, **little_more(model, pairs, "logit_diff", "corrupt"))
+    expected = attribute(model, pairs, **little_more(model, pairs, "logit_diff", "corrupt"), uncertainty=True)
     scores = EdgeScores.load(out / "scores.safetensors", content_hash=model.content_hash)
     assert torch.equal(scores.scores, expected.scores) and scores.meta == expected.meta
 
@@ -143,11 +143,39 @@ def test_run_without_arguments_scores_the_toy_model(tmp_path, monkeypatch, capsy
 
 
 def test_attribute_writes_the_scores_alone(eapcore, model, scores, tmp_path):
-    status, printed, _ = eapcore("attribute", out="scores.safetensors")
-    assert status == 0 and "rank" not in printed and printed.endswith("wrote    scores.safetensors\n")
+    status, printed, _ = eapcore("attribute", "--uncertainty", "no", out="scores.safetensors")
+    assert (
+        status == 0
+        and "rank" not in printed
+        and "prompts  not judged" in printed
+        and printed.endswith("wrote    scores.safetensors\n")
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
     found = EdgeScores.load(tmp_path / "scores.safetensors", content_hash=model.content_hash)
-    assert torch.equal(found.scores, scores.scores) and found.meta == scores.meta
+    assert torch.equal(found.scores, scores.scores) and found.meta == scores.meta and found.jaccard is None
+
+
+def test_run_says_whether_there_were_enough_prompts_and_takes_stable_or_grown_edges(eapcore, tmp_path):
+    for select in ("top", "greedy", "stable"):
+        status, printed, _ = eapcore("run", "--select", select, "--top-n", 6, "--method", "eap", out=tmp_path / select)
+        found = EdgeScores.load(tmp_path / select / "scores.safetensors")
+        chosen = {"top": found.top_n(6), "greedy": found.greedy(6), "stable": found.stable(n=6)}[select]
+        assert status == 0 and chosen.n_edges > 0
+        assert Circuit.load(tmp_path / select / "circuit.json").meta["edges_before_pruning"] == chosen.n_edges
+        share = float(found.jaccard[chosen.n_edges - 1])
+        verdict = "enough" if share >= 0.8 else "too few"
+        assert f"prompts  {verdict}: " in printed and f"top {chosen.n_edges} edges" in printed
+        assert f"Jaccard index of {share:.2f} on average" in printed
+    status, printed, _ = eapcore("run", "--select", "stable", out=tmp_path / "smallest")
+    assert status == 0 and "of the stable edges, the first size that keeps 0.8" in printed
+    for options, message in (
+        (("--select", "best"), "--select must be top, greedy or stable, got 'best'"),
+        (("--select", "greedy", "--threshold", 0.1), "leave out --select greedy"),
+        (("--select", "stable", "--uncertainty", "no"), "leave out --uncertainty no"),
+        (("--uncertainty", "perhaps"), "--uncertainty must be auto, yes or no, got 'perhaps'"),
+    ):
+        status, printed, _ = eapcore("run", *options)
+        assert status == 2 and message in printed
 
 
 @pytest.mark.parametrize("option", [("--top-n", 3), ("--threshold", 0.05)])

@@ -43,10 +43,14 @@ def everything(rank, size, folder):
         scale = float(alone.abs().max())
         gap = float((alone - shared).abs().max()) / (scale or 1.0)
         found[name] = [gap, scale, torch.equal(shared, again), shared.numpy().tobytes().hex()[:4096]]
-    for options in ({"ablation": "mean"}, {"ablation": "zero", "level": "node"}, {"level": "neuron", "reduce": "pair"}):
+    ways = [{"ablation": "mean"}, {"ablation": "zero", "level": "node"}, {"level": "neuron", "reduce": "pair"}]
+    for options in (*ways, {"uncertainty": True, "reduce": "position"}):
         alone = attribute(model, pairs, **options)
         shared = attribute(model, pairs, distributed=True, **options)
         found[str(options)] = [float((alone.scores - shared.scores).abs().max()), 1.0, True, ""]
+        for name in ("standard_error", "sign_consistency", "jaccard") if "uncertainty" in options else ():
+            gap = float((getattr(alone, name) - getattr(shared, name)).abs().max())
+            found[name] = [gap, float(getattr(alone, name).max()), True, ""]
         if options.get("reduce") == "pair":
             gap = max(float((alone.per_pair[k] - shared.per_pair[k]).abs().max()) for k in alone.per_pair)
             found["per pair"] = [gap, 1.0, len(shared.per_pair) == 3, ""]
@@ -122,6 +126,7 @@ def work(folder, stop_at=None):
     found = []
     for call in (
         lambda **o: attribute(model, pairs, method="eap-ig", steps=2, reduce="position", **o).per_position,
+        lambda **o: attribute(model, pairs, uncertainty=True, **o).standard_error,
         lambda **o: attribute(model, pairs, reduce="pair", **o).per_pair,
         lambda **o: patch_edges(model, pairs, "nll", **o).scores,
     ):

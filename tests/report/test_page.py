@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ class Tags(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+def test_the_page_holds_the_uncertainty_of_every_edge(folder):
+    scores = Run.read(folder).scores
+    assert data_of(render([Run(scores, "plain")]))["runs"][0]["beside"] == {}
+    error, share = scores.scores.abs() / 3, scores.scores.sigmoid()
+    known = replace(scores, standard_error=error, sign_consistency=share, jaccard=torch.linspace(0.1, 1, 262))
+    page = render([Run(known, "known", known.top_n(131))])
+    (found,) = data_of(page)["runs"]
+    for name, values in (("standard error", error), ("same sign", share)):
+        there = unpacked(found["beside"][name], "f")
+        flat = unpacked(found["edges"], "i")
+        assert there == pytest.approx(values.flatten()[flat].tolist(), rel=1e-6)
+    assert "Jaccard index 0.5483 of the top 131 edges" in page
 
 
 def test_the_page_holds_every_edge_in_order_and_every_part(folder):
