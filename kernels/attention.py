@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dry_run as dry
-from .causal import Causal, by_group, empty_mixtures, wide_dtype
+from .causal import Causal, by_group, empty_mixtures, grads_in, wide_dtype
 from .steps import takes_triton
 
 
@@ -61,11 +61,12 @@ def attend_grad(
     how: Causal,
     tokens: int,
     read: Annotated[Tensor, "int64 B Q"] | None = None,
+    out: Annotated[Tensor, "B T 3H K"] | None = None,
     *,
     impl: str = "auto",
 ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
     """∂metric/∂q, ∂metric/∂k and ∂metric/∂v of `attend` from dz = ∂metric/∂z, in dz's dtype; k and v of the T tokens,
-    for each query head.
+    for each query head. out: where they go beside each other, where queries are those of all tokens; see `empty_grads`.
 
     With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The pattern
     is computed again, so that no [B, H, Q, T] outlives its layer.
@@ -74,14 +75,13 @@ def attend_grad(
     if takes_triton(impl, q) and (impl == "triton" or fits(q)):
         if (run := dry.active.get()) is not None:
             rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
-            dq = dz.new_empty(q.shape)
-            dk, dv = (dz.new_empty(*q.shape[:2], tokens, q.shape[3]) for _ in range(2))
+            dq, dk, dv = grads_in(out, q, dz, tokens)
             run.ran("attend_grad, queries", q, k, v, dz, dq, *rows)
             run.ran("attend_grad, keys", q, k, v, dz, dk, dv, *rows)
             return dq, dk, dv
         from . import triton_attention
 
-        return triton_attention.attend_grad(q, k, v, dz, how, tokens, read)
+        return triton_attention.attend_grad(q, k, v, dz, how, tokens, read, out)
     wide = wide_dtype(q)
     pattern = how.pattern(q, k, before, read)
     dv = value_grad(pattern, dz, before)
@@ -91,7 +91,20 @@ def attend_grad(
         tanh = (by_group(q, k.transpose(-1, -2)).to(wide) * (how.scale / how.softcap)).tanh()
         ds = ds * (1 - tanh**2)
     ds = ds.to(dz.dtype)
-    return by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv
+    made = by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv
+    if out is None:
+        return made
+    for to, x in zip(grads_in(out, q, dz, tokens), made, strict=True):
+        to.copy_(x)
+    return grads_in(out, q, dz, tokens)
+
+
+def empty_grads(q: Annotated[Tensor, "B T H K"], dz: Annotated[Tensor, "B T H K"]) -> Tensor | None:
+    """Room [B, T, 3H, K] for all that `attend_grad` makes; None where it is made apart, by torch's operations."""
+    if not (takes_triton("auto", q) and fits(q)):
+        return None
+    batch, tokens, heads, d_head = dz.shape
+    return dz.new_empty(batch, tokens, 3 * heads, d_head)
 
 
 def fits(q: Tensor) -> bool:

@@ -47,6 +47,18 @@ def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q 
     return q.new_empty(batch, queries, heads, d_head, dtype=torch.float32).transpose(1, 2)
 
 
+def grads_in(
+    out: Annotated[Tensor, "B T 3H K"] | None, q: Annotated[Tensor, "B H Q K"], dz: Tensor, tokens: int
+) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
+    """Room for the gradients of q, k and v, in dz's dtype: views of `out` where it is given."""
+    if out is not None:
+        dq, dk, dv = out.transpose(1, 2).chunk(3, 1)
+        return dq, dk, dv
+    batch, heads, _, d_head = q.shape
+    dk, dv = (dz.new_empty(batch, heads, tokens, d_head) for _ in range(2))
+    return dz.new_empty(q.shape), dk, dv
+
+
 def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
     """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
     group = x.shape[-3] // y.shape[-3]

@@ -99,13 +99,14 @@ def normalise_grad(
     RMSNorm has no mean(u). frozen: σ is taken as a constant, which leaves out the last term.
     """
     if takes_triton(impl, grad):
+        made = grad.new_empty(grad.shape)
         if (run := dry.active.get()) is not None:
-            made = grad.new_empty(grad.shape)
             run.ran("normalise_grad", grad, *(() if frozen else (x,)), made)
             return made
         from . import triton_steps
 
-        return triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen)
+        triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen, made)
+        return made
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if mean is not None and not frozen:
         # The operator reads the statistics as if they were contiguous, whatever their strides.
@@ -120,6 +121,44 @@ def normalise_grad(
         x_hat = x.to(wide) * rstd
         scaled = scaled - x_hat * (scaled * x_hat).mean(-1, keepdim=True)
     return (scaled * rstd).to(grad.dtype)
+
+
+def normalise_grad_added(
+    grad: Annotated[Tensor, "... D"],
+    x: Annotated[Tensor, "... D"],
+    mean: Annotated[Tensor, "... 1"] | None,
+    rstd: Annotated[Tensor, "... 1"],
+    gamma: Annotated[Tensor, "D"] | None,
+    beta: Annotated[Tensor, "D"] | None,
+    total: Annotated[Tensor, "... D"],
+    *,
+    frozen: bool = False,
+    out: Annotated[Tensor, "... D"] | None = None,
+    impl: str = "auto",
+) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "... D"]]:
+    """total + `normalise_grad`, in float32 at least, and the same in grad's dtype.
+
+    out: where the gradient alone goes, contiguous and in grad's dtype; None where nobody wants it.
+    """
+    if takes_triton(impl, grad):
+        if (run := dry.active.get()) is not None:
+            summed = total.new_empty(grad.shape)
+            narrow = summed if grad.dtype == summed.dtype else grad.new_empty(grad.shape)
+            read = (grad, total) if frozen else (grad, total, x)
+            run.ran(
+                "normalise_grad", *read, *([] if out is None else [out]), *{id(t): t for t in (summed, narrow)}.values()
+            )
+            return summed, narrow
+        from . import triton_steps
+
+        made = triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen, out, total)
+        assert made is not None
+        return made
+    added = normalise_grad(grad, x, mean, rstd, gamma, beta, frozen=frozen, impl=impl)
+    if out is not None:
+        out.copy_(added)
+    summed = total + added
+    return summed, summed.to(grad.dtype)
 
 
 def moved_units(

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .causal import Causal, empty_mixtures
+from .causal import Causal, empty_mixtures, grads_in
 from .triton_steps import rounded
 
 
@@ -115,7 +115,7 @@ def query_grads(
     q, k, v, dz, dq, sums, products, read,
     H, group, Q, N, K, before, scale, window, softcap,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_zb, stride_zh, stride_zt,
+    stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt,
     HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +164,8 @@ def query_grads(
     tl.store(sums + at_row, total, mask=row < Q)
     tl.store(products + at_row, product, mask=row < Q)
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
-    tl.store(dq + at_row[:, None] * K + d[None, :], rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
+    at = dq + (prompt * stride_gb + head * stride_gh + row.to(tl.int64) * stride_gt)[:, None] + d[None, :]
+    tl.store(at, rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
 
 
 @triton.jit
@@ -172,7 +173,7 @@ def key_grads(
     q, k, v, dz, dk, dv, sums, products, read,
     H, group, Q, N, K, before, scale, window, softcap,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_zb, stride_zh, stride_zt,
+    stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt,
     HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +211,7 @@ def key_grads(
         dp = tl.dot(behind, values.T, input_precision=PRECISION)
         ds = p * (dp - product[:, None]) * slope * scale
         of_keys = tl.dot(rounded(ds, ROUND).to(queries.dtype).T, queries, of_keys, input_precision=PRECISION)
-    at = ((prompt * H + head) * tokens + token.to(tl.int64))[:, None] * K + d[None, :]
+    at = (prompt * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt)[:, None] + d[None, :]
     inside_out = (token < tokens)[:, None] & (d < K)[None, :]
     tl.store(dk + at, rounded(of_keys, ROUND).to(dk.dtype.element_ty), mask=inside_out)
     tl.store(dv + at, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=inside_out)
@@ -234,12 +235,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, how: Causal, tokens: int, read: Tens
 
 
 def attend_grad(
-    q: Tensor, k: Tensor, v: Tensor, dz: Tensor, how: Causal, tokens: int, read: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, dz: Tensor, how: Causal, tokens: int, read: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`eapcore.kernels.attention.attend_grad` on the GPU."""
     batch, heads, queries, d_head = q.shape
-    dq = dz.new_empty(q.shape)
-    dk, dv = (dz.new_empty(batch, heads, tokens, d_head) for _ in range(2))
+    dq, dk, dv = grads_in(out, q, dz, tokens)
     if queries == 0 or batch * heads * d_head == 0:
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dz = (common.unit_inner_stride(x.detach()) for x in (q, k, v, dz))
@@ -252,12 +252,12 @@ def attend_grad(
     meta |= {"HAS_READ": read is not None, "PRECISION": precision, "ROUND": rounds}
     common.launch(
         query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
-        q, k, v, dz, dq, sums, products, where, *numbers, *strides, **meta, device=q.device,
+        q, k, v, dz, dq, sums, products, where, *numbers, *strides, *dq.stride()[:3], **meta, device=q.device,
     )  # fmt: skip
     if tokens:
         common.launch(
             key_grads, common.cdiv(tokens, meta["BLOCK_N"]) * batch * heads,
-            q, k, v, dz, dk, dv, sums, products, where, *numbers, *strides, **meta, device=q.device,
+            q, k, v, dz, dk, dv, sums, products, where, *numbers, *strides, *dk.stride()[:3], **meta, device=q.device,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -75,9 +75,10 @@ def standardise_rows(
 
 @triton.jit
 def normalise_grad_rows(
-    grad, x, mean, rstd, gamma, out,
+    grad, x, mean, rstd, gamma, out, total, summed, narrow,
     D, stride_g, stride_x,
-    CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_OUT: tl.constexpr, ADDED: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -95,7 +96,14 @@ def normalise_grad_rows(
             x_hat -= tl.load(mean + row)
         x_hat = tl.where(inside, x_hat * scale, 0.0)
         scaled -= x_hat * (tl.sum(whole * x_hat, 0) / D)
-    tl.store(out + row * D + d, rounded(scaled * scale, ROUND).to(out.dtype.element_ty), mask=inside)
+    scaled *= scale
+    if HAS_OUT:
+        tl.store(out + row * D + d, rounded(scaled, ROUND).to(out.dtype.element_ty), mask=inside)
+    if ADDED:
+        scaled += tl.load(total + row * D + d, mask=inside, other=0.0)
+        tl.store(summed + row * D + d, scaled, mask=inside)
+        if narrow.dtype.element_ty != tl.float32:
+            tl.store(narrow + row * D + d, rounded(scaled, ROUND).to(narrow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -187,21 +195,33 @@ def standardise(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 def normalise_grad(
-    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, gamma: Tensor | None, frozen: bool
-) -> Tensor:
-    """`eapcore.kernels.steps.normalise_grad` on the GPU."""
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    frozen: bool,
+    out: Tensor | None,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`eapcore.kernels.steps.normalise_grad` on the GPU, into out; with a total `normalise_grad_added`'s result."""
     common.check_precision("auto", grad.dtype, common.target(grad.device))
-    width, grads, rows, out = grad.shape[-1], _rows(grad), _rows(x), grad.new_empty(grad.shape)
+    width, grads, rows = grad.shape[-1], _rows(grad), _rows(x)
+    made = None
+    if total is not None:
+        total, summed = total.contiguous(), total.new_empty(grad.shape)
+        made = summed, summed if grad.dtype == torch.float32 else grad.new_empty(grad.shape)
     if rows.numel():
         block = triton.next_power_of_2(width)
         common.launch(
             normalise_grad_rows, len(rows),
             grads, rows, None if mean is None else mean.contiguous(), rstd.contiguous(),
-            None if gamma is None else gamma.contiguous(), out, width, grads.stride(0), rows.stride(0),
-            CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None, ROUND=_rounds(grad), BLOCK_D=block,
-            num_warps=_warps(block), device=grad.device,
+            None if gamma is None else gamma.contiguous(), out, total, *(made or (None, None)),
+            width, grads.stride(0), rows.stride(0),
+            CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None, HAS_OUT=out is not None,
+            ADDED=total is not None, ROUND=_rounds(grad), BLOCK_D=block, num_warps=_warps(block), device=grad.device,
         )  # fmt: skip
-    return out
+    return made
 
 
 def _rows(x: Tensor) -> Tensor:

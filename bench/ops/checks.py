@@ -153,6 +153,11 @@ def check_steps(device: str, dtype: torch.dtype) -> None:
         got = steps.normalise_grad(grad, x, *statistics, gamma, beta, frozen=not centred, impl="triton")
         exact = steps.normalise_grad(wide_grad, wide, mean, rstd, wide_gamma, wide_beta, frozen=not centred)
         judge(f"normalise_grad {dtype} D={width}", got, exact, STORED[dtype])
+        added = steps.normalise_grad_added(
+            grad, x, *statistics, gamma, beta, wide.float(), frozen=not centred, out=got, impl="triton"
+        )
+        for made in added:
+            judge(f"normalise_grad_added {dtype} D={width}", made, wide + exact, STORED[dtype])
     for act_fn, gated in zip(steps.ACTIVATIONS, (False, True, False, True), strict=True):
         (hidden, wide), (up, wide_up) = draw(1, 6, 37), draw(1, 6, 37) if gated else (None, None)
         got = steps.moved_units(hidden, up, act_fn, 2, impl="triton")

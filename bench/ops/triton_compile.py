@@ -238,6 +238,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
             partial(steps.standardise, x, mean, rstd),
             partial(steps.normalise_grad, x, x, mean, rstd, gamma, None),
             partial(steps.normalise_grad, x, x, mean, rstd, gamma, None, frozen=True),
+            partial(steps.normalise_grad_added, x, x, mean, rstd, gamma, None, x.float(), out=x),
             partial(steps.moved_units, hidden, hidden if gated else None, act_fn, 160),
             partial(steps.moved_sum, x, x[:, :160], x[:, 160:], gamma),
         )
@@ -311,6 +312,7 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
             partial(steps.normalise, x, x[0, 0], x[0, 0], 1e-5, centred=True) if b * t else None,
             partial(steps.standardise, x, statistics, statistics),
             partial(steps.normalise_grad, x, x, statistics, statistics, None, None),
+            partial(steps.normalise_grad_added, x, x, statistics, statistics, None, None, x, out=x),
             partial(steps.moved_units, x, x, "silu", b * t),
             partial(steps.moved_sum, x, x[:, b * t :], x[:, : b * t]),
         ):

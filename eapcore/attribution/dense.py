@@ -141,7 +141,7 @@ class _Edges(Sink):
         if between.start < between.stop:
             self.add(grad[None], slice(receiver, receiver + 1), at_read, senders=between)
 
-    def channels(self, part: Channels) -> Tensor:
+    def channels(self, part: Channels) -> Tensor | None:
         by_gradient, of_v = part.channels, part.attention.channels[2]
         if self.step.exact_softmax:  # v alone
             by_gradient = slice(max(part.channels.start, of_v.start), part.channels.stop)
@@ -198,21 +198,22 @@ class _Layers(_Edges):
         self.filled = size  # from here on, by receivers in the graph's order: these
         self.waiting: list[slice] = []
 
-    def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
-        if at_read or name == "logits":
-            self.add(grad[None], slice(receiver, receiver + 1), at_read)
-        else:
-            self.room(slice(receiver, receiver + 1))[0].copy_(grad)
+    def room(self, receiver: int, at_read: bool) -> Tensor | None:
+        return None if at_read else self.take(slice(receiver, receiver + 1))[0]
 
-    def channels(self, part: Channels) -> Tensor:
+    def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
+        if at_read or name == "logits":  # else it lies where it waits
+            self.add(grad[None], slice(receiver, receiver + 1), at_read)
+
+    def channels(self, part: Channels) -> Tensor | None:
         if part.at_read:
             self.add(part.grads(self.sums.impl), part.receivers, True)
         else:
-            part.grads(self.sums.impl, self.room(part.receivers).flatten())
-        return part.total()
+            part.grads(self.sums.impl, self.take(part.receivers).flatten())
+        return None
 
-    def room(self, receivers: slice) -> Tensor:
-        """Where the gradients of some receivers go, [R', n·B, T, D]; backward, the later ones come first."""
+    def take(self, receivers: slice) -> Tensor:
+        """Where the gradients of some receivers wait, [R', n·B, T, D]; backward, the later ones come first."""
         count = receivers.stop - receivers.start
         if count > self.filled:
             self.end()

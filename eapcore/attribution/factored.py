@@ -136,7 +136,7 @@ class _Factors(Sink):
         elif mlp is not None:
             mlp[int(name[1:])] = grad
 
-    def channels(self, part: Channels) -> Tensor:
+    def channels(self, part: Channels) -> Tensor | None:
         if self.step.exact_softmax and part.channels.stop == part.attention.channels[2].stop:  # the last piece
             add_exact(self.store, self.sums, part, 1.0)  # its gradient has the pass's weight
         g, norm, groups = part.factors()
@@ -147,7 +147,7 @@ class _Factors(Sink):
             before, behind = (part.attention.groups(channels) for channels in missing)
             groups = [*before, *groups, *behind]
         self.layers[part.at_read][part.index] = (g, act, norm, groups)
-        return part.total()
+        return None
 
     def receivers(self, at_read: bool) -> kernels.FactoredReceivers:
         """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.attention import attend, attend_grad, value_grad
+from eapcore.kernels.attention import attend, attend_grad, empty_grads, value_grad
 from eapcore.kernels.causal import Causal
 from eapcore.models.backward_rules import Rules
 from eapcore.models.matmul import product
@@ -351,10 +351,13 @@ class Attention:
             del pattern, q, k, v
             yield piece(of_v, self.of_each(saved.kv[:, :, self.n_kv :]), dv)
             return
-        dq, dk, dv = self.grads(saved, dz, past, read)
+        out = None
+        if read is None and of_v.stop == 3 * self.n_heads:
+            out = empty_grads(saved.q, dz)
+        dq, dk, dv = self.grads(saved, dz, past, read, out)
         dk, dv = self._of_channels(dk), self._of_channels(dv)
         if read is None:
-            g = torch.cat([dq, dk, dv], 1).transpose(1, 2)
+            g = torch.cat([dq, dk, dv], 1).transpose(1, 2) if out is None else out
             del dq, dk, dv
             alike = self.grouped or self.group == 1
             act = saved.qkv[0] if alike else torch.cat([saved.q, self.of_each(saved.kv)], 2)
@@ -374,14 +377,19 @@ class Attention:
         return kv if self.grouped or self.group == 1 else kv.repeat_interleave(self.group, 2)
 
     def grads(
-        self, saved: AttentionSaved, dz: Annotated[Tensor, "B Q H K"], past: Tensor | None, read: Tensor | None
+        self,
+        saved: AttentionSaved,
+        dz: Annotated[Tensor, "B Q H K"],
+        past: Tensor | None,
+        read: Tensor | None,
+        out: Annotated[Tensor, "B T 3H K"] | None = None,
     ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
         """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before the norms and the turn, k and v for each query head; dz is
-        ∂metric/∂z."""
+        ∂metric/∂z. out: where they go, beside each other."""
         q, k, v = self.heads(saved.q, saved.kv, past, read)
         dz = dz.transpose(1, 2)  # [B, H, Q, K]
         tokens = saved.kv.shape[1]
-        dq, dk, dv = attend_grad(q, k, v, dz, self.causal, tokens, read)
+        dq, dk, dv = made = attend_grad(q, k, v, dz, self.causal, tokens, read, out)
         before = k.shape[2] - tokens
         if self.rotary is not None:
             dq = self.rotary.back(dq, _query_positions(dq, before, read))
@@ -390,6 +398,11 @@ class Attention:
         if self.k_norm.kind != "none":
             raw = saved.kv[:, :, : self.n_kv].transpose(1, 2).repeat_interleave(self.group, 1)  # [B, H, T, K]
             dk = self._normed_back(self.k_norm, dk, raw)
+        if out is not None:
+            for to, x in zip(made[:2], (dq, dk), strict=True):
+                if x is not to:
+                    to.copy_(x)
+            return made
         return dq, dk, dv
 
     # Patched
@@ -596,6 +609,15 @@ class Channels:
 
     def total(self) -> Annotated[Tensor, "B T D"]:
         """Σ over them of ∂metric/∂v, in float32 at least, without making them one by one."""
+        dn = self._input_grad()
+        return self.attention.norm.backward(dn, self.norm_in, self.rules.norm).to(accumulate_dtype(dn.dtype))
+
+    def added(self, total: Annotated[Tensor, "B T D"]) -> tuple[Annotated[Tensor, "B T D"], Annotated[Tensor, "B T D"]]:
+        """total and what `total` returns, in its dtype and in the weights'."""
+        return self.attention.norm.backward_added(self._input_grad(), self.norm_in, total, self.rules.norm)
+
+    def _input_grad(self) -> Annotated[Tensor, "B T D"]:
+        """∂metric/∂n of what they read together."""
         g, projections = self._folded()
         dn, start = None, 0
         for w in self.attention.weights(projections):  # Σ_c W_c g_c
@@ -608,7 +630,7 @@ class Channels:
             dn = more if dn is None else dn + more
             start += w.shape[0]
         assert dn is not None
-        return self.attention.norm.backward(dn, self.norm_in, self.rules.norm).to(accumulate_dtype(dn.dtype))
+        return dn
 
     def _folded(self) -> tuple[Tensor, slice]:
         """g summed over the query heads that share a projection, and which projections these are."""

@@ -32,9 +32,14 @@ class Sink:
     def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
         """The gradient of the receiver of an MLP "m{l}" or of the "logits", [B, T, D]."""
 
-    def channels(self, part: Channels) -> Tensor:
-        """Take some of a layer's q, k and v receivers; returns the sum of their gradients, as `Channels.total`."""
-        return part.total()
+    def room(self, receiver: int, at_read: bool) -> Tensor | None:
+        """Where an MLP receiver's gradient [B, T, D] is to be written before `receiver` is given it; None: anywhere."""
+        return None
+
+    def channels(self, part: Channels) -> Tensor | None:
+        """Take some of a layer's q, k and v receivers; returns the sum of their gradients, [B, T, D], or None where it
+        has not made them one by one: then it is made without, see `Channels.total`."""
+        return None
 
 
 def backward(
@@ -60,31 +65,35 @@ def backward(
     """
     sink.receiver("logits", model.graph.logits, grad, read is not None)
     # ∂metric/∂(residual stream) behind the stage: [B, Q, D] behind the last layer's attention, else [B, T, D]
-    total = grad.to(accumulate_dtype(grad.dtype))
+    total, narrow = grad.to(accumulate_dtype(grad.dtype)), grad  # the same in the weights' dtype
     for stage in reversed(model.stages):
         run, here = saved.pop(), read if stage.last else None
-        behind = total
+        behind, behind_narrow = total, narrow
         if stage.mlp is not None and run.mlp is not None:
             mlp, place = stage.mlp.component, stage.mlp
             sink.behind(place.name, place.senders, behind, here is not None)
             if place.name not in rules.cut:
-                units = mlp.units_grad(run.mlp, behind, rules)
+                units = mlp.units_grad(run.mlp, behind_narrow, rules)
                 sink.units(stage.index, units, here is not None)
-                grads = mlp.backward(run.mlp, units, rules)
+                grads = sink.room(place.receivers.start, here is not None)
+                if grads is None:
+                    grads = mlp.backward(run.mlp, units, rules)
+                    total = narrow = total + grads
+                else:
+                    total, narrow = mlp.backward_added(run.mlp, units, total, grads, rules)
                 del units
                 sink.receiver(place.name, place.receivers.start, grads, here is not None)
-                total = total + grads
                 del grads
         if stage.attention is None or run.attention is None:
             continue
         attention, heads = stage.attention.component, stage.attention
         sink.behind(heads.name, heads.senders, behind, here is not None)
         if heads.name in rules.cut:
-            total = spread(total, here, run.attention.kv.shape[1])
+            total = narrow = spread(total, here, run.attention.kv.shape[1])
             continue
         pieces = attention.backward(
             run.attention,
-            behind,
+            behind_narrow,
             model.closed_forms[stage.index],
             index=stage.index,
             receivers=heads.receivers,
@@ -92,14 +101,17 @@ def backward(
             read=here,
             rules=rules,
         )
-        del behind
+        del behind, behind_narrow
         for part in pieces:
             summed = sink.channels(part)
             if here is not None and not part.at_read:
+                summed = part.total() if summed is None else summed
                 rows = here[:, :, None].expand(-1, -1, summed.shape[-1])
-                total = summed.scatter_add_(1, rows, total)
+                total = narrow = summed.scatter_add_(1, rows, total)
+            elif summed is None:
+                total, narrow = part.added(total)
             else:
-                total = total + summed
+                total = narrow = total + summed
             del part, summed  # before the next ones are made
     sink.behind("embed", slice(0, 1), total, False)
 

@@ -129,8 +129,23 @@ class Mlp:
         self, saved: MlpSaved, units: Annotated[Tensor, "B T M"], rules: Rules = GRADIENT
     ) -> Annotated[Tensor, "B T D"]:
         """∂metric/∂v of the MLP's receiver, from ∂metric/∂units."""
+        return self.norm.backward(self._input_grad(saved, units, rules), saved.norm_in, rules.norm)
+
+    def backward_added(
+        self,
+        saved: MlpSaved,
+        units: Annotated[Tensor, "B T M"],
+        total: Annotated[Tensor, "B T D"],
+        out: Annotated[Tensor, "B T D"],
+        rules: Rules = GRADIENT,
+    ) -> tuple[Annotated[Tensor, "B T D"], Annotated[Tensor, "B T D"]]:
+        """total and what `backward` returns, in total's and in the weights' dtype; out: where the latter goes alone."""
+        return self.norm.backward_added(self._input_grad(saved, units, rules), saved.norm_in, total, rules.norm, out)
+
+    def _input_grad(self, saved: MlpSaved, units: Tensor, rules: Rules) -> Annotated[Tensor, "B T D"]:
+        """∂metric/∂n of what the MLP reads."""
         through = units if saved.up is None else units * saved.up
         dn = product(activation_grad(self.act_fn, through, saved.hidden, rules.activation), self.w_in.T)
         if self.w_up is not None:
             dn = dn + product(units * activation(self.act_fn, saved.hidden), self.w_up.T)
-        return self.norm.backward(dn, saved.norm_in, rules.norm)
+        return dn

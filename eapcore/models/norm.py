@@ -10,7 +10,7 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.steps import normalise, normalise_grad, standardise
+from eapcore.kernels.steps import normalise, normalise_grad, normalise_grad_added, standardise
 from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
@@ -70,6 +70,24 @@ class Norm:
         assert norm_in.rstd is not None
         statistics = (norm_in.mean, norm_in.rstd)
         return normalise_grad(grad, norm_in.x, *statistics, self.gamma, self.beta, frozen=rule == "frozen")
+
+    def backward_added(
+        self,
+        grad: Annotated[Tensor, "... D"],
+        norm_in: NormInput,
+        total: Annotated[Tensor, "... D"],
+        rule: str = "gradient",
+        out: Annotated[Tensor, "... D"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """total and the gradient that `backward` makes, in total's dtype and in grad's; out: where it goes alone."""
+        if self.kind == "none":
+            if out is not None:
+                out.copy_(grad)
+            summed = total + grad
+            return summed, summed.to(grad.dtype)
+        assert norm_in.rstd is not None
+        how = (norm_in.x, norm_in.mean, norm_in.rstd, self.gamma, self.beta, total)
+        return normalise_grad_added(grad, *how, frozen=rule == "frozen", out=out)
 
     def frozen_weight(self, w: Annotated[Tensor, "C D K"]) -> Annotated[Tensor, "C D K"]:
         """(1 − 11ᵀ/D) diag(γ) W, for RMSNorm diag(γ) W.

@@ -93,6 +93,13 @@ def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
     for got, there in zip(made, attend_grad(*doubled(q, k, v, dz), how, tokens, read), strict=True):
         assert got.dtype == dtype and got.shape == there.shape and not got.isnan().any()
         assert (got.double() - there).norm() <= (2 * STORED[dtype] + 1e-6) * there.norm() + 1e-6
+    if read is None:  # beside each other
+        out = torch.full((2, tokens, 3 * q.shape[1], q.shape[3]), float("nan"), dtype=dtype)
+        assert all(map(torch.equal, attend_grad(q, k, v, dz, how, tokens, None, out, impl="triton"), made))
+        assert torch.equal(out.transpose(1, 2), torch.cat(made, 1))
+        apart = attend_grad(q, k, v, dz, how, tokens, impl="reference")
+        attend_grad(q, k, v, dz, how, tokens, None, out, impl="reference")
+        assert torch.equal(out.transpose(1, 2), torch.cat(apart, 1))
 
 
 def test_scores_by_the_kernels(monkeypatch):

@@ -65,6 +65,14 @@ def test_a_row_is_normalised_and_its_gradient_goes_back(dtype, centred):
             there = steps.normalise_grad(*doubled(grad, x), exact[1], exact[2], *doubled(gamma, beta), frozen=frozen)
             got = steps.normalise_grad(grad, x, mean, rstd, gamma, beta, frozen=frozen, impl="triton")
             good(got, there, dtype)
+            total, out = torch.randn(2, 5, width), torch.full((2, 5, width), float("nan"), dtype=dtype)
+            how = (x, mean, rstd, gamma, beta, total)
+            summed, narrow = steps.normalise_grad_added(grad, *how, frozen=frozen, out=out, impl="triton")
+            good(out, there, dtype)
+            good(narrow, total + there, dtype)
+            good(summed, total + there, torch.float32)
+            alone, _ = steps.normalise_grad_added(grad, *how, frozen=frozen, impl="triton")
+            assert torch.equal(alone, summed)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -80,6 +88,11 @@ def test_the_gradient_of_a_norm_is_autograds(centred):
         torch.testing.assert_close(made, n.detach(), rtol=1e-12, atol=1e-12)
         got = steps.normalise_grad(grad, x.detach(), mean, rstd, gamma, beta, frozen=frozen)
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+        total, out = torch.randn(2, 3, 7).double(), torch.empty_like(expected)
+        how = (x.detach(), mean, rstd, gamma, beta, total)
+        for summed in steps.normalise_grad_added(grad, *how, frozen=frozen, out=out):
+            torch.testing.assert_close(summed, total + expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
