@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import eapcore.cli.acdc as acdc
@@ -83,12 +85,23 @@ def _run(args: argparse.Namespace) -> tuple[int, str]:
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        return 2, told(args, error, _one_line(error))
+        return 2, told(args, error, _one_line(_of_file(args, str(error))))
     except Exception as error:
         if args.debug:
             raise
         text = f"internal error, {type(error).__name__}: {_one_line(error)} (--debug shows where)"
         return 1, told(args, error, text)
+
+
+def _of_file(args: argparse.Namespace, message: str) -> str:
+    """A message that names the file with the pair that it speaks of, or of the sweep."""
+    sweep, task = getattr(args, "file", None), str(getattr(args, "task", None))
+    if sweep is not None and sweep.name not in message:
+        return f"{sweep}: {message}"
+    pair = re.search(r"\bpair \d+\b", message)
+    if pair is None or not Path(task).is_file() or Path(task).name in message:
+        return message
+    return f"{message[: pair.end()]} of {Path(task).name}{message[pair.end() :]}"
 
 
 def _one_line(message: object) -> str:

@@ -133,8 +133,8 @@ class Experiment:
             where = first_non_finite(model, prompts.to(model.device))
             if where is not None:
                 raise ValueError(
-                    f"{where} has NaN or infinite activations on pair {pair}: are the weights damaged, or is "
-                    f"{model.dtype} too narrow for this model?"
+                    f"{where} has NaN or infinite activations on pair {pair}: are the weights of {model.name} "
+                    f"damaged, or is {model.dtype} too narrow for it?"
                 )
         raise ValueError(f"the metric is NaN or infinite on pair {int(bad[0])}: it must be finite on every pair")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,7 +143,8 @@ def load_weights(
         model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
         raw = _config(folder, path) if config is None else config
         tokenizer = find_tokenizer(folder) or _tokenizer_on_the_hub(source, model_id, folder, raw)
-        layout = layout_of(raw)  # refused before the weights are opened
+        with _named(folder if config is None else "config"):
+            layout = layout_of(raw)  # refused before the weights are opened
         tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
     else:
         if revision is not None:
@@ -155,8 +156,20 @@ def load_weights(
     if kv == "grouped":
         layout = replace(layout, config=replace(layout.config, kv_grouped=True))
     links = Links(weakref.ref(source)) if isinstance(source, nn.Module) else None
-    weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where, links=links)
+    with _named(folder):
+        weights = build_weights(layout, tensors, dtype=_dtype(dtype) or own, device=where, links=links)
     return Loaded(layout.config, weights, model_id, folder, layout.family, tokenizer, links)
+
+
+@contextmanager
+def _named(place: Path | str | None) -> Iterator[None]:
+    """A ValueError that says which files it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if place is None or str(place) in str(error):
+            raise
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _locate(

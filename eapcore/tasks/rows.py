@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -112,8 +113,8 @@ def _parquet(path: Path, known: Collection[str], n: int | None) -> Rows:
 
 
 def _parquet_blocks(path: Path, size: int, n: int, wanted: Callable[[int], bool]) -> Iterator[Rows | None]:
-    file, left = _parquet_file(path), n
-    for number, batch in enumerate(file.iter_batches(batch_size=size)):
+    left = n
+    for number, batch in enumerate(_batches(path, size)):
         if left <= 0:
             return
         first, count = n - left, min(left, batch.num_rows)
@@ -121,20 +122,35 @@ def _parquet_blocks(path: Path, size: int, n: int, wanted: Callable[[int], bool]
         if not wanted(number):
             yield None
             continue
-        entries = batch.slice(0, count).to_pylist()
+        with _parquet_errors(path):
+            entries = batch.slice(0, count).to_pylist()
         rows = [(f"row {first + i} of {path.name}", row) for i, row in enumerate(entries)]
         yield Rows(_names(rows), rows, typed=True)
 
 
+def _batches(path: Path, size: int) -> Iterator[Any]:
+    file = _parquet_file(path)
+    with _parquet_errors(path):
+        yield from file.iter_batches(batch_size=size)
+
+
 def _parquet_file(path: Path) -> Any:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path.name} is Parquet, which pyarrow reads: pip install 'eapcore[parquet]'") from error
-    try:
+    with _parquet_errors(path):
         return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """What pyarrow says of a damaged file, which it does not name."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a Parquet file, but it cannot be read: {error}") from error
 
 

@@ -87,8 +87,10 @@ def _read(folder: Path) -> Made:
         for each in both:
             bos = _add_tokens(folder, kind, beside, each)
             each.encode_special_tokens = config.get("split_special_tokens") is True
-    except (ValueError, RuntimeError):
+    except RuntimeError:
         raise
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"the tokenizer files in {folder}: {error}") from error
     except Exception as error:  # the package raises plain Exception for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"the tokenizer files in {folder} cannot be read: {first}") from error

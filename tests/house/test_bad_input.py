@@ -122,7 +122,7 @@ def damaged(model, name, index, value):
 def test_activations_that_are_not_finite_name_the_layer_and_the_pair(model, name, index, where, value):
     pairs = PromptPairs.from_lists([[3, 5], [1, 2, 4]], [[3, 6], [1, 2, 5]], [1, 2], [3, 4])
     pair = 1 if name in ("w_e", "w_pos") else 0  # only the second pair has the token 1 and a position 2
-    with pytest.raises(ValueError, match=f"{where} has NaN or infinite activations on pair {pair}: are the weights"):
+    with pytest.raises(ValueError, match=f"{where} has NaN or infinite activations on pair {pair}"):
         attribute(damaged(model, name, index, value), pairs)
 
 
@@ -136,7 +136,7 @@ def test_activations_too_large_for_the_dtype_say_so():
     model = random_model(dtype=torch.float16)
     model = with_weights(model, {"layers.1.w_in": dict(model.weights.named())["layers.1.w_in"] * 2e4})
     with pytest.raises(
-        ValueError, match=r"the MLP of layer 1 has NaN .* or is torch.float16 too narrow for this model"
+        ValueError, match=r"the MLP of layer 1 has NaN .* or is torch.float16 too narrow for it"
     ):
         attribute(model, random_pairs(model, [4, 6]))
 
@@ -251,11 +251,11 @@ FILES = {
     "longer than the context": ([GOOD_LINE | {"clean": [1] * 17, "corrupt": [2] * 17}],
         "17 positions, but the context of small is 16"),
     "empty": ([], "the task 'task.jsonl' is empty"),
-    "identical": ([GOOD_LINE, GOOD_LINE | {"corrupt": [1, 2, 3]}], "clean and corrupt of pair 1 are identical"),
+    "identical": ([GOOD_LINE, GOOD_LINE | {"corrupt": [1, 2, 3]}], "clean and corrupt of pair 1 of task.jsonl are identical"),
     "an answer of several ids": ([GOOD_LINE | {"answer": [[1, 2]]}], "the answer of line 1 of task.jsonl must be text"),
     "text without a tokenizer": ([GOOD_LINE | {"answer": "Mary"}], "this model has no tokenizer here: give token ids"),
     "an answer out of the vocabulary": ([GOOD_LINE | {"answer": 29}], "the vocabulary of small is 0..28"),
-    "no wrong answers": ([GOOD_LINE, GOOD_LINE | {"wrong": []}], "needs wrong answers, but pair 1 has none"),
+    "no wrong answers": ([GOOD_LINE, GOOD_LINE | {"wrong": []}], "needs wrong answers, but pair 1 of task.jsonl has none"),
     "not an object": ([GOOD_LINE, [1, 2]], "line 2 of task.jsonl is not a JSON object"),
     "no answer": ([{"clean": [1], "corrupt": [2]}], "line 1 of task.jsonl has no answer"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""300 files with random faults: each is read, or refused by one sentence and exit code 2.
+"""300 files with random faults: each is read, or refused by one sentence that names it and exit code 2.
 
 The kinds of faults in what is read, where each is tested, and with how many members; a new member would fail there:
 
@@ -11,7 +11,8 @@ The kinds of faults in what is read, where each is tested, and with how many mem
     damaged torch files                     DAMAGE                                        6
     configurations out of proportion        tests/house/test_limits.py CONFIGS            24
     options, tasks, graphs, pipes, the Hub  OPTIONS, TASKS and the tests below            18, 10, 4, 5, 2
-    random faults                           here, by eight kinds of files                 300
+    random faults                           here, by fifteen kinds of files               300
+    scores of another model, or unknown     tests/evaluation/test_evaluate.py, test_sign  9, 6
 """
 
 from __future__ import annotations
@@ -24,5 +25,5 @@ import fuzz
 def test_files_with_random_faults_are_read_or_refused_in_one_sentence(tmp_path):
     found = list(fuzz.tried(range(300), tmp_path))
     assert not [each for each in found if each[2] not in ("read", "refused")]
-    assert min(Counter(kind for _, kind, _, _ in found).values()) > 20  # of each kind of file
+    assert min(Counter(kind for _, kind, _, _ in found).values()) > 8  # of each kind of file
     assert {how for _, _, how, _ in found} == {"read", "refused"}

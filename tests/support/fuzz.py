@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,14 +20,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import pyarrow.parquet
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 from eapcore.cli import main
+from eapcore.graph.scores import EdgeScores
+from eapcore.interop.eap_ig.files import GraphFile
 
 SECONDS = 20  # of one command; more is a hang
 ODD: list[Any] = [None, True, -1, 0, 1e308, 10**9, 2**63, 0.5, "", "x", "\x1b[31m", "é" * 50, [], {}, [[]], [1, "a"],
     {"a": 1}, "x" * 10**4, [0] * 10**3, float("nan"), "[1, 2]", "673"]  # fmt: skip
+
+# of the files with faults, one of which a refusal has to name
+NAMES = (
+    "t.jsonl",
+    "t.csv",
+    "t.TSV",
+    "t.json",
+    "t.parquet",
+    "broken",
+    "s.safetensors",
+    "c.json",
+    "g.json",
+    "sweep.toml",
+)
 
 
 def of_json(value: Any, rng: random.Random) -> Any:
@@ -89,6 +109,7 @@ class Files:
         self.table = 'clean,corrupt,answer,wrong,position\n"[1, 2, 3]","[1, 4, 3]",5,[6],2\n"[1, 2]","[3, 2]",[4],2,\n'
         self.task = folder / "good.jsonl"
         self.task.write_text("\n".join(map(json.dumps, self.entries)))
+        self._write_texts()
         self.scores, self.circuit = folder / "good.safetensors", folder / "run" / "circuit.json"
         assert main(self.attribute(self.model, self.task, self.scores)) == 0
         run = [
@@ -105,6 +126,68 @@ class Files:
             "0",
         ]
         assert main([str(part) for part in run]) == 0
+        self.resumed = [*self.attribute(self.model, self.task, folder / "out.safetensors"), "--resume"]
+        assert main([*self.resumed, str(folder / "kept")]) == 0
+        scores = EdgeScores.load(self.scores)
+        self.graph_file = folder / "graph.json"
+        GraphFile.of(scores, d_model=4).save(self.graph_file, sign="loss")
+        self.parquet = folder / "good.parquet"
+        rows = [{"clean": [1, 2], "corrupt": [3, 2], "answer": 4, "wrong": 2}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), self.parquet)
+
+    def _write_texts(self) -> None:
+        """A task in text, and two models with tokenizers: a folder in two shards, and a GGUF file."""
+        self.texts = self.folder / "texts.jsonl"
+        self.texts.write_text(json.dumps({"clean": "acab", "corrupt": "adab", "answer": "a", "wrong": "b"}))
+        vocabulary = {"<s>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "ab": 5, "Ġ": 6}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", "b")]))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        made.add_special_tokens(["<s>"])
+        self.shards = self.folder / "shards"
+        self.shards.mkdir()
+        made.save(str(self.shards / "tokenizer.json"))
+        beside = {"bos_token": "<s>", "add_bos_token": False, "tokenizer_class": "GPT2Tokenizer"}
+        beside["added_tokens_decoder"] = {"0": {"content": "<s>", "special": True}}
+        (self.shards / "tokenizer_config.json").write_text(json.dumps(beside))
+        (self.shards / "config.json").write_bytes((self.model / "config.json").read_bytes())
+        tensors = load_file(self.model / "model.safetensors")
+        halves = [dict(list(tensors.items())[:9]), dict(list(tensors.items())[9:])]
+        names = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+        for name, half in zip(names, halves, strict=True):
+            save_file(half, self.shards / name)
+        where = {tensor: name for name, half in zip(names, halves, strict=True) for tensor in half}
+        index = {"metadata": {"total_size": 4 * sum(x.numel() for x in tensors.values())}, "weight_map": where}
+        (self.shards / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.gguf = self.folder / "good.gguf"
+        self._write_gguf(self.gguf, vocabulary)
+
+    @staticmethod
+    def _write_gguf(path: Path, vocabulary: dict[str, int]) -> None:
+        """A Llama of one layer, with a tokenizer."""
+        D, F, V = 8, 12, len(vocabulary)
+        writer, draw = gguf.GGUFWriter(path, "llama"), torch.Generator().manual_seed(0)
+        for key, number in {"block_count": 1, "context_length": 16, "embedding_length": D, "feed_forward_length": F,
+            "attention.head_count": 2, "attention.head_count_kv": 1}.items():  # fmt: skip
+            writer.add_uint32(f"llama.{key}", number)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_float32("llama.rope.freq_base", 10000.0)
+        writer.add_string("tokenizer.ggml.model", "gpt2")
+        writer.add_string("tokenizer.ggml.pre", "gpt-2")
+        writer.add_array("tokenizer.ggml.tokens", list(vocabulary))
+        writer.add_array("tokenizer.ggml.merges", ["a b"])
+        writer.add_array("tokenizer.ggml.token_type", [3] + [1] * (V - 1))
+        writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
+        shapes = {"token_embd": (V, D), "output": (V, D), "output_norm": (D,), "blk.0.attn_norm": (D,)}
+        shapes |= {"blk.0.ffn_norm": (D,), "blk.0.attn_q": (D, D), "blk.0.attn_output": (D, D)}
+        shapes |= {"blk.0.attn_k": (D // 2, D), "blk.0.attn_v": (D // 2, D)}
+        shapes |= {"blk.0.ffn_gate": (F, D), "blk.0.ffn_up": (F, D), "blk.0.ffn_down": (D, F)}
+        for name, shape in shapes.items():
+            writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=draw).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
     @staticmethod
     def attribute(model: Path, task: Path, out: Path) -> list[str]:
@@ -114,7 +197,15 @@ class Files:
         """A kind of file, and the command that reads one with a fault."""
         kinds: list[Callable[[random.Random], list[str]]]
         kinds = [self.a_task, self.a_table, self.a_config, self.safetensors, self.torch_file, self.a_score_file]
-        kinds += [self.a_circuit, self.nested_tasks]
+        kinds += [
+            self.a_circuit,
+            self.nested_tasks,
+            self.a_gguf_file,
+            self.a_tokenizer,
+            self.an_index,
+            self.a_graph_file,
+        ]
+        kinds += [self.a_parquet_file, self.a_resume_folder, self.a_sweep]
         kind = rng.choice(kinds)
         return kind.__name__, kind(rng)
 
@@ -140,7 +231,63 @@ class Files:
         content = rng.choice([{"prompts": prompts}, self.entries, {"prompts": prompts, "seq_labels": []}])
         return self._try_task("t.json", json.dumps(of_json(of_json(content, rng), rng)).encode())
 
-    def _try_model(self, folder: Path, name: str, content: bytes) -> list[str]:
+    def a_parquet_file(self, rng: random.Random) -> list[str]:
+        if rng.random() < 0.5:
+            return self._try_task("t.parquet", of_bytes(self.parquet.read_bytes(), rng))
+        row = of_json({"clean": [1, 2], "corrupt": [3, 2], "answer": 4, "wrong": 2, "position": 1}, rng)
+        try:
+            table = pyarrow.Table.from_pylist([row if isinstance(row, dict) else {"clean": row}])
+            pyarrow.parquet.write_table(table, self.folder / "t.parquet")
+        except (pyarrow.ArrowException, OverflowError):  # what Arrow cannot say is in no such file
+            (self.folder / "t.parquet").write_bytes(b"PAR1")
+        return self.attribute(self.model, self.folder / "t.parquet", self.folder / "out.safetensors")
+
+    def a_gguf_file(self, rng: random.Random) -> list[str]:
+        path = self.folder / "broken.gguf"
+        path.write_bytes(of_bytes(self.gguf.read_bytes(), rng))
+        return self.attribute(path, self.texts, self.folder / "out.safetensors")
+
+    def _try_shards(self, name: str, rng: random.Random) -> list[str]:
+        content = (self.shards / name).read_bytes()
+        if rng.random() < 0.7:
+            content = json.dumps(of_json(of_json(json.loads(content), rng), rng)).encode()
+        content = of_bytes(content, rng) if rng.random() < 0.3 else content
+        return self._try_model(self.shards, name, content, self.texts)
+
+    def a_tokenizer(self, rng: random.Random) -> list[str]:
+        return self._try_shards(rng.choice(["tokenizer.json", "tokenizer_config.json"]), rng)
+
+    def an_index(self, rng: random.Random) -> list[str]:
+        return self._try_shards("model.safetensors.index.json", rng)
+
+    def a_resume_folder(self, rng: random.Random) -> list[str]:
+        kept = self.folder / "broken-kept"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(self.folder / "kept", kept)
+        file = rng.choice(sorted(path for path in kept.rglob("*") if path.is_file()))
+        file.write_bytes(of_bytes(file.read_bytes(), rng))
+        return [*self.resumed, str(kept)]
+
+    def a_sweep(self, rng: random.Random) -> list[str]:
+        lines = ["[defaults]", f"task = {json.dumps(str(self.task))}", 'device = "cpu"', "[[entry]]", 'name = "a"',
+            f"model = {json.dumps(str(self.model))}"]  # fmt: skip
+        at = rng.randrange(len(lines))
+        key = lines[at].split(" = ")[0]
+        lines[at] = rng.choice(
+            [f"{key} = {json.dumps(rng.choice(ODD))}", f"{key}s = 1", "", lines[at] * 2, "[[entry]]"]
+        )
+        path = self.folder / "sweep.toml"
+        content = "\n".join(lines).encode("utf-8", "replace")
+        path.write_bytes(of_bytes(content, rng) if rng.random() < 0.3 else content)
+        shutil.rmtree(self.folder / "sweep", ignore_errors=True)
+        return ["sweep", str(path), "--out", str(self.folder / "sweep")]
+
+    def a_graph_file(self, rng: random.Random) -> list[str]:
+        content = json.dumps(of_json(json.loads(self.graph_file.read_bytes()), rng)).encode()
+        content = of_bytes(content, rng) if rng.random() < 0.4 else content
+        return [*self._try_result("--scores", self.folder / "g.json", content), "--sign", "loss"]
+
+    def _try_model(self, folder: Path, name: str, content: bytes, task: Path | None = None) -> list[str]:
         good = (folder / name).read_bytes()
         broken = self.folder / "broken"
         broken.mkdir(exist_ok=True)
@@ -149,7 +296,7 @@ class Files:
         for file in folder.iterdir():
             (broken / file.name).write_bytes(content if file.name == name else file.read_bytes())
         assert good
-        return self.attribute(broken, self.task, self.folder / "out.safetensors")
+        return self.attribute(broken, task or self.task, self.folder / "out.safetensors")
 
     def a_config(self, rng: random.Random) -> list[str]:
         config = json.loads((self.model / "config.json").read_text())
@@ -236,7 +383,10 @@ def tried(seeds: range, folder: Path) -> Iterator[tuple[int, str, str, str]]:
         files = Files(folder)
     for seed in seeds:
         kind, argv = files.made(random.Random(seed))
-        yield seed, kind, *outcome(argv)
+        how, said = outcome(argv)
+        if how == "refused" and not any(name in said for name in NAMES):
+            how = "does not name the file"
+        yield seed, kind, how, said
 
 
 if __name__ == "__main__":
