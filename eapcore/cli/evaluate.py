@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
             resume=args.resume,
             distributed=args.distributed,
         )
-    write(args, judged)
+    write(args, replace(judged, command=args.written))
     print(heading(model, pairs, metric))
     _print_faithfulness(judged, scores)
     names = [str(args.true_circuit)] * (len(judged.rocs) - (args.true_top is not None))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.inputs import find_ablation, prepare
-from eapcore.cli.options import RUN, Command, add_out, add_task, names
+from eapcore.cli.options import RUN, Command, add_out, add_resume, add_task, names
 from eapcore.cli.output import Progress, check_out, heading, table, write
 
 if TYPE_CHECKING:
@@ -40,16 +40,17 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--as-model", metavar="NAME", help="the benchmark's name of the model, e.g. qwen2.5 (default: the model's own)"
     )
+    add_resume(parser)
     add_out(parser, "mib", "where the files go", "FOLDER")
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A method: its scores, what they are worth, and how long they took."""
+    """A method: its scores, what they are worth, and how long they took, None where an interrupted run began them."""
 
     method: str
     judged: Mib
-    seconds: float
+    seconds: float | None
     folder: str
 
 
@@ -80,9 +81,9 @@ class _Importances:
 
 def run(args: argparse.Namespace) -> None:
     """Score by each method, judge at MIB's sizes, write scores as a submission, and print one table."""
-    from eapcore.attribution.attribute import attribute
     from eapcore.attribution.methods import METHODS
     from eapcore.evaluation.faithfulness import measure_mib
+    from eapcore.evaluation.screened import attribute
     from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
     from eapcore.interop.eap_ig.files import mib_path
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if not methods or len(set(methods)) < len(methods):
         raise ValueError(f"--methods must be one or several, each once, got {','.join(methods) or 'none'}")
     for method in methods:
-        one_of("method", method, tuple(METHODS))
+        one_of("method", method, (*METHODS, "screened"))
     if args.kv == "grouped":
         raise ValueError("MIB counts the k and v inputs of each query head, so --kv must be each, got grouped")
     model, pairs, metric = prepare(args)
@@ -105,16 +106,17 @@ def run(args: argparse.Namespace) -> None:
     recordings, rows = Recordings(experiment, args.batch_size), []
     shared = {"ablation": experiment.ablation, "batch_size": args.batch_size, "distributed": args.distributed}
     for method in methods:
-        start = time.perf_counter()
+        kept = None if args.resume is None else args.resume / method
+        begun, start = kept is not None and kept.exists(), time.perf_counter()
         with Progress(f"scoring by {method}", len(pairs)) as progress:
-            scores = attribute(model, pairs, metric, method=method, progress=progress, **shared)
+            scores = attribute(model, pairs, metric, method=method, progress=progress, resume=kept, **shared)
         assert isinstance(scores, EdgeScores)
-        seconds = time.perf_counter() - start
+        seconds = _seconds(kept, None if begun else time.perf_counter() - start, args.leads)
         folder = (_METHODS.get(method, method), _ABLATIONS.get(args.ablation, args.ablation), "edge")
         place = mib_path(args.out, *folder, task, model_name)
         write(args, _Importances(scores, model.config.d_model), place)
         with Progress(f"judging {method}", None, RUN) as progress:
-            judged = measure_mib(experiment, recordings, scores, progress=progress)
+            judged = measure_mib(experiment, recordings, scores, progress=progress, resume=kept)
         rows.append(_Row(method, judged, seconds, str(place.relative_to(args.out))))
     write(args, _Table(args.written, rows, _meta(experiment)), args.out / _FILE)
     print(heading(model, pairs, metric))
@@ -123,6 +125,18 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nwrote    {args.out / _FILE}, and for the leaderboard")
     for row in rows:
         print(f"         {args.out / row.folder}")
+
+
+def _seconds(kept: Path | None, seconds: float | None, leads: bool) -> float | None:
+    """How long a method's scores took, or had taken where they were there before, if that is known."""
+    if kept is None:
+        return seconds
+    file = kept / "seconds.txt"
+    if seconds is None:
+        return float(file.read_text(encoding="utf-8")) if file.exists() else None
+    if leads:
+        file.write_text(f"{seconds}\n", encoding="utf-8")
+    return seconds
 
 
 def _name(text: str) -> str:
@@ -137,4 +151,5 @@ def _meta(experiment: Experiment) -> dict[str, Any]:
 def _shown(row: _Row) -> Sequence[str | float]:
     signed, absolute = row.judged.signed, row.judged.absolute
     ends = ["–" if at is None else f"{at[0]:.3f} to {at[1]:.3f}" for at in (signed.cpr_interval, absolute.cmd_interval)]
-    return row.method, row.judged.cpr, ends[0], row.judged.cmd, ends[1], row.seconds
+    seconds = "–" if row.seconds is None else row.seconds
+    return row.method, row.judged.cpr, ends[0], row.judged.cmd, ends[1], seconds

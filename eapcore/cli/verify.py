@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, find_scores, prepare, top
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         options = {"n_worst": args.show, "curves": curves, "progress": progress, "resume": args.resume}
         options |= {"ablation": ablation, "batch_size": args.batch_size, "distributed": args.distributed}
         found = verify(model, pairs, metric, scores, n, **options)
-    write(args, found)
+    write(args, replace(found, command=args.written))
     agreement = found.agreement
     print(heading(model, pairs, metric))
     print(f"patched  the top {n} edges by |score| of {method(scores)}")
@@ -95,7 +96,7 @@ def _sample(
     with Progress("verifying", None, "run × pair") as progress:
         options = {"ablation": ablation, "batch_size": args.batch_size, "progress": progress, "resume": args.resume}
         found = verify_sample(model, pairs, metric, scores, args.sample, **options)
-    write(args, found)
+    write(args, replace(found, command=args.written))
     (r2_low, r2_high), (low, high) = found.r2_interval, found.slope_interval
     print(
         f"agree    over all edges, by {method(scores)}: R² {found.r2:.3f} ({r2_low:.3f} to {r2_high:.3f}), exact = "

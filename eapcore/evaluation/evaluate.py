@@ -32,7 +32,10 @@ from eapcore.tasks.truth import Truth
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything that was judged of one set of scores; None or empty where it was not asked for."""
+    """Everything that was judged of one set of scores; None or empty where it was not asked for.
+
+    command: that asked for it.
+    """
 
     __repr__ = short
 
@@ -41,6 +44,7 @@ class Evaluation:
     completeness: Completeness | None = None
     minimality: EdgeScores | None = None
     stability: Stability | None = None
+    command: str | None = None
 
     def save(self, path: str | Path) -> None:
         write_json(path, "evaluation", self)
@@ -82,7 +86,8 @@ def evaluate(
         ablation: what edges outside a circuit carry, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (runs done, runs in all), one for each circuit or edge and pair.
-        resume: of the exact patching, and distributed: share the work among the processes of this run, as `attribute`.
+        resume: a folder for the circuits of all sizes once they have run, and for the exact patching, as `patch_edges`.
+        distributed: share the work among the processes of this run, as `attribute`.
 
     Raises:
         ValueError: scores of another model; as `faithfulness.mib`, `roc.roc`, `completeness.completeness` and
@@ -97,7 +102,9 @@ def evaluate(
     shares |= dict.fromkeys(("completeness", "minimality"), 0 if circuit is None else 2 * graph.n_senders)
     count = Count(progress, pairs * sum(shares.values()))
     stages = {part: pairs * share for part, share in shares.items()}
-    judged = measure_mib(experiment, recordings, scores, selection=selection, progress=count.stage(stages["mib"]))
+    judged = measure_mib(
+        experiment, recordings, scores, selection=selection, progress=count.stage(stages["mib"]), resume=resume
+    )
     rocs: list[Roc] = []
     for truth in truths:
         rocs.append(roc(scores, truth.circuit if isinstance(truth, Truth) else truth, rule=rule))

@@ -164,9 +164,10 @@ def measure_mib(
     sizes: Sequence[float | int] = MIB_FRACTIONS,
     selection: str = "top_n",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Mib:
-    """`mib` for an experiment whose batches are recorded."""
-    curves = _curves(experiment, recordings, scores, sizes, ["signed", "absolute"], selection, progress)
+    """`mib` for an experiment whose batches are recorded; resume: a folder that keeps what was measured."""
+    curves = _curves(experiment, recordings, scores, sizes, ["signed", "absolute"], selection, progress, resume)
     return Mib(curves[0].cpr, curves[1].cmd, *curves)
 
 
@@ -178,6 +179,7 @@ def _curves(
     rankings: list[str],
     selection: str,
     progress: Progress | None,
+    resume: str | Path | None = None,
 ) -> list[Curve]:
     graph = experiment.model.graph
     check_scored(scores, experiment.model)
@@ -188,7 +190,7 @@ def _curves(
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
-    rows = each_pair(experiment, [*ends, *circuits], recordings, progress=progress)
+    rows = each_pair(experiment, [*ends, *circuits], recordings, progress=progress, resume=resume)
     clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")

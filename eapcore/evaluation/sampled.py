@@ -36,7 +36,8 @@ class Sampled:
     line exact = slope · score + intercept, estimated with these weights. r2_interval, slope_interval: three
     standard errors to either side, by the jackknife within the strata (of the correlation's atanh). They know what was
     drawn alone: an edge of small score and large effect that was not drawn is missed. cost: of patching the
-    sample, in units of what `attribute(method="eap")` costs, by a count of multiply-adds.
+    sample, in units of what `attribute(method="eap")` costs, by a count of multiply-adds. command: that
+    asked for it.
     """
 
     n_edges: int
@@ -50,6 +51,7 @@ class Sampled:
     slope_interval: tuple[float, float]
     cost: float
     meta: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
 
     def save(self, path: str | Path) -> None:
         write_json(path, "sampled verification", self)

@@ -33,7 +33,7 @@ class Verification:
 
     edges, estimates, effects: [n], from the most important down. agreement: over these edges. worst: the edges where
     the two differ most, (edge, estimate, effect). exact: the effects as EdgeScores. curves: where they were asked for,
-    the way of single edges from clean to corrupt.
+    the way of single edges from clean to corrupt. command: that asked for it.
     """
 
     __repr__ = short
@@ -46,6 +46,7 @@ class Verification:
     exact: EdgeScores
     meta: Mapping[str, Any] = field(default_factory=dict)
     curves: Sequence[Interpolation] = ()
+    command: str | None = None
 
     def save(self, path: str | Path) -> None:
         write_json(path, "verification", self)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
-from eapcore.execution.experiment import Experiment
+from eapcore.execution.experiment import Experiment, digest
 from eapcore.execution.progress import Count, Progress
+from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.paths import needed, reached
 from eapcore.models.model import Model
@@ -140,15 +143,41 @@ def each_pair(
     recordings: Iterable[Recording],
     *,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Annotated[Tensor, "float64 C N"]:
-    """The metric of each pair for each circuit, float64 [C, N] on the CPU; see `metric_on`."""
-    values = torch.zeros(len(circuits), len(experiment), dtype=torch.float64, device="cpu")
-    count = Count(experiment.ranks.watched(progress), len(circuits) * len(experiment))
+    """The metric of each pair for each circuit, float64 [C, N] on the CPU; see `metric_on`.
+
+    resume: a folder that keeps it once all have run, for the same circuits, pairs and metric to be read from.
+    """
+    ranks, total = experiment.ranks, len(circuits) * len(experiment)
+    shown = ranks.watched(progress)
+    values = torch.zeros(2 + len(circuits), len(experiment), dtype=torch.float64, device="cpu")  # the ends, and these
+    kept = None if resume is None else _kept(experiment, circuits, resume)
+    if kept is not None and ranks.first(bool(kept.found)):
+        found = kept.found[0]["values"] if kept.found else values
+        if kept.found:
+            for recording in islice(recordings, 1):  # a metric of one's own is known by its values alone
+                index = recording.reference.index.cpu()
+                now = experiment.ends(recording.reference).cpu()
+                check_metric(kept, experiment.metric_name, found[:2, index], now, experiment.model.dtype)
+        Count(shown, total, total if kept.found else 0).add(0)
+        return ranks.sum([found], 1)[2:]
+    count = Count(shown, total)
     for recording in recordings:
-        experiment.ends(recording.reference)
+        index = recording.reference.index.cpu()
+        values[:2, index] = experiment.ends(recording.reference).cpu()
         logits = circuit_logits(recording, circuits, count)
-        values[:, recording.reference.index.cpu()] = experiment.values(logits, recording.reference).cpu()
-    return experiment.ranks.sum([values])
+        values[2:, index] = experiment.values(logits, recording.reference).cpu()
+    values = ranks.sum([values])
+    if kept is not None and kept.mine:
+        kept.write(0, {}, {"values": values})
+    return values[2:]
+
+
+def _kept(experiment: Experiment, circuits: Sequence[Circuit], resume: str | Path) -> Resume:
+    """The folder in which the first process keeps what all have measured."""
+    masks = digest(*(circuit.mask for circuit in circuits))
+    return Resume(resume, "circuits", lambda: {"set of circuits": masks, **experiment.identity()}, experiment.ranks, 1)
 
 
 LEVEL = 0.95  # of confidence intervals

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
+import eapcore.patching.circuits as circuits
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, mib
 from eapcore.interop.eap_ig.files import GraphFile
@@ -50,3 +52,33 @@ def test_methods_are_judged_side_by_side_and_written_as_a_submission(eapcore, mo
 def test_what_cannot_be_submitted_is_refused(eapcore, tmp_path, options, message):
     status, printed, _ = eapcore("mib", *options, out="circuits")
     assert status == 2 and message in printed and not (tmp_path / "circuits").exists()
+
+
+def test_an_interrupted_table_goes_on_where_it_was(eapcore, tmp_path, monkeypatch):
+    asked = ["--methods", "eap,screened", "--resume", "kept"]
+    assert eapcore("mib", *asked[:2], out="whole")[0] == 0
+    real, runs = circuits.circuit_logits, []
+
+    def interrupted(recording, masks, count=None):
+        runs.append(len(recording.batch.pairs))
+        if sum(runs) > 4:  # of the first method all, of the second none
+            raise KeyboardInterrupt
+        return real(recording, masks, count)
+
+    monkeypatch.setattr(circuits, "circuit_logits", interrupted)
+    assert eapcore("mib", *asked, out="x")[0] == 130 and not (tmp_path / "x" / "mib.json").exists()
+    runs.clear()
+    monkeypatch.setattr(circuits, "circuit_logits", lambda *given: (runs.append(1), real(*given))[1])
+    status, printed, _ = eapcore("mib", *asked, out="x")
+    assert status == 0 and len(runs) == 1 and re.search(r"\neap .* \d\.\d+\n", printed)
+    found, expected = (json.loads((tmp_path / x / "mib.json").read_text()) for x in ("x", "whole"))
+    assert found["command"].endswith("--methods eap,screened --resume kept")
+    for content in (found, expected):
+        del content["command"]
+        assert all(row.pop("seconds") > 0 for row in content["rows"])
+    assert found == expected
+    for row in found["rows"]:
+        assert (tmp_path / "x" / row["folder"]).read_bytes() == (tmp_path / "whole" / row["folder"]).read_bytes()
+    assert eapcore("mib", *asked, out="x")[0] == 0 and len(runs) == 1
+    status, printed, _ = eapcore("mib", *asked, "--metric", "prob_diff", out="x")
+    assert status == 2 and "kept/eap/scores.0-of-1.safetensors belongs to another metric" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import pytest
@@ -66,6 +67,9 @@ def test_evaluate_and_verify_write_a_report_beside_their_result(
     assert status == 0 and f"without  {part}" not in printed
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f'<th scope="row">file: {part}</th><td>{part}.json</td>' in page and "eapcore run " in page
+    written = json.loads((tmp_path / "run" / f"{part}.json").read_text())["command"]
+    assert written.startswith(f"eapcore {command} --model ") and written.endswith(f"--scores {score_file}")
+    assert html.escape(written, quote=False) in page
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from models import random_circuit, random_model, random_pairs, random_scores, sa
 from refusal import refused
 
 import eapcore.execution.ablation as ablations
+import eapcore.patching.circuits as circuits
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import agreement, overlap
 from eapcore.evaluation.completeness import completeness, minimality
@@ -358,6 +360,26 @@ def test_verify_counts_to_its_end_where_all_edges_were_patched_before(model, tmp
             verify(model, pairs, "logit_diff", scores, 5, curves=curves, resume=tmp_path / "done.partial",
                    progress=lambda *call, calls=calls: calls.append(call))  # fmt: skip
             assert calls[-1] == (3 * (5 + 11 * len(curves)),) * 2
+
+
+def test_what_was_judged_is_kept_for_the_same_metric_alone(model, pairs, tmp_path, monkeypatch):
+    scores, kept = attribute(model, pairs), tmp_path / "kept"
+
+    def named(times):
+        def own(logits):
+            return times * logits[:, 0] - logits[:, 1]
+
+        return own
+
+    whole = evaluate(model, pairs, named(2), scores, batch_size=2)
+    assert evaluate(model, pairs, named(2), scores, batch_size=2, resume=kept).mib == whole.mib
+    monkeypatch.setattr(circuits, "circuit_logits", lambda *given: pytest.fail("a circuit was run again"))
+    calls = []
+    again = evaluate(model, pairs, named(2), scores, resume=kept, progress=lambda *done: calls.append(done))
+    assert again.mib == whole.mib and calls == [(len(pairs) * 22,) * 2]
+    refused("belongs to another metric .*own: on the clean", evaluate, model, pairs, named(3), scores, resume=kept)
+    others = replace(scores, scores=scores.scores.roll(1, 0))
+    refused("belongs to another set of circuits", evaluate, model, pairs, named(2), others, resume=kept)
 
 
 # All in one go

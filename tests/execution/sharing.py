@@ -13,6 +13,7 @@ from models import random_model, random_pairs
 
 import eapcore.execution.distributed as distributed
 from eapcore.attribution.attribute import attribute
+from eapcore.evaluation.evaluate import evaluate
 from eapcore.evaluation.screened import screened
 from eapcore.patching.edges import patch_edges
 
@@ -54,6 +55,9 @@ def everything(rank, size, folder):
         if options.get("reduce") == "pair":
             gap = max(float((alone.per_pair[k] - shared.per_pair[k]).abs().max()) for k in alone.per_pair)
             found["per pair"] = [gap, 1.0, len(shared.per_pair) == 3, ""]
+    scores, kept = attribute(model, pairs), {"resume": folder / "judged", "distributed": True}
+    alone, *shared = (evaluate(model, pairs, "logit_diff", scores, **how).mib for how in ({}, kept, kept))
+    found["kept"] = [abs(alone.cpr - shared[0].cpr), 1.0, shared[0] == shared[1], repr(shared[1].signed.values)]
     return {"found": found, "sent": distributed.connect().sent}
 
 
