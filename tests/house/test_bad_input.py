@@ -135,9 +135,7 @@ def test_activations_that_are_not_finite_in_the_corrupt_run_alone_are_found(mode
 def test_activations_too_large_for_the_dtype_say_so():
     model = random_model(dtype=torch.float16)
     model = with_weights(model, {"layers.1.w_in": dict(model.weights.named())["layers.1.w_in"] * 2e4})
-    with pytest.raises(
-        ValueError, match=r"the MLP of layer 1 has NaN .* or is torch.float16 too narrow for it"
-    ):
+    with pytest.raises(ValueError, match=r"the MLP of layer 1 has NaN .* or is torch.float16 too narrow for it"):
         attribute(model, random_pairs(model, [4, 6]))
 
 
