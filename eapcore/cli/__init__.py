@@ -18,6 +18,7 @@ import eapcore.cli.info as info
 import eapcore.cli.mib as mib
 import eapcore.cli.patch as patch
 import eapcore.cli.path as path
+import eapcore.cli.probe as probe
 import eapcore.cli.report as report
 import eapcore.cli.run as run
 import eapcore.cli.sweep as sweep
@@ -27,7 +28,7 @@ from eapcore.cli.output import shown_safely
 from eapcore.cli.process import Stopped, join, left, link_of, log_to, say, silent, stopping, told
 
 _LONGEST = 1000  # characters of an error's message
-COMMANDS = (run, attribute, info, patch, acdc, path, evaluate, verify, report, mib, sweep)
+COMMANDS = (run, attribute, info, patch, acdc, probe, path, evaluate, verify, report, mib, sweep)
 
 
 class _Parser(argparse.ArgumentParser):

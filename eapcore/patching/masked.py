@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eapcore.models.attention import Attention
-from eapcore.models.model import Model, Place
+from eapcore.models.model import Model, Place, Stage
 from eapcore.patching.record import Recording, Run
 
 
@@ -111,34 +112,53 @@ class _Masked:
         self.made += len(senders)
 
     def through_heads(self, place: Place[Attention], number: int) -> None:
-        """The heads of a stage that are computed again; where they share a norm, what it reads is made of all heads."""
-        recording, attention, stage = self.recording, place.component, self.model.stages[number]
-        sending = [h for h in range(attention.n_heads) if bool(self.recompute[place.senders.start + h])]
+        """The heads of a stage that are computed again."""
+        stage, heads = self.model.stages[number], range(place.component.n_heads)
+        sending = [h for h in heads if bool(self.recompute[place.senders.start + h])]
         if not sending:
             return
-        heads = list(range(attention.n_heads)) if self.model.config.heads_coupled else sending
-        stream, (rows, _) = self.base.streams[number], recording.batch.shape
-        _, of_k, of_v = attention.channels
-        behind = {channel: attention.behind(channel) for channel in range(of_k.start, of_v.stop)}
-        # Each head's key and then each head's value channel; heads of a group may share one.
-        shared = [c for kind in (of_k, of_v) for h in heads for c in range(kind.start, kind.stop) if h in behind[c]]
-        channels = sorted(set(shared))
-        q, kv = (
-            attention.each_channel(mine, self.read([place.receivers.start + c for c in mine], stream, short))
-            for mine, short in ((heads, stage.last), (channels, False))
+        stream = self.base.streams[number]
+        sent = sent_by_heads(
+            self.recording, stage, place, sending, self.copies, lambda rs, short: self.read(rs, stream, short)
         )
-        kv = kv if channels == shared else kv[:, :, [channels.index(c) for c in shared]]
-        past = recording.before(stage.index)
-        if past is not None:
-            both = [attention.projection(c) - attention.n_heads for c in shared]
-            past = past[:, :, both].repeat(self.copies, 1, 1, 1)
-        read = recording.read.repeat(self.copies, 1) if stage.last else None
-        z = attention.mix(q, kv, past, read).unflatten(0, (self.copies, rows))  # [C, B, Q, h, K]
-        if attention.post.kind != "none":
-            rstd = attention.post.forward(attention.made_by(z.flatten(0, 1)))[1].rstd
-            assert rstd is not None
-            z = z * rstd[..., None].unflatten(0, z.shape[:2])
-        z = z if sending == heads else z[..., sending, :]
-        each = z.to(attention.w_o.dtype).flatten(0, 2).transpose(0, 1)  # [h, C·B·Q, K]
-        sent = (each @ attention.w_send[sending]).unflatten(1, z.shape[:3])  # [h, C, B, Q, D]
         self.keep(sent.transpose(0, 1), [place.senders.start + h for h in sending], stage.last)
+
+
+def sent_by_heads(
+    recording: Recording,
+    stage: Stage,
+    place: Place[Attention],
+    sending: Sequence[int],
+    copies: int,
+    streams: Callable[[list[int], bool], Tensor],
+) -> Tensor:
+    """What some of a stage's heads send, [h, C, B, Q, D], where every receiver reads a stream of its own; where heads
+    share a norm, what it reads is made of all of them.
+
+    streams: of some receivers, [C, R', B, T, D], or at the answer positions alone.
+    """
+    attention, (rows, _) = place.component, recording.batch.shape
+    heads = list(range(attention.n_heads)) if recording.model.config.heads_coupled else list(sending)
+    _, of_k, of_v = attention.channels
+    behind = {channel: attention.behind(channel) for channel in range(of_k.start, of_v.stop)}
+    # Each head's key and then each head's value channel; heads of a group may share one.
+    shared = [c for kind in (of_k, of_v) for h in heads for c in range(kind.start, kind.stop) if h in behind[c]]
+    channels = sorted(set(shared))
+    q, kv = (
+        attention.each_channel(mine, streams([place.receivers.start + c for c in mine], short))
+        for mine, short in ((heads, stage.last), (channels, False))
+    )
+    kv = kv if channels == shared else kv[:, :, [channels.index(c) for c in shared]]
+    past = recording.before(stage.index)
+    if past is not None:
+        both = [attention.projection(c) - attention.n_heads for c in shared]
+        past = past[:, :, both].repeat(copies, 1, 1, 1)
+    read = recording.read.repeat(copies, 1) if stage.last else None
+    z = attention.mix(q, kv, past, read).unflatten(0, (copies, rows))  # [C, B, Q, h, K]
+    if attention.post.kind != "none":
+        rstd = attention.post.forward(attention.made_by(z.flatten(0, 1)))[1].rstd
+        assert rstd is not None
+        z = z * rstd[..., None].unflatten(0, z.shape[:2])
+    z = z if list(sending) == heads else z[..., list(sending), :]
+    each = z.to(attention.w_o.dtype).flatten(0, 2).transpose(0, 1)  # [h, C·B·Q, K]
+    return (each @ attention.w_send[list(sending)]).unflatten(1, z.shape[:3])

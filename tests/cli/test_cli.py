@@ -223,7 +223,20 @@ def subparsers(parser):
     return action.choices
 
 
-COMMANDS = ["run", "attribute", "info", "patch", "acdc", "path", "evaluate", "verify", "report", "mib", "sweep"]
+COMMANDS = [
+    "run",
+    "attribute",
+    "info",
+    "patch",
+    "acdc",
+    "probe",
+    "path",
+    "evaluate",
+    "verify",
+    "report",
+    "mib",
+    "sweep",
+]
 
 
 def test_every_command_s_help_is_looked_at():

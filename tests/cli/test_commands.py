@@ -30,6 +30,7 @@ from eapcore.patching.paths import path_patch, routes
 from eapcore.patching.record import Recording
 from eapcore.search.acdc import acdc, prune_sweep
 from eapcore.search.smallest import smallest
+from eapcore.search.subnetwork_probing import subnetwork_probing
 from eapcore.tasks import find_pairs
 
 SCORED = ("--scores", "scores.safetensors")
@@ -167,6 +168,16 @@ def test_acdc_writes_the_circuit_and_counts_its_forwards(eapcore, model, pairs, 
     assert status == 0 and torch.equal(found.mask, expected.mask)
     assert f"circuit  {expected.n_edges} edges" in printed
     assert f"{expected.meta['forwards']['decided']} decided by a forward" in printed
+
+
+def test_probe_writes_the_scores_of_trained_masks(eapcore, model, pairs, tmp_path):
+    how = {"penalty": 2.0, "steps": 3, "rate": 0.1}
+    for level in ("edge", "node"):
+        options = [word for name, value in how.items() for word in (f"--{name}", value)]
+        status, printed, _ = eapcore("probe", "--level", level, *options, out="scores.safetensors")
+        expected = subnetwork_probing(model, pairs, "kl", level=level, **how)
+        assert status == 0 and f"trained  masks of {level}s for 3 steps" in printed
+        assert torch.equal(EdgeScores.load(tmp_path / "scores.safetensors").scores, expected.scores)
 
 
 @pytest.mark.parametrize("by", ["--top-n", "--score-threshold"])

@@ -22,6 +22,7 @@ COMMANDS = {
     "attribute": ["--top-n", "9"],
     "patch": ["--nodes"],
     "acdc": ["--threshold", "0.1"],
+    "probe": ["--steps", "2"],
     "path": ["--path", "a0.h1->a1.h0<q>->logits"],
     "evaluate": [],
     "verify": ["--top-n", "9", "--curve", "embed->logits"],

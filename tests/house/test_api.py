@@ -56,8 +56,8 @@ MODULES = (
     "evaluation.faithfulness evaluation.roc evaluation.stability evaluation.verify execution.ablation graph "
     "graph.circuit graph.scores kernels kernels.torch_ops models.config models.forward models.load models.model "
     "models.weights patching.circuits patching.edges patching.interpolate patching.nodes patching.paths search.acdc "
-    "tasks tasks.metrics tasks.pairs interop.acdc_files interop.auto_circuit interop.eap_ig interop.transformer_lens "
-    "interop.transformers"
+    "search.subnetwork_probing tasks tasks.metrics tasks.pairs interop.acdc_files interop.auto_circuit "
+    "interop.eap_ig interop.transformer_lens interop.transformers"
 ).split()
 
 

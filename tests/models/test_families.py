@@ -16,9 +16,11 @@ import torch
 from memory import peak_bytes
 
 import eapcore
+import eapcore.search.subnetwork_probing as subnetwork_probing
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment
 from eapcore.models.families import layout_of
 from eapcore.models.families.names import assemble
 from eapcore.models.forward import embed, forward, run_stages, run_with_senders, unembed
@@ -26,7 +28,9 @@ from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
+from eapcore.patching.masked import Changes, run_masked
 from eapcore.patching.paths import path_patch
+from eapcore.patching.record import Recording
 from eapcore.search.acdc import acdc
 from eapcore.tasks import PromptPairs
 from eapcore.tasks.metrics import METRICS, MetricBatch
@@ -352,6 +356,38 @@ def test_importances_of_queries_keys_and_values_are_their_gradients_times_what_t
     for layer in range(graph.n_layers):
         for r in range(graph.qkv(layer).start, graph.qkv(layer).stop):  # the embedding is never taken away
             torch.testing.assert_close(found.scores[0, r], values[r], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
+def test_weighted_edges_and_nodes_have_the_gradients_of_their_masks(name):
+    for kv in ("each", "grouped"):
+        model = ours(name, kv)
+        graph, pairs = model.graph, pairs_for(model)
+        experiment = Experiment.of(model, pairs, "nll")
+        recording = Recording.of(experiment, range(len(pairs)))
+        mask = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        values, slope = subnetwork_probing._by_edges(experiment, recording, mask)
+        full = torch.zeros(3, graph.n_senders, graph.n_receivers, dtype=torch.float64)
+        full[:, graph.edge_mask()] = mask
+        chosen = slope.abs().sort(descending=True).indices[:40:13]
+        fixed = Changes.between(recording, recording.clean.senders, recording.ablated.senders)
+        again = ~graph.members([0])
+        for i in chosen.tolist():
+            s, r = graph.edge_mask().nonzero()[i].tolist()
+            masks = full.clone()
+            masks[1, s, r] += 1e-5
+            masks[2, s, r] -= 1e-5
+            logits = run_masked(recording, recording.ablated, masks, fixed, again)[0]
+            found = experiment.values(logits, recording.reference)
+            torch.testing.assert_close(found[0], values, rtol=0, atol=1e-10)
+            expected = (found[1] - found[2]).sum() / 2e-5
+            torch.testing.assert_close(slope[i], expected, rtol=1e-6, atol=1e-8)
+        ones = torch.ones(graph.n_receivers - 1, dtype=torch.float64)
+        alone = Recording.of(experiment, [0])
+        values, slope = subnetwork_probing._by_nodes(experiment, alone, ones)
+        torch.testing.assert_close(values, experiment.ends(alone.reference)[0], rtol=0, atol=1e-10)
+        hisp = eapcore.attribute(model, pairs.select(torch.tensor([0])), "nll", method="hisp-raw").scores[0, :-1]
+        torch.testing.assert_close(slope.abs(), hisp, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)

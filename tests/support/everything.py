@@ -19,6 +19,7 @@ from eapcore.patching.nodes import patch_nodes
 from eapcore.patching.paths import path_patch, routes
 from eapcore.search.acdc import acdc
 from eapcore.search.smallest import smallest
+from eapcore.search.subnetwork_probing import subnetwork_probing
 
 PRUNING = tuple(name for name, method in METHODS.items() if method.pruning)  # which keep no buffer, and no mean of q
 FIRST_ORDER = {
@@ -43,6 +44,7 @@ EXACT = {
 SEARCHES = {
     "acdc": lambda m, p, **o: acdc(m, p, threshold=0.02, **o).mask.double(),
     "acdc from a start": lambda m, p, **o: acdc(m, p, threshold=0.02, start=chosen(m, p, **o), **o).mask.double(),
+    "probing": lambda m, p, **o: subnetwork_probing(m, p, steps=2, batch_size=2, **o).scores,
     "smallest": lambda m, p, **o: [tried.value for tried in smallest(m, p, "nll", attribute(m, p, **o), **o)],
 }
 JUDGING = {

@@ -50,12 +50,13 @@ def causal(q, k, scale):
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
 
 
-def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation="", attention=""):
+def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation="", attention="", change=None):
     """One prompt, tokens [T].
 
     read(receiver index, senders so far, biases so far) gives what a receiver reads; None reads the sum of all.
     replaced: {"embed" | "a{l}" | "m{l}": what the component sends instead, as one tensor for each of its senders},
     constants. cut: components that no gradient goes through. The three rules: "frozen", "identity", "frozen".
+    change(receiver index, x): what a q, k or v activation, or what an MLP sends, is instead of x.
     """
     weights, config, made = model.weights, model.config, Run()
     replaced = replaced or {}
@@ -78,6 +79,7 @@ def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation
         w = torch.cat(list(heads.w_qkv))
         first = len(made.receivers)
         channels = [receive(heads.norm) @ w[c] + heads.b_qkv[c] for c in range(3 * config.n_heads)]
+        channels = channels if change is None else [change(first + c, x) for c, x in enumerate(channels)]
         made.inner |= {first + c: x for c, x in enumerate(channels)}
         outputs = []
         for h in range(config.n_heads):
@@ -90,7 +92,8 @@ def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation
         bias = bias + heads.b_o
         if mlp is not None:
             made.units.append(act(config.act_fn, receive(mlp.norm) @ mlp.w_in + mlp.b_in, activation == "identity"))
-            send(f"m{index}", [made.units[-1] @ mlp.w_out + mlp.b_out])
+            sent = made.units[-1] @ mlp.w_out + mlp.b_out
+            send(f"m{index}", [sent if change is None else change(len(made.receivers) - 1, sent)])
     made.logits = receive(weights.ln_final) @ weights.w_u
     made.logits = made.logits if weights.b_u is None else made.logits + weights.b_u
     return made
