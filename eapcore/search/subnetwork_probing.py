@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -226,7 +227,7 @@ class _Edges:
     def pool(self, short: bool) -> Tensor:
         return self.at_read if short else self.everywhere
 
-    def stream(self, receivers: list[int], number: int, short: bool) -> Tensor:
+    def stream(self, number: int, receivers: list[int], short: bool) -> Tensor:
         """What receivers read, [R', B, T, D], or at the answers alone [R', B, 1, D]."""
         stop, place = self.model.graph.senders_before(receivers[0]), slice(receivers[0], receivers[-1] + 1)
         base = self.recording.at_read(self.recording.ablated.streams[number], short)
@@ -250,7 +251,7 @@ class _Edges:
                 self.at_read[: len(self.everywhere)] = self.recording.at_read(self.everywhere)
             for place in (stage.attention, stage.mlp):
                 if place is not None:
-                    sent = self.sends(place, number, lambda rs, short, n=number: self.stream(rs, n, short))
+                    sent = self.sends(place, number, partial(self.stream, number))
                     base = self.recording.at_read(self.recording.ablated.senders[place.senders], stage.last)
                     self.pool(stage.last)[place.senders] = sent - base
 
@@ -259,7 +260,7 @@ class _Edges:
         model, stages = self.model, self.model.stages
         wide = accumulate_dtype(model.dtype)
         self.slopes = {short: torch.zeros_like(self.pool(short), dtype=wide) for short in (False, True)}
-        x = self.stream([model.graph.logits], len(stages), True)
+        x = self.stream(len(stages), [model.graph.logits], True)
         with torch.enable_grad():
             leaf = x.requires_grad_()
             values = metric(self.recording.logits(leaf[:, :, 0]))[0]
@@ -280,7 +281,7 @@ class _Edges:
         leaves: list[tuple[Tensor, list[int], bool]] = []
 
         def streams(receivers: list[int], short: bool) -> Tensor:
-            leaf = self.stream(receivers, number, short).requires_grad_()
+            leaf = self.stream(number, receivers, short).requires_grad_()
             leaves.append((leaf, receivers, short))
             return leaf
 

@@ -142,7 +142,7 @@ RUNS = {
     "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean.to(m.device)),
     "EAP-IG's attribute": lambda m, p: eap_ig_scores(m, p),
     "edges, mean": lambda m, p: EXACT["edges"](m, p, ablation="mean"),
-    **{name: EVERYTHING[name] for name in (*EXACT, "acdc", "smallest", "faithfulness")},
+    **{name: EVERYTHING[name] for name in (*EXACT, "acdc", "probing", "smallest", "faithfulness")},
 }
 
 
