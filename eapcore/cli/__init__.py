@@ -20,6 +20,7 @@ import eapcore.cli.patch as patch
 import eapcore.cli.path as path
 import eapcore.cli.probe as probe
 import eapcore.cli.report as report
+import eapcore.cli.reproduce as reproduce
 import eapcore.cli.run as run
 import eapcore.cli.sweep as sweep
 import eapcore.cli.verify as verify
@@ -28,7 +29,7 @@ from eapcore.cli.output import shown_safely
 from eapcore.cli.process import Stopped, join, left, link_of, log_to, say, silent, stopping, told
 
 _LONGEST = 1000  # characters of an error's message
-COMMANDS = (run, attribute, info, patch, acdc, probe, path, evaluate, verify, report, mib, sweep)
+COMMANDS = (run, attribute, info, patch, acdc, probe, path, evaluate, verify, report, mib, sweep, reproduce)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -185,6 +185,26 @@ class Progress:
         self.bar.close()
 
 
+class Stages:
+    """One bar after the other, for work of several stages that begin by name."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Callable[[str, str], Callable[[int, int], None]]:
+        return self.begin
+
+    def begin(self, text: str, unit: str) -> Callable[[int, int], None]:
+        self.__exit__()
+        self.bar = Progress(text, None, unit)
+        return self.bar.__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        if self.bar is not None:
+            self.bar.__exit__()
+        self.bar = None
+
+
 _READ = ("model", "tokenizer", "task", "reference_task", "scores", "circuit", "true_circuit")
 
 

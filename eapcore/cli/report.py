@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 def check_report(page: Path) -> None:
     """Fail before any work where what draws is not installed, or a page cannot be written."""
     from eapcore.graph.files import target
-    from eapcore.report.figures import check_matplotlib
+    from eapcore.report.draw import check_matplotlib
     from eapcore.report.page import check_jinja
 
     check_jinja()

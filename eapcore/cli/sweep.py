@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.inputs import find_ablation, method_options, prepare
 from eapcore.cli.options import Command, add_method, add_task
-from eapcore.cli.output import Progress, table, write
+from eapcore.cli.output import Stages, table, write
 
 if TYPE_CHECKING:
     from eapcore.evaluation.sweep import Entry
@@ -45,19 +45,10 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.evaluation.sweep import sweep
 
     entries = list(_entries(args))  # all are read before the first runs
-    bars: list[Progress] = []
-
-    def progress(name: str) -> Any:
-        for bar in bars:
-            bar.__exit__()
-        bars[:] = [Progress(name, None)]
-        return bars[0].__enter__()
-
-    try:
-        found = sweep(entries, args.out, progress=progress, distributed=args.distributed, leads=args.leads)
-    finally:
-        for bar in bars:
-            bar.__exit__()
+    with Stages() as begin:
+        found = sweep(
+            entries, args.out, progress=lambda name: begin(name, "pair"), distributed=args.distributed, leads=args.leads
+        )
     path = args.out / "table.json"
     write(args, found, path)
     shown = [f"{100 * share:g} %" for share in _SHOWN]

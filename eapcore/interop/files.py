@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 from eapcore.interop.acdc_files import load_edges
 from eapcore.interop.eap_ig.files import GraphFile
@@ -25,6 +26,27 @@ def is_foreign(path: Path) -> bool:
     return not (isinstance(content, dict) and str(content.get("format", "")).startswith("eapcore"))
 
 
+def scores_of_graph(path: Path, graph: Graph, sign: str | None) -> EdgeScores:
+    """The scores of another tool's file that is of a graph, whatever model; their sign may stay open.
+
+    Raises:
+        ValueError: a damaged file, one without scores or of another graph.
+    """
+    content = None if path.suffix == ".pt" else _content(path)
+    if not _is_graph_file(path, content):
+        return load_edges(path, graph, sign=sign)[1]
+    scores = GraphFile.load(path, attn_only=not graph.has_mlp, sign=sign).scores
+    if scores is None:
+        raise ValueError(f"{path} is a circuit without scores")
+    if scores.graph != graph:
+        raise ValueError(f"{path} is of {scores.graph}, but scores of {graph} were expected")
+    return scores
+
+
+def _is_graph_file(path: Path, content: Any) -> bool:
+    return path.suffix == ".pt" or (isinstance(content, dict) and {"cfg", "edges"} <= set(content))
+
+
 def read_foreign(path: Path, model: Model, sign: str | None = None) -> tuple[Circuit, EdgeScores | None]:
     """The circuit of another tool's file, and its scores by our sign where it has some.
 
@@ -37,7 +59,7 @@ def read_foreign(path: Path, model: Model, sign: str | None = None) -> tuple[Cir
         ValueError: a damaged file, one of another model, or of key and value heads apart.
     """
     content = None if path.suffix == ".pt" else _content(path)
-    if path.suffix == ".pt" or (isinstance(content, dict) and {"cfg", "edges"} <= set(content)):
+    if _is_graph_file(path, content):
         file = GraphFile.load(path, attn_only=model.config.attn_only, sign=sign)
         if file.d_model != model.config.d_model or file.circuit.graph != model.graph:
             raise ValueError(

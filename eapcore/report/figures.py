@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +13,28 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import replacing
 from eapcore.graph.scores import EdgeScores
 from eapcore.report.compare import jaccard, sizes
+from eapcore.report.draw import (
+    COLOURS,
+    FAINT,
+    INK,
+    NEGATIVE,
+    POSITIVE,
+    QUIET,
+    Picture,
+    Size,
+    check_matplotlib,
+    drawn,
+    figure,
+    grid,
+)
 from eapcore.report.layout import layout
-from eapcore.report.page import histogram, parts
+from eapcore.report.page import histogram, of_reproduction, parts
 from eapcore.report.run_folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NEGATIVE, POSITIVE, QUIET, FAINT, INK = "#1f66b0", "#c8501e", "#5b6675", "#e9ecf0", "#1b2330"
-_COLOURS = (NEGATIVE, POSITIVE, "#14806a", "#7b3fa0")
 DRAWN = 60  # edges of a circuit's picture where nobody says how many
-
-
-def check_matplotlib() -> None:
-    """RuntimeError where the package that draws is not installed."""
-    if find_spec("matplotlib") is None:
-        raise RuntimeError("pictures need the package matplotlib: pip install 'eapcore[report]'")
 
 
 def write_figures(runs: Sequence[Run], folder: str | Path) -> list[str]:
@@ -43,7 +48,7 @@ def write_figures(runs: Sequence[Run], folder: str | Path) -> list[str]:
     check_matplotlib()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, tuple[tuple[float, float], Callable[[Axes], object]]] = {}
+    pictures: dict[str, Picture] = {}
     for run, suffix in zip(runs, ("", "-other"), strict=False):
         pictures |= {f"{name}{suffix}": picture for name, picture in _pictures(run).items()}
     if len(runs) == 2:
@@ -66,41 +71,29 @@ def plot(scores: EdgeScores, n: int = DRAWN, *, circuit: Circuit | None = None, 
     if circuit is not None and circuit.graph != scores.graph:
         raise ValueError(f"the circuit must be of {scores.graph}, got one of {circuit.graph}")
     if axes is None:
-        axes = _figure(circuit_size(scores)).add_subplot()
+        axes = figure(circuit_size(scores)).add_subplot()
     drawn = scores.top_n(min(n, scores.graph.n_edges)) if circuit is None else circuit
     _circuit(axes, scores, drawn)
     return axes
 
 
-def circuit_size(scores: EdgeScores) -> tuple[float, float]:
+def circuit_size(scores: EdgeScores) -> Size:
     """Inches of a circuit's picture."""
     places = layout(scores.graph)
     return max(5.0, 0.62 * places.columns + 1.2), max(3.2, 0.62 * places.rows)
 
 
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained", facecolor="white")
-
-
-def _save(path: Path, size: tuple[float, float], draw: Callable[[Axes], object]) -> None:
+def _save(path: Path, size: Size, draw: Callable[[Axes], object]) -> None:
     """One picture in both formats, the same bytes for the same run."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "eapcore", "font.size": 9}):
-        figure = _figure(size)
-        draw(figure.add_subplot())
-        for ending, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            with replacing(path.with_name(f"{path.name}.{ending}")) as temporary:
-                figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
-            figure.set_layout_engine("none")  # it is laid out
+    for ending, content in drawn(size, draw):
+        with replacing(path.with_name(f"{path.name}.{ending}")) as temporary:
+            temporary.write_bytes(content)
 
 
-def _pictures(run: Run) -> dict[str, tuple[tuple[float, float], Callable[[Axes], object]]]:
+def _pictures(run: Run) -> dict[str, Picture]:
     """The pictures of a run: each one's size in inches and what draws it."""
     scores, found = run.scores, parts(run)
-    pictures: dict[str, tuple[tuple[float, float], Callable[[Axes], object]]] = {
+    pictures: dict[str, Picture] = {
         "circuit": (circuit_size(scores), lambda axes: plot(scores, axes=axes)),
         "heat-map": ((8.0, 4.0), lambda axes: _heat_map(axes, scores)),
         "histogram": ((5.6, 3.4), lambda axes: _histogram(axes, run)),
@@ -113,7 +106,7 @@ def _pictures(run: Run) -> dict[str, tuple[tuple[float, float], Callable[[Axes],
         pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"]))
     if found["positions"]:
         pictures["positions"] = ((6.4, 4.0), lambda axes: _positions(axes, found["positions"]))
-    return pictures
+    return pictures | of_reproduction(run)
 
 
 def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
@@ -169,7 +162,7 @@ def _heat_map(axes: Axes, scores: EdgeScores) -> None:
     values = scores.scores.double()
     shown = (values.sign() * values.abs().sqrt()).masked_fill(~scores.mask, float("nan")).numpy()
     names = scores.graph.receiver_names, scores.graph.sender_names
-    _grid(axes, shown, "receivers", "senders", "score, its square root with its sign")
+    grid(axes, shown, "receivers", "senders", "score, its square root with its sign")
     for axis, labels in zip((axes.xaxis, axes.yaxis), names, strict=True):
         starts: dict[str, int] = {}
         for i, name in enumerate(labels):
@@ -180,22 +173,8 @@ def _heat_map(axes: Axes, scores: EdgeScores) -> None:
 
 
 def _positions(axes: Axes, positions: dict[str, Any]) -> None:
-    _grid(axes, torch.tensor(positions["values"]).numpy(), "position", "edges into", "sum of scores")
+    grid(axes, torch.tensor(positions["values"]).numpy(), "position", "edges into", "sum of scores")
     axes.set_yticks(range(len(positions["names"])), positions["names"], fontsize=6)
-
-
-def _grid(axes: Axes, values: Any, x: str, y: str, what: str) -> None:
-    """Values [rows, columns] as a heat map, the first row at the bottom, 0 white."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    finite = torch.as_tensor(values).nan_to_num(0, 0, 0).abs()
-    most = float(finite.max()) if finite.numel() else 0.0
-    colours = LinearSegmentedColormap.from_list("scores", [NEGATIVE, "white", POSITIVE]).with_extremes(bad=FAINT)
-    image = axes.imshow(values, cmap=colours, vmin=-(most or 1), vmax=most or 1, origin="lower", aspect="auto")
-    image.set_interpolation("nearest")
-    axes.set(xlabel=x, ylabel=y)
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label=what)
 
 
 def _histogram(axes: Axes, run: Run) -> None:
@@ -215,7 +194,7 @@ def _histogram(axes: Axes, run: Run) -> None:
 
 
 def _faithfulness(axes: Axes, curves: list[dict[str, Any]]) -> None:
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for curve, colour in zip(curves, COLOURS, strict=False):
         kept = [i for i, n in enumerate(curve["sizes"]) if n > 0 and curve["kept"][i] is not None]
         counts = [curve["sizes"][i] for i in kept]
         axes.plot(counts, [curve["kept"][i] for i in kept], "o-", markersize=3, color=colour, label=curve["name"])
@@ -234,7 +213,7 @@ def _faithfulness(axes: Axes, curves: list[dict[str, Any]]) -> None:
 
 def _roc(axes: Axes, rocs: list[dict[str, Any]]) -> None:
     axes.plot([0, 1], [0, 1], "--", color=QUIET, linewidth=0.8)
-    for found, colour in zip(rocs, _COLOURS, strict=False):
+    for found, colour in zip(rocs, COLOURS, strict=False):
         axes.plot(found["fpr"], found["tpr"], color=colour, label=found["name"])
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     axes.legend(frameon=False, fontsize=7)

@@ -15,7 +15,9 @@ from torch import Tensor
 from eapcore.graph.files import finite, replacing
 from eapcore.graph.scores import EDGE_SIGN, ENOUGH, EdgeScores
 from eapcore.report.compare import correlations, jaccard, sizes
+from eapcore.report.draw import Picture
 from eapcore.report.layout import layout
+from eapcore.report.reproduction import reproduced, shown
 from eapcore.report.run_folder import PARTS, Run
 
 MOST = 60_000  # edges that a page holds: 8 bytes each, 16 with their uncertainty
@@ -127,7 +129,8 @@ def parts(run: Run) -> dict[str, Any]:
     return {
         "positions": _positions(run.scores),
         "curves": _part(run, "run", _run_curve) + _part(run, "evaluation", _evaluation_curves),
-        "rocs": _part(run, "evaluation", _rocs),
+        "rocs": _part(run, "evaluation", lambda _, content: _rocs(content["rocs"]))
+        + _part(run, "reproduction", lambda _, content: _rocs((content["judged"] or {}).get("curves", []))),
         "exact": _part(run, "verification", _exact),
     }
 
@@ -163,7 +166,7 @@ def _curve(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rocs(run: Run, content: Any) -> list[dict[str, Any]]:
+def _rocs(rocs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"AUC {_number(found['auc'])} ({found['rule']}), {found['edge_set']['n_true']} true of "
@@ -171,7 +174,7 @@ def _rocs(run: Run, content: Any) -> list[dict[str, Any]]:
             "fpr": _thinned(found["fpr"]),
             "tpr": _thinned(found["tpr"]),
         }
-        for found in content["rocs"]
+        for found in rocs
     ]
 
 
@@ -238,7 +241,13 @@ def _run_text(run: Run) -> dict[str, Any]:
         "missing": run.missing,
         "files": dict(run.files),
         "made": [(str(key), _plain(value)) for key, value in meta.items()],
+        "reproduction": _part(run, "reproduction", lambda _, content: shown(content)) or None,
     }
+
+
+def of_reproduction(run: Run) -> dict[str, Picture]:
+    """The pictures of a reproduction; none where the run is none."""
+    return dict(_part(run, "reproduction", lambda _, content: reproduced(content)) or {})
 
 
 def _plain(value: Any) -> str:
@@ -250,7 +259,7 @@ def _plain(value: Any) -> str:
 
 def _commands(run: Run) -> list[str]:
     """The commands that made a run's files, in order, each once."""
-    contents = [getattr(run, part) for part in ("run", "evaluation", "verification", "prompts")]
+    contents = [getattr(run, part) for part in ("run", "reproduction", "evaluation", "verification", "prompts")]
     found = [content.get("command") for content in contents if content is not None]
     return list(dict.fromkeys(str(command) for command in found if command))
 

@@ -22,17 +22,22 @@ PARTS = {
         "verification.json",
         "eapcore verify --scores FOLDER/scores.safetensors --out FOLDER/{} writes it",
     ),
+    "reproduction": ("reproduction.json", "eapcore reproduce writes it"),
 }
 SCORES = "scores.safetensors"
-_META = {"evaluation": ("mib", "signed", "meta"), "verification": ("meta", "scores")}  # where a part's header lies
+_META = {
+    "evaluation": ("mib", "signed", "meta"),
+    "verification": ("meta", "scores"),
+    "reproduction": ("meta",),
+}  # where a part's header lies
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Scores, and what was written beside them; None for what is not there.
 
-    name: of the folder or file. files: which file each part was read from. prompts, run, evaluation, verification: the
-    JSON of these files as it is (README, "Files").
+    name: of the folder or file. files: which file each part was read from. prompts, run, evaluation, verification,
+    reproduction: the JSON of these files as it is (README, "Files").
     """
 
     scores: EdgeScores
@@ -42,6 +47,7 @@ class Run:
     run: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     verification: Mapping[str, Any] | None = None
+    reproduction: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -80,8 +86,10 @@ class Run:
 
     @property
     def missing(self) -> dict[str, str]:
-        """How each part that is not there is made."""
-        return {part: how.format(name) for part, (name, how) in PARTS.items() if getattr(self, part) is None}
+        """How each part that is not there is made; a run need be no reproduction, which needs no other."""
+        spare = ("reproduction",) if self.reproduction is None else ("run",)
+        absent = [part for part in PARTS if getattr(self, part) is None and part not in spare]
+        return {part: PARTS[part][1].format(PARTS[part][0]) for part in absent}
 
 
 def _hash(content: Any, keys: tuple[str, ...]) -> Any:

@@ -94,6 +94,8 @@ def acdc(
     total, seen = int(mask.sum()), 0
     for r in reversed(range(graph.n_receivers)):
         present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
+        if not present:
+            continue
         senders = [s for _, s in sorted((keys[s][r], s) for s in present)]
         behind = moved_by(graph, r, coupled)
         if behind and not bool(needed(graph, mask, coupled=coupled)[behind.start : behind.stop].any()):
@@ -101,7 +103,7 @@ def acdc(
         else:
             search.decide(r, senders, threshold)
         seen += len(senders)
-        if progress is not None and senders:
+        if progress is not None:
             progress(seen, total)
     meta = {
         **experiment.describe(),

@@ -17,8 +17,8 @@ class Published:
     normalised: scores are in units of metric(clean) − metric(corrupt). fit: (slope, intercept, R²) between exact
     patching and scores. moments: of the scores "inside" and "outside" the circuit. beyond: (bound, how many edges
     outside the circuit have a larger |score|). roles: of the scores of the circuit's edges by what their sender does.
-    bent: edges whose way from clean to corrupt is shown. curve: the thresholds at which a published ROC was drawn;
-    empty where that is not known.
+    bent: edges whose way from clean to corrupt is shown. curve, areas: the thresholds at which the ROC of "eap" was
+    drawn, and its area by rule; empty where they are not known.
     """
 
     model: str
@@ -32,3 +32,4 @@ class Published:
     roles: Mapping[str, Moments] = field(default_factory=dict)
     bent: tuple[str, ...] = ()
     curve: tuple[float, ...] = ()
+    areas: Mapping[str, float] = field(default_factory=dict)

@@ -273,3 +273,62 @@ def test_without_its_packages_a_report_says_what_to_install(folder, monkeypatch,
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["report", str(folder)]) == 2
     assert f"the package {package}: pip install 'eapcore[report]'" in capsys.readouterr().err
+
+
+def reproduction():
+    """What eapcore reproduce writes, as small as it can be, with text that must stay text."""
+    moments = {"n": 4, "mean": 0.25, "std": 0.5, "quantiles": [-1, -0.5, 0, 0.5, 1]}
+    areas = [
+        {"edge_set": "all", "n_edges": 262, "n_true": 30, "ranking": "absolute", "thresholds": "every", "rule": rule,
+         "auc": 0.75} for rule in ("trapezoid", "lower")
+    ]  # fmt: skip
+    roc = {"fpr": [0, 0.5, 1], "tpr": [0, 1, 1], "auc": 0.7654, "rule": "trapezoid"}
+    judged = {
+        "areas": areas,
+        "heads": [{"by": EVIL, "n_heads": 12, "n_true": 3, "rule": row["rule"], "auc": 0.5} for row in areas],
+        "curves": [{**roc, "edge_set": {"n_true": 30, "n_edges": 262}}],
+        "histogram": {"edge_set": "all", "ends": [-1, 0, 1], "inside": [1, 3], "outside": [200, 58]},
+        "moments": [{"edge_set": "all", "where": where, **moments} for where in ("inside", "outside")],
+        "roles": [{"role": role, "edges": "of the circuit", **moments} for role in (EVIL, "name mover")],
+    }
+    search = {"start": EVIL, "start_edges": 9, "threshold": 0.1, "edges": 5, "connected": 4, "value": -0.5, "tpr": 0.2,
+              "fpr": 0.1, "j": 0.1, "start_j": 0.3}  # fmt: skip
+    curve = {"edge": EVIL, "points": [0, 0.5, 1], "effects": [0, -0.1, -0.4], "estimate": -0.2, "published": True}
+    return {
+        "format": "eapcore-reproduction", "format_version": 1, "task": "ioi", "unit": 2.5,
+        "rows": [{"what": "AUC", "published": 0.904, "here": 0.9, "difference": -0.004}], "judged": judged,
+        "exact": {"which": "all edges", "slope": 0.5, "intercept": 0, "r2": None}, "curves": [curve],
+        "searches": [search, {**search, "threshold": 1}],
+        "subnetworks": [{"selection": EVIL, "edges": 9, "connected": 8, "faithfulness": None}],
+        "heads": [{"sender": EVIL, "score": 1, "role": None}], "left_out": [EVIL],
+        "published": {"roles": {"name mover": [0.1, 0.2]}}, "command": "eapcore reproduce ioi",
+        "meta": {"unit": EVIL, "model": {}},
+    }  # fmt: skip
+
+
+def test_a_reproduction_is_shown_beside_the_paper_with_its_pictures(folder, tmp_path):
+    for path in folder.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = reproduction()
+    (tmp_path / "reproduction.json").write_text(json.dumps(content))
+    run = Run.read(tmp_path)
+    page = render([run, Run.read(folder)])
+    tags = Tags()
+    tags.feed(page)
+    words = [text.strip() for text in tags.text]
+    assert {"0.904", "-0.004", "0.75"} <= {*words} and "This run is no reproduction." in words
+    pictures = [dict(attributes) for tag, attributes in tags.tags if tag == "img"]
+    assert len(pictures) == 4
+    for picture in pictures:
+        head, _, code = picture["src"].partition(",")
+        svg = base64.b64decode(code).decode()
+        assert head == "data:image/svg+xml;base64" and svg.count("<svg") == 1 and "alert(1)</" not in svg
+    assert "<script>alert" not in page and "eapcore reproduce ioi" in page
+    assert "AUC 0.7654 (trapezoid), 30 true of 262 edges" in [roc["name"] for roc in parts(run)["rocs"]]
+    assert set(run.missing) == set() and "run" not in Run(run.scores, reproduction=content).missing
+    names = set(figures._pictures(run))
+    assert {"scores-by-circuit", "roles", "interpolation", "youden"} <= names
+    for part in ("judged", "curves", "searches"):
+        (tmp_path / "reproduction.json").write_text(json.dumps({**content, part: 5}))
+        with pytest.raises(ValueError, match=r"reproduction\.json of .* is not as eapcore writes it"):
+            render([Run.read(tmp_path)])

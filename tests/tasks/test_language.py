@@ -11,20 +11,16 @@ import pytest
 import torch
 from models import SHARED, lists, random_model, save_checkpoint
 from refusal import refused
+from words import SENTENCES, tokenizers, word_level
 
 from eapcore.cli import main
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
-from eapcore.tasks import TASKS, agreement, capitals, docstring, find_pairs, greater_than, ioi, toy_ioi
+from eapcore.tasks import TASKS, agreement, capitals, find_pairs, ioi
 from eapcore.text.folder import find_tokenizer
 from eapcore.text.tokenizer import tokenizer_of
 
-tokenizers = pytest.importorskip("tokenizers")
 LANGUAGE = {name: task for name, task in TASKS.items() if task.corruptions}
-SENTENCES = {
-    "ioi": ioi.SENTENCES, "greater-than": (greater_than.SENTENCE,), "docstring": (docstring.SENTENCE,),
-    "agreement": agreement.SENTENCES, "capitals": capitals.SENTENCES,
-}  # fmt: skip
 # Which places a corruption changes: {task and corruption: names}.
 CHANGED = {
     "ioi other-names": {"IO", "S1", "S2"}, "ioi s2-io": {"S2"}, "ioi s2-other": {"S2"}, "greater-than 01": {"YY"},
@@ -32,23 +28,6 @@ CHANGED = {
     "docstring random-def": {"A_def", "B_def", "C_def"}, "docstring random-doc": {"A_doc", "B_doc"},
     "agreement number": {"SUBJECT"}, "agreement noun": {"SUBJECT"},
 }  # fmt: skip
-
-
-def word_level(**options):
-    """A tokenizer of all words that the tasks have, two digits together."""
-    corpus = [sentence for of in SENTENCES.values() for sentence in of]
-    words = [*ioi.NAMES, *toy_ioi.PLACES, *toy_ioi.OBJECTS, *greater_than.NOUNS, *docstring.ARGUMENTS, *docstring.WORDS]
-    words += [word for noun in agreement.NOUNS for word in noun] + [*"is was has are were have".split()]
-    words += [*capitals.CAPITALS, *capitals.CAPITALS.values(), *(f"{year:02d}" for year in range(100))]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-    pattern = tokenizers.Regex(r" ?\d\d| ?[A-Za-z_]+|\s|[^\w\s]")
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, behavior="isolated")
-    made.decoder = tokenizers.decoders.Fuse()
-    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>"], show_progress=False)
-    made.train_from_iterator([*corpus, *words, *(f" {word}" for word in words)], trainer)
-    if options.get("begins"):
-        made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return made
 
 
 def all_tokenizers():

@@ -1,0 +1,64 @@
+"""Pictures drawn by matplotlib: their colours, and how they become files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NEGATIVE, POSITIVE, QUIET, FAINT, INK = "#1f66b0", "#c8501e", "#5b6675", "#e9ecf0", "#1b2330"
+COLOURS = (NEGATIVE, POSITIVE, "#14806a", "#7b3fa0")
+Size = tuple[float, float]
+Picture = tuple[Size, "Callable[[Axes], object]"]
+"""Inches, and what draws it."""
+
+_METADATA: dict[str, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+def check_matplotlib() -> None:
+    """RuntimeError where the package that draws is not installed."""
+    if find_spec("matplotlib") is None:
+        raise RuntimeError("pictures need the package matplotlib: pip install 'eapcore[report]'")
+
+
+def figure(size: Size) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained", facecolor="white")
+
+
+def drawn(
+    size: Size, draw: Callable[[Axes], object], endings: Sequence[str] = ("svg", "png")
+) -> Iterator[tuple[str, bytes]]:
+    """One picture in several formats, the same bytes for the same content."""
+    check_matplotlib()
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "eapcore", "font.size": 9}):
+        made = figure(size)
+        draw(made.add_subplot())
+        for ending in endings:
+            file = io.BytesIO()
+            made.savefig(file, format=ending, dpi=150, metadata=_METADATA[ending])
+            made.set_layout_engine("none")  # it is laid out
+            yield ending, file.getvalue()
+
+
+def grid(axes: Axes, values: Any, x: str, y: str, what: str) -> None:
+    """Values [rows, columns], a numpy array, as a heat map, the first row at the bottom, 0 white."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    known = np.abs(values[np.isfinite(values)])
+    most = float(known.max()) if known.size else 0.0
+    colours = LinearSegmentedColormap.from_list("scores", [NEGATIVE, "white", POSITIVE]).with_extremes(bad=FAINT)
+    image = axes.imshow(values, cmap=colours, vmin=-(most or 1), vmax=most or 1, origin="lower", aspect="auto")
+    image.set_interpolation("nearest")
+    axes.set(xlabel=x, ylabel=y)
+    assert axes.figure is not None
+    axes.figure.colorbar(image, ax=axes, label=what)
