@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import find_tokenizer, given, load_model
+from eapcore.cli.inputs import find_tokenizer, load_model
 from eapcore.cli.options import Command, add_placement, add_sign, at_least, batch_size, count, integer, number, several
 from eapcore.cli.output import Stages, check_out, described_prompts, heading, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 TEXT, PROMPTS = "reproduction.txt", "prompts.json"
 _PAPER = "Syed, Rager, Conmy 2023 (arXiv 2310.10348)"
 # Options of what needs a model: without a default, so that --scores can refuse them.
-_OF_MODEL = ("model", "revision", "tokenizer", "n", "sample", "curves", "top_n", "score_threshold", "threshold")
+_OF_MODEL = {
+    "model": "--model", "revision": "--revision", "tokenizer": "--tokenizer", "n": "--n-pairs", "sample": "--sample",
+    "curves": "--curves", "top_n": "--top-n", "score_threshold": "--score-threshold", "threshold": "--threshold",
+    "probe_steps": "--probe-steps",
+}  # fmt: skip
 
 
 def add(command: Command) -> None:
@@ -84,6 +88,9 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--search-metric", default="kl", metavar="METRIC", help="what ACDC keeps: kl, or the task's metric"
     )
+    parser.add_argument(
+        "--probe-steps", type=count, metavar="N", help="of subnetwork probing; 0 leaves it out (default: 300)"
+    )
     parser.add_argument("--no-report", action="store_true", help="without the page and the pictures")
     parser.add_argument(
         "--out",
@@ -109,8 +116,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_report:
         check_report(args.out / PAGE)
     if args.scores is not None:
-        if options := given(args, *_OF_MODEL):
-            raise ValueError(f"--scores names scores that are there, and {options} a model's run: give one of the two")
+        if options := [option for name, option in _OF_MODEL.items() if getattr(args, name) is not None]:
+            raise ValueError(
+                f"--scores names scores that are there, and {', '.join(options)} how to run a model: give one of "
+                "the two"
+            )
         scores = _scores(args, truth.circuit.graph)
         _finish(args, _reproduced(args, scores), f"scores   {args.scores.name}: {args.task}, {scores.graph}")
         return
@@ -146,7 +156,7 @@ def _on_model(args: argparse.Namespace, source: str, n: int) -> None:
     model = replace(model, tokenizer=find_tokenizer(args, model))
     pairs, metric = find_pairs(args.task, n=n, seed=args.seed, encode=model.tokenizer), TASKS[args.task].metric
     asked = {"sample": args.sample, "curves": args.curves, "top_n": args.top_n, "thresholds": args.threshold}
-    asked |= {"score_thresholds": args.score_threshold}
+    asked |= {"score_thresholds": args.score_threshold, "probe_steps": args.probe_steps}
     plan = Plan(search_metric=args.search_metric, seed=args.seed, **{k: v for k, v in asked.items() if v is not None})
     with Stages() as begin:
         found = reproduce(
@@ -234,6 +244,12 @@ def _lines(found: Reproduction) -> Iterator[str]:
         metric = found.searches[0]["metric"]
         header = ("EAP, then ACDC: start", "edges", "threshold", "left", "connected", metric, "J", "J of start")
         yield table(header, rows)
+    if found.methods:
+        others: dict[tuple[str, ...], dict[str, str]] = {}
+        for r in found.methods:
+            others.setdefault((r["method"], r["edge_set"]), {})[r["rule"]] = f"{r['auc']:.4f}"
+        rows = [(*key, *areas.values()) for key, areas in others.items()]
+        yield table(("AUC of", "edge set", *next(iter(others.values()))), rows)
     if found.subnetworks:
         rows = [
             (r["selection"], str(r["edges"]), str(r["connected"]), _short(r.get("faithfulness")), _short(r.get("tpr")),

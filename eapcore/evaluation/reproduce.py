@@ -17,7 +17,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, measure_mib
 from eapcore.evaluation.inside import WITH_INSIDE, Inside, inside_effects, inside_scores, summed_inside
 from eapcore.evaluation.published import ALL, COARSE, EVERY, Judged, Row, judge, rates, table, unit_of
-from eapcore.evaluation.roc import roc, roc_of_circuits
+from eapcore.evaluation.roc import RULES, roc, roc_of_circuits
 from eapcore.evaluation.sampled import verify_sample
 from eapcore.execution.experiment import Experiment, digest
 from eapcore.execution.progress import Progress
@@ -31,6 +31,7 @@ from eapcore.patching.interpolate import follow_edge
 from eapcore.patching.record import Recordings
 from eapcore.search.acdc import acdc
 from eapcore.search.smallest import run_until, selections
+from eapcore.search.subnetwork_probing import STEPS, subnetwork_probing
 from eapcore.tasks import TASKS
 from eapcore.tasks.metrics import find_metric
 from eapcore.tasks.pairs import PromptPairs
@@ -54,8 +55,9 @@ class Reproduction:
 
     rows: the published numbers beside ours. unit: of scores in this object, in units of the metric: the published one.
     judged: against the published circuit. exact: edges patched, beside their scores. curves: edges on their way from
-    clean to corrupt. searches: EAP followed by ACDC, with Youden's J. subnetworks: the edges above the published
-    threshold, and as many as the circuit has. heads: the largest scores of whole heads and MLPs. circuits: of several
+    clean to corrupt. searches: EAP followed by ACDC, with Youden's J. methods: the ROC's area of the other baselines,
+    HISP and subnetwork probing. subnetworks: the edges above the published threshold, and as many as the circuit has.
+    heads: the largest scores of whole heads and MLPs. circuits: of several
     sizes, up to the first that keeps KEPT. left_out: sentences. None or empty where it was left out. published: what is
     known of the paper's run.
     """
@@ -69,6 +71,7 @@ class Reproduction:
     exact: Mapping[str, Any] | None = None
     curves: Sequence[Mapping[str, Any]] = ()
     searches: Sequence[Mapping[str, Any]] = ()
+    methods: Sequence[Mapping[str, Any]] = ()
     subnetworks: Sequence[Mapping[str, Any]] = ()
     heads: Sequence[Mapping[str, Any]] = ()
     circuits: Sequence[Mapping[str, Any]] = ()
@@ -88,7 +91,8 @@ class Plan:
     sample: edges that are patched exactly; None is all of a graph of at most SMALL edges, else SAMPLE. curves: how many
     edges are followed. top_n, score_thresholds: where searches start, the latter in the published unit; both None:
     FACTORS of the published threshold, as many edges as the circuit has, and all of a small graph. thresholds: of ACDC;
-    none leaves the searches out. search_metric: what ACDC keeps, "kl" or the task's metric.
+    none leaves the searches out. search_metric: what ACDC keeps, "kl" or the task's metric. probe_steps: of subnetwork
+    probing; 0 leaves it out.
     """
 
     sample: int | None = None
@@ -97,6 +101,7 @@ class Plan:
     score_thresholds: Sequence[float] | None = None
     thresholds: Sequence[float] = THRESHOLDS
     search_metric: str = "kl"
+    probe_steps: int = STEPS
     seed: int = 0
 
 
@@ -161,6 +166,8 @@ def reproduce(
     curves = work.curves(scores, unit, exact)
     searches, more = work.searches(scores, unit, judged is not None)
     rows += more
+    methods, more = ([], []) if judged is None else work.methods()
+    rows += more
     subnetworks, chosen = work.subnetworks(scores, unit, judged is not None)
     if chosen is None:
         left_out.append(
@@ -172,21 +179,9 @@ def reproduce(
     mib = work.faithfulness(scores)
     meta = {**experiment.describe(), "unit": _unit_text(published, metric), "metric": dict(scores.meta["metric"])}
     found = Reproduction(
-        task,
-        unit,
-        rows,
-        judged,
-        exact,
-        curves,
-        searches,
-        subnetworks,
-        heads,
-        circuits,
-        left_out,
-        published,
-        command,
-        meta,
-    )
+        task, unit, rows, judged, exact, curves, searches, methods, subnetworks, heads, circuits, left_out, published,
+        command, meta,
+    )  # fmt: skip
     if chosen is not None:
         chosen.save(folder / "circuit.json")
     write_json(folder / "evaluation.json", "evaluation", {"mib": mib, "rocs": [], "command": command})
@@ -265,6 +260,8 @@ def _check(plan: Plan, graph: Graph) -> None:
     for n in plan.top_n or ():
         if not 1 <= n <= graph.n_edges:
             raise ValueError(f"searches start from between 1 and the {graph.n_edges} edges of this graph, got {n}")
+    if plan.probe_steps < 0:
+        raise ValueError(f"probe_steps must be at least 0, got {plan.probe_steps}")
     for threshold in (*plan.thresholds, *(plan.score_thresholds or ())):
         if not 0 < threshold < math.inf:
             raise ValueError(f"thresholds must be positive and finite, got {threshold:g}")
@@ -346,25 +343,45 @@ class _Work:
 
     def scores(self) -> EdgeScores:
         """EAP's scores, written into the folder."""
-        path, experiment = self.steps.folder.parent / "scores.safetensors", self.experiment
+        return self._scored("scores", self.steps.folder.parent / "scores.safetensors", {}, "eap")
+
+    def _scored(self, name: str, path: Path, asked: Mapping[str, Any], method: str) -> EdgeScores:
+        """Scores by a first-order method, or by training masks of nodes, kept in a file."""
+        experiment, steps = self.experiment, self.steps
+        options: dict[str, Any] = {"batch_size": self.batch_size}
 
         def make() -> str:
-            attribute(
-                experiment.model,
-                experiment.pairs,
-                experiment.metric_name,
-                batch_size=self.batch_size,
-                resume=self.steps.begun("scores"),
-                progress=self.steps.progress("scoring", "pair"),
-            ).save(path)
-            self.steps.ended("scores")
+            model, pairs = experiment.model, experiment.pairs
+            if method == "subnetwork-probing":
+                options["progress"] = steps.progress("training masks", "step × pair")
+                found = subnetwork_probing(model, pairs, "kl", level="node", steps=self.plan.probe_steps, **options)
+            else:
+                options["progress"] = steps.progress(f"scoring by {method}", "pair")
+                options["resume"] = steps.begun(name)
+                found = attribute(model, pairs, experiment.metric_name, method=method, **options)
+            found.save(path)
+            steps.ended(name)
             return digest(EdgeScores.load(path).scores)
 
-        made = self.steps("scores", {}, make)
+        made = steps(name, asked, make)
         found = EdgeScores.load(path, content_hash=experiment.model.content_hash)
         if digest(found.scores) != made:
             raise ValueError(f"{path} holds other scores than this reproduction made: give --out another folder")
         return found
+
+    def methods(self) -> tuple[list[dict[str, Any]], list[Row]]:
+        """The area under the ROC of the paper's other baselines, among edges between components."""
+        asked: dict[str, tuple[str, dict[str, Any]]] = {"HISP": ("hisp", {})}
+        if self.plan.probe_steps:
+            steps = {"steps": self.plan.probe_steps}
+            asked["subnetwork probing, nodes by KL"] = ("subnetwork-probing", steps)
+        found, rows = [], []
+        for name, (method, options) in asked.items():
+            scores = self._scored(method, self.steps.folder / f"{method}.safetensors", options, method)
+            whole = roc(scores, self.truth.circuit)
+            found += [{"method": name, "edge_set": ALL, "rule": rule, "auc": whole.by(rule).auc} for rule in RULES]
+            rows.append(Row.of(f"AUC, {name}: {ALL} alone", self.published.auc.get(method), whole.auc))
+        return found, rows
 
     def inside(self) -> Inside:
         """Scores of the edges inside components."""

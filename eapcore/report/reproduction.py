@@ -72,6 +72,8 @@ def _tables(content: Content) -> list[tuple[str, Sequence[str], list[list[str]]]
         for row in judged["heads"]:
             name = f"heads by {row['by']}, {row['n_true']} of {row['n_heads']}"
             by.setdefault(name, {})[row["rule"]] = row["auc"]
+        for row in content["methods"]:
+            by.setdefault(f"{row['method']}: {row['edge_set']}", {})[row["rule"]] = row["auc"]
         named = [[name, *(_number(areas[rule]) for rule in rules)] for name, areas in by.items()]
         found.append(("Area under the ROC by rule", ("edges", *rules), named))
     exact = content["exact"]

@@ -32,6 +32,7 @@ from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
 from eapcore.report.run_folder import Run
 from eapcore.search.acdc import acdc
+from eapcore.search.subnetwork_probing import subnetwork_probing
 from eapcore.tasks import TASKS, find_pairs
 from eapcore.text.tokenizer import tokenizer_of
 
@@ -61,7 +62,8 @@ def attn_only(tmp_path_factory):
     return folder
 
 
-OPTIONS = ["--n", "2", "--sample", "16", "--curves", "1", "--top-n", "12", "--threshold", "0.01"]
+OPTIONS = ["--n", "2", "--sample", "16", "--curves", "1", "--top-n", "12", "--threshold", "0.01",
+    "--probe-steps", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,11 @@ def test_reproduce_writes_what_each_step_makes_beside_the_published_numbers(ioi,
     tpr, fpr = int((top & truth.circuit.mask).sum()) / 963, int((top & ~truth.circuit.mask).sum()) / n_false
     assert search["start_j"] == pytest.approx(tpr - fpr)
 
+    hisp = roc(attribute(model, pairs, "logit_diff", method="hisp"), truth.circuit).auc
+    probed = subnetwork_probing(model, pairs, "kl", level="node", steps=1)
+    rows = [row for row in content["rows"] if row["what"].startswith(("AUC, HISP", "AUC, subnetwork probing"))]
+    assert [row["here"] for row in rows] == pytest.approx([hisp, roc(probed, truth.circuit).auc])
+
     at, most, whole = content["subnetworks"]
     kept = Circuit.load(out / "circuit.json")
     assert torch.equal(kept.mask, (scores.scores.abs() >= 0.077 * abs(unit)) & scores.mask)
@@ -157,7 +164,8 @@ def test_reproduce_writes_what_each_step_makes_beside_the_published_numbers(ioi,
 def test_what_is_done_is_not_done_again_and_the_rest_goes_on(ioi, gpt2_shaped, tmp_path, monkeypatch):
     out, content, command = ioi
     shutil.copytree(out, tmp_path / "again")
-    for name in ("attribute", "inside_scores", "verify_sample", "follow_edge", "run_until", "measure_mib"):
+    done = ("attribute", "inside_scores", "verify_sample", "follow_edge", "run_until", "measure_mib")
+    for name in (*done, "subnetwork_probing"):
         monkeypatch.setattr(reproduction, name, lambda *_, name=name, **__: pytest.fail(f"{name} was done again"))
     (tmp_path / "again" / "reproduction.json").unlink()
     (search,) = (tmp_path / "again" / "steps").glob("search-*.json")
@@ -182,8 +190,8 @@ def test_other_prompts_or_weights_are_refused_in_a_folder_that_holds_a_reproduct
 
 def test_docstring_patches_every_edge_and_searches_from_all(attn_only, tmp_path):
     model = load(attn_only)
-    pairs = find_pairs("docstring", n=2, seed=0, encode=model.tokenizer)
-    plan = Plan(curves=1, thresholds=[0.5], top_n=[model.graph.n_edges])
+    pairs = find_pairs("docstring", n=1, seed=0, encode=model.tokenizer)
+    plan = Plan(curves=1, thresholds=[0.5], top_n=[model.graph.n_edges], probe_steps=0)
     found = reproduce(model, "docstring", pairs, tmp_path, plan=plan)
     truth, published = known("docstring")
     scores, effects = attribute(model, pairs, "logit_margin"), patch_edges(model, pairs, "logit_margin")
@@ -203,6 +211,7 @@ def test_docstring_patches_every_edge_and_searches_from_all(attn_only, tmp_path)
     (search,) = found.searches
     expected = acdc(model, pairs, "kl", threshold=0.5)
     assert search["start"] == "all edges" and search["edges"] == expected.n_edges
+    assert not any("probing" in row.what for row in found.rows)
     assert any(row.what.startswith("AUC, ACDC by KL") and row.published == 0.982 for row in found.rows)
     assert Run.read(tmp_path).reproduction["task"] == "docstring"
 
@@ -252,8 +261,8 @@ def test_bad_input_is_one_sentence_before_the_work(gpt2_shaped, tmp_path, capsys
     model = ["--model", str(gpt2_shaped), "--device", "cpu"]
     cases = [
         (["sort"], "must be one with published numbers"),
-        (["ioi", "--scores", "x.json", "--model", "gpt2"], "--model a model's run: give one of the two"),
-        (["ioi", "--scores", "x.json", "--top-n", "5"], "--top-n a model's run"),
+        (["ioi", "--scores", "x.json", "--model", "gpt2"], "--model how to run a model: give one of the two"),
+        (["ioi", "--scores", "x.json", "--top-n", "5", "--probe-steps", "0"], "--top-n, --probe-steps how to run"),
         (["ioi", "--sign", "loss", *model], "--sign is for --scores"),
         (["ioi", "--scores", str(tmp_path / "none.safetensors")], "a score file was expected"),
         (["ioi", "--scores", str(tmp_path / "small.safetensors")], "the published circuit of ioi is one of"),
@@ -273,7 +282,8 @@ def test_bad_input_is_one_sentence_before_the_work(gpt2_shaped, tmp_path, capsys
 
 def test_judging_turns_with_the_published_unit():
     """A unit scales scores and turns their sign; areas by |score| stay."""
-    truth, published = known("ioi")
+    truth, published = known("docstring")
+    published = dataclasses.replace(published, curve=(0.1, 0.5, 2.0), beyond=(1.0, 3))
     scores = random_scores(truth.circuit.graph)
     one, other = (judge(scores, truth, summed_inside(scores), published, unit) for unit in (1.0, -2.0))
     assert one.auc(WITH_INSIDE) == other.auc(WITH_INSIDE)

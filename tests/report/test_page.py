@@ -299,6 +299,7 @@ def reproduction():
         "rows": [{"what": "AUC", "published": 0.904, "here": 0.9, "difference": -0.004}], "judged": judged,
         "exact": {"which": "all edges", "slope": 0.5, "intercept": 0, "r2": None}, "curves": [curve],
         "searches": [search, {**search, "threshold": 1}],
+        "methods": [{"method": "HISP", "edge_set": EVIL, "rule": row["rule"], "auc": 0.625} for row in areas],
         "subnetworks": [{"selection": EVIL, "edges": 9, "connected": 8, "faithfulness": None}],
         "heads": [{"sender": EVIL, "score": 1, "role": None}], "left_out": [EVIL],
         "published": {"roles": {"name mover": [0.1, 0.2]}}, "command": "eapcore reproduce ioi",
@@ -316,7 +317,7 @@ def test_a_reproduction_is_shown_beside_the_paper_with_its_pictures(folder, tmp_
     tags = Tags()
     tags.feed(page)
     words = [text.strip() for text in tags.text]
-    assert {"0.904", "-0.004", "0.75"} <= {*words} and "This run is no reproduction." in words
+    assert {"0.904", "-0.004", "0.75", "0.625"} <= {*words} and "This run is no reproduction." in words
     pictures = [dict(attributes) for tag, attributes in tags.tags if tag == "img"]
     assert len(pictures) == 4
     for picture in pictures:
