@@ -63,16 +63,18 @@ def attend_grad(
     read: Annotated[Tensor, "int64 B Q"] | None = None,
     out: Annotated[Tensor, "B T 3H K"] | None = None,
     *,
+    temperature: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
     """∂metric/∂q, ∂metric/∂k and ∂metric/∂v of `attend` from dz = ∂metric/∂z, in dz's dtype; k and v of the T tokens,
     for each query head. out: where they go beside each other, where queries are those of all tokens; see `empty_grads`.
 
     With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The pattern
-    is computed again, so that no [B, H, Q, T] outlives its layer.
+    is computed again, so that no [B, H, Q, T] outlives its layer. With another temperature, which torch's operations
+    alone know, the P of dS is softmax(s / temperature).
     """
     before = k.shape[2] - tokens
-    if takes_triton(impl, q) and (impl == "triton" or fits(q)):
+    if temperature == 1 and takes_triton(impl, q) and (impl == "triton" or fits(q)):
         if (run := dry.active.get()) is not None:
             rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
             dq, dk, dv = grads_in(out, q, dz, tokens)
@@ -83,8 +85,12 @@ def attend_grad(
 
         return triton_attention.attend_grad(q, k, v, dz, how, tokens, read, out)
     wide = wide_dtype(q)
-    pattern = how.pattern(q, k, before, read)
+    scores = how.scores(q, k, before, read)
+    pattern = scores.softmax(-1)
     dv = value_grad(pattern, dz, before)
+    if temperature != 1:
+        pattern = (scores / temperature).softmax(-1)
+    del scores
     dp = by_group(dz, v.transpose(-1, -2)).to(wide)
     ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * how.scale
     if how.softcap is not None:

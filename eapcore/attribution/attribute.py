@@ -134,6 +134,8 @@ def attribute(
             gradients at all receivers.
             "relp": one backward pass at the clean run by relevance rules, see `rules`: LayerNorm's σ frozen, the
             identity rule for the activation function, the attention pattern frozen, so that q and k edges score 0.
+            "gim": the same with others: σ frozen, the softmax's derivative at temperature 2, and the gradients of two
+            activations that are multiplied halved.
             "qk-fix": "eap", but the pattern that an edge into q or k makes is computed exactly, see `exact_patterns`.
             "grad-drop": the mean of |score of a pair| over pairs and over backward passes that each drop one layer
             (its heads and its MLP), of the passes that keep the receiver's own layer. These scores have no sign.
@@ -152,7 +154,7 @@ def attribute(
             sum to 1. Between an ablation without prompts and the clean run they move the embedding alike. Which points
             are nearest to exact patching: bench/RESULTS.md.
         qk: how edges into q and k are scored: by their "gradient", or by the "exact" pattern that they make.
-        rules: how gradients go back, e.g. `Rules("frozen", "identity")`; of "relp" all three are frozen or identities.
+        rules: how gradients go back, e.g. `Rules("frozen", "identity")`; of "relp" and "gim" their own.
         exact: which edges are patched exactly, since that is cheap: "none", or some of "logits", all edges into the
             logits, and "mlp", "q", "k", "v", those into the last layer's, as a list or with commas in between; "last"
             is all of these. See `exact_edges`; `EdgeScores.exact` says which they were.
@@ -200,8 +202,9 @@ def attribute(
         RuntimeError: a named impl cannot run here; the processes do not meet, or one of them is lost.
 
     Source: Syed, Rager, Conmy 2023, eq. 2 and appendix F; integrated gradients over inputs and activations: Hanna,
-    Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; exact patterns and dropped
-    gradients: Kramár, Lieberum, Shah, Nanda 2024; hisp: Michel, Levy, Neubig 2019, Conmy et al. 2023.
+    Pezzelle, Belinkov 2024 and its code EAP-IG; relp: Jafari, Eberle, Khakzar, Nanda 2025; gim: Edin
+    et al. 2025 (arXiv 2505.17630) and its code; exact patterns and dropped gradients: Kramár, Lieberum, Shah, Nanda
+    2024; hisp: Michel, Levy, Neubig 2019, Conmy et al. 2023.
     """
     check_model(model)
     _check_options(others)

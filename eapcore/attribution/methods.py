@@ -15,7 +15,7 @@ from torch import Tensor
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EDGE_WHEN, NO_SIGN, NODE_WHEN, sign_text
 from eapcore.kernels.checks import one_of, short_repr
-from eapcore.models.backward_rules import GRADIENT, RELP, Rules
+from eapcore.models.backward_rules import GIM, GRADIENT, RELP, Rules
 from eapcore.tasks.metrics import Metric
 
 ENDS = {"clean": 1.0, "corrupt": 0.0}
@@ -231,6 +231,7 @@ METHODS: dict[str, Method] = {
     "clean-corrupt": Method(((1.0, 0.5), (0.0, 0.5))),
     "eap-ig-activations": Method("right", 5, replaced="components"),
     "relp": Method(rules=RELP),
+    "gim": Method(rules=GIM),
     "qk-fix": Method(qk="exact"),
     "grad-drop": Method(dropped=True),
     "atp-star": Method(dropped=True, qk="exact"),
@@ -293,6 +294,11 @@ def recipe(
         raise ValueError(f"{method} {why}, so rules.cut must be empty, got {sorted(rules.cut)}")
     qk = preset.qk if options.qk is None else options.qk
     one_of("qk", qk, QK)
+    if qk == "exact" and (rules.temperature != 1 or rules.products == "halved"):
+        raise ValueError(
+            "a temperature and halved products are rules for the gradients of q and k, which qk='exact' does not take: "
+            "choose one of the two"
+        )
     kinds = _exact_kinds(preset, options.exact, graph)
     if rules != GRADIENT or options.rules is not None:
         described["rules"] = _described(rules)
@@ -441,5 +447,7 @@ def _cuts(graph: Graph) -> list[frozenset[str]]:
 
 
 def _described(rules: Rules) -> dict[str, Any]:
-    cut = {"cut": sorted(rules.cut)} if rules.cut else {}
-    return {"norm": rules.norm, "activation": rules.activation, "attention": rules.attention} | cut
+    """The rules, of those that are seldom others only what is chosen."""
+    found: dict[str, Any] = {"norm": rules.norm, "activation": rules.activation, "attention": rules.attention}
+    found |= {name: x for name in ("temperature", "products") if (x := getattr(rules, name)) != getattr(GRADIENT, name)}
+    return found | ({"cut": sorted(rules.cut)} if rules.cut else {})

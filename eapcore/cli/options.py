@@ -6,6 +6,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,7 +107,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, qk-fix, grad-drop, atp-star, hisp, "
+        help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, gim, qk-fix, grad-drop, atp-star, hisp, "
         "hisp-raw, or screened: exact patching too, as much as --budget allows (default: hybrid, the gradient at 0.75 "
         "from corrupt to clean with the edges into the logits and the last MLP exact where that is cheap; eap for "
         "other ablations)",
@@ -135,8 +136,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--rules",
         type=rules,
         metavar="RULES",
-        help="how gradients go back: norm=frozen, activation=identity, attention=frozen, some of them with commas in "
-        "between, the others by their gradient (default: all three for relp, none for others)",
+        help="how gradients go back: norm=frozen, activation=identity, attention=frozen, temperature=T of the softmax, "
+        "products=halved, some of them with commas in between, the others by their gradient (default: relp's are the "
+        "first three, gim's norm=frozen,temperature=2,products=halved, others have none)",
     )
     parser.add_argument(
         "--qk",
@@ -250,18 +252,23 @@ def points(text: str) -> str | list[tuple[float, float]]:
     return found
 
 
-def rules(text: str) -> dict[str, str]:
+def rules(text: str) -> dict[str, Any]:
     """The fields of `rules.Rules`, from norm=frozen,activation=identity,…"""
-    found = dict.fromkeys(("norm", "activation", "attention"), "")
+    other = {"norm": "frozen", "activation": "identity", "attention": "frozen", "products": "halved"}
+    found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, rule = (word.strip() for word in part.partition("="))
-        if found.get(name) != "" or rule not in ("gradient", "identity" if name == "activation" else "frozen"):
+        value: str | float | None = rule if name in other and rule in ("gradient", other[name]) else None
+        if name == "temperature":
+            with suppress(ValueError):
+                value = float(rule) if 0 < float(rule) < math.inf else None
+        if name in found or value is None:
             raise argparse.ArgumentTypeError(
-                f"must be some of norm=frozen, activation=identity and attention=frozen, with commas in between (or "
-                f"gradient in their place), got {text!r}"
+                f"must be some of norm=frozen, activation=identity, attention=frozen, products=halved (or gradient in "
+                f"their place) and temperature=T, with commas in between, got {text!r}"
             )
-        found[name] = rule
-    return {name: rule for name, rule in found.items() if rule}
+        found[name] = value
+    return found
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -20,7 +20,7 @@ import eapcore.kernels as kernels
 from eapcore.graph.show import short
 from eapcore.kernels.attention import attend, attend_grad, empty_grads, value_grad
 from eapcore.kernels.causal import Causal
-from eapcore.models.backward_rules import Rules
+from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.rotary import Rotary
@@ -354,7 +354,7 @@ class Attention:
         out = None
         if read is None and of_v.stop == 3 * self.n_heads:
             out = empty_grads(saved.q, dz)
-        dq, dk, dv = self.grads(saved, dz, past, read, out)
+        dq, dk, dv = self.grads(saved, dz, past, read, rules, out)
         dk, dv = self._of_channels(dk), self._of_channels(dv)
         if read is None:
             g = torch.cat([dq, dk, dv], 1).transpose(1, 2) if out is None else out
@@ -382,6 +382,7 @@ class Attention:
         dz: Annotated[Tensor, "B Q H K"],
         past: Tensor | None,
         read: Tensor | None,
+        rules: Rules = GRADIENT,
         out: Annotated[Tensor, "B T 3H K"] | None = None,
     ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
         """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before the norms and the turn, k and v for each query head; dz is
@@ -389,7 +390,11 @@ class Attention:
         q, k, v = self.heads(saved.q, saved.kv, past, read)
         dz = dz.transpose(1, 2)  # [B, H, Q, K]
         tokens = saved.kv.shape[1]
-        dq, dk, dv = made = attend_grad(q, k, v, dz, self.causal, tokens, read, out)
+        made = attend_grad(q, k, v, dz, self.causal, tokens, read, out, temperature=rules.temperature)
+        if rules.products == "halved":  # of q and k twice: theirs, and the pattern's with v
+            for x, share in zip(made, (0.25, 0.25, 0.5), strict=True):
+                x.mul_(share)
+        dq, dk, dv = made
         before = k.shape[2] - tokens
         if self.rotary is not None:
             dq = self.rotary.back(dq, _query_positions(dq, before, read))

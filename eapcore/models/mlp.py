@@ -148,4 +148,5 @@ class Mlp:
         dn = product(activation_grad(self.act_fn, through, saved.hidden, rules.activation), self.w_in.T)
         if self.w_up is not None:
             dn = dn + product(units * activation(self.act_fn, saved.hidden), self.w_up.T)
+            dn = dn / 2 if rules.products == "halved" else dn
         return dn

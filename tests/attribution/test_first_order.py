@@ -111,7 +111,7 @@ def test_eap_ig_activations_interpolates_one_component_at_a_time(options, storag
 
 @storages
 @models
-@pytest.mark.parametrize("rules", ["relp", "frozen norm", "identity", "gradient through attention"])
+@pytest.mark.parametrize("rules", ["relp", "frozen norm", "identity", "gradient through attention", "gim", "flat"])
 def test_relp_goes_back_by_the_rules(options, storage, rules):
     model, pairs = case(options)
     how, ours = {
@@ -119,6 +119,8 @@ def test_relp_goes_back_by_the_rules(options, storage, rules):
         "frozen norm": ({"norms": "frozen"}, Rules(norm="frozen")),
         "identity": ({"activation": "identity"}, Rules(activation="identity")),
         "gradient through attention": (RELP | {"attention": ""}, Rules("frozen", "identity")),
+        "gim": ({"norms": "frozen", "temperature": 2.0, "products": True}, NAMES["gim"].rules),
+        "flat": ({"activation": "identity", "temperature": 0.7}, Rules(activation="identity", temperature=0.7)),
     }[rules]
     expected = mean_of(model, pairs, lambda pair: oracle.one_pass(pair, pair.deltas(), **how))
     scores = attribute(model, pairs, method="relp", rules=ours, storage=storage, batch_size=2)
@@ -475,6 +477,8 @@ DESCRIBED = {
     "qk-fix": {"exact_softmax": True, "points": [[1.0, 1.0]]},
     "grad-drop": {"dropped": [["a0", "m0"], ["a1", "m1"]], "points": [[1.0, 1.0]]},
     "atp-star": {"dropped": [["a0", "m0"], ["a1", "m1"]], "exact_softmax": True, "points": [[1.0, 1.0]]},
+    "gim": {"points": [[1.0, 1.0]], "rules": {"norm": "frozen", "activation": "gradient", "attention": "gradient",
+        "temperature": 2.0, "products": "halved"}},
     "hisp": {"normalised": True, "points": [[1.0, 1.0]]},
     "hisp-raw": {"normalised": False, "points": [[1.0, 1.0]]},
 }  # fmt: skip
@@ -550,6 +554,7 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
     ({"method": "eap-ig", "points": 5, "steps": 3}, "a list of .* that sum to 1, got 5"),
     ({"gradient_at": ""}, "clean, corrupt, or a number .* got ''"),
     ({"method": "relp", "rules": "relp"}, "rules must be a Rules, .* got 'relp'"),
+    ({"method": "gim", "qk": "exact"}, "rules for the gradients of q and k, which qk='exact' does not take"),
     ({"method": "relp", "rules": {"norm": "frozen"}}, "rules must be a Rules, .* got {'norm': 'frozen'}"),
     ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
     ({"reduce": "head"}, "all, pair, position, got 'head'"),

@@ -359,6 +359,18 @@ def test_importances_of_queries_keys_and_values_are_their_gradients_times_what_t
 
 
 @pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
+def test_gim_is_its_literal_rules(name):
+    """Half of the gradient for each of two factors, gated units' too; σ frozen, that of the norms behind as well."""
+    for kv, storage in (("each", "dense"), ("grouped", "factored")):
+        model = ours(name, kv)
+        pairs = pairs_for(model)
+        expected = decoder.eap(model, pairs, METRICS["logit_diff"], gim=True)
+        found = eapcore.attribute(model, pairs, method="gim", batch_size=2, storage=storage).scores
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
 def test_weighted_edges_and_nodes_have_the_gradients_of_their_masks(name):
     for kv in ("each", "grouped"):
         model = ours(name, kv)

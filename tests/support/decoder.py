@@ -20,11 +20,12 @@ ACTIVATIONS = {
 }
 
 
-def normed(x, norm):
+def normed(x, norm, frozen=False):
     if norm.kind == "none":
         return x
     centred = x - x.mean(-1, keepdim=True) if norm.kind == "layernorm" else x
-    n = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.gamma
+    sigma = (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    n = centred / (sigma.detach() if frozen else sigma) * norm.gamma
     return n if norm.beta is None else n + norm.beta
 
 
@@ -36,11 +37,16 @@ def turned(x, frequencies):
     return torch.cat([pairs.real, pairs.imag, x[:, 2 * half :]], 1)
 
 
-def run(model, tokens, mask=None, others=None, patterns=None):
+def halved(x, rule):
+    """x, with half of its gradient."""
+    return (x + x.detach()) / 2 if rule else x
+
+
+def run(model, tokens, mask=None, others=None, patterns=None, gim=False):
     """(senders, receivers, logits [T, V]) of a prompt, tokens [T]; every receiver reads a stream of its own.
 
     With a mask, bool [S, R], a receiver reads of the senders outside it what they send in `others`. patterns: a list
-    that takes each head's, [T, T].
+    that takes each head's, [T, T]. gim: gradients by its rules.
     """
     weights, config = model.weights, model.config
     embedding = weights.w_e[tokens] * config.embed_scale
@@ -60,23 +66,23 @@ def run(model, tokens, mask=None, others=None, patterns=None):
             before, sent, added = len(senders), [], []
             for part in stage:
                 if hasattr(part, "w_o"):
-                    heads, bias = attend(config, index, part, lambda before=before: stream(before), patterns)
+                    heads, bias = attend(config, index, part, lambda before=before: stream(before), patterns, gim)
                     sent += heads
                     added += bias
                     continue
-                n = normed(stream(before), part.norm)
+                n = normed(stream(before), part.norm, gim)
                 units = ACTIVATIONS[part.act_fn](n @ part.w_in + (0 if part.b_in is None else part.b_in))
-                units = units if part.w_up is None else units * (n @ part.w_up)
-                sent.append(normed(units @ part.w_out + (0 if part.b_out is None else part.b_out), part.post))
+                units = units if part.w_up is None else halved(units, gim) * halved(n @ part.w_up, gim)
+                sent.append(normed(units @ part.w_out + (0 if part.b_out is None else part.b_out), part.post, gim))
             senders += sent
             biases += added
-    n = normed(stream(len(senders)), weights.ln_final)
+    n = normed(stream(len(senders)), weights.ln_final, gim)
     logits = n @ weights.w_u + (0 if weights.b_u is None else weights.b_u)
     cap = config.logits_softcap
     return senders, receivers, logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def attend(config, index, part, stream, patterns=None):
+def attend(config, index, part, stream, patterns=None, gim=False):
     """What the heads send, each [T, D], and the bias that they add; the q, k and v streams in the graph's order."""
     w, b = torch.cat(list(part.w_qkv)), part.b_qkv
     heads, kv = config.n_heads, config.n_kv
@@ -84,7 +90,7 @@ def attend(config, index, part, stream, patterns=None):
     count = kv if config.kv_grouped else heads
 
     def channel(place):
-        act = normed(stream(), part.norm) @ w[place]
+        act = normed(stream(), part.norm, gim) @ w[place]
         return act if b is None else act + b[place]
 
     q = [channel(h) for h in range(heads)]
@@ -97,7 +103,7 @@ def attend(config, index, part, stream, patterns=None):
     sent = []
     for h in range(heads):
         own = h // size if config.kv_grouped else h
-        scores = q[h] @ k[own].T * config.score_scale(index)
+        scores = halved(q[h], gim) @ halved(k[own], gim).T * config.score_scale(index)
         if config.attn_softcap is not None:
             scores = config.attn_softcap * torch.tanh(scores / config.attn_softcap)
         hidden = [
@@ -105,11 +111,15 @@ def attend(config, index, part, stream, patterns=None):
         ]
         scores = scores.masked_fill(torch.tensor(hidden), -math.inf)
         pattern = scores.softmax(-1)
+        if gim:
+            flat = 2 * (scores / 2).softmax(-1)
+            pattern = pattern.detach() + flat - flat.detach()
         if patterns is not None:
             patterns.append(pattern)
-        sent.append(pattern @ v[own] @ part.w_o[h])
+        sent.append(halved(pattern, gim) @ halved(v[own], gim) @ part.w_o[h])
     if part.post.kind != "none":  # of what they make together; a share of it is each head's
         sigma = (sum(sent).pow(2).mean(-1, keepdim=True) + part.post.eps).sqrt()
+        sigma = sigma.detach() if gim else sigma
         sent = [made / sigma * part.post.gamma for made in sent]
     return sent, [] if part.b_o is None else [part.b_o]
 
@@ -135,13 +145,13 @@ def patched_logits(model, pairs, mask):
     return torch.stack(found)
 
 
-def eap(model, pairs, metric):
+def eap(model, pairs, metric, gim=False):
     """EAP scores, float64 [S, R], an edge at a time; prompts of one length, read at their last token."""
     graph = model.graph
     scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     for i in range(len(pairs)):
         length = int(pairs.lengths[i])
-        runs = [run(model, prompts[i, :length]) for prompts in (pairs.clean, pairs.corrupt)]
+        runs = [run(model, prompts[i, :length], gim=gim) for prompts in (pairs.clean, pairs.corrupt)]
         (senders, receivers, logits), (others, _, other_logits) = runs
         at = int(pairs.positions[i])
         answers = (pairs.answers[i : i + 1], pairs.wrong[i : i + 1])

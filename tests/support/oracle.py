@@ -45,17 +45,39 @@ def act(name, x, identity=False):
     return x * (value / x).detach() if identity else value
 
 
-def causal(q, k, scale):
+def causal(q, k, scale, temperature=1.0):
+    """softmax, with the derivative that it has at a temperature, by the scores over it."""
     scores = q @ k.T * scale
-    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    flat = temperature * (scores / temperature).softmax(-1)
+    return scores.softmax(-1).detach() + flat - flat.detach()
 
 
-def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation="", attention="", change=None):
+def halved(x, rule):
+    """x, with half of its gradient."""
+    return (x + x.detach()) / 2 if rule else x
+
+
+def run(
+    model,
+    tokens,
+    read=None,
+    *,
+    replaced=None,
+    cut=(),
+    norms="",
+    activation="",
+    attention="",
+    change=None,
+    temperature=1.0,
+    products=False,
+):
     """One prompt, tokens [T].
 
     read(receiver index, senders so far, biases so far) gives what a receiver reads; None reads the sum of all.
     replaced: {"embed" | "a{l}" | "m{l}": what the component sends instead, as one tensor for each of its senders},
     constants. cut: components that no gradient goes through. The three rules: "frozen", "identity", "frozen".
+    temperature: of the softmax's derivative. products: each factor of two gets half of its gradient.
     change(receiver index, x): what a q, k or v activation, or what an MLP sends, is instead of x.
     """
     weights, config, made = model.weights, model.config, Run()
@@ -84,10 +106,10 @@ def run(model, tokens, read=None, *, replaced=None, cut=(), norms="", activation
         outputs = []
         for h in range(config.n_heads):
             q, k, v = (channels[part * config.n_heads + h] for part in range(3))
-            pattern = causal(q, k, config.score_scale(index))
+            pattern = causal(halved(q, products), halved(k, products), config.score_scale(index), temperature)
             pattern = pattern.detach().requires_grad_() if attention == "frozen" else pattern
             made.patterns[index, h], made.queries_keys[index, h] = pattern, (q, k)
-            outputs.append(pattern @ v @ heads.w_o[h])
+            outputs.append(halved(pattern, products) @ halved(v, products) @ heads.w_o[h])
         send(f"a{index}", outputs)
         bias = bias + heads.b_o
         if mlp is not None:
