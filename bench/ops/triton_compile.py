@@ -9,7 +9,8 @@ launch turned into a compilation: what is compiled is what would be launched, sp
 process of its own, in which Triton sees a driver that names that target, and a compilation cache of its own.
 
 spills: bytes of local memory (NVIDIA: stack and local; AMD: private segment), 0 if everything fits in registers.
-tensor: tensor-core instructions in the machine code (HMMA, HGMMA, UTCHMMA, v_mfma). fma: float32 multiply-adds.
+tensor: tensor-core instructions (mma.sync, wgmma, tcgen05.mma in the PTX; v_mfma in AMD's code). fma: float32
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Machine:
 
 
 MACHINES = {
-    "sm_80": Machine("cuda", 80, 32, 166_912, 108, 40 << 20, 80 << 30, r"\bHMMA"),
-    "sm_90": Machine("cuda", 90, 32, 232_448, 132, 50 << 20, 141 << 30, r"\bHGMMA"),
-    "sm_100": Machine("cuda", 100, 32, 232_448, 148, 126 << 20, 180 << 30, r"\bUTC\w*MMA"),
+    "sm_80": Machine("cuda", 80, 32, 166_912, 108, 40 << 20, 80 << 30, r"\bmma\.sync"),
+    "sm_90": Machine("cuda", 90, 32, 232_448, 132, 50 << 20, 141 << 30, r"\bwgmma\.mma_async"),
+    "sm_100": Machine("cuda", 100, 32, 232_448, 148, 126 << 20, 180 << 30, r"\btcgen05\.mma"),
     "gfx942": Machine("hip", "gfx942", 64, 65_536, 304, 4 << 20, 192 << 30, r"\bv_mfma"),
 }
 
@@ -126,10 +127,10 @@ def _measure(asm: dict[str, Any], machine: Machine) -> tuple[int, int, int, int]
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(asm["cubin"])
         used = subprocess.run([tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
-        code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
     size = {name: int(re.findall(rf"\b{name}:(\d+)", used.stdout)[-1]) for name in ("REG", "STACK", "LOCAL")}
     spills = size["STACK"] + size["LOCAL"]
-    return size["REG"], spills, len(re.findall(machine.tensor, code)), len(re.findall(r"\bFFMA", code))
+    ptx = asm["ptx"]
+    return size["REG"], spills, len(re.findall(machine.tensor, ptx)), len(re.findall(r"\bfma\.rn\S*\.f32", ptx))
 
 
 def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
