@@ -49,16 +49,27 @@ def drawn(
             yield ending, file.getvalue()
 
 
-def grid(axes: Axes, values: Any, x: str, y: str, what: str) -> None:
-    """Values [rows, columns], a numpy array, as a heat map, the first row at the bottom, 0 white."""
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
+def grid(axes: Axes, values: Any, x: str, y: str, what: str, *, uneven: bool = False) -> None:
+    """Values [rows, columns], a numpy array, as a heat map, the first row at the bottom, 0 white.
 
-    known = np.abs(values[np.isfinite(values)])
-    most = float(known.max()) if known.size else 0.0
+    uneven: few are far above the others, so that colour grows with the square root, of many up to the thousandth
+    largest.
+    """
+    import numpy as np
+    from matplotlib.colors import FuncNorm, LinearSegmentedColormap, Normalize
+
+    known = -np.sort(-np.abs(values[np.isfinite(values)]), axis=None)
+    largest = float(known[0]) if known.size else 0.0
+    most = (float(known[known.size // 1000]) if uneven and known.size > 5000 else 0.0) or largest or 1.0
+    ends: dict[str, Any] = {"vmin": -most, "vmax": most, "clip": True}
+    there_and_back = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
+    norm = FuncNorm(there_and_back, **ends) if uneven else Normalize(**ends)
     colours = LinearSegmentedColormap.from_list("scores", [NEGATIVE, "white", POSITIVE]).with_extremes(bad=FAINT)
-    image = axes.imshow(values, cmap=colours, vmin=-(most or 1), vmax=most or 1, origin="lower", aspect="auto")
+    image = axes.imshow(values, cmap=colours, norm=norm, origin="lower", aspect="auto")
     image.set_interpolation("nearest")
     axes.set(xlabel=x, ylabel=y)
     assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label=what)
+    bar = axes.figure.colorbar(image, ax=axes, label=what, extend="both" if largest > most else "neither")
+    if uneven:
+        ticks = [most * share for share in (-1, -0.25, 0, 0.25, 1)]
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])

@@ -103,7 +103,7 @@ def _pictures(run: Run) -> dict[str, Picture]:
     if found["rocs"]:
         pictures["roc"] = ((4.4, 4.2), lambda axes: _roc(axes, found["rocs"]))
     if found["exact"]:
-        pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"]))
+        pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"], found["agreement"]))
     if found["positions"]:
         pictures["positions"] = ((6.4, 4.0), lambda axes: _positions(axes, found["positions"]))
     return pictures | of_reproduction(run)
@@ -159,10 +159,9 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
 
 
 def _heat_map(axes: Axes, scores: EdgeScores) -> None:
-    values = scores.scores.double()
-    shown = (values.sign() * values.abs().sqrt()).masked_fill(~scores.mask, float("nan")).numpy()
+    shown = scores.scores.double().masked_fill(~scores.mask, float("nan")).numpy()
     names = scores.graph.receiver_names, scores.graph.sender_names
-    grid(axes, shown, "receivers", "senders", "score, its square root with its sign")
+    grid(axes, shown, "receivers, by layer", "senders, by layer", "score", uneven=True)
     for axis, labels in zip((axes.xaxis, axes.yaxis), names, strict=True):
         starts: dict[str, int] = {}
         for i, name in enumerate(labels):
@@ -187,7 +186,7 @@ def _histogram(axes: Axes, run: Run) -> None:
         axes.legend(frameon=False)
     per = (bins - 1) / 12  # bins of a power of ten
     most, ticks = found["ends"][-1], [bins - 0.5 - per * k for k in (4, 2, 0)]
-    labels = [f"{most * 10**-k:.0e}" for k in (4, 2, 0)]
+    labels = [f"{most * 10**-k:.1g}" for k in (4, 2, 0)]
     axes.set_xticks([*[bins - 1 - x for x in reversed(ticks)], *ticks], [*["−" + x for x in reversed(labels)], *labels])
     axes.tick_params(axis="x", labelsize=7)
     axes.set(yscale="log", xlabel="score (logarithmic to both sides of 0)", ylabel="edges")
@@ -219,12 +218,13 @@ def _roc(axes: Axes, rocs: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def _exact(axes: Axes, rows: list[list[Any]]) -> None:
+def _exact(axes: Axes, rows: list[list[Any]], agreement: list[str]) -> None:
     estimates, effects = [row[2] for row in rows], [row[3] for row in rows]
     axes.axline((0, 0), slope=1, color=QUIET, linewidth=0.8, linestyle="--")
     colours = [POSITIVE if estimate > 0 else NEGATIVE for estimate in estimates]
     axes.scatter(estimates, effects, s=12, c=colours, alpha=0.75)
     axes.set(xlabel="first-order score", ylabel="exact effect")
+    axes.set_title("\n".join(agreement), fontsize=8)
 
 
 def _jaccard(axes: Axes, a: EdgeScores, b: EdgeScores) -> None:

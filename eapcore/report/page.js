@@ -32,6 +32,7 @@
   const edgeName = (edge) => `${senderNames[edge.s]} → ${receiverNames[edge.r]}`;
   const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "–"
     : x === 0 ? "0" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
+  const round = (x) => (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5 ? x.toExponential(0) : String(Number(x.toPrecision(1)))); // to one digit
   const count = (n) => n.toLocaleString("en");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const share = (score, run) => Math.min(1, Math.abs(score) / run.most); // infinities are as wide as the largest number
@@ -528,14 +529,16 @@
 
   /** A canvas of rows (up) × columns with a cursor; value(i, j) is null where there is no cell. */
   function heatMap(box, id, rows, cols, rowName, colName, value, label, ticks) {
-    let largest = 0;
+    const sizes = [];
     for (let i = 0; i < rows; i += 1) {
       for (let j = 0; j < cols; j += 1) {
         const x = value(i, j);
-        if (x !== null && Number.isFinite(x)) largest = Math.max(largest, Math.abs(x));
+        if (x !== null && Number.isFinite(x)) sizes.push(Math.abs(x));
       }
     }
-    const left = 44, bottom = 18, room = Math.max(widthOf(box), left + cols + 4);
+    sizes.sort((a, b) => b - a);
+    const largest = sizes[0] || 0, full = sizes[sizes.length > 5000 ? Math.floor(sizes.length / 1000) : 0] || largest; // from here on full colour
+    const left = 44, bottom = 18, room = Math.max(widthOf(box), left + cols / 3 + 4);
     const cell = Math.min(26, (room - left - 4) / cols);
     const width = Math.floor(left + cell * cols + 4), height = Math.max(40, Math.round(rows * Math.max(Math.min(14, 260 / rows), Math.min(cell, 300 / rows))));
     const tall = height / rows, scale = devicePixelRatio || 1;
@@ -545,16 +548,22 @@
     });
     const pen = canvas.getContext("2d"), paper = rgb("--card"), none = rgb("--page");
     const ends = { "-": rgb("--negative"), "+": rgb("--positive") };
-    const image = new ImageData(cols, rows);
+    // A pixel that covers several cells shows the largest of them.
+    const wide = Math.min(cols, Math.max(1, Math.floor(cell * cols * scale))), high = Math.min(rows, Math.floor(height * scale));
+    const shown = new Array(wide * high).fill(null);
     for (let i = 0; i < rows; i += 1) {
       for (let j = 0; j < cols; j += 1) {
-        const x = value(i, j), at = 4 * ((rows - 1 - i) * cols + j);
-        const full = x < 0 ? ends["-"] : ends["+"], share = x === null || !largest ? 0 : Math.min(1, Math.sqrt(Math.abs(x) / largest));
-        for (let k = 0; k < 3; k += 1) image.data[at + k] = x === null ? none[k] : paper[k] + share * (full[k] - paper[k]);
-        image.data[at + 3] = 255;
+        const x = value(i, j), at = (high - 1 - Math.floor((i * high) / rows)) * wide + Math.floor((j * wide) / cols);
+        if (x !== null && (shown[at] === null || Math.abs(x) > Math.abs(shown[at]))) shown[at] = x;
       }
     }
-    const small = html("canvas", { width: cols, height: rows });
+    const image = new ImageData(wide, high);
+    shown.forEach((x, at) => {
+      const end = x < 0 ? ends["-"] : ends["+"], share = x === null || !full ? 0 : Math.min(1, Math.sqrt(Math.abs(x) / full));
+      for (let k = 0; k < 3; k += 1) image.data[4 * at + k] = x === null ? none[k] : paper[k] + share * (end[k] - paper[k]);
+      image.data[4 * at + 3] = 255;
+    });
+    const small = html("canvas", { width: wide, height: high });
     small.getContext("2d").putImageData(image, 0, 0);
     let cursor = null;
     const paint = () => {
@@ -584,7 +593,8 @@
       if (cursor) {
         pen.strokeStyle = colour("--ink");
         pen.lineWidth = 1.5;
-        pen.strokeRect(left + cursor[1] * cell - 0.5, height - (cursor[0] + 1) * tall - 0.5, cell + 1, tall + 1);
+        const w = Math.max(4, cell + 1), h = Math.max(4, tall + 1);
+        pen.strokeRect(left + (cursor[1] + 0.5) * cell - w / 2, height - (cursor[0] + 0.5) * tall - h / 2, w, h);
       }
     };
     const at = (i, j) => {
@@ -611,7 +621,9 @@
       at(cursor ? Math.max(0, Math.min(rows - 1, i + step[0])) : 0, Math.max(0, Math.min(cols - 1, j + step[1])));
     });
     paint();
-    box.replaceChildren(canvas);
+    const clipped = full < largest ? " or more" : "";
+    box.replaceChildren(canvas, html("ul", { class: "legend" }, html("li", {}, `−${number(full)}${clipped && " or less"}`,
+      html("b", { class: "scale" }), `${number(full)}${clipped}`), html("li", { text: `largest ${number(largest)}` })));
   }
 
   function maps() {
@@ -753,6 +765,7 @@
 
   function exact() {
     const box = byId("exact"), rows = current().exact.filter(([, , a, b]) => Number.isFinite(a) && Number.isFinite(b));
+    byId("exact-legend").replaceChildren(...current().agreement.map((text) => html("li", { text })));
     if (!rows.length) return box.replaceChildren(absent("Not here: exact effects (eapcore verify writes them)."));
     const range = (values) => {
       const a = Math.min(...values, 0), b = Math.max(...values, 0), pad = (b - a || 1) * 0.06;
@@ -780,7 +793,7 @@
     marks.push([bins / 2, 0]);
     const frame = axes(box, {
       x: { from: 0, to: bins, title: "score", ticks: marks.map((m) => m[0]),
-        tick: (place) => { const m = marks.find((each) => each[0] === place)[1]; return m ? m.toExponential(0) : "≈ 0"; } },
+        tick: (place) => { const m = marks.find((each) => each[0] === place)[1]; return m ? round(m) : "≈ 0"; } },
       y: { from: 0.5, to: Math.max(10, ...total) * 1.3, log: true, title: "edges", tick: count }, label: "Histogram of scores", height: 220,
     });
     const bar = (i, n, fillColour, narrow) => {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,11 +60,10 @@ def render(runs: Sequence[Run], *, command: str | None = None) -> str:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html").render(
-        runs=[_run_text(run) for run in runs],
+        runs=[_run_text(run, command) for run in runs],
         data=_script(data),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
-        command=command,
     )
 
 
@@ -125,13 +125,15 @@ def _run_data(run: Run) -> dict[str, Any]:
 
 
 def parts(run: Run) -> dict[str, Any]:
-    """What is drawn of a run's parts: `curves` of faithfulness, `rocs`, `exact` effects, sums by `positions`."""
+    """What is drawn of a run's parts: `curves` of faithfulness, `rocs`, `exact` effects, sums by `positions`,
+    and `agreement` of exact effects and scores in words."""
     return {
         "positions": _positions(run.scores),
         "curves": _part(run, "run", _run_curve) + _part(run, "evaluation", _evaluation_curves),
         "rocs": _part(run, "evaluation", lambda _, content: _rocs(content["rocs"]))
         + _part(run, "reproduction", lambda _, content: _rocs((content["judged"] or {}).get("curves", []))),
         "exact": _part(run, "verification", _exact),
+        "agreement": _part(run, "verification", _agreement),
     }
 
 
@@ -191,6 +193,17 @@ def _exact(run: Run, content: Any) -> list[list[Any]]:
     return [[*run.scores.graph.edge(edge), float(estimate), float(effect)] for edge, estimate, effect in rows]
 
 
+def _agreement(run: Run, content: Any) -> list[str]:
+    """How far the scores of the edges that were patched are right; [] where the file does not say."""
+    found = content.get("agreement")
+    if found is None:
+        return []
+    slope, intercept = (_number(found[key]) for key in ("slope", "intercept"))
+    line = f"exact = {slope} · score {'−' if intercept.startswith('-') else '+'} {intercept.lstrip('-')}"
+    signs = None if found["signs"] is None else 100 * found["signs"]
+    return [line, f"R² {_number(found['r2'])}, Spearman {_number(found['spearman'])}, same sign {_number(signs)} %"]
+
+
 def histogram(run: Run, per_side: int = 24, decades: int = 6) -> dict[str, Any]:
     """Counts of edges by score, in and outside the circuit, on a logarithmic axis to both sides of 0.
 
@@ -229,7 +242,7 @@ def _number(value: Any) -> str:
     return "–" if value is None else f"{float(value):.4g}"
 
 
-def _run_text(run: Run) -> dict[str, Any]:
+def _run_text(run: Run, command: str | None) -> dict[str, Any]:
     """What the page's template writes of a run."""
     meta = run.scores.meta
     return {
@@ -237,7 +250,7 @@ def _run_text(run: Run) -> dict[str, Any]:
         "facts": facts(run),
         "sign": meta.get("sign", EDGE_SIGN),
         "prompts": _part(run, "prompts", _prompt_rows) or None,
-        "commands": _commands(run),
+        "commands": _commands(run, command),
         "missing": run.missing,
         "files": dict(run.files),
         "made": [(str(key), _plain(value)) for key, value in meta.items()],
@@ -257,11 +270,16 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _commands(run: Run) -> list[str]:
-    """The commands that made a run's files, in order, each once."""
-    contents = [getattr(run, part) for part in ("run", "reproduction", "evaluation", "verification", "prompts")]
-    found = [content.get("command") for content in contents if content is not None]
-    return list(dict.fromkeys(str(command) for command in found if command))
+def _commands(run: Run, command: str | None) -> list[str]:
+    """The commands that made a run's files, in order, each once, with where its results are; and the page's own."""
+    found: dict[str, str] = {}
+    for part in ("run", "reproduction", "prompts", "evaluation", "verification"):
+        content = getattr(run, part)
+        if content is not None and content.get("command"):
+            file = f"/{run.files.get(part, PARTS[part][0])}" if part in ("evaluation", "verification") else ""
+            found.setdefault(str(content["command"]), shlex.join(["--out", f"{run.name}{file}"]))
+    lines = [f"{made} {out}" for made, out in found.items()]
+    return [*lines, command] if lines and command is not None and command not in found else lines
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

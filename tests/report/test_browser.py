@@ -162,6 +162,25 @@ def test_all_charts_are_drawn_at_every_width_and_in_both_themes(browser, both, p
             assert (sum(map(int, card[4:-1].split(","))) < 200) == dark
 
 
+def test_a_large_score_shows_on_a_map_whose_cells_are_smaller_than_pixels(browser, tmp_path):
+    path, graph = tmp_path / "report.html", Graph(12, 12, True)
+    scores = random_scores(graph)
+    scores.scores[scores.mask] = 1e-6
+    for edge in ("embed->a5.h3<q>", "m2->a7.h0<k>", "a0.h1->m11"):
+        scores.scores[graph.edge(edge)] = -5.0
+    write_page([Run(scores)], path)
+    full = (
+        "(() => { const c = document.querySelector('#map-canvas'), d = c.getContext('2d').getImageData(0, 0, c.width,"
+        "c.height).data; let n = 0; for (let i = 0; i < d.length; i += 4) n += d[i] === 31 && d[i + 1] === 102 &&"
+        "d[i + 2] === 176; return n })()"
+    )
+    for width in (400, 1000):
+        browser.resize(width)
+        browser.open(path)
+        assert browser.run(full) >= 3
+        assert "largest 5" in browser.run("document.querySelector('#map .legend').textContent")
+
+
 def test_two_runs_show_what_each_has_that_the_other_lacks(browser, both, folder, other):
     browser.open(both)
     browser.type("#count-number", "40")

@@ -95,6 +95,26 @@ def test_sums_by_position_and_the_histogram_lose_nothing(folder):
         assert found["inside"][i] + found["outside"][i] == int(inside.sum())
 
 
+def test_how_to_make_it_again_names_each_command_once_with_its_place(write_run):
+    folder = write_run(seed=5)
+    for part in ("evaluation", "verification"):
+        content = json.loads((folder / f"{part}.json").read_text())
+        content |= {"command": f"eapcore {part[:-5]} --scores run5/scores.safetensors"}
+        if part == "verification":
+            found = {"r2": 0.5, "slope": 1.25, "intercept": -0.5, "spearman": 0.75, "signs": None}
+            content |= {"agreement": found}
+        (folder / f"{part}.json").write_text(json.dumps(content))
+    run = Run.read(folder)
+    expected = [
+        "eapcore run --model small --out run5",
+        "eapcore evalu --scores run5/scores.safetensors --out run5/evaluation.json",
+        "eapcore verific --scores run5/scores.safetensors --out run5/verification.json",
+    ]
+    for own, more in (("eapcore run --model small", []), ("eapcore report run5", ["eapcore report run5"])):
+        assert re.findall("<code>(.*?)</code>", render([run], command=own)) == expected + more
+    assert parts(run)["agreement"] == ["exact = 1.25 · score − 0.5", "R² 0.5, Spearman 0.75, same sign – %"]
+
+
 def test_text_of_files_stays_text(folder):
     page = render([Run.read(folder)], command=EVIL)
     tags = Tags()
