@@ -5,10 +5,27 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import check_number, find_ablation, prepare_large, score, uncertainty
-from eapcore.cli.options import Command, add_method, add_out, add_resume, add_task, add_uncertainty, count, number
-from eapcore.cli.output import check_out, enough_prompts, score_table, scored_heading, write
+from eapcore.cli.inputs import check_number, find_ablation, given, prepare_large, score, uncertainty
+from eapcore.cli.options import (
+    METHOD,
+    Command,
+    add_method,
+    add_out,
+    add_resume,
+    add_task,
+    add_uncertainty,
+    count,
+    number,
+)
+from eapcore.cli.output import Progress, check_out, enough_prompts, heading, score_table, scored_heading, write
+
+if TYPE_CHECKING:
+    from eapcore.execution.ablation import Ablation
+    from eapcore.models.model import Model
+    from eapcore.tasks.pairs import PromptPairs
+    from eapcore.tasks.stream import PairStream
 
 
 def add(command: Command) -> None:
@@ -18,7 +35,11 @@ def add(command: Command) -> None:
     add_method(parser)
     add_uncertainty(parser)
     parser.add_argument(
-        "--level", default="edge", metavar="WHAT", help="edge, node, or neuron: also MLP units and output dimensions"
+        "--level",
+        default="edge",
+        metavar="WHAT",
+        help="edge, node, or neuron: also MLP units and output dimensions; or attention: each head's edges from "
+        "position to position, by --method eap or peap",
     )
     parser.add_argument(
         "--reduce", default="all", metavar="HOW", help="all, or pair or position: the file has each one's scores too"
@@ -47,10 +68,16 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.tasks import PromptPairs
 
     check_out(args)
+    if args.level == "attention":
+        _only_attention(args)
     model, pairs, metric = prepare_large(args)
-    check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
+    if args.level != "attention":
+        check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
     ablation = find_ablation(args, model, pairs)
     start = time.perf_counter()
+    if args.level == "attention":
+        _attention(args, model, pairs, metric, ablation)
+        return
     folder = args.pairs_out
     if folder is None and args.reduce == "pair" and not isinstance(pairs, PromptPairs):
         folder = args.out.with_suffix(".pairs")
@@ -71,3 +98,39 @@ def run(args: argparse.Namespace) -> None:
         print(score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
     print(enough_prompts(scores, shown or min(50, model.graph.n_edges)), end="")
     print(f"wrote    {args.out}" + (f" and {folder}/" if folder is not None else ""))
+
+
+def _only_attention(args: argparse.Namespace) -> None:
+    """Refuse what scores of attention's edges do not take."""
+    others = [name for name in METHOD if name != "method"]
+    if left := given(args, *others, "pairs_out", "threshold", "resume"):
+        raise ValueError(f"--level attention takes --method eap or peap alone: leave out {left}")
+    if args.reduce != "all" or args.distributed:
+        raise ValueError("--level attention has the mean over all pairs, in one process: leave --reduce at all")
+
+
+def _attention(
+    args: argparse.Namespace, model: Model, pairs: PromptPairs | PairStream, metric: str, ablation: Ablation
+) -> None:
+    """Score attention's edges between positions, write them, and print the largest."""
+    from eapcore.attribution.positions import attention_edges
+    from eapcore.tasks import PromptPairs
+
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(
+            f"--level attention reads all of a file at once, and {pairs.name} is too large: give --n-pairs"
+        )
+    start = time.perf_counter()
+    with Progress("scoring", len(pairs)) as progress:
+        options = {"ablation": ablation, "batch_size": args.batch_size, "progress": progress}
+        scores = attention_edges(model, pairs, metric, method=args.method or "eap", **options)
+    write(args, scores)
+    config, seconds = model.config, time.perf_counter() - start
+    print(heading(model, pairs, metric))
+    print(
+        f"scored   attention of {config.n_layers} × {config.n_heads} heads between {scores.q.shape[-1]} positions by "
+        f"{scores.meta['method']['name']}, in {seconds:.2f} s"
+    )
+    if args.top_n:
+        print(score_table("edge", scores.top(args.top_n)))
+    print(f"wrote    {args.out}")

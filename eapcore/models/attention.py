@@ -245,6 +245,13 @@ class Attention:
         norm, x = self._over(norm, x)
         return self._apart(norm.forward(x)[0])
 
+    def along(self, norm: Norm, moved: Tensor, x: Annotated[Tensor, "... C T K"]) -> Annotated[Tensor, "... C T K"]:
+        """How what `normed` makes of x moves to first order where x moves by so much."""
+        if norm.kind == "none":
+            return moved
+        norm, x = self._over(norm, x)
+        return self._apart(norm.along(self._over(norm, moved)[1], norm.forward(x)[1]))
+
     def _normed_back(self, norm: Norm, grad: Tensor, x: Tensor) -> Annotated[Tensor, "... C T K"]:
         """∂metric/∂x from that of `normed`, of all heads; both [..., C, T, K]."""
         if norm.kind == "none":

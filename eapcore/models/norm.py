@@ -89,6 +89,18 @@ class Norm:
         how = (norm_in.x, norm_in.mean, norm_in.rstd, self.gamma, self.beta, total)
         return normalise_grad_added(grad, *how, frozen=rule == "frozen", out=out)
 
+    def along(self, moved: Annotated[Tensor, "... D"], norm_in: NormInput) -> Annotated[Tensor, "... D"]:
+        """How n moves to first order where x moves by so much, in float32 at least: the transpose of `backward`."""
+        if self.kind == "none":
+            return moved
+        assert norm_in.rstd is not None
+        wide = accumulate_dtype(moved.dtype)
+        x_hat, made = norm_in.x_hat().to(wide), moved.to(wide) * norm_in.rstd
+        if self.kind == "layernorm":
+            made = made - made.mean(-1, keepdim=True)
+        made = made - x_hat * (x_hat * made).mean(-1, keepdim=True)
+        return made if self.gamma is None else made * self.gamma.to(wide)
+
     def frozen_weight(self, w: Annotated[Tensor, "C D K"]) -> Annotated[Tensor, "C D K"]:
         """(1 − 11ᵀ/D) diag(γ) W, for RMSNorm diag(γ) W.
 

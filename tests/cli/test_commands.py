@@ -14,11 +14,13 @@ import tqdm
 
 import eapcore.execution.ablation as ablations
 from eapcore.attribution.attribute import attribute
+from eapcore.attribution.positions import attention_edges
 from eapcore.cli import main
 from eapcore.evaluation.faithfulness import mib
 from eapcore.evaluation.roc import roc
 from eapcore.evaluation.stability import stability
 from eapcore.evaluation.verify import verify
+from eapcore.graph.attention_scores import AttentionScores
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, NodeScores
@@ -171,6 +173,19 @@ def test_acdc_writes_the_circuit_and_counts_its_forwards(eapcore, model, pairs, 
     assert status == 0 and torch.equal(found.mask, expected.mask)
     assert f"circuit  {expected.n_edges} edges" in printed
     assert f"{expected.meta['forwards']['decided']} decided by a forward" in printed
+
+
+def test_attribute_writes_attention_from_position_to_position(eapcore, model, pairs, tmp_path):
+    for method in ("eap", "peap"):
+        options = ("--level", "attention", "--method", method, "--metric", "nll", "--top-n", 2)
+        status, printed, _ = eapcore("attribute", *options, out="scores.safetensors")
+        expected = attention_edges(model, pairs, "nll", method=method)
+        found = AttentionScores.load(tmp_path / "scores.safetensors", content_hash=model.content_hash)
+        assert status == 0 and torch.equal(found.k, expected.k) and found.meta["method"] == expected.meta["method"]
+        assert f"     1  {expected.top(1)[0][0]} " in printed
+    for refused, text in [(("--steps", 3), "leave out --steps"), (("--reduce", "pair"), "leave --reduce at all")]:
+        status, printed, _ = eapcore("attribute", "--level", "attention", *refused)
+        assert status == 2 and text in printed
 
 
 def test_probe_writes_the_scores_of_trained_masks(eapcore, model, pairs, tmp_path):

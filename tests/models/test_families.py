@@ -19,6 +19,7 @@ import eapcore
 import eapcore.search.subnetwork_probing as subnetwork_probing
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
+from eapcore.attribution.positions import attention_edges
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
 from eapcore.models.families import layout_of
@@ -368,6 +369,55 @@ def test_gim_is_its_literal_rules(name):
         found = eapcore.attribute(model, pairs, method="gim", batch_size=2, storage=storage).scores
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "gemma3", "olmo2", "neox"])
+def test_attention_from_position_to_position_adds_up_and_one_key_alone_is_exact(name):
+    model = ours(name, "grouped")
+    if "qwen2" in name:
+        layers = [[[replace(c, softcap=2.0) if hasattr(c, "w_o") else c for c in stage] for stage in layer]
+            for layer in model.weights.layers]  # fmt: skip
+        layers = tuple(tuple(tuple(stage) for stage in layer) for layer in layers)
+        model = replace(model, weights=replace(model.weights, layers=layers))
+    pairs, graph = pairs_for(model), model.graph
+    found = attention_edges(model, pairs, "nll", batch_size=2)
+    by_position = eapcore.attribute(model, pairs, "nll", reduce="position").per_position.sum(1)
+    for layer, attention in enumerate(model.attentions):
+        rows = [
+            (found.q[layer].sum(1), 1),
+            (found.k[layer].sum(2), attention.group),
+            (found.v[layer].sum(2), attention.group),
+        ]
+        expected = by_position[:, graph.qkv(layer)].T.split([attention.n_heads, attention.n_kv, attention.n_kv])
+        for kind, ((x, group), other) in enumerate(zip(rows, expected, strict=True)):
+            x = x.unflatten(0, (-1, group)).sum(1)
+            x, other = (x.sum(0), other.sum(0)) if attention.joint and kind < 2 else (x, other)
+            torch.testing.assert_close(x, other, rtol=0, atol=1e-11)
+    alone = pairs.select(torch.tensor([0]))
+    stop = int(alone.positions[0]) + 1
+    found, runs = attention_edges(model, alone, "nll", method="peap"), []
+    for tokens in (alone.clean, alone.corrupt):
+        runs.append(list(run_stages(model, embed(model, tokens[:, :stop]).requires_grad_())))
+    logits = unembed(model, runs[0][-1].out)[0][0, -1]
+    value = METRICS["nll"](logits[None], MetricBatch(alone.answers, alone.wrong, None, None, None)).sum()
+    for layer, attention in enumerate(model.attentions):
+        clean, corrupt = ([run.attention for run in each if run.attention is not None][layer] for each in runs)
+        made = attention.mix(clean.saved.q, clean.saved.kv)
+        (behind,) = torch.autograd.grad(value, clean.saved.qkv[0], retain_graph=True)
+        _, _, dv = behind.split([attention.n_heads, attention.n_kv, attention.n_kv], 2)
+        moved = corrupt.saved.kv - clean.saved.kv
+        values = (moved[:, :, attention.n_kv :] * dv).sum(-1)[0].T.detach()
+        torch.testing.assert_close(
+            found.v[layer].sum(2).unflatten(0, (-1, attention.group)).sum(1), values, rtol=0, atol=1e-11
+        )
+        if attention.joint or attention.post.kind != "none":
+            continue
+        dz = torch.autograd.grad(value, clean.z, retain_graph=True)[0]
+        for t in range(stop):
+            kv = clean.saved.kv.detach().clone()
+            kv[:, t, : attention.n_kv] += moved[:, t, : attention.n_kv]
+            change = (attention.mix(clean.saved.q, kv) - made) * dz
+            torch.testing.assert_close(found.k[layer, :, t], change.sum(-1)[0].T.detach(), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
