@@ -445,9 +445,9 @@
 
   // The table of edges
 
-  const COLUMNS = [
+  const COLUMNS = [ // its name, a cell, whether this is a number, and by what it is sorted, if not by the cell
     ["rank", (edge) => edge.rank, true],
-    ["edge", (edge) => edgeName(edge), false],
+    ["edge", (edge) => edgeName(edge), false, (edge) => edge.flat],
     ["score", (edge) => edge.score, true],
     ["|score|", (edge) => Math.abs(edge.score), true],
   ];
@@ -468,7 +468,7 @@
   function fillTable() {
     const run = current(), shown = columns();
     if (!shown.some(([name]) => name === table.column)) table.column = "rank";
-    const [, value] = shown.find(([name]) => name === table.column);
+    const [, cell, , key] = shown.find(([name]) => name === table.column), value = key || cell;
     const words = table.find.toLowerCase().split(/\s+/).filter(Boolean);
     let rows = run.list;
     if (words.length) {
@@ -482,7 +482,7 @@
       const empty = (x) => x === null || Number.isNaN(x);
       rows.sort(([a, e], [b, f]) => {
         if (empty(a) || empty(b)) return empty(a) - empty(b) || e.rank - f.rank; // what is not there stands last
-        const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
+        const order = a < b ? -1 : a > b ? 1 : 0;
         return (table.down ? -order : order) || e.rank - f.rank;
       });
       rows = rows.map(([, edge]) => edge);

@@ -137,6 +137,11 @@ def test_the_table_sorts_and_finds(browser, page, folder):
     assert browser.run(SHOWN.format(1)) == by_score[:25]
     browser.press("Enter")  # the button keeps the cursor
     assert browser.run(SHOWN.format(1)) == by_score[::-1][:25]
+    browser.click('[data-column="edge"]')
+    in_order = [scores.graph.edge_name(s, r).replace("->", " → ") for s, r in scores.mask.nonzero().tolist()]
+    assert browser.run(SHOWN.format(1)) == in_order[:25]
+    browser.click('[data-column="score"]')
+    browser.press("Enter")
     sorts = "[...document.querySelectorAll('#table th[aria-sort]')].map(th => th.ariaSort)"
     assert browser.run(sorts).count("descending") == 1
     browser.type("#find", "logits a1")
@@ -203,7 +208,7 @@ def test_two_runs_show_what_each_has_that_the_other_lacks(browser, both, folder,
 def test_a_page_of_thirty_thousand_edges_does_not_freeze(browser, tmp_path):
     path, scores = tmp_path / "report.html", random_scores(Graph(12, 12, True))
     scores.scores[0, 0], scores.scores[0, 1] = float("inf"), -float("inf")
-    write_page([Run(scores)], path)
+    write_page([Run(scores, circuit=scores.top_n(400))], path)
     browser.open(path)
     seconds = browser.run(
         "(async () => { const slider = document.querySelector('#count'); let longest = 0;"
@@ -213,3 +218,8 @@ def test_a_page_of_thirty_thousand_edges_does_not_freeze(browser, tmp_path):
     )
     assert seconds < 2
     assert browser.run(DRAWN) > 0
+    sort = (
+        '(name => { const start = performance.now(); document.querySelector(`[data-column="${name}"]`).click();'
+        "return (performance.now() - start) / 1000 })({!r})"
+    )
+    assert all(browser.run(sort.replace("{!r}", repr(name))) < 2 for name in ("edge", "in circuit", "|score|", "edge"))
