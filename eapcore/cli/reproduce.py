@@ -106,7 +106,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Redo everything, or with --scores what needs no model."""
-    from eapcore.evaluation.reproduce import FILES, known
+    from eapcore.evaluation.reproduce import FILES, KEPT_IN, known
 
     truth, published = known(args.task)
     if args.distributed:
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.sign is not None:
         raise ValueError("--sign is for --scores: scores that are made here have ours")
+    args.resume = args.out / KEPT_IN  # where what is done lies, if this is stopped
     _on_model(args, args.model or published.model, args.n or published.n_pairs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -44,7 +45,7 @@ FACTORS = (0.25, 1.0, 4.0)  # of the published threshold, where searches start
 SAMPLE, CURVES = 100, 4  # edges patched where not all are; of the outlying ones those that are followed
 SMALL = 5_000  # edges that are all patched, and all searched
 KEPT = 0.8  # of the behaviour, by the smallest circuit
-_STEPS = "steps"
+KEPT_IN = "steps"
 
 Starting = Callable[[str, str], Progress | None]
 
@@ -205,7 +206,7 @@ def reproduce_scores(task: str, scores: EdgeScores, folder: str | Path, *, comma
             f"the published circuit of {task} is one of {truth.circuit.graph}, but the scores are of {scores.graph}"
         )
     folder, left_out, inside = Path(folder), list[str](), summed_inside(scores)
-    if (folder / _STEPS).exists():
+    if (folder / KEPT_IN).exists():
         raise ValueError(f"{folder} holds a reproduction on a model: give --out another folder, or delete it")
     if scores.meta.get("sign") == UNKNOWN_SIGN:
         left_out.append(
@@ -275,12 +276,13 @@ class _Steps:
     """Steps that are kept in a folder, each as JSON with what it was asked for, so that none is done twice."""
 
     def __init__(self, folder: Path, experiment: Experiment, progress: Starting) -> None:
-        self.folder, self.progress = folder / _STEPS, progress
+        self.folder, self.progress = folder / KEPT_IN, progress
         self.identity = {key: _plain(value) for key, value in experiment.identity().items()}
         began = self.folder / "of.json"
         if began.exists():
-            other = _read(began).get("identity") or {}
-            changed = [key for key, value in self.identity.items() if other.get(key) != value]
+            other = _read(began).get("identity")
+            before = other if isinstance(other, dict) else {}
+            changed = [key for key, value in self.identity.items() if before.get(key) != value]
             if changed:
                 raise ValueError(
                     f"{folder} holds a reproduction with another {' and another '.join(changed)}: give --out another "
@@ -295,11 +297,13 @@ class _Steps:
         path, asked = self.folder / f"{name}.json", _plain(asked)
         if path.exists():
             kept = _read(path)
-            if kept.get("asked") == asked:
+            if kept.get("sha256") != _checksum(kept):
+                raise ValueError(f"{path} is not as a reproduction wrote it: delete it, and the step is done again")
+            if kept["asked"] == asked:
                 return kept["made"]
-        made = _plain(make())
-        self._write(path, {"asked": asked, "made": made})
-        return made
+        done = {"asked": asked, "made": _plain(make())}
+        self._write(path, {**done, "sha256": _checksum(done)})
+        return done["made"]
 
     def begun(self, name: str) -> Path:
         """Where a step keeps what it has done of its work."""
@@ -317,6 +321,11 @@ class _Steps:
 def _plain(value: Any) -> Any:
     """A value as it comes back from JSON."""
     return json.loads(json.dumps(finite(value)))
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps([content.get("asked"), content.get("made")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

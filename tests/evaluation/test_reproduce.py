@@ -188,6 +188,26 @@ def test_other_prompts_or_weights_are_refused_in_a_folder_that_holds_a_reproduct
     assert {path: path.read_bytes() for path in out.glob("*.*")} == before
 
 
+def test_a_step_that_was_edited_is_refused_by_name(ioi, tmp_path, capsys):
+    out, _, command = ioi
+    shutil.copytree(out, tmp_path / "again")
+    path = tmp_path / "again" / "steps" / "curves.json"
+    for content in (path.read_text().replace('"points"', '"point"'), "["):
+        path.write_text(content)
+        assert main([*command, "--out", str(tmp_path / "again")]) == 2
+        assert "curves.json" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_evaluate_judges_by_the_published_circuit_s_two_edge_sets(attn_only, tmp_path, capsys):
+    options = ["--model", str(attn_only), "--task", "docstring", "--n", "1", "--method", "eap", "--device", "cpu"]
+    options += ["--out", str(tmp_path / "judged.json"), "--true-circuit", "docstring"]
+    assert main(["evaluate", *options]) == 0
+    said = [line for line in capsys.readouterr().out.split("\n") if line.startswith("AUC")]
+    assert "24 true of" in said[0] and "37 true of" in said[1] and said[1].endswith(f"({WITH_INSIDE})")
+    assert main(["evaluate", *options, "--ablation", "zero"]) == 0
+    assert "without  the edges inside components" in capsys.readouterr().out
+
+
 def test_docstring_patches_every_edge_and_searches_from_all(attn_only, tmp_path):
     model = load(attn_only)
     pairs = find_pairs("docstring", n=1, seed=0, encode=model.tokenizer)
