@@ -28,19 +28,25 @@ def attend(
     how: Causal,
     tokens: int,
     read: Annotated[Tensor, "int64 B Q"] | None = None,
+    out: Annotated[Tensor, "B Q H K"] | None = None,
     *,
     impl: str = "auto",
 ) -> Annotated[Tensor, "B H Q K"]:
     """z = softmax(..) v, in float32 at least: not rounded to half precision, so that mixtures can be subtracted before
-    they are. tokens is T."""
+    they are. tokens is T. out: where it goes, rounded to out's dtype."""
     if takes_triton(impl, q) and (impl == "triton" or fits(q)):
         if (run := dry.active.get()) is not None:
-            z = empty_mixtures(q)
+            z = empty_mixtures(q) if out is None else out.transpose(1, 2)
             run.ran("attend", q, k, v, z)
             return z
         from . import triton_attention
 
-        return triton_attention.attend(q, k, v, how, tokens, read)
+        z = empty_mixtures(q) if out is None else out.transpose(1, 2)
+        triton_attention.attend(q, k, v, how, tokens, read, z.transpose(1, 2), False)
+        return z
+    if out is not None:
+        out.copy_(attend(q, k, v, how, tokens, read, impl=impl).transpose(1, 2))
+        return out.transpose(1, 2)
     q, k, v = (x.to(wide_dtype(x)) for x in (q, k, v))
     if q.shape[2] == 0:
         return q
@@ -51,6 +57,34 @@ def attend(
     if before == 0 and read is None and (how.window is None or tokens <= how.window):
         return mix(is_causal=True)
     return mix(attn_mask=~how.hidden(tokens, before, read, q.device))
+
+
+def attend_moved(
+    q: Annotated[Tensor, "2B H Q K"],
+    k: Annotated[Tensor, "2B G P+T K"],
+    v: Annotated[Tensor, "2B G P+T K"],
+    how: Causal,
+    tokens: int,
+    read: Annotated[Tensor, "int64 2B Q"] | None,
+    out: Annotated[Tensor, "2B Q H K"],
+    *,
+    impl: str = "auto",
+) -> None:
+    """`attend` of B prompts, and of as many behind them what they have more, written to out: rounded once to its dtype.
+
+    The prompts of a pair are read at the same positions.
+    """
+    if takes_triton(impl, q) and (impl == "triton" or fits(q)):
+        if (run := dry.active.get()) is not None:
+            run.ran("attend", q, k, v, out)
+            return
+        from . import triton_attention
+
+        triton_attention.attend(q, k, v, how, tokens, read, out, True)
+        return
+    first, second = attend(q, k, v, how, tokens, read, impl=impl).transpose(1, 2).tensor_split(2)
+    out[: len(first)] = first
+    out[len(first) :] = second - first
 
 
 def attend_grad(

@@ -197,30 +197,66 @@ def moved_sum(
     difference: Annotated[Tensor, "1 C D"],
     bias: Annotated[Tensor, "D"] | None = None,
     *,
+    out: Annotated[Tensor, "1 N D"] | None = None,
+    kept: Annotated[Tensor, "C D"] | None = None,
     impl: str = "auto",
 ) -> Annotated[Tensor, "1 N D"]:
     """x with what was sent to all rows but the last C, and to these what was sent to as many before, moved.
 
         out[n] = x[n] + sent[n] + bias        for n ≥ N − C: x[n] + sent[n − C] + bias + difference[n − (N − C)]
 
-    Rounded once in the moved rows. `sent` may be overwritten.
+    Rounded once in the moved rows. `sent` may be overwritten. out: where it goes, contiguous, None for anywhere. kept:
+    contiguous, where the difference goes as well.
     """
     count = difference.shape[1]
     if takes_triton(impl, x):
+        out = x.new_empty(x.shape) if out is None else out
         if (run := dry.active.get()) is not None:
-            out = x.new_empty(x.shape)
-            run.ran("moved_sum", x, sent, difference, out)
+            run.ran("moved_sum", x, sent, difference, out, *(() if kept is None else (kept,)))
             return out
         from . import triton_steps
 
-        return triton_steps.moved_sum(x, sent, difference, bias)
+        triton_steps.moved_sum(x, sent, difference, bias, out, kept)
+        return out
     if bias is not None:
         sent += bias
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     torch.add(x[:, :-count], sent, out=out[:, :-count])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out[:, -count:] = x[:, -count:].to(wide) + sent[:, -count:] + difference
+    if kept is not None:
+        kept.copy_(difference[0])
     return out
+
+
+def moved_sum_normalised(
+    x: Annotated[Tensor, "1 N D"],
+    sent: Annotated[Tensor, "1 N-C D"],
+    difference: Annotated[Tensor, "1 C D"],
+    bias: Annotated[Tensor, "D"] | None,
+    gamma: Annotated[Tensor, "D"] | None,
+    beta: Annotated[Tensor, "D"] | None,
+    eps: float,
+    *,
+    centred: bool,
+    out: Annotated[Tensor, "1 N D"] | None = None,
+    kept: Annotated[Tensor, "C D"] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor]]:
+    """`moved_sum`, and `normalise` of it."""
+    if not takes_triton(impl, x):
+        out = moved_sum(x, sent, difference, bias, out=out, kept=kept, impl=impl)
+        return out, normalise(out, gamma, beta, eps, centred=centred, impl=impl)
+    out = x.new_empty(x.shape) if out is None else out
+    n, mean, rstd = x.new_empty(x.shape), *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
+    if (run := dry.active.get()) is not None:
+        run.ran("moved_sum", x, sent, difference, out, n, *(() if kept is None else (kept,)))
+    else:
+        from . import triton_steps
+
+        norm = (gamma, beta, eps, centred)
+        triton_steps.moved_sum(x, sent, difference, bias, out, kept, norm, (n, mean, rstd))
+    return out, (n, mean if centred else None, rstd)
 
 
 def takes_triton(impl: str, x: Tensor) -> bool:

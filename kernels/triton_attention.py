@@ -1,6 +1,7 @@
 """Causal attention on the GPU without a pattern in memory, float32 between what is read and what is written.
 
-    attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018)
+    attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018);
+                       where pairs of prompts are wanted, then that of the other prompt, of which the difference remains
     query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next
     key_grads          dk and dv of a block of keys: the queries that see them go by
 
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .causal import Causal, empty_mixtures, grads_in
+from .causal import Causal, grads_in
 from .triton_steps import rounded
 
 
@@ -72,12 +73,41 @@ def query_positions(read, prompt, rows, Q, before, HAS_READ: tl.constexpr):
 
 
 @triton.jit
+def mixtures(
+    q, k, v, positions, rows, head, group, N, K, scale, window, softcap, stride_qt, stride_kt, stride_vt,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_K)
+    queries = load_rows(q, rows, stride_qt, d, K, UPCAST)
+    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(n, N - 1)
+        keys = load_rows(k, inside, stride_kt, d, K, UPCAST)
+        s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+        top = tl.maximum(largest, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        values = load_rows(v, inside, stride_vt, d, K, UPCAST).to(tl.float32)
+        mixed = tl.dot(p, values, mixed * shrink[:, None], input_precision=PRECISION)
+        largest = top
+    return mixed / total[:, None]
+
+
+@triton.jit
 def attend_rows(
     q, k, v, z, read,
-    H, group, Q, N, K, before, scale, window, softcap,
+    H, group, Q, N, K, before, scale, window, softcap, apart,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     row = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -86,28 +116,25 @@ def attend_rows(
     rows = tl.minimum(row, Q - 1)  # rows past the end repeat the last one
     d = tl.arange(0, BLOCK_K)
     positions = query_positions(read, prompt, rows, Q, before, HAS_READ)
-    queries = load_rows(q + prompt * stride_qb + head * stride_qh, rows, stride_qt, d, K, UPCAST)
+    queries_at = q + prompt * stride_qb + head * stride_qh
     keys_at = k + prompt * stride_kb + (head // group) * stride_kh
     values_at = v + prompt * stride_vb + (head // group) * stride_vh
-    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
-    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(n, N - 1)
-        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
-        s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        top = tl.maximum(largest, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
-        p = tl.exp(s - base[:, None])
-        shrink = tl.exp(largest - base)
-        total = total * shrink + tl.sum(p, 1)
-        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST).to(tl.float32)
-        mixed = tl.dot(p, values, mixed * shrink[:, None], input_precision=PRECISION)
-        largest = top
+    made = mixtures(
+        queries_at, keys_at, values_at, positions, rows, head, group, N, K, scale, window, softcap,
+        stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     at = z + ((prompt * Q + row.to(tl.int64)) * H + head)[:, None] * K + d[None, :]
-    tl.store(at, mixed / total[:, None], mask=(row < Q)[:, None] & (d < K)[None, :])
+    inside_out = (row < Q)[:, None] & (d < K)[None, :]
+    tl.store(at, rounded(made, ROUND).to(z.dtype.element_ty), mask=inside_out)
+    if PAIRED:
+        further = apart.to(tl.int64)
+        moved = mixtures(
+            queries_at + further * stride_qb, keys_at + further * stride_kb, values_at + further * stride_vb,
+            positions, rows, head, group, N, K, scale, window, softcap,
+            stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        at += further * Q * H * K
+        tl.store(at, rounded(moved - made, ROUND).to(z.dtype.element_ty), mask=inside_out)
 
 
 @triton.jit
@@ -217,19 +244,23 @@ def key_grads(
     tl.store(dv + at, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=inside_out)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, how: Causal, tokens: int, read: Tensor | None) -> Tensor:
-    """`eapcore.kernels.attention.attend` on the GPU."""
-    z = empty_mixtures(q)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, how: Causal, tokens: int, read: Tensor | None, z: Tensor, paired: bool
+) -> Tensor:
+    """`eapcore.kernels.attention.attend` on the GPU, or with `paired` its `attend_moved`, into z [B, Q, H, K]."""
+    common.check_precision("auto", q.dtype, common.target(q.device))
     if z.numel() == 0:
         return z
     q, k, v = (common.unit_inner_stride(x.detach()) for x in (q, k, v))
     numbers, meta = _how(q, k, how, tokens, exact=True)
     precision = "tf32x3" if common.target(q.device).backend == "cuda" else "ieee"  # of float32 products alone
+    prompts = q.shape[0] // (1 + paired)
     common.launch(
-        attend_rows, common.cdiv(q.shape[2], meta["BLOCK_Q"]) * q.shape[0] * q.shape[1],
-        q, k, v, z, None if read is None else read.contiguous(), *numbers,
+        attend_rows, common.cdiv(q.shape[2], meta["BLOCK_Q"]) * prompts * q.shape[1],
+        q, k, v, z, None if read is None else read.contiguous(), *numbers, prompts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HAS_READ=read is not None, PRECISION=precision, **meta, device=q.device,
+        PAIRED=paired, HAS_READ=read is not None, PRECISION=precision,
+        ROUND=common.interpreted() and z.dtype == torch.bfloat16, **meta, device=q.device,
     )  # fmt: skip
     return z
 

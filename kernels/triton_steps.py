@@ -1,8 +1,8 @@
 """The steps between products on the GPU: each reads its arguments once and writes its results once.
 
-`normalise_rows`: one program instance has one row in registers, takes both statistics from it and writes it normalised.
-`unit_rows` and `sum_rows` are element-wise over rows that lie packed; the last `count` rows read as many rows before
-them a second time, which is L2's.
+`normalise_rows`: one program instance has one row in registers, takes both statistics from it and writes it normalised;
+so has `sum_rows`, which makes the row first. `unit_rows` is element-wise over rows that lie packed. In both of these
+the last `count` rows read as many rows before them a second time, which is L2's.
 
 Bytes: twice the rows each (and once more what the differences of the last rows read): nothing else binds them.
 Offsets are 64-bit.
@@ -36,15 +36,10 @@ def rounded(x, ROUND: tl.constexpr):
 
 
 @triton.jit
-def normalise_rows(
-    x, gamma, beta, n, mean, rstd,
-    D, stride_x, eps,
-    CENTRED: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+def normalised_row(
+    values, row, d, inside, gamma, beta, n, mean, rstd, D, eps,
+    CENTRED: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
-    values = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
     if CENTRED:
         centre = tl.sum(values, 0) / D
         tl.store(mean + row, centre)
@@ -57,6 +52,21 @@ def normalise_rows(
     if HAS_BETA:
         values += tl.load(beta + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(n + row * D + d, rounded(values, ROUND).to(n.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalise_rows(
+    x, gamma, beta, n, mean, rstd,
+    D, stride_x, eps,
+    CENTRED: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    values = tl.load(x + row * stride_x + d, mask=inside, other=0.0).to(tl.float32)
+    normalised_row(
+        values, row, d, inside, gamma, beta, n, mean, rstd, D, eps, CENTRED, HAS_GAMMA, HAS_BETA, ROUND
+    )  # fmt: skip
 
 
 @triton.jit
@@ -141,19 +151,30 @@ def unit_rows(
 
 @triton.jit
 def sum_rows(
-    x, sent, difference, bias, out,
-    total, first_moved, back, D,
-    HAS_BIAS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    x, sent, difference, bias, out, kept, gamma, beta, n, mean, rstd,
+    D, first_moved, count, eps,
+    HAS_BIAS: tl.constexpr, HAS_KEPT: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    moved = inside & (at >= first_moved)
-    made = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    made += tl.load(sent + tl.where(moved, at - back, at), mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    made = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    moved = row >= first_moved
+    from_row = tl.where(moved, row - count, row)
+    made += tl.load(sent + from_row * D + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        made += tl.load(bias + at % D, mask=inside, other=0.0).to(tl.float32)
-    made += tl.load(difference + (at - first_moved), mask=moved, other=0.0).to(tl.float32)
-    tl.store(out + at, rounded(made, ROUND).to(out.dtype.element_ty), mask=inside)
+        made += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(difference + (row - first_moved) * D + d, mask=inside & moved, other=0.0)
+    if HAS_KEPT:
+        tl.store(kept + (row - first_moved) * D + d, change, mask=inside & moved)
+    values = rounded(made + change.to(tl.float32), ROUND).to(out.dtype.element_ty)
+    tl.store(out + row * D + d, values, mask=inside)
+    if NORMED:
+        normalised_row(
+            values.to(tl.float32), row, d, inside, gamma, beta, n, mean, rstd, D, eps,
+            CENTRED, HAS_GAMMA, HAS_BETA, ROUND,
+        )  # fmt: skip
 
 
 def _rounds(x: Tensor) -> bool:
@@ -247,15 +268,30 @@ def moved_units(hidden: Tensor, up: Tensor | None, act_fn: str, count: int) -> T
     return units
 
 
-def moved_sum(x: Tensor, sent: Tensor, difference: Tensor, bias: Tensor | None) -> Tensor:
-    """`eapcore.kernels.steps.moved_sum` on the GPU."""
+def moved_sum(
+    x: Tensor,
+    sent: Tensor,
+    difference: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kept: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, float, bool] | None = None,
+    made: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """`eapcore.kernels.steps.moved_sum` on the GPU, into out and kept; with a norm (γ, β, eps, centred) of the result
+    also (n, μ, 1/σ) into made."""
     common.check_precision("auto", x.dtype, common.target(x.device))
     x, sent, difference = (t.contiguous() for t in (x, sent, difference))
-    out, back = torch.empty_like(x), difference.numel()
-    if total := x.numel():
+    width, rows, count = x.shape[-1], math.prod(x.shape[:-1]), math.prod(difference.shape[:-1])
+    gamma, beta, eps, centred = norm or (None, None, 0.0, False)
+    if x.numel():
+        block = triton.next_power_of_2(width)
         common.launch(
-            sum_rows, common.cdiv(total, BLOCK),
-            x, sent, difference, bias, out, total, total - back, back, x.shape[-1],
-            HAS_BIAS=bias is not None, ROUND=_rounds(x), BLOCK=BLOCK, num_warps=WARPS, device=x.device,
+            sum_rows, rows,
+            x, sent, difference, bias, out, kept, None if gamma is None else gamma.contiguous(),
+            None if beta is None else beta.contiguous(), *(made or (None, None, None)),
+            width, rows - count, count, eps,
+            HAS_BIAS=bias is not None, HAS_KEPT=kept is not None, NORMED=norm is not None, CENTRED=centred,
+            HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(x), BLOCK_D=block,
+            num_warps=_warps(block), device=x.device,
         )  # fmt: skip
-    return out

@@ -7,7 +7,7 @@ from typing import Any
 import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import checks, cpp, reference, steps
-from eapcore.kernels.attention import attend, attend_grad
+from eapcore.kernels.attention import attend, attend_grad, attend_moved
 from eapcore.kernels.causal import Causal
 from torch import Tensor
 
@@ -164,17 +164,27 @@ def check_steps(device: str, dtype: torch.dtype) -> None:
         judge(f"moved_units {dtype} {act_fn}", got, steps.moved_units(wide, wide_up, act_fn, 2), STORED[dtype])
     drawn = [draw(*shape) for shape in ((1, 6, 37), (1, 4, 37), (1, 2, 37), (37,))]
     got = steps.moved_sum(*(x for x, _ in drawn), impl="triton")
-    judge(f"moved_sum {dtype}", got, steps.moved_sum(*(wide for _, wide in drawn)), STORED[dtype])
+    exact = steps.moved_sum(*(wide.clone() for _, wide in drawn))
+    judge(f"moved_sum {dtype}", got, exact, STORED[dtype])
+    norm = (drawn[-1][0], drawn[-1][0], 1e-5)
+    got, (n, *_) = steps.moved_sum_normalised(*(x for x, _ in drawn), *norm, centred=True, impl="triton")
+    judge(f"moved_sum_normalised {dtype}", got, exact, STORED[dtype])
+    there = steps.normalise(got.double(), drawn[-1][1], drawn[-1][1], 1e-5, centred=True)[0]
+    judge(f"moved_sum_normalised {dtype}, n", n, there, STORED[dtype])
 
 
 def check_attention(device: str, dtype: torch.dtype) -> None:
-    read = torch.tensor([[0, 4]], device=device)
+    read = torch.tensor([[0, 4], [0, 4]], device=device)  # two prompts
     for past, where, how in ((3, None, Causal(0.4, window=4)), (2, read, Causal(0.4, softcap=2.0))):
-        q, dz = (torch.randn(1, 2, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
-        k, v = (torch.randn(1, 1, past + 5, 20, device=device).to(dtype) for _ in range(2))
+        q, dz = (torch.randn(2, 2, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
+        k, v = (torch.randn(2, 1, past + 5, 20, device=device).to(dtype) for _ in range(2))
         wide = [x.double() for x in (q, k, v, dz)]
         got = attend(q, k, v, how, 5, where, impl="triton")
         judge(f"attend {dtype} {how}", got, attend(*wide[:3], how, 5, where), 1e-5)
+        paired, there = (torch.empty_like(got.transpose(1, 2), dtype=kind) for kind in (dtype, torch.float64))
+        attend_moved(q, k, v, how, 5, where, paired, impl="triton")
+        attend_moved(*wide[:3], how, 5, where, there)
+        judge(f"attend_moved {dtype} {how}", paired, there, STORED[dtype])
         made = attend_grad(q, k, v, dz, how, 5, where, impl="triton")
         for got, exact in zip(made, attend_grad(*wide, how, 5, where), strict=True):
             judge(f"attend_grad {dtype} {how}", got, exact, 2 * STORED[dtype])

@@ -140,7 +140,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
-    from eapcore.kernels.attention import attend, attend_grad
+    from eapcore.kernels.attention import attend, attend_grad, attend_moved
     from eapcore.kernels.causal import Causal
 
     on = triton_common.target(torch.device("meta"))
@@ -242,7 +242,11 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
             partial(steps.normalise_grad_added, x, x, mean, rstd, gamma, None, x.float(), out=x),
             partial(steps.moved_units, hidden, hidden if gated else None, act_fn, 160),
             partial(steps.moved_sum, x, x[:, :160], x[:, 160:], gamma),
-        )
+            partial(
+                steps.moved_sum_normalised, x, x[:, :160], x[:, 160:], gamma, gamma, None if gated else beta, 1e-5,
+                centred=not gated, out=x, kept=x[0, 160:],
+            ),
+        )  # fmt: skip
         calls.extend((case, "", partial(run, impl="triton")) for run in runs)
 
     steps_of("steps bf16, GPT-2 small", half, 768, "gelu_new", False)
@@ -254,7 +258,10 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         k = v = kv.transpose(1, 2)
         where = empty(8, 2, dtype=torch.int64) if read else None
         q = (q[:, :2] if read else q).transpose(1, 2)
-        calls.append((case, "", lambda: attend(q, k, v, how, tokens, where, impl="triton")))
+        if read:
+            calls.append((case, "", lambda: attend(q, k, v, how, tokens, where, impl="triton")))
+        z = q.new_empty(8, q.shape[2], 12, d_head)
+        calls.append((case, "", lambda: attend_moved(q, k, v, how, tokens, where, z, impl="triton")))
         calls.append((case, "", lambda: attend_grad(q, k, v, q, how, tokens, where, impl="triton")))
 
     attention("attention bf16, K = 64", half, 64, 512, 0, False, Causal(0.1))

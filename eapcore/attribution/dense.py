@@ -77,6 +77,10 @@ class DenseStore:
             self.dz[index] = dz
         self.model.attentions[index].send(dz, out=self.rows(last)[graph.heads(index)])
 
+    def mlp_room(self, index: int) -> Tensor | None:
+        graph = self.model.graph
+        return self.rows(graph.is_last(index))[graph.mlp(index)]
+
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         graph = self.model.graph
         self.rows(graph.is_last(index))[graph.mlp(index)] = delta

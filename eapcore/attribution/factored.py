@@ -43,6 +43,9 @@ class FactoredStore:
     def set_heads(self, index: int, dz: Tensor) -> None:
         self.dz[index][self._place(index)] = dz
 
+    def mlp_room(self, index: int) -> Tensor | None:
+        return None if self.mlp is None or self.model.graph.is_last(index) else self.mlp[index]
+
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         assert self.mlp is not None
         self.mlp[index][self._place(index)] = delta

@@ -27,6 +27,9 @@ class NodeStore(FactoredStore):
         super().__init__(model, batch)
         self.units: dict[int, Tensor] | None = {} if units else None
 
+    def mlp_room(self, index: int) -> Tensor | None:
+        return super().mlp_room(index) if self.units is None else None
+
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         super().set_mlp(index, delta, units)
         if self.units is not None and units is not None:

@@ -20,7 +20,7 @@ from eapcore.models.forward import StageRun, StageSaved, embed, embed_tokens, ru
 from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
-from eapcore.models.paired import run_paired
+from eapcore.models.paired import makes_differences, run_paired
 from eapcore.models.tensors import accumulate_dtype
 from eapcore.tasks.metrics import Metric, MetricBatch, check_apart, evaluate
 
@@ -81,24 +81,32 @@ def score_batch(
         return store.moved(f"a{index}") if values is None else None
 
     halves = {1.0: slice(0, len(pairs)), 0.0: slice(len(pairs), None)}
+    # Where the run makes the differences, it keeps what is wanted apart from the rest.
+    differences = _Differences(store) if values is None and makes_differences(model) else None
+    keep = 1.0 in kept or plan.exact != (), 0.0 in kept
+
+    def held(x: Tensor) -> Tensor:
+        return x.clone() if differences is None else x  # a view would keep all that the stage made alive
+
     pasts: list[Tensor] = []
     last: list[StageSaved] = []  # of the clean run
     out = read.new_empty(0)
     shared = embed(model, pairs.clean[:, : batch.start])
-    runs = run_paired(model, shared, start[1.0], start[0.0], read, moved)
+    runs = run_paired(model, shared, start[1.0], start[0.0], read, moved, differences, keep)
     for _ in model.stages:  # enumerate would hold each stage's run while the next is made
         run, before = next(runs)
         if before is not None:
-            pasts.append(before.clone())  # a view would keep all that the stage made alive
-        _set_mlp(batch, run, values, units, store)
+            pasts.append(held(before))
+        if differences is None or run.stage.index not in differences.placed:
+            _set_mlp(batch, run, values, units, store)
         if store.channels and run.attention is not None:
             _set_channels(run, values, store)
         for alpha, rows in halves.items():
             if alpha in kept:
-                kept[alpha].append(run.saved.of(lambda x, rows=rows: x[rows].clone()))  # type: ignore[misc]
+                kept[alpha].append(run.saved.of(lambda x, rows=rows: held(x[rows])))  # type: ignore[misc]
         if plan.exact and run.stage.last:
             clean = slice(0, len(pairs))
-            last.append(kept[1.0][-1] if 1.0 in kept else run.saved.of(lambda x, rows=clean: x[rows].clone()))  # type: ignore[misc]
+            last.append(kept[1.0][-1] if 1.0 in kept else run.saved.of(lambda x, rows=clean: held(x[rows])))  # type: ignore[misc]
         out = run.out
         del run, before  # before the next stage runs, and before the gradients are made
     del shared, runs
@@ -158,6 +166,23 @@ def score_batch(
             _end_pass(model, sums, exact, step.rules.cut)
         del at, grad  # which would still be there while the next pass makes its own
     return Measured(measured, largest)
+
+
+class _Differences:
+    """Hands what a run makes of differences to a store; placed: the layers whose MLP's went there without `set_mlp`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.placed: set[int] = set()
+
+    def heads(self, index: int, dz: Tensor) -> None:
+        self.store.set_heads(index, dz)
+
+    def mlp(self, index: int) -> Tensor | None:
+        room = self.store.mlp_room(index)
+        if room is not None:
+            self.placed.add(index)
+        return room
 
 
 def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str]) -> None:

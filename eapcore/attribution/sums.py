@@ -131,6 +131,10 @@ class Store(Protocol):
     def set_heads(self, index: int, dz: Tensor) -> None:
         """Δ of a layer's mixtures of v, [B, Q, H, K]."""
 
+    def mlp_room(self, index: int) -> Tensor | None:
+        """Where Δ of what a layer's MLP sends [B, Q, D] may be written, contiguous, in place of `set_mlp`; None: it may
+        not."""
+
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
 

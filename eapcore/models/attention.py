@@ -18,7 +18,7 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.attention import attend, attend_grad, empty_grads, value_grad
+from eapcore.kernels.attention import attend, attend_grad, attend_moved, empty_grads, value_grad
 from eapcore.kernels.causal import Causal
 from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
@@ -161,27 +161,50 @@ class Attention:
             found.append(self.weights(slice(place, place + 1))[0].expand(len(list(same)), -1, -1))
         return found
 
-    def project(self, n: Annotated[Tensor, "B T D"], projections: slice) -> Annotated[Tensor, "B T C' K"]:
-        """The activations of some of the projections."""
+    def project(
+        self, n: Annotated[Tensor, "B T D"], projections: slice, out: Annotated[Tensor, "1 N C'K"] | None = None
+    ) -> Annotated[Tensor, "B T C' K"]:
+        """The activations of some of the projections; out: where they go, of rows that are one batch."""
         parts, first = [], projections.start
+        d_head = self.w_o.shape[1]
         for w in self.weights(projections):
             bias = None if self.b_qkv is None else self.b_qkv[first : first + len(w)]
             first += len(w)
             matrix = as_matrix(w)
             if matrix is not None:
-                part = product(n, matrix, None if bias is None else bias.flatten()).unflatten(-1, (len(w), w.shape[2]))
+                done = (first - len(w) - projections.start) * d_head
+                room = None if out is None else out[..., done : done + matrix.shape[1]]
+                part = product(n, matrix, None if bias is None else bias.flatten(), room)
+                part = part.unflatten(-1, (len(w), d_head))
             else:
                 part = (n.flatten(0, 1) @ w).transpose(0, 1).unflatten(0, n.shape[:2])
                 part = part if bias is None else part + bias
+                if out is not None:
+                    done = (first - len(w) - projections.start) * d_head
+                    out[..., done : done + len(w) * d_head] = part.flatten(2)
             parts.append(part)
+        if out is not None:
+            return out.unflatten(-1, (-1, d_head))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def read(self, x: Annotated[Tensor, "B T D"], read: Annotated[Tensor, "int64 B Q"] | None = None) -> AttentionSaved:
-        """The activations of all projections from the residual stream; of q at the positions read alone."""
+    def read(
+        self,
+        x: Annotated[Tensor, "B T D"],
+        read: Annotated[Tensor, "int64 B Q"] | None = None,
+        ready: tuple[Tensor, NormInput] | None = None,
+        room: Callable[[str, int], Tensor | None] = lambda name, width: None,
+    ) -> AttentionSaved:
+        """The activations of all projections from the residual stream; of q at the positions read alone.
+
+        ready: what the norm makes of the stream, where it is there. room: called with a name and (H + 2G)·K, where what
+        is made of all tokens [1, N, (H + 2G)·K] goes, None for anywhere.
+        """
         heads, end = self.n_heads, self.n_heads + 2 * self.n_kv
-        n, norm_in = self.norm.forward(x)
+        n, norm_in = self.norm.forward(x) if ready is None else ready
         if read is None:
-            return AttentionSaved(norm_in, (self.project(n, slice(0, end)),), heads)
+            return AttentionSaved(
+                norm_in, (self.project(n, slice(0, end), room("qkv", end * self.w_o.shape[1])),), heads
+            )
         q = self.project(at_positions(n, read), slice(0, heads))
         return AttentionSaved(norm_in, (q, self.project(n, slice(heads, end))), heads)
 
@@ -212,6 +235,18 @@ class Attention:
     ) -> Annotated[Tensor, "B Q H K"]:
         """The heads' mixtures of v from q [B, Q, H, K] and kv [B, T, 2G, K]; also of some heads alone."""
         return self.mixtures(*self.heads(q, kv, past, read), kv.shape[1], read).transpose(1, 2)
+
+    def mix_into(
+        self, out: Annotated[Tensor, "B Q H K"], q: Tensor, kv: Tensor, past: Tensor | None, read: Tensor | None
+    ) -> None:
+        """`mix` rounded to out's dtype, where the heads' product with W_O reads it."""
+        attend(*self.heads(q, kv, past, read), self.causal, kv.shape[1], read, out)
+
+    def mix_moved(
+        self, out: Annotated[Tensor, "2B Q H K"], q: Tensor, kv: Tensor, past: Tensor | None, read: Tensor | None
+    ) -> None:
+        """`mix` of B prompts, and of as many behind them what they have more, rounded once to out's dtype."""
+        attend_moved(*self.heads(q, kv, past, read), self.causal, kv.shape[1], read, out)
 
     def heads(
         self, q: Tensor, kv: Tensor, past: Tensor | None, read: Tensor | None

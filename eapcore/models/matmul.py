@@ -90,8 +90,18 @@ def chosen(x: Tensor, w: Tensor) -> str:
     return large_by()
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x w + bias: [..., N] from x [..., K], w [K, N] in either order of memory, bias [N] or None."""
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x w + bias: [..., N] from x [..., K], w [K, N] in either order of memory, bias [N] or None.
+
+    out: where torch is to write it, [..., N] whose leading axes are one with rows at one distance.
+    """
+    if out is not None:
+        rows, to = x.flatten(0, -2), out.flatten(0, -2)
+        if bias is None:
+            torch.mm(rows, w, out=to)
+        else:
+            torch.addmm(bias, rows, w, out=to)
+        return out
     if chosen(x, w) == "oneDNN" and (op := onednn()) is not None:
         return op(x, w.T, bias, "none", [], "")
     return x @ w if bias is None else torch.addmm(bias, x.flatten(0, -2), w).unflatten(0, x.shape[:-1])

@@ -89,11 +89,19 @@ class Mlp:
 
     # Forward
 
-    def read(self, x: Annotated[Tensor, "B T D"]) -> MlpSaved:
-        """What the hidden units are made of, from the residual stream."""
-        n, norm_in = self.norm.forward(x)
-        hidden = product(n, self.w_in, self.b_in)
-        return MlpSaved(norm_in, hidden, None if self.w_up is None else product(n, self.w_up, self.b_up))
+    def read(
+        self,
+        x: Annotated[Tensor, "B T D"],
+        ready: tuple[Tensor, NormInput] | None = None,
+        room: Callable[[str, int], Tensor | None] = lambda name, width: None,
+    ) -> MlpSaved:
+        """What the hidden units are made of, from the residual stream; ready: what the norm makes of it, where it is
+        there. room: called with a name and M, where what it makes [B, T, M] goes, None for anywhere."""
+        n, norm_in = self.norm.forward(x) if ready is None else ready
+        hidden = product(n, self.w_in, self.b_in, room("hidden", self.w_in.shape[1]))
+        if self.w_up is None:
+            return MlpSaved(norm_in, hidden, None)
+        return MlpSaved(norm_in, hidden, product(n, self.w_up, self.b_up, room("up", self.w_up.shape[1])))
 
     def units(self, saved: MlpSaved, dtype: torch.dtype | None = None) -> Annotated[Tensor, "B T M"]:
         """The hidden units, in another dtype where one is given."""

@@ -10,7 +10,14 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.steps import normalise, normalise_grad, normalise_grad_added, standardise
+from eapcore.kernels.steps import (
+    moved_sum,
+    moved_sum_normalised,
+    normalise,
+    normalise_grad,
+    normalise_grad_added,
+    standardise,
+)
 from eapcore.models.tensors import accumulate_dtype, at_positions
 
 
@@ -58,6 +65,26 @@ class Norm:
             return x, NormInput(x)
         n, mean, rstd = normalise(x, self.gamma, self.beta, self.eps, centred=self.kind == "layernorm")
         return n, NormInput(x, mean, rstd)
+
+    def behind_sum(
+        self,
+        x: Annotated[Tensor, "1 N D"],
+        sent: Annotated[Tensor, "1 N-C D"],
+        difference: Annotated[Tensor, "1 C D"],
+        bias: Annotated[Tensor, "D"] | None,
+        out: Annotated[Tensor, "1 N D"] | None,
+        kept: Annotated[Tensor, "C D"] | None = None,
+    ) -> tuple[Annotated[Tensor, "1 N D"], tuple[Annotated[Tensor, "1 N D"], NormInput]]:
+        """`moved_sum` and what `forward` makes of it."""
+        if self.kind == "none":
+            summed = moved_sum(x, sent, difference, bias, out=out, kept=kept)
+            return summed, (summed, NormInput(summed))
+        how = (self.gamma, self.beta, self.eps)
+        centred = self.kind == "layernorm"
+        summed, (n, *statistics) = moved_sum_normalised(
+            x, sent, difference, bias, *how, centred=centred, out=out, kept=kept
+        )
+        return summed, (n, NormInput(summed, *statistics))
 
     def rstd(self, x: Annotated[Tensor, "... D"]) -> Annotated[Tensor, "... 1"]:
         """1/σ of x, in float32 at least, where there is one."""

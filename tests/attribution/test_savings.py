@@ -118,6 +118,25 @@ def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_we
             torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_run_that_makes_its_differences_by_itself_leaves_the_scores_as_they_were(options, first, monkeypatch):
+    model, pairs = random_case([8, 8, 6], first_difference=first, **options)
+    cases = [
+        ("eap", {"storage": "dense"}), ("eap-ig", {"storage": "dense"}), ("clean-corrupt", {"storage": "factored"}),
+        ("qk-fix", {"storage": "dense"}), ("relp", {"reduce": "pair"}), ("eap", {"level": "node"}),
+    ]  # fmt: skip
+    if model.config.d_mlp is not None:
+        cases.append(("eap", {"level": "neuron"}))
+    expected = [attribute(model, pairs, method=method, **how).scores for method, how in cases]
+    # As on a GPU, with the specification of its kernels.
+    monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
+    for (method, how), there in zip(cases, expected, strict=True):
+        assert there.abs().max() > 1e-3
+        found = attribute(model, pairs, method=method, **how).scores
+        torch.testing.assert_close(found, there, rtol=0, atol=1e-12, msg=lambda m, name=method: f"{name}: {m}")
+
+
 def logit_diff_of_all(logits, batch):  # not the package's own: it may read any logit
     return METRICS["logit_diff"](logits, batch)
 

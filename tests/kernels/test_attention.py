@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from accuracy import STORED
 from eapcore.kernels import steps
 from eapcore.kernels import triton_common as common
-from eapcore.kernels.attention import attend, attend_grad, fits
+from eapcore.kernels.attention import attend, attend_grad, attend_moved, fits
 from eapcore.kernels.causal import Causal
 from models import random_model, random_pairs
 from refusal import refused
@@ -89,6 +89,15 @@ def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
     exact = attend(*doubled(q, k, v), how, tokens, read)
     assert z.dtype == torch.float32
     torch.testing.assert_close(z.double(), exact, rtol=1e-5, atol=1e-5)  # in half precision too
+    for impl in ("triton", "reference"):
+        out = torch.full((2, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=dtype)
+        attend(q, k, v, how, tokens, read, out, impl=impl)
+        torch.testing.assert_close(out.transpose(1, 2), z.to(dtype), rtol=STORED[dtype] * 2, atol=1e-5)
+        where = None if read is None else read[:1].expand(2, -1)  # a pair's prompts are read at the same positions
+        clean, corrupt = attend(*doubled(q, k, v), how, tokens, where).transpose(1, 2)
+        attend_moved(q, k, v, how, tokens, where, out, impl=impl)
+        for got, there in zip(out, (clean, corrupt - clean), strict=True):
+            torch.testing.assert_close(got.double(), there, rtol=STORED[dtype], atol=1e-5)
     made = attend_grad(q, k, v, dz, how, tokens, read, impl="triton")
     for got, there in zip(made, attend_grad(*doubled(q, k, v, dz), how, tokens, read), strict=True):
         assert got.dtype == dtype and got.shape == there.shape and not got.isnan().any()
@@ -115,6 +124,7 @@ def test_scores_by_the_kernels(monkeypatch):
     monkeypatch.setattr(common, "launch", watched)
     for decides in ("takes_triton", "fits"):
         monkeypatch.setattr(f"eapcore.kernels.attention.{decides}", lambda *like: True)
+    monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
     got = attribute(model, pairs, storage="dense").scores
     assert seen == {"attend_rows", "query_grads", "key_grads"}
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()

@@ -118,6 +118,21 @@ def test_the_last_rows_take_what_others_were_sent_and_a_difference(dtype):
         exact = x.double() + torch.cat([added, moved], 1)
         good(steps.moved_sum(x, sent, difference, bias, impl="triton"), exact, dtype)
         torch.testing.assert_close(steps.moved_sum(*doubled(x, sent.clone(), difference, bias)), exact)
+        for centred in (True, False):
+            gamma, beta = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype) if centred else None
+            out, kept = torch.full((1, rows, width), float("nan"), dtype=dtype), torch.empty(count, width, dtype=dtype)
+            how = {"centred": centred, "out": out, "kept": kept}
+            args = (x, sent.clone(), difference, bias, gamma, beta, 1e-5)
+            for impl in ("triton", "reference"):
+                given, made = steps.moved_sum_normalised(*args, **how, impl=impl)
+                assert given is out and torch.equal(kept, difference[0])
+                if impl == "triton":
+                    good(out, exact, dtype)
+                expected = steps.normalise(*doubled(out, gamma, beta), 1e-5, centred=centred)  # of what was rounded
+                assert (made[1] is None) == (not centred)
+                if width > 1:
+                    good(made[0], expected[0], dtype)
+                torch.testing.assert_close(made[2].double(), expected[2], rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_is_rounded_once():
@@ -142,7 +157,8 @@ def test_scores_by_the_steps_kernels(monkeypatch):
         launch(kernel, *args, **meta)
 
     monkeypatch.setattr(common, "launch", watched)
-    monkeypatch.setattr(steps, "takes_triton", lambda impl, x: True)
+    for module in ("eapcore.kernels.steps", "eapcore.models.paired"):
+        monkeypatch.setattr(f"{module}.takes_triton", lambda impl, x: True)
     got = attribute(model, task, storage="dense").scores
     assert {"normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows"} == set(seen)
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
