@@ -255,6 +255,8 @@ def attend(
     numbers, meta = _how(q, k, how, tokens, exact=True)
     precision = "tf32x3" if common.target(q.device).backend == "cuda" else "ieee"  # of float32 products alone
     prompts = q.shape[0] // (1 + paired)
+    if paired and meta["BLOCK_K"] > 64:  # one prompt's mixtures wait for the other's
+        meta["num_warps"] = 8
     common.launch(
         attend_rows, common.cdiv(q.shape[2], meta["BLOCK_Q"]) * prompts * q.shape[1],
         q, k, v, z, None if read is None else read.contiguous(), *numbers, prompts,

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from eapcore.attribution import dense
 from eapcore.attribution.plan import Plan, run_dry
+from eapcore.models import paired
 from pipeline.gpu import B13, XL
 from pipeline.work import SMALL, Work
 
@@ -181,7 +182,7 @@ def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool 
     with contextlib.ExitStack() as how:
         if not fused:
             how.enter_context(mock.patch.object(dense, "_layers_at_once", lambda store, runs: 0))
-            for module in (steps, attention):
+            for module in (steps, attention, paired):
                 how.enter_context(mock.patch.object(module, "takes_triton", lambda impl, x: False))
         how.enter_context(Attention(count))
         run_dry(plan, model, work.B, work.T, "dense", 1, operations, ran=partial(count_op, count))
