@@ -28,12 +28,21 @@ from eapcore.report.draw import (
     grid,
 )
 from eapcore.report.layout import layout
-from eapcore.report.page import histogram, of_reproduction, parts
+from eapcore.report.page import histogram, of_reproduction, parts, unit
 from eapcore.report.run_folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_TITLES = {
+    "circuit": "The circuit, layers up, heads across",
+    "heat-map": "Scores of all edges",
+    "histogram": "How many edges have which score",
+    "faithfulness": "Faithfulness over the size of the circuit",
+    "roc": "ROC: true against false positive rate",
+    "exact": "Exact effect against first-order score",
+    "positions": "Sums of scores by layer and position",
+}
 DRAWN = 60  # edges of a circuit's picture where nobody says how many
 
 
@@ -52,7 +61,7 @@ def write_figures(runs: Sequence[Run], folder: str | Path) -> list[str]:
     for run, suffix in zip(runs, ("", "-other"), strict=False):
         pictures |= {f"{name}{suffix}": picture for name, picture in _pictures(run).items()}
     if len(runs) == 2:
-        pictures["jaccard"] = ((5.6, 3.6), lambda axes: _jaccard(axes, runs[0].scores, runs[1].scores))
+        pictures["jaccard"] = ((5.6, 3.6), lambda axes: _jaccard(axes, runs[0], runs[1]))
     for name, (size, draw) in pictures.items():
         _save(folder / name, size, draw)
     return list(pictures)
@@ -103,10 +112,25 @@ def _pictures(run: Run) -> dict[str, Picture]:
     if found["rocs"]:
         pictures["roc"] = ((4.4, 4.2), lambda axes: _roc(axes, found["rocs"]))
     if found["exact"]:
-        pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"], found["agreement"]))
+        pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"], found["agreement"], scores))
     if found["positions"]:
-        pictures["positions"] = ((6.4, 4.0), lambda axes: _positions(axes, found["positions"]))
-    return pictures | of_reproduction(run)
+        pictures["positions"] = ((6.4, 4.0), lambda axes: _positions(axes, found["positions"], scores))
+    titled = {name: ((w, h + 0.3), _titled(draw, _TITLES[name], run)) for name, ((w, h), draw) in pictures.items()}
+    return titled | of_reproduction(run)
+
+
+def _titled(draw: Callable[[Axes], object], title: str, run: Run) -> Callable[[Axes], object]:
+    """A picture with what it shows and of which run above it, and what it says there itself below that."""
+    meta = run.scores.meta
+    names = [str((meta.get(part) or {}).get("name") or "") for part in ("model", "task", "method")]
+    of = ", ".join(name for name in names if name)
+
+    def drawn(axes: Axes) -> None:
+        draw(axes)
+        lines = [title, f"{run.name}: {of}" if of else run.name, axes.get_title()]
+        axes.set_title("\n".join(line for line in lines if line), fontsize=8, parse_math=False)
+
+    return drawn
 
 
 def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
@@ -161,7 +185,7 @@ def _circuit(axes: Axes, scores: EdgeScores, drawn: Circuit) -> None:
 def _heat_map(axes: Axes, scores: EdgeScores) -> None:
     shown = scores.scores.double().masked_fill(~scores.mask, float("nan")).numpy()
     names = scores.graph.receiver_names, scores.graph.sender_names
-    grid(axes, shown, "receivers, by layer", "senders, by layer", "score", uneven=True)
+    grid(axes, shown, "receivers, by layer", "senders, by layer", _in_unit("score", scores), uneven=True)
     for axis, labels in zip((axes.xaxis, axes.yaxis), names, strict=True):
         starts: dict[str, int] = {}
         for i, name in enumerate(labels):
@@ -171,8 +195,12 @@ def _heat_map(axes: Axes, scores: EdgeScores) -> None:
         axis.set_ticks(list(kept.values()), [f"{name}" for name in kept], fontsize=7)
 
 
-def _positions(axes: Axes, positions: dict[str, Any]) -> None:
-    grid(axes, torch.tensor(positions["values"]).numpy(), "position", "edges into", "sum of scores")
+def _in_unit(text: str, scores: EdgeScores) -> str:
+    return f"{text} ({unit(scores)})" if unit(scores) else text
+
+
+def _positions(axes: Axes, positions: dict[str, Any], scores: EdgeScores) -> None:
+    grid(axes, torch.tensor(positions["values"]).numpy(), "position", "edges into", _in_unit("sum of scores", scores))
     axes.set_yticks(range(len(positions["names"])), positions["names"], fontsize=6)
 
 
@@ -189,7 +217,7 @@ def _histogram(axes: Axes, run: Run) -> None:
     labels = [f"{most * 10**-k:.1g}" for k in (4, 2, 0)]
     axes.set_xticks([*[bins - 1 - x for x in reversed(ticks)], *ticks], [*["−" + x for x in reversed(labels)], *labels])
     axes.tick_params(axis="x", labelsize=7)
-    axes.set(yscale="log", xlabel="score (logarithmic to both sides of 0)", ylabel="edges")
+    axes.set(yscale="log", xlabel=_in_unit("score, logarithmic to both sides of 0", run.scores), ylabel="edges")
 
 
 def _faithfulness(axes: Axes, curves: list[dict[str, Any]]) -> None:
@@ -218,16 +246,17 @@ def _roc(axes: Axes, rocs: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def _exact(axes: Axes, rows: list[list[Any]], agreement: list[str]) -> None:
+def _exact(axes: Axes, rows: list[list[Any]], agreement: list[str], scores: EdgeScores) -> None:
     estimates, effects = [row[2] for row in rows], [row[3] for row in rows]
     axes.axline((0, 0), slope=1, color=QUIET, linewidth=0.8, linestyle="--")
     colours = [POSITIVE if estimate > 0 else NEGATIVE for estimate in estimates]
     axes.scatter(estimates, effects, s=12, c=colours, alpha=0.75)
-    axes.set(xlabel="first-order score", ylabel="exact effect")
+    axes.set(xlabel=_in_unit("first-order score", scores), ylabel=_in_unit("exact effect", scores))
     axes.set_title("\n".join(agreement), fontsize=8)
 
 
-def _jaccard(axes: Axes, a: EdgeScores, b: EdgeScores) -> None:
-    counts = sizes(a.graph.n_edges)
-    axes.plot(counts, jaccard(a, b, counts), "o-", markersize=3, color=NEGATIVE)
+def _jaccard(axes: Axes, a: Run, b: Run) -> None:
+    counts = sizes(a.scores.graph.n_edges)
+    axes.plot(counts, jaccard(a.scores, b.scores, counts), "o-", markersize=3, color=NEGATIVE)
+    axes.set_title(f"Edges in common of {a.name} and {b.name}", fontsize=8, parse_math=False)
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="edges", ylabel="Jaccard index of the top edges by |score|")

@@ -29,6 +29,7 @@
   const state = { run: 0, n: 0, set: "top", sign: "all", node: null, paths: false };
   const current = () => data.runs[state.run];
 
+  const inUnit = (text) => (current().unit ? `${text} (${current().unit})` : text);
   const edgeName = (edge) => `${senderNames[edge.s]} → ${receiverNames[edge.r]}`;
   const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "–"
     : x === 0 ? "0" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
@@ -623,7 +624,7 @@
     paint();
     const clipped = full < largest ? " or more" : "";
     box.replaceChildren(canvas, html("ul", { class: "legend" }, html("li", {}, `−${number(full)}${clipped && " or less"}`,
-      html("b", { class: "scale" }), `${number(full)}${clipped}`), html("li", { text: `largest ${number(largest)}` })));
+      html("b", { class: "scale" }), `${number(full)}${clipped}`), html("li", { text: `largest ${inUnit(number(largest))}` })));
   }
 
   function maps() {
@@ -772,8 +773,8 @@
       return { from: a - pad, to: b + pad };
     };
     const frame = axes(box, {
-      x: { ...range(rows.map((row) => row[2])), title: "first-order score" },
-      y: { ...range(rows.map((row) => row[3])), title: "exact effect" }, label: "Exact effect against first-order score",
+      x: { ...range(rows.map((row) => row[2])), title: inUnit("first-order score") },
+      y: { ...range(rows.map((row) => row[3])), title: inUnit("exact effect") }, label: "Exact effect against first-order score",
     });
     const xs = rows.map((row) => row[2]), ys = rows.map((row) => row[3]);
     const least = Math.max(range(xs).from, range(ys).from), largest = Math.min(range(xs).to, range(ys).to);
@@ -792,7 +793,7 @@
     for (let k = 0; k <= 4; k += 2) marks.push([bins - k * per, ends[bins] * 10 ** -k], [k * per, -ends[bins] * 10 ** -k]);
     marks.push([bins / 2, 0]);
     const frame = axes(box, {
-      x: { from: 0, to: bins, title: "score", ticks: marks.map((m) => m[0]),
+      x: { from: 0, to: bins, title: inUnit("score"), ticks: marks.map((m) => m[0]),
         tick: (place) => { const m = marks.find((each) => each[0] === place)[1]; return m ? round(m) : "≈ 0"; } },
       y: { from: 0.5, to: Math.max(10, ...total) * 1.3, log: true, title: "edges", tick: count }, label: "Histogram of scores", height: 220,
     });

@@ -111,6 +111,7 @@ def _run_data(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "signed": "negative = needed" in scores.meta.get("sign", EDGE_SIGN),
+        "unit": unit(scores),
         "edges": _packed(held.int()),
         "scores": _packed(values.float()),
         "beside": {
@@ -122,6 +123,11 @@ def _run_data(run: Run) -> dict[str, Any]:
         "histogram": histogram(run),
         **parts(run),
     }
+
+
+def unit(scores: EdgeScores) -> str:
+    """What scores are measured in: the metric's name, "" where nobody said it."""
+    return str((scores.meta.get("metric") or {}).get("name") or "")
 
 
 def parts(run: Run) -> dict[str, Any]:

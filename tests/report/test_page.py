@@ -202,6 +202,14 @@ def test_two_runs_are_compared_and_two_graphs_refused(folder, other, tmp_path, c
     pictures = {"circuit", "heat-map", "histogram", "faithfulness", "roc", "exact", "positions", "jaccard"}
     pictures |= {f"{name}-other" for name in ("circuit", "heat-map", "histogram", "positions")}
     assert {path.stem for path in tmp_path.glob("*.svg")} == {path.stem for path in tmp_path.glob("*.png")} == pictures
+    drawn = (tmp_path / "heat-map-other.svg").read_text(encoding="utf-8")
+    for said in (
+        "Scores of all edges",
+        "scores.safetensors: small, words, eap",
+        "score (logit_diff)",
+        "senders, by layer",
+    ):
+        assert said in drawn
     found = data_of(page.read_text(encoding="utf-8"))["compare"]
     a, b = Run.read(folder).scores, Run.read(other).scores
     agreed = agreement(a, b)
