@@ -256,6 +256,10 @@ _WORDS = {
     "activation-patching": "eapcore.patching.edges.patch_edges, the command patch",
     "patching": "eapcore.patching.edges.patch_edges, the command patch",
     "acdc": "eapcore.search.acdc.acdc, the command acdc",
+    "subnetwork-probing": "eapcore.search.subnetwork_probing.subnetwork_probing, the command probe",
+    "peap": "eapcore.attribution.positions.attention_edges, level 'attention' of the command attribute",
+    "flow-routes": "eapcore.attribute, or eapcore.attribution.flow_routes.flow_routes",
+    "information-flow-routes": "eapcore.attribute with 'flow-routes'",
 }
 # Other tools' names of options of `attribute`, and ours.
 OPTIONS = {

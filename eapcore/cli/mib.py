@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     """Score by each method, judge at MIB's sizes, write scores as a submission, and print one table."""
     from eapcore.attribution.methods import METHODS
     from eapcore.evaluation.faithfulness import measure_mib
-    from eapcore.evaluation.screened import attribute
+    from eapcore.evaluation.screened import FLOW, attribute
     from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
     from eapcore.interop.eap_ig.files import mib_path
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if not methods or len(set(methods)) < len(methods):
         raise ValueError(f"--methods must be one or several, each once, got {','.join(methods) or 'none'}")
     for method in methods:
-        one_of("method", method, (*METHODS, "screened"))
+        one_of("method", method, (*METHODS, *FLOW, "screened"))
     if args.kv == "grouped":
         raise ValueError("MIB counts the k and v inputs of each query head, so --kv must be each, got grouped")
     model, pairs, metric = prepare(args)

@@ -108,9 +108,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--method",
         metavar="METHOD",
         help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, gim, qk-fix, grad-drop, atp-star, hisp, "
-        "hisp-raw, or screened: exact patching too, as much as --budget allows (default: hybrid, the gradient at 0.75 "
-        "from corrupt to clean with the edges into the logits and the last MLP exact where that is cheap; eap for "
-        "other ablations)",
+        "hisp-raw, flow-routes, flow-sum, or screened: exact patching too, as much as --budget allows (default: "
+        "hybrid, the gradient at 0.75 from corrupt to clean with the edges into the logits and the last MLP exact "
+        "where that is cheap; eap for other ablations)",
     )
     parser.add_argument(
         "--gradient-at",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution.attribute import attribute as first_order
+from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS, exact_receivers
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import spans
@@ -28,6 +29,7 @@ from eapcore.tasks.metrics import Metric, find_metric, tokens_read
 from eapcore.tasks.pairs import PromptPairs
 
 BUDGET = 3.0
+FLOW = {"flow-routes": "threshold", "flow-sum": "flow"}  # methods, and how their routes add up
 TWO = ((0.75, 0.9), (1.0, 0.1))  # nearly the same scores, and how far they are from those at the clean run
 CHEAP = METHODS["hybrid"].exact
 LITTLE = 0.15  # of eap's operations, which those edges may take in a method that costs little more than eap
@@ -223,13 +225,28 @@ def cost_of(experiment: Experiment) -> Operations:
     return _cost(experiment.model, experiment.pairs, experiment.metric, shared=experiment.shared)
 
 
+def _of_flow(method: str, **options: Any) -> dict[str, Any]:
+    """The options of `flow_routes`; ValueError for others of `attribute` that are not as they are by themselves."""
+    plain = {"level": "edge", "reference": None, "storage": "auto", "impl": "auto", "graphs": "auto"}
+    taken = ("task", "metric", "reduce", "batch_size", "progress")
+    ablation = options.pop("ablation", "corrupt")
+    if "corrupt" not in (ablation, getattr(ablation, "name", None)):
+        raise ValueError(f"{method} ablates nothing: leave the ablation at 'corrupt', got {ablation!r}")
+    for option, value in options.items():
+        if option not in taken and value not in (None, False, "auto", plain.get(option)):
+            raise ValueError(f"{method} looks at a forward of the clean prompts alone and takes no {option}: {value!r}")
+    return {option: value for option, value in options.items() if option in taken}
+
+
 def _any_method(function: Function) -> Function:
-    """The function, and the method "screened"."""
+    """The function, and the methods "screened", "flow-routes" and "flow-sum"."""
 
     @wraps(function)
     def attribute(*args: Any, method: str = "eap", budget: float | None = None, **options: Any) -> Any:
         if method == "screened":
             return screened(*args, budget=BUDGET if budget is None else budget, **options)
+        if method in FLOW:
+            return flow_routes(*args, routes=FLOW[method], **_of_flow(method, budget=budget, **options))
         if budget is not None:
             raise ValueError(f"a budget belongs to the method 'screened', got {budget!r} with {method!r}")
         return function(*args, method=method, **options)
@@ -238,4 +255,4 @@ def _any_method(function: Function) -> Function:
 
 
 attribute = _any_method(first_order)
-"""`attribution.attribute`, and the method "screened" with its budget."""
+"""`attribution.attribute`, and the methods "screened" with its budget, "flow-routes" and "flow-sum"."""

@@ -17,6 +17,7 @@ from memory import peak_bytes
 
 import eapcore
 import eapcore.search.subnetwork_probing as subnetwork_probing
+from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.positions import attention_edges
@@ -418,6 +419,20 @@ def test_attention_from_position_to_position_adds_up_and_one_key_alone_is_exact(
             kv[:, t, : attention.n_kv] += moved[:, t, : attention.n_kv]
             change = (attention.mix(clean.saved.q, kv) - made) * dz
             torch.testing.assert_close(found.k[layer, :, t], change.sum(-1)[0].T.detach(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
+def test_what_the_logits_read_comes_from_the_tokens_along_information_flow_routes(name):
+    each, grouped = (ours(name, kv) for kv in ("each", "grouped"))
+    pairs = pairs_for(each)
+    found = [flow_routes(model, pairs, routes="flow", batch_size=2).scores for model in (each, grouped)]
+    for scores in found:
+        assert float(scores[0].sum()) == pytest.approx(1, abs=1e-12)
+    for layer, attention in enumerate(each.attentions):
+        heads, size = attention.n_heads, grouped.attentions[layer].n_kv
+        apart = found[0][:, each.graph.qkv(layer)][:, 2 * heads :]
+        shared = found[1][:, grouped.graph.qkv(layer)][:, heads + size :]
+        torch.testing.assert_close(apart.unflatten(1, (size, -1)).sum(2), shared, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
