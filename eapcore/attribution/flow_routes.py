@@ -4,9 +4,10 @@
     c[h, t, u] = max(0, ‖z‖₁ − ‖z − x[t]‖₁) / Σ over sources of the same,   z = Σ_t x[t], x[t] = P[u, t] v[t] W_O[h]
 
 c[s, r, t] is how much sender s makes of what receiver r reads at position t, and c[h, t, u] how much the value at
-source t makes of what head h sends from target u. From the logits at the position that the metric reads, routes go back
-through these: into an MLP at its own position, into a head's value at every source. Queries and keys, which choose the
-sources, have no part in a sum, and their edges score 0. One forward, no gradient, no corrupt prompt, no metric.
+source t makes of what head h sends from target u; where parts cancel, so that none is near their sum, all are 0. From
+the logits at the position that the metric reads, routes go back through these: into an MLP at its own position, into a
+head's value at every source. Queries and keys, which choose the sources, have no part in a sum, and their edges score
+0. One forward, no gradient, no corrupt prompt, no metric.
 
     "threshold"   a route is as strong as its weakest part, and an edge scores the strongest route through it: what is
                   above τ is the graph that is extracted with the threshold τ
@@ -18,6 +19,7 @@ Source: Ferrando, Voita 2024, *Information Flow Routes*, sections 2.1 and 2.2, w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +89,7 @@ def flow_routes(
         count.add(len(group))
     if not bool(each.isfinite().all()):
         raise ValueError(f"the activations overflow in {model.dtype}: use a wider dtype, e.g. float32")
-    keep, named = result_dtype(model.dtype), {"name": "none"}
+    keep, named = result_dtype(model.dtype), dict[str, Any](name="none")
     if metric is not None:
         experiment.check_finite(values)
         named = {"name": experiment.metric_name, "clean": float(values.mean())}
