@@ -83,7 +83,7 @@ def add(command: Command) -> None:
         "--threshold",
         type=several(number),
         metavar="X,…",
-        help="of ACDC: each start with each (default: 0.003,0.03,0.3)",
+        help="of ACDC: each start with each (default: 0.003,0.03,0.3, of a graph of at most 5,000 edges more)",
     )
     parser.add_argument(
         "--search-metric", default="kl", metavar="METRIC", help="what ACDC keeps: kl, or the task's metric"

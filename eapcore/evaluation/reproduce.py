@@ -41,6 +41,7 @@ from eapcore.tasks.truth import Truth
 
 FILES = ("scores.safetensors", "evaluation.json", "verification.json", "circuit.json", "reproduction.json")
 THRESHOLDS = (0.003, 0.03, 0.3)  # of ACDC
+MORE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a small graph, all of which is searched
 FACTORS = (0.25, 1.0, 4.0)  # of the published threshold, where searches start
 SAMPLE, CURVES = 100, 4  # edges patched where not all are; of the outlying ones those that are followed
 SMALL = 5_000  # edges that are all patched, and all searched
@@ -92,15 +93,15 @@ class Plan:
     sample: edges that are patched exactly; None is all of a graph of at most SMALL edges, else SAMPLE. curves: how many
     edges are followed. top_n, score_thresholds: where searches start, the latter in the published unit; both None:
     FACTORS of the published threshold, as many edges as the circuit has, and all of a small graph. thresholds: of ACDC;
-    none leaves the searches out. search_metric: what ACDC keeps, "kl" or the task's metric. probe_steps: of subnetwork
-    probing; 0 leaves it out.
+    none at all leaves the searches out, None is THRESHOLDS, or MORE. search_metric: what ACDC keeps, "kl" or the task's
+    metric. probe_steps: of subnetwork probing; 0 leaves it out.
     """
 
     sample: int | None = None
     curves: int = CURVES
     top_n: Sequence[int] | None = None
     score_thresholds: Sequence[float] | None = None
-    thresholds: Sequence[float] = THRESHOLDS
+    thresholds: Sequence[float] | None = None
     search_metric: str = "kl"
     probe_steps: int = STEPS
     seed: int = 0
@@ -167,6 +168,9 @@ def reproduce(
     curves = work.curves(scores, unit, exact)
     searches, more = work.searches(scores, unit, judged is not None)
     rows += more
+    empty = [name for name, start in work.starts(scores, unit) if not start.n_edges]
+    if empty and (plan.thresholds is None or len(plan.thresholds)):
+        left_out.append(f"no edge has {' or '.join(empty)}: no search starts there")
     methods, more = ([], []) if judged is None else work.methods()
     rows += more
     subnetworks, chosen = work.subnetworks(scores, unit, judged is not None)
@@ -263,7 +267,7 @@ def _check(plan: Plan, graph: Graph) -> None:
             raise ValueError(f"searches start from between 1 and the {graph.n_edges} edges of this graph, got {n}")
     if plan.probe_steps < 0:
         raise ValueError(f"probe_steps must be at least 0, got {plan.probe_steps}")
-    for threshold in (*plan.thresholds, *(plan.score_thresholds or ())):
+    for threshold in (*(plan.thresholds or ()), *(plan.score_thresholds or ())):
         if not 0 < threshold < math.inf:
             raise ValueError(f"thresholds must be positive and finite, got {threshold:g}")
     if plan.sample is not None and not 14 <= plan.sample <= graph.n_edges:
@@ -477,20 +481,26 @@ class _Work:
             for each in made
         ]  # fmt: skip
 
-    def searches(self, scores: EdgeScores, unit: float, of_circuit: bool) -> tuple[list[dict[str, Any]], list[Row]]:
-        """EAP followed by ACDC: each start with each threshold."""
+    def starts(self, scores: EdgeScores, unit: float) -> list[tuple[str, Circuit]]:
+        """Where searches start, each by name; some may be empty."""
         sizes, levels = list(self.plan.top_n or ()), list(self.plan.score_thresholds or ())
         if self.plan.top_n is None and self.plan.score_thresholds is None:
             levels = [factor * self.published.threshold for factor in FACTORS]
             sizes = [min(self.truth.circuit.n_edges, self.graph.n_edges)]
             sizes += [self.graph.n_edges] if self.graph.n_edges <= SMALL else []
-        starts = [(f"|score| ≥ {level:g}", scores.threshold(level * abs(unit))) for level in levels]
-        starts += [(f"top {n}" if n < self.graph.n_edges else "all edges", scores.top_n(n)) for n in sizes]
+        found = [(f"|score| ≥ {level:g}", scores.threshold(level * abs(unit))) for level in levels]
+        found += [(f"top {n}" if n < self.graph.n_edges else "all edges", scores.top_n(n)) for n in sizes]
+        return found
+
+    def searches(self, scores: EdgeScores, unit: float, of_circuit: bool) -> tuple[list[dict[str, Any]], list[Row]]:
+        """EAP followed by ACDC: each start with each threshold."""
+        starts = self.starts(scores, unit)
+        thresholds = self.plan.thresholds
+        if thresholds is None:
+            thresholds = MORE if self.graph.n_edges <= SMALL else THRESHOLDS
         found, whole = [], []
         for name, start in starts:
-            if not start.n_edges:
-                continue
-            for threshold in self.plan.thresholds:
+            for threshold in thresholds if start.n_edges else ():
                 made = self.steps(
                     f"search-{digest(start.mask)}-{threshold:g}-{self.plan.search_metric}", {},
                     partial(self._search, name, start, threshold, unit),

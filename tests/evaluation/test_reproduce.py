@@ -239,9 +239,10 @@ def test_docstring_patches_every_edge_and_searches_from_all(attn_only, tmp_path)
 def test_a_model_of_another_shape_has_its_own_findings_alone(tmp_path):
     model = dataclasses.replace(random_model(2, 2, 16, 8, 24, SIZE, 32), tokenizer=tokenizer_of(WORDS))
     pairs = find_pairs("ioi", n=3, seed=0, encode=model.tokenizer)
-    plan = Plan(curves=1, thresholds=[0.5], score_thresholds=[1e-3], sample=14)
+    plan = Plan(curves=1, thresholds=[0.5], score_thresholds=[1e-3, 1e9], sample=14)
     found = reproduce(model, "ioi", pairs, tmp_path, plan=plan)
     assert found.judged is None and "the published circuit is one of gpt2" in found.left_out[0]
+    assert found.left_out[1] == "no edge has |score| ≥ 1e+09: no search starts there" and len(found.searches) == 1
     assert found.rows == [] and "j" not in found.searches[0] and found.heads[0]["role"] is None
     assert found.circuits[-1]["faithfulness"] >= 0.8 or found.circuits[-1]["edges"] == model.graph.n_edges
 
