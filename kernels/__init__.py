@@ -113,6 +113,7 @@ def edge_scores(
     mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     rows: Annotated[Tensor, "int64 N"] | None = None,
+    part: tuple[int, int] | None = None,
     precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor, "S R | B S R | T S R"]:
@@ -133,6 +134,9 @@ def edge_scores(
         reduce: "all" sums over b and t; "pair" over t only; "position" over b only.
         rows: int64 [N], distinct indices b·T + t of the token rows to sum over; None for all. Whether they are is
             looked at on the CPU alone.
+        part: (first, n) where the senders are those from `first` on of n, whose others are contracted elsewhere: every
+            score has the bits that it has among all n of them. "triton" cuts its sums for n; the others contract zeros
+            in their places. None where these are all.
         precision: how float32 is multiplied on a GPU: "ieee" in full, or "tf32x3" as three products of its two tf32
             halves on tensor cores, whose sums are at least as exact. "auto" takes "tf32x3" where there are such tensor
             cores (NVIDIA, from compute capability 8.0 on). Everything else multiplies in full under any name.
@@ -147,12 +151,21 @@ def edge_scores(
 
     Source: Syed, Rager, Conmy 2023, eq. 2.
     """
-    checks.edge_scores(delta, grads, mask, reduce, rows)
+    checks.edge_scores(delta, grads, mask, reduce, rows, part)
     checks.rows_in_range(rows, delta.shape[1] * delta.shape[2])
     checks.one_of("precision", precision, checks.PRECISIONS)
     if (run := dry.active.get()) is not None:
         return dry.edge_scores(run, delta, grads, mask, reduce, partial(workspace_bytes, impl=impl))
     chosen = _resolve("edge_scores", impl, delta.device, delta.dtype)
+    if part is not None and chosen != "triton" and part[1] > len(delta):
+        mine = slice(part[0], part[0] + len(delta))
+        among = delta.new_zeros(part[1], *delta.shape[1:])
+        among[mine] = delta
+        if mask is not None:
+            edges, mask = mask, mask.new_zeros(part[1], len(grads))
+            mask[mine] = edges
+        made = edge_scores(among, grads, mask=mask, reduce=reduce, rows=rows, impl=chosen)
+        return made[..., mine, :]
     if chosen == "cpp":
         from . import cpp
 
@@ -160,7 +173,8 @@ def edge_scores(
     if chosen == "triton":
         from . import triton_edge_scores
 
-        return triton_edge_scores.edge_scores(delta, grads, mask, reduce, rows, precision)
+        count = None if part is None else part[1]
+        return triton_edge_scores.edge_scores(delta, grads, mask, reduce, rows, precision, among=count)
     return reference.edge_scores(delta, grads, mask, reduce, rows)
 
 

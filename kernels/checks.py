@@ -120,7 +120,14 @@ def chunk(rows: int | None) -> None:
         raise ValueError(f"chunk must be at least 1 token row, got {rows}")
 
 
-def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, rows: Tensor | None) -> None:
+def edge_scores(
+    delta: Tensor,
+    grads: Tensor,
+    mask: Tensor | None,
+    reduce: str,
+    rows: Tensor | None,
+    part: tuple[int, int] | None = None,
+) -> None:
     """Check the arguments of `edge_scores`; its docstring states what they are."""
     one_of("reduce", reduce, REDUCE)
     if delta.ndim != 4 or grads.ndim != 4 or delta.shape[1:] != grads.shape[1:]:
@@ -135,6 +142,8 @@ def edge_scores(delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, 
         )
     on_device("delta", delta.device, {"grads": grads, "mask": mask, "rows": rows})
     edge_mask(mask, delta.shape[0], grads.shape[0])
+    if part is not None and not 0 <= part[0] <= part[0] + len(delta) <= part[1]:
+        raise ValueError(f"part must be (first, n) with first + S = {part[0]} + {len(delta)} at most n, got {part}")
     if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1):
         raise ValueError(f"rows must be int64 [N] indices into B·T, got {rows.dtype} {shape_text(rows)}")
 

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -436,15 +436,20 @@ def plan_of(
     precision: str = "ieee",
     config: Config | None = None,
     on: common.Target | None = None,
+    among: int | None = None,
 ) -> Plan:
-    """The launch of `contract` for a layout, on its own device unless another is given."""
+    """The launch of `contract` for a layout, on its own device unless another is given; among: as in `edge_scores`."""
     delta, grads = work.operands
-    return plan(
-        delta.shape[2], grads.shape[2], work.groups, work.tokens, work.inner,
+    senders, receivers = delta.shape[2], grads.shape[2]
+    found = plan(
+        among or senders, receivers, work.groups, work.tokens, work.inner,
         dtype=delta.dtype, precision=precision, masked=masked,
         aligned=common.describable(delta) and common.describable(grads), on=on or common.target(delta.device),
         config=config,
     )  # fmt: skip
+    tile = found.config
+    units = work.groups * common.cdiv(senders, tile.block_s) * common.cdiv(receivers, tile.block_r)
+    return replace(found, units=units)
 
 
 def _descriptor(view: Tensor, block: list[int]) -> TensorDescriptor:
@@ -466,12 +471,13 @@ def contract(
     precision: str = "auto",
     accumulate: bool = False,
     config: Config | None = None,
+    among: int | None = None,
 ) -> None:
     """Write the scores [groups, S, R] of a layout to `out`, or add them to it, 0 where there is no edge."""
     delta, grads = work.operands
     senders, receivers = delta.shape[2], grads.shape[2]
     precision = common.check_precision(precision, delta.dtype, common.target(delta.device))
-    chosen = plan_of(work, mask is not None, precision, config)
+    chosen = plan_of(work, mask is not None, precision, config, among=among)
     tile, units = chosen.config, chosen.units
     shape = chosen.partial_shape(accumulate)
     direct = shape[0] == 0
@@ -526,8 +532,10 @@ def edge_scores(
     precision: str = "auto",
     *,
     config: Config | None = None,
+    among: int | None = None,
 ) -> Tensor:
-    """`eapcore.kernels.edge_scores` on the GPU; `config` takes one tiling instead of `choose_config`'s."""
+    """`eapcore.kernels.edge_scores` on the GPU; `config` takes one tiling instead of `choose_config`'s. among: of how
+    many senders these are some, for which tiling and splits are chosen."""
     checks.one_of("precision", precision, checks.PRECISIONS)
     common.check_precision(precision, delta.dtype, common.target(delta.device))
     senders, batch, tokens, _ = delta.shape
@@ -536,7 +544,8 @@ def edge_scores(
     if 0 in shape or delta.numel() == 0 or (rows is not None and len(rows) == 0):
         return delta.new_zeros(shape, dtype=torch.float32)
     out = delta.new_empty(shape, dtype=torch.float32)
-    contract(layout(delta.detach(), grads.detach(), reduce, rows), mask, out, precision=precision, config=config)
+    work = layout(delta.detach(), grads.detach(), reduce, rows)
+    contract(work, mask, out, precision=precision, config=config, among=among)
     return out
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,6 +22,7 @@ from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.pruning import EndStore, pruned
 from eapcore.attribution.score_batch import score_batch
+from eapcore.attribution.spread import SpreadPlan, spread_over
 from eapcore.attribution.sums import Store, Sums
 from eapcore.attribution.tally import Tally
 from eapcore.execution.ablation import Ablation
@@ -41,12 +43,14 @@ from eapcore.execution.memory import budget, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
+from eapcore.graph.graph import Graph
 from eapcore.graph.pair_scores import PairWriter, begin_index, write_index
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.kernels.checks import REDUCE, one_of
 from eapcore.models.backward_rules import Rules
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
+from eapcore.models.tensors import moved
 from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import METRICS as OWN_METRICS
 from eapcore.tasks.metrics import Metric, find_metric, tokens_read, without_values
@@ -104,6 +108,7 @@ def attribute(
     pairs_to: str | Path | None = None,
     resume: str | Path | None = None,
     distributed: bool = False,
+    devices: str | Sequence[str | torch.device] | None = None,
     **others: Any,
 ) -> EdgeScores | NodeScores:
     """Score every edge, node or neuron of a model for one behaviour.
@@ -190,6 +195,10 @@ def attribute(
         distributed: share the pairs among the processes that torchrun or the like started for this run; every one of
             them gets the result. The pairs are cut by a fixed rule into a share for each, and the shares' float64 sums
             added in order: the same bits for the same number of processes, and those of one but for rounding.
+        devices: several of this process's, on which the model's layers are laid by the memory that they have, in order,
+            all else on the first; "auto" takes as many of its GPUs as a useful batch needs. What a sender adds stays
+            where it is made, and receivers' gradients travel there, or what they are made of, whichever is fewer bytes.
+            The scores have the bits of one such device. None leaves the model where it lies.
 
     Returns:
         EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
@@ -217,6 +226,8 @@ def attribute(
     ablation_name = ablation.name if isinstance(ablation, Ablation) else ablation
     options = Options(gradient_at, steps, points, rules, qk, exact, spread)
     how = recipe(method, model.graph, options, ablation=ablation_name, level=level, reduce=reduce)
+    if devices is not None:
+        model, ablation = _spread(model, devices, ablation)
     stream = task if isinstance(task, PairStream) else None
     if stream is not None:
         _check_stream(ablation, reference, reduce, pairs_to)
@@ -242,9 +253,15 @@ def attribute(
         return ranks.first(int(vary and not kept.notes and over_pairs.affordable(model.graph, model.device)))
 
     varied = bool(kept.settle("uncertainty", None if uncertainty == "auto" else int(uncertainty), by_memory))
-    passes = how.planned(ablation_name, reduce, without_values(experiment.metric), statistics=varied)
-    plan = Plan(_as_read(experiment), model.dtype, model.device, impl, len(model.attentions[0].w_qkv), passes)
-    found = _storage(plan, pairs, level, storage, by_node)
+    values = without_values(experiment.metric)
+    passes = how.planned(ablation_name, reduce, values, statistics=varied)
+
+    def passes_of(graph: Graph) -> Passes:
+        same = recipe(method, graph, options, ablation=ablation_name, level=level, reduce=reduce)
+        return same.planned(ablation_name, reduce, values, statistics=varied)
+
+    plan = _plan(experiment, impl, passes, passes_of)
+    found = _storage(model, plan, pairs, level, storage, by_node)
     storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
     asked = batch_size if isinstance(batch_size, int) else None
 
@@ -326,6 +343,31 @@ def attribute(
     return replace(result, standard_error=error, sign_consistency=share, jaccard=jaccard)
 
 
+def _spread(
+    model: Model, devices: str | Sequence[str | torch.device], ablation: str | Ablation
+) -> tuple[Model, str | Ablation]:
+    """The model with its layers on several devices, and an ablation of it."""
+    now = model.now()
+    there = spread_over(now, devices)
+    of_it = isinstance(ablation, Ablation) and ablation.model is not None and ablation.model.weights is now.weights
+    if isinstance(ablation, Ablation) and of_it and ablation.weights in (None, now.weights.state()):
+        state = None if ablation.weights is None else there.weights.state()
+        values = moved(ablation.values, there.device)
+        ablation = replace(ablation, values=values, model=there, weights=state)  # one of others is refused as it is
+    return there, ablation
+
+
+def _plan(experiment: Experiment, impl: str, passes: Passes, passes_of: Callable[[Graph], Passes]) -> Plan | SpreadPlan:
+    """The memory plan of the device, or of the devices, that the model lies on."""
+    model, config = experiment.model, _as_read(experiment)
+    groups = len(model.attentions[0].w_qkv)
+    if len(model.devices) == 1:
+        return Plan(config, model.dtype, model.device, impl, groups, passes)
+    counts = Counter(attention.device for attention in model.attentions)
+    layers = [(device, counts[device]) for device in model.devices]
+    return SpreadPlan(config, model.dtype, layers, impl, groups, passes_of)
+
+
 def _check_stream(
     ablation: str | Ablation, reference: PromptPairs | None, reduce: str, pairs_to: str | Path | None
 ) -> None:
@@ -383,7 +425,7 @@ class _Scoring:
         experiment: Experiment,
         how: Recipe,
         passes: Passes,
-        plan: Plan,
+        plan: Plan | SpreadPlan,
         level: str,
         reduce: str,
         storage: str,
@@ -396,9 +438,9 @@ class _Scoring:
         self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
         self.shapes, self.within = _shapes(model, how, passes), budget(model.device)
         self.by_node = how.by_ends or (level != "edge" and not how.by_edge)
-        recordable = storage == "dense" or self.by_node
+        recordable = (storage == "dense" or self.by_node) and len(model.devices) == 1
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
-        self.memory = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.memory: list[torch.Tensor] = []
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
         self.n_pairs, self.statistics = n_pairs, over_pairs.shapes(model.graph) if passes.statistics else {}
 
@@ -511,10 +553,13 @@ class _Scoring:
     def _make_room(self, batch: Batch) -> None:
         """Make the buffer large enough; recordings that work in it go."""
         model = self.experiment.model
-        if self.storage == "dense" and self.memory.numel() < DenseStore.size(model, batch):
+        if self.storage != "dense":
+            return
+        there = [room.numel() for room in self.memory]
+        if not there or any(size > n for size, n in zip(DenseStore.sizes(model, batch), there, strict=True)):
             self.replays.clear()
-            self.memory = torch.empty(0, dtype=model.dtype, device=model.device)  # freed before the larger one is made
-            self.memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
+            self.memory = []  # freed before the larger one is made
+            self.memory = DenseStore.room(model, batch)
 
 
 def _check_options(others: dict[str, Any]) -> None:
@@ -540,7 +585,7 @@ def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, 
         _log.warning("every score is exactly 0: nothing that changes between the runs reaches the metric %s", name)
 
 
-def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: bool) -> str:
+def _storage(model: Model, plan: Plan | SpreadPlan, pairs: PromptPairs, level: str, storage: str, by_node: bool) -> str:
     """The storage that is used; ValueError for one that does not suit what is scored."""
     if by_node:
         if storage == "dense":
@@ -549,6 +594,13 @@ def _storage(plan: Plan, pairs: PromptPairs, level: str, storage: str, by_node: 
                 "'dense'"
             )
         return "factored"
+    if len(model.devices) > 1:
+        if storage == "factored":
+            raise ValueError(
+                f"storage must be 'auto' or 'dense' where the layers lie on several devices ({model.where}), which "
+                "share the sender buffer, got 'factored'"
+            )
+        return "dense"
     return plan.storage(pairs) if storage == "auto" else storage
 
 
@@ -565,7 +617,8 @@ def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bo
         raise ValueError(f"graphs must be True, False or 'auto', got {graphs!r}")
     by = recorder(model.device) if graphs else None
     if graphs is True and (by is None or not recordable):
-        why = f"the model is on {model.device}" if by is None else "the storage of these edges is 'factored'"
+        why = f"the model is on {model.where}" if by is None else "the storage of these edges is 'factored'"
+        why = f"the layers lie on {model.where}" if len(model.devices) > 1 else why
         raise ValueError(f"graphs=True needs a GPU, and of edges storage='dense', but {why}: leave graphs at 'auto'")
     if graphs == "auto" and not (recordable and metric in OWN_METRICS.values()):
         by = None

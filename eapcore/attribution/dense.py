@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,19 +17,35 @@ from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import limits
-from eapcore.models.attention import Channels
+from eapcore.models.attention import Attention, Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
 from eapcore.models.model import Model
-from eapcore.models.tensors import accumulate_dtype, at_positions
+from eapcore.models.tensors import accumulate_dtype, at_positions, on
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of some senders that are made on one device.
+
+    senders: which they are. everywhere: [S', B, T, D] of those before the last layer. at_read: [S', B, Q, D] of all of
+    them at the positions that are read.
+    """
+
+    senders: slice
+    everywhere: Tensor
+    at_read: Tensor
+    read: Tensor
+
+    def of(self, at_read: bool) -> Tensor:
+        return self.at_read if at_read else self.everywhere
 
 
 class DenseStore:
-    """The explicit sender buffer.
+    """The explicit sender buffer, each sender's rows on the device where they are made.
 
-    everywhere: [S', B, T, D] of all senders before the last layer. at_read: [S, B, Q, D] of all senders at the
-    positions that are read: all that the last layer's heads and MLP need, since what reads them has a gradient there
-    alone.
+    Everywhere [S', B, T, D] of all senders before the last layer, and [S, B, Q, D] of all senders at the positions that
+    are read: all that the last layer's heads and MLP need, since what reads them has a gradient there alone.
     """
 
     steps = True
@@ -37,77 +55,102 @@ class DenseStore:
         self,
         model: Model,
         batch: Batch,
-        memory: Tensor,
+        memory: Sequence[Tensor],
         device: torch.device | None = None,
         *,
         apart: bool = False,
     ) -> None:
-        """device: whose limits count, None for the model's. apart: `deltas` gives what each component sends by itself,
-        with `factors`, which are kept."""
+        """memory: on each of `shares`' devices. device: whose limits count, None for the model's. apart: `deltas` gives
+        what each component sends by itself, with `factors`, which are kept."""
         self.dz: dict[int, Tensor] | None = {} if apart else None
         self.model, self.read, self.device = model, batch.read, model.device if device is None else device
-        (rows, tokens), width, graph = batch.shape, model.config.d_model, model.graph
-        before, reads = graph.senders_everywhere.stop, self.read.shape[1]
-        cut = before * rows * tokens * width
-        end = cut + graph.n_senders * rows * reads * width
-        self.everywhere = memory[:cut].view(before, rows, tokens, width)
-        self.at_read = memory[cut:end].view(graph.n_senders, rows, reads, width)
+        self.shape, self.parts = batch.shape, []
+        (rows, tokens), width, reads = batch.shape, model.config.d_model, self.read.shape[1]
+        for (_, senders), room in zip(shares(model), memory, strict=True):
+            before, count = _before_the_last(model, senders), senders.stop - senders.start
+            cut = before * rows * tokens * width
+            end = cut + count * rows * reads * width
+            everywhere, at_read = room[:cut].view(before, rows, tokens, width), room[cut:end]
+            read = on(self.read, room.device)
+            self.parts.append(_Rows(senders, everywhere, at_read.view(count, rows, reads, width), read))
 
     @staticmethod
-    def size(model: Model, batch: Batch) -> int:
-        """Elements of memory that a batch's buffer takes."""
-        (rows, tokens), graph = batch.shape, model.graph
-        return (
-            (graph.senders_everywhere.stop * tokens + graph.n_senders * batch.read.shape[1])
-            * rows
-            * model.config.d_model
-        )
+    def sizes(model: Model, batch: Batch) -> list[int]:
+        """Elements of memory that a batch's buffer takes, on each of `shares`' devices."""
+        (rows, tokens), reads, width = batch.shape, batch.read.shape[1], model.config.d_model
+        shared = [senders for _, senders in shares(model)]
+        return [(_before_the_last(model, s) * tokens + (s.stop - s.start) * reads) * rows * width for s in shared]
 
-    def rows(self, at_read: bool) -> Tensor:
-        return self.at_read if at_read else self.everywhere
+    @staticmethod
+    def room(model: Model, batch: Batch) -> list[Tensor]:
+        """Memory for a batch's buffer."""
+        where = zip(DenseStore.sizes(model, batch), shares(model), strict=True)
+        return [torch.empty(size, dtype=model.dtype, device=device) for size, (device, _) in where]
+
+    def rows(self, at_read: bool, senders: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of some senders, those of one device at a time, and which they are."""
+        for part in self.parts:
+            start, stop = max(senders.start, part.senders.start), min(senders.stop, part.senders.stop)
+            if start < stop:
+                first = part.senders.start
+                yield slice(start, stop), part.of(at_read)[start - first : stop - first]
+
+    def _own(self, senders: slice, last: bool) -> Tensor:
+        """The rows of a component's senders."""
+        ((_, rows),) = self.rows(last, senders)
+        return rows
 
     def set_embed(self, delta: Tensor) -> None:
-        self.everywhere[0] = delta
+        self.parts[0].everywhere[0] = delta
 
     def set_heads(self, index: int, dz: Tensor) -> None:
         graph, last = self.model.graph, self.model.graph.is_last(index)
         if last:
-            self.at_read[: len(self.everywhere)] = rows_at(self.everywhere, self.read)
+            for part in self.parts:
+                part.at_read[: len(part.everywhere)] = rows_at(part.everywhere, part.read)
         if self.dz is not None:
             self.dz[index] = dz
-        self.model.attentions[index].send(dz, out=self.rows(last)[graph.heads(index)])
+        self.model.attentions[index].send(dz, out=self._own(graph.heads(index), last))
 
     def mlp_room(self, index: int) -> Tensor | None:
         graph = self.model.graph
-        return self.rows(graph.is_last(index))[graph.mlp(index)]
+        return self._own(slice(graph.mlp(index), graph.mlp(index) + 1), graph.is_last(index))[0]
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         graph = self.model.graph
-        self.rows(graph.is_last(index))[graph.mlp(index)] = delta
+        self._own(slice(graph.mlp(index), graph.mlp(index) + 1), graph.is_last(index))[0] = delta
 
     def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
         pass
 
-    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
-        rows, graph = self.rows(at_read), self.model.graph
-        if self.dz is None:
-            yield slice(0, count), rows[:count]
-            return
-        begins = {0, *(graph.heads(index).start for index in self.dz), *(graph.heads(index).stop for index in self.dz)}
-        places = sorted({start for start in begins if start < count} | {count})
+    def deltas(
+        self, at_read: bool, count: int, at_once: int | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        graph = self.model.graph
+        places = [0, count]
+        if self.dz is not None:
+            begins = {0, *(x for index in self.dz for x in (graph.heads(index).start, graph.heads(index).stop))}
+            places = sorted({start for start in begins if start < count} | {count})
         for start, stop in pairwise(places):
-            yield slice(start, stop), rows[start:stop]
+            size = at_once or stop - start
+            for first in range(start, stop, size):
+                some = slice(first, min(first + size, stop))
+                rows = [x if device is None else on(x, device) for _, x in self.rows(at_read, some)]
+                yield some, rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
         for index, dz in (self.dz or {}).items():
             if senders == self.model.graph.heads(index):
-                return at_positions(dz, self.read if at_read else None), self.model.attentions[index].w_send
+                read = on(self.read, dz.device) if at_read else None
+                return at_positions(dz, read), self.model.attentions[index].w_send
         return None
 
     def moved(self, name: str) -> Tensor:
         index, graph = int(name[1:]), self.model.graph
-        rows = self.rows(graph.is_last(index))
-        return rows[graph.heads(index)].sum(0) if name[0] == "a" else rows[graph.mlp(index)]
+        last = graph.is_last(index)
+        if name[0] == "a":
+            return self._own(graph.heads(index), last).sum(0)
+        return self._own(slice(graph.mlp(index), graph.mlp(index) + 1), last)[0]
 
     def contract(
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
@@ -119,21 +162,55 @@ class DenseStore:
         edges.end()
 
 
+def shares(model: Model) -> list[tuple[torch.device, slice]]:
+    """The model's devices, and which senders are made on each, in order."""
+    found: list[tuple[torch.device, slice]] = [(model.device, slice(0, 1))]
+    for stage in model.stages:
+        for place in (stage.attention, stage.mlp):
+            if place is not None and found[-1][0] == stage.device:
+                found[-1] = stage.device, slice(found[-1][1].start, place.senders.stop)
+            elif place is not None:
+                found.append((stage.device, place.senders))
+    return found
+
+
+def _before_the_last(model: Model, senders: slice) -> int:
+    """How many of some senders lie before the last layer."""
+    return max(0, min(senders.stop, model.graph.senders_everywhere.stop) - senders.start)
+
+
+Elsewhere = Callable[[torch.device], Tensor]
+
+
 class _Edges(Sink):
-    """Contracts the dense buffer with the receivers' gradients as they come, those of several runs of it added up."""
+    """Contracts the dense buffer with the receivers' gradients as they come, those of several runs of it added up.
+
+    Where senders lie on other devices than a layer, its receivers' gradients travel there, or what they are made of,
+    whichever is fewer bytes.
+    """
 
     def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int) -> None:
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
         # One layer's receivers, of some pairs at a time, in the same memory: what is made stays in a cache until it is
         # contracted and added up, and fresh pages would cost as much time as the arithmetic.
-        buffer = store.everywhere
-        rows, tokens, width = buffer.shape[1:]
-        one = self.graph.receivers_per_layer * tokens * width
-        self.at_once = -(-pairs_at_once(runs * rows, one * buffer.itemsize, store.device) // runs)
-        self.workspace = buffer.new_empty(runs * self.at_once * one)
-        self.rows = torch.arange(runs * rows, device=buffer.device).view(runs, rows)
+        (rows, tokens), config = store.shape, store.model.config
+        one = self.graph.receivers_per_layer * tokens * config.d_model
+        size = one * store.parts[0].everywhere.itemsize
+        self.at_once = -(-pairs_at_once(runs * rows, size, store.device) // runs)
+        self.size, self.runs = runs * self.at_once * one, runs
+        self.workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
         # A layer's MLP receiver [B, T, D] waits for its q, k and v: alone it would read all of the buffer once more.
         self.mlp: Tensor | None = None
+        self.readers: tuple[int, dict[torch.device, Attention]] = -1, {}
+
+    def workspace(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Memory on a device, and there the numbers of the pairs of all runs, [runs, B]."""
+        if device not in self.workspaces:
+            rows = self.runs * self.store.shape[0]
+            numbers = torch.arange(rows, device=device).view(self.runs, -1)
+            like = self.store.parts[0].everywhere
+            self.workspaces[device] = like.new_empty(self.size, device=device), numbers
+        return self.workspaces[device]
 
     def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
         if at_read or name == "logits" or f"a{name[1:]}" in self.step.rules.cut:
@@ -150,23 +227,48 @@ class _Edges(Sink):
         if self.step.exact_softmax:  # v alone
             by_gradient = slice(max(part.channels.start, of_v.start), part.channels.stop)
             if part.channels.stop == of_v.stop:  # the last piece
-                add_exact(self.store, self.sums, part, self.step.weight)
+                add_exact(self.store, self.sums, part, self.step.weight, partial(self.reader, part))
         first, count = part.receivers.start - part.channels.start, part.channels.stop - part.channels.start
         mlp, self.mlp, total = self.mlp, None, []
         receivers = slice(first + by_gradient.start, first + by_gradient.stop + (mlp is not None))
-        runs, rows = self.rows.shape
+        copies: dict[torch.device, Channels] = {part.act.device: part}
+
+        def made(pairs: slice, skipped: int, device: torch.device) -> Tensor:
+            """The gradients of some pairs' receivers [C' + 1, b, T, D] but for the first, and behind the layer's q, k
+            and v the MLP's, where that comes along, made on a device."""
+            memory, rows = self.workspace(device)
+            some = pairs if self.runs == 1 else rows[:, pairs].flatten()
+            if device not in copies:
+                copies[device] = part.on(device, self.reader(part, device))
+            grads = copies[device].of(some).grads(self.sums.impl, memory)
+            if mlp is None:
+                return grads[skipped:]
+            shape = (count + 1, *grads.shape[1:])
+            grads = memory[: math.prod(shape)].view(shape)
+            grads[count] = on(mlp[some if isinstance(some, slice) else on(some, mlp.device)], device)
+            return grads[skipped:]
+
+        rows, skipped = self.store.shape[0], by_gradient.start - part.channels.start
         for pairs in (slice(start, start + self.at_once) for start in range(0, rows, self.at_once)):
-            some = pairs if runs == 1 else self.rows[:, pairs].flatten()
-            grads = part.of(some).grads(self.sums.impl, self.workspace)
-            total.append(grads.sum(0, dtype=accumulate_dtype(grads.dtype)).unflatten(0, (runs, -1)))
-            if mlp is not None:  # behind the layer's q, k and v, as in the graph
-                shape = (count + 1, *grads.shape[1:])
-                grads = self.workspace[: math.prod(shape)].view(shape)
-                grads[count] = mlp[some]
+            grads = made(pairs, 0, part.act.device)
+            of_channels = grads[:count]
+            wide = accumulate_dtype(grads.dtype)
+            total.append(of_channels.sum(0, dtype=wide).unflatten(0, (self.runs, -1)))
             if receivers.start < receivers.stop:
                 before = slice(0, self.graph.senders_before(part.receivers.start))
-                self.add(grads[by_gradient.start - part.channels.start :], receivers, part.at_read, pairs, before)
+                travels = len(self.store.parts) > 1 and not part.fewer_as_gradients
+                elsewhere = partial(made, pairs, skipped) if travels else None
+                self.add(grads[skipped:], receivers, part.at_read, pairs, before, elsewhere)
         return (total[0] if len(total) == 1 else torch.cat(total, 1)).flatten(0, 1)
+
+    def reader(self, part: Channels, device: torch.device) -> Attention:
+        """The layer's attention, what it reads by on a device."""
+        if self.readers[0] != part.index:
+            self.readers = part.index, {}
+        found = self.readers[1]
+        if device not in found:
+            found[device] = part.attention.reading_on(device)
+        return found[device]
 
     def end(self) -> None:
         """The backward pass is over."""
@@ -178,46 +280,81 @@ class _Edges(Sink):
         at_read: bool,
         pairs: slice = slice(None),
         senders: slice | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """Contract some receivers' gradients with some senders, None for all that come before them."""
-        senders = senders or slice(0, self.graph.senders_before(receivers.start))
-        delta, sums = self.store.rows(at_read)[senders, pairs], self.sums
-        grads = over_steps(grads, 1, delta.shape[1])
-        for name, reduce in sums.targets(at_read):
-            block = kernels.edge_scores(delta, grads, reduce=reduce, impl=sums.impl)
-            sums.add(name, block, (senders, receivers), self.step.weight, at_read, pairs)
+        """Contract some receivers' gradients with some senders, None for all that come before them; elsewhere: makes
+        the gradients on another device, None where they travel there."""
+        senders, sums = senders or slice(0, self.graph.senders_before(receivers.start)), self.sums
+        for some, rows in self.store.rows(at_read, senders):
+            here = grads
+            if rows.device != grads.device:
+                here = on(grads, rows.device) if elsewhere is None else elsewhere(rows.device)
+            delta, part = rows[:, pairs], _part(some, senders)
+            here = over_steps(here, 1, delta.shape[1])
+            for name, reduce in sums.targets(at_read):
+                block = kernels.edge_scores(delta, here, reduce=reduce, part=part, impl=sums.impl)
+                sums.add(name, block, (some, receivers), self.step.weight, at_read, pairs)
 
 
 class _Layers(_Edges):
     """Contracts the receivers of several layers at once, so that the buffer is read less often, and takes their sum
     from ∂metric/∂(q, k, v), so that no receiver is read a second time.
 
-    What has its gradient at the positions that are read is contracted as it comes.
+    What has its gradient at the positions that are read is contracted as it comes. Receivers wait on their own device
+    and on all before it, where they have senders.
     """
 
     def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int, layers: int) -> None:
         self.store, self.sums, self.step, self.graph = store, sums, step, store.model.graph
-        buffer, size = store.everywhere, layers * self.graph.receivers_per_layer
-        self.grads = buffer.new_empty(size, runs * buffer.shape[1], *buffer.shape[2:])
-        self.filled = size  # from here on, by receivers in the graph's order: these
-        self.waiting: list[slice] = []
+        (rows, tokens), width = store.shape, store.model.config.d_model
+        self.filled = self.size = layers * self.graph.receivers_per_layer
+        self.shape, self.memory = (self.size, runs * rows, tokens, width), dict[torch.device, Tensor]()
+        self.waiting: list[slice] = []  # from `filled` on, by receivers in the graph's order
+        self.readers = -1, {}
+
+    def there(self, device: torch.device, count: int) -> Tensor:
+        """Where the gradients of the receivers that were taken last wait on a device, [R', n·B, T, D]."""
+        if device not in self.memory:
+            self.memory[device] = self.store.parts[0].everywhere.new_empty(self.shape, device=device)
+        return self.memory[device][self.filled : self.filled + count]
+
+    def before(self, receivers: slice, own: torch.device) -> list[torch.device]:
+        """The other devices on which some receivers have senders."""
+        senders = slice(0, self.graph.senders_before(receivers.start))
+        return [rows.device for _, rows in self.store.rows(False, senders) if rows.device != own]
 
     def room(self, receiver: int, at_read: bool) -> Tensor | None:
-        return None if at_read else self.take(slice(receiver, receiver + 1))[0]
+        if at_read:
+            return None
+        self.take(slice(receiver, receiver + 1))
+        layer = receiver // self.graph.receivers_per_layer
+        return self.there(self.store.model.attentions[layer].device, 1)[0]
 
     def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
-        if at_read or name == "logits":  # else it lies where it waits
-            self.add(grad[None], slice(receiver, receiver + 1), at_read)
+        here = slice(receiver, receiver + 1)
+        if at_read or name == "logits":
+            self.add(grad[None], here, at_read)
+            return
+        for device in self.before(here, grad.device):  # on its own it lies where it waits
+            self.there(device, 1)[0].copy_(grad)
 
     def channels(self, part: Channels) -> Tensor | None:
         if part.at_read:
             self.add(part.grads(self.sums.impl), part.receivers, True)
-        else:
-            part.grads(self.sums.impl, self.take(part.receivers).flatten())
+            return None
+        self.take(part.receivers)
+        count, own = part.receivers.stop - part.receivers.start, part.act.device
+        made = part.grads(self.sums.impl, self.there(own, count).flatten())
+        for device in self.before(part.receivers, own):
+            if part.fewer_as_gradients:
+                self.there(device, count).copy_(made)
+            else:
+                there = part.on(device, self.reader(part, device))
+                there.grads(self.sums.impl, self.there(device, count).flatten())
         return None
 
-    def take(self, receivers: slice) -> Tensor:
-        """Where the gradients of some receivers wait, [R', n·B, T, D]; backward, the later ones come first."""
+    def take(self, receivers: slice) -> None:
+        """Some receivers come to wait; backward, the later ones come first."""
         count = receivers.stop - receivers.start
         if count > self.filled:
             self.end()
@@ -225,32 +362,35 @@ class _Layers(_Edges):
         if self.waiting and self.waiting[0].start == receivers.stop:
             receivers = slice(receivers.start, self.waiting.pop(0).stop)
         self.waiting.insert(0, receivers)
-        return self.grads[self.filled : self.filled + count]
 
     def end(self) -> None:
         if not self.waiting:
             return
         senders, sums = slice(0, self.graph.senders_before(self.waiting[-1].stop - 1)), self.sums
-        edges = [self.store.model.edge_masks[0][senders, receivers] for receivers in self.waiting]
-        delta = self.store.everywhere[senders]
-        if len(delta):
-            block = kernels.edge_scores(
-                delta,
-                over_steps(self.grads[self.filled :], 1, delta.shape[1]),
-                mask=edges[0] if len(edges) == 1 else torch.cat(edges, 1),
-                reduce=sums.reduction(False),
-                impl=sums.impl,
-            )
-            for receivers in self.waiting:
-                part, block = block.tensor_split([receivers.stop - receivers.start], -1)
-                sums.add("scores", part, (senders, receivers), self.step.weight)
-        self.waiting, self.filled = [], len(self.grads)
+        for some, delta in self.store.rows(False, senders):
+            edges = [self.store.model.edge_masks[0][some, receivers] for receivers in self.waiting]
+            mask = on(edges[0] if len(edges) == 1 else torch.cat(edges, 1), delta.device)
+            grads = over_steps(self.memory[delta.device][self.filled :], 1, delta.shape[1])
+            for name, reduce in sums.targets(False):
+                where = _part(some, senders)
+                block = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, part=where, impl=sums.impl)
+                for receivers in self.waiting:
+                    part, block = block.tensor_split([receivers.stop - receivers.start], -1)
+                    sums.add(name, part, (some, receivers), self.step.weight)
+        self.waiting, self.filled = [], self.size
+
+
+def _part(some: slice, senders: slice) -> tuple[int, int] | None:
+    """Which senders these are of some, as `kernels.edge_scores` has it."""
+    whole = some.stop - some.start == senders.stop - senders.start
+    return None if whole else (some.start - senders.start, senders.stop - senders.start)
 
 
 def _layers_at_once(store: DenseStore, runs: int) -> int:
     """How many layers' receivers are contracted at once; 0 where one layer's are more than is held at a time."""
-    most, each, buffer = limits(store.device), store.model.graph.receivers_per_layer, store.everywhere
-    one = each * runs * math.prod(buffer.shape[1:]) * buffer.itemsize
+    most, each = limits(store.device), store.model.graph.receivers_per_layer
+    (rows, tokens), width = store.shape, store.model.config.d_model
+    one = each * runs * rows * tokens * width * store.model.dtype.itemsize
     at_once = min(max(1, most.receivers // each), most.workspace // one, store.model.graph.n_layers)
     return at_once if most.receivers else 0
 

@@ -25,7 +25,7 @@ from eapcore.models.forward import StageSaved, unembed
 from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model, Place, Stage
 from eapcore.models.norm import Norm
-from eapcore.models.tensors import accumulate_dtype, spread
+from eapcore.models.tensors import accumulate_dtype, on, spread
 from eapcore.tasks.metrics import Metric, MetricBatch
 
 Block = tuple[int, Tensor]
@@ -80,6 +80,11 @@ class LastLayer:
         layer = LastLayer(model, batch, metric, reads, reference, saved, out.to(wide), _widened(past, wide), clean)
         return replace(layer, clean=layer.values(layer.out[None])[0])
 
+    @property
+    def read(self) -> Tensor:
+        """The positions that are read, on the layer's device."""
+        return on(self.batch.read, self.out.device)
+
     def effects(self, store: Store, receivers: Sequence[int]) -> Iterator[Block]:
         """The effects of all edges into some receivers of the layer or the logits."""
         graph, stages, wanted = self.model.graph, self._stages(), set(receivers)
@@ -96,34 +101,33 @@ class LastLayer:
         """[B, S'] where the MLP of the layer's stage `number` alone reads other streams, or behind it the logits."""
         count, stages = self.model.graph.senders_before(receiver), self._stages()
         effects = []
-        for _, delta in store.deltas(True, count):
-            for part in delta.split(self._copies(self.out.shape[1])):
-                some = part.to(self.out.dtype)
-                change = some
-                if number < len(stages):
-                    place, saved = stages[number].mlp, self.saved[number].mlp
-                    assert place is not None and saved is not None
-                    stream, mlp = saved.norm_in.x, place.component
-                    change = mlp.forward((stream + some).flatten(0, 1)).sent.view_as(some) - mlp.forward(stream).sent
-                effects.append(self._effect(number, change))
+        for _, part in store.deltas(True, count, self._copies(self.out.shape[1]), self.out.device):
+            some = part.to(self.out.dtype)
+            change = some
+            if number < len(stages):
+                place, saved = stages[number].mlp, self.saved[number].mlp
+                assert place is not None and saved is not None
+                stream, mlp = saved.norm_in.x, place.component
+                change = mlp.forward((stream + some).flatten(0, 1)).sent.view_as(some) - mlp.forward(stream).sent
+            effects.append(self._effect(number, change))
         return torch.cat(effects).T
 
     def _heads(self, store: Store, place: Place[Attention], number: int, wanted: set[int]) -> Iterator[Block]:
         """The same of a stage's heads, whose q, k or v alone reads other streams."""
         attention, first, saved = place.component, place.receivers.start, self.saved[number].attention
         assert saved is not None
-        read = self.batch.read
-        run = attention.behind_post(saved, attention.mix(saved.q, saved.kv, self.past, read))
+        run = attention.behind_post(saved, attention.mix(saved.q, saved.kv, self.past, self.read))
         count = self.model.graph.senders_before(first)
         for kind, channels in enumerate(attention.channels):
             mine = [channel for channel in range(channels.start, channels.stop) if first + channel in wanted]
             found: dict[int, list[Tensor]] = {channel: [] for channel in mine}
-            for _, delta in store.deltas(kind == 0, count) if mine else ():
-                for some in delta.split(self._copies(saved.kv.shape[1] if attention.joint else delta.shape[2])):
-                    for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
-                        heads = attention.moved_by(channel)
-                        change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
-                        found[channel].append(self._effect(number, change))
+            short = kind == 0 and not attention.joint
+            at_once = self._copies(self.out.shape[1] if short else saved.kv.shape[1])
+            for _, some in store.deltas(kind == 0, count, at_once, self.out.device) if mine else ():
+                for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
+                    heads = attention.moved_by(channel)
+                    change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
+                    found[channel].append(self._effect(number, change))
             yield from ((first + channel, torch.cat(effects).T) for channel, effects in found.items())
 
     def _mixtures(
@@ -131,7 +135,7 @@ class LastLayer:
     ) -> Iterator[tuple[int, Tensor]]:
         """For each of some q (kind 0), k (1) or v (2) channels the mixtures [C, B, Q, h, K] of the heads that it moves
         where it reads C other streams."""
-        read, saved = self.batch.read, run.saved
+        read, saved = self.read, run.saved
         heads, kv, copies = attention.n_heads, attention.n_kv, len(delta)
         stream = saved.norm_in.at(read).x if kind == 0 else saved.norm_in.x
         n, _ = attention.norm.forward((stream + delta).flatten(0, 1))

@@ -9,7 +9,7 @@ the metric is first order. Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,26 +17,45 @@ from torch import Tensor
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.limits import limits
 from eapcore.kernels.causal import by_group
-from eapcore.models.attention import Channels
+from eapcore.models.attention import Attention, Channels
 from eapcore.models.matmul import product
 from eapcore.models.tensors import accumulate_dtype
 
 
-def add_exact(store: Store, sums: Sums, part: Channels, weight: float) -> None:
-    """Add the scores of all edges into a layer's q and k receivers; part: one that has its v receivers."""
+def add_exact(
+    store: Store,
+    sums: Sums,
+    part: Channels,
+    weight: float,
+    reader: Callable[[torch.device], Attention] | None = None,
+) -> None:
+    """Add the scores of all edges into a layer's q and k receivers; part: one that has its v receivers. reader: the
+    layer's attention on the device of senders that lie on another."""
     for which in range(len(sums.targets(True))):
-        _add_exact(store, sums, part, weight, which)
+        _add_exact(store, sums, part, weight, reader, which)
 
 
-def _add_exact(store: Store, sums: Sums, part: Channels, weight: float, which: int) -> None:
+def _add_exact(
+    store: Store,
+    sums: Sums,
+    part: Channels,
+    weight: float,
+    reader: Callable[[torch.device], Attention] | None,
+    which: int,
+) -> None:
     """`add_exact` to one of the targets of `sums`."""
     first = part.receivers.start - part.channels.start
     graph, kinds = store.model.graph, part.attention.channels[:2]
     short = part.read is not None  # where q is made at the positions read alone
     for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
         name, reduce = sums.targets(at_read)[which]
-        patterns = [_Pattern(part, kind, reduce) for kind in mine]
+        made: dict[torch.device, list[_Pattern]] = {}
         for senders, delta in store.deltas(at_read, graph.senders_before(first)):
+            if delta.device not in made:
+                away = reader is not None and delta.device != part.act.device
+                there = part.on(delta.device, reader(delta.device), whole=True) if away and reader else part
+                made[delta.device] = [_Pattern(there, kind, reduce) for kind in mine]
+            patterns = made[delta.device]
             factors = None if part.attention.joint else store.factors(senders, at_read)
             projected = [pattern.through_factors(delta, factors) for pattern in patterns]
             for some in patterns[0].parts(delta):

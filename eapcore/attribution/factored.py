@@ -19,7 +19,7 @@ from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 
 
 class FactoredStore:
@@ -30,12 +30,18 @@ class FactoredStore:
 
     def __init__(self, model: Model, batch: Batch, chunk: int | None = None) -> None:
         self.model, self.read, self.chunk = model, batch.read, chunk
-        config, (rows, tokens) = model.config, batch.shape
-        like = model.weights.w_e
+        config = model.config
         # Zero in the last layer but at the answer, where alone it is needed.
-        self.dz = like.new_zeros(config.n_layers, rows, tokens, config.n_heads, config.d_head)
-        self.mlp = None if config.attn_only else like.new_zeros(config.n_layers, rows, tokens, config.d_model)
-        self.embed = like.new_zeros(0)
+        self.dz = self._zeros(batch, config.n_heads, config.d_head)
+        self.mlp = None if config.attn_only else self._zeros(batch, config.d_model)
+        self.embed = model.weights.w_e.new_zeros(0)
+
+    def _zeros(self, batch: Batch, *shape: int) -> Tensor | list[Tensor]:
+        """[L, B, T, ..] where the layers lie on one device, else each layer's where it lies."""
+        like = self.model.weights.w_e
+        if len(self.model.devices) == 1:
+            return like.new_zeros(self.model.config.n_layers, *batch.shape, *shape)
+        return [like.new_zeros(*batch.shape, *shape, device=each.device) for each in self.model.attentions]
 
     def set_embed(self, delta: Tensor) -> None:
         self.embed = delta
@@ -54,16 +60,31 @@ class FactoredStore:
         """Where in [B, T] a layer's Δ belongs."""
         if not self.model.graph.is_last(index):
             return ...
-        return torch.arange(len(self.read), device=self.read.device)[:, None], self.read
+        read = self._read(index)
+        return torch.arange(len(read), device=read.device)[:, None], read
+
+    def _read(self, index: int) -> Tensor:
+        """The positions that are read, on a layer's device."""
+        return on(self.read, self.model.attentions[index].device)
 
     def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
         pass
 
-    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
-        graph, read = self.model.graph, self.read if at_read else None
-        yield slice(0, 1), at_positions(self.embed, read)[None]
+    def deltas(
+        self, at_read: bool, count: int, at_once: int | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for senders, delta in self._each(at_read, count):
+            delta = delta if device is None else on(delta, device)
+            for first, some in enumerate(delta.split(at_once or len(delta))):
+                start = senders.start + first * (at_once or 0)
+                yield slice(start, start + len(some)), some
+
+    def _each(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """What each component sends by itself."""
+        graph = self.model.graph
+        yield slice(0, 1), at_positions(self.embed, self.read if at_read else None)[None]
         for index, attention in enumerate(self.model.attentions):
-            heads, mlp = graph.heads(index), graph.mlp(index)
+            heads, mlp, read = graph.heads(index), graph.mlp(index), self._read(index) if at_read else None
             if heads.start >= count:
                 return
             yield heads, attention.send(at_positions(self.dz[index], read))
@@ -71,15 +92,15 @@ class FactoredStore:
                 yield slice(mlp, mlp + 1), at_positions(self.mlp[index], read)[None]
 
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
-        graph, read = self.model.graph, self.read if at_read else None
         for index, attention in enumerate(self.model.attentions):
-            if senders == graph.heads(index):
+            if senders == self.model.graph.heads(index):
+                read = self._read(index) if at_read else None
                 return at_positions(self.dz[index], read), attention.w_send
         return None
 
     def moved(self, name: str) -> Tensor:
         index = int(name[1:])
-        read = self.read if self.model.graph.is_last(index) else None
+        read = self._read(index) if self.model.graph.is_last(index) else None
         if name[0] == "a":
             dz = at_positions(self.dz[index], read)
             return product(dz.flatten(2), self.model.attentions[index].w_send.flatten(0, 1))
@@ -97,6 +118,7 @@ class FactoredStore:
         for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
             mask = mask & ~factors.exact if step.exact_softmax else mask
             embed, mlp, dz = self.embed, self.mlp, self.dz
+            assert isinstance(dz, Tensor) and not isinstance(mlp, list)
             if at_read:
                 embed = at_positions(embed, self.read)
                 dz, mlp = rows_at(dz, self.read), None if mlp is None else rows_at(mlp, self.read)

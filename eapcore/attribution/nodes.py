@@ -15,7 +15,7 @@ from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
-from eapcore.models.tensors import accumulate_dtype, at_positions
+from eapcore.models.tensors import accumulate_dtype, at_positions, on
 
 
 class NodeStore(FactoredStore):
@@ -54,7 +54,7 @@ class Nodes(Sink):
 
     def behind(self, name: str, senders: slice, grad: Tensor, at_read: bool) -> None:
         model, store = self.store.model, self.store
-        read = store.read if at_read else None
+        read = on(store.read, grad.device) if at_read else None
         if self.sums.absolute and name in self.step.rules.cut:
             return
         grad = over_steps(grad, 0, len(store.read)).to(model.dtype)

@@ -155,6 +155,14 @@ class Plan:
         rest, before = self._dry_run(batch, tokens, "factored")
         return max(rest, before + self._chunk_bytes(batch, tokens, chunk)) + self._throughout(tokens)
 
+    def peak(self, batch: int, tokens: int, storage: str, together: int = 1) -> int:
+        """Peak bytes of a batch without what is there throughout, nor the contraction of factors."""
+        return self._dry_run(batch, tokens, storage, together)[0]
+
+    def scores_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes of a batch's scores, and of what is there throughout."""
+        return 8 * self._scores(batch, tokens) + self._throughout(tokens)
+
     def storage(self, pairs: PromptPairs, within: int | None = None) -> str:
         """ "dense" where a quarter of the batch that is useful fits, or "factored" saves nothing, else "factored".
 
@@ -163,7 +171,7 @@ class Plan:
         if kernels.choose("edge_scores_factored", device=self.device, dtype=self.dtype) == "reference":
             return "dense"
         tokens, within = int(pairs.lengths.max()), budget(self.device) if within is None else within
-        wanted = max(1, min(self._useful(tokens), len(pairs)) // 4)
+        wanted = max(1, min(self.useful(tokens), len(pairs)) // 4)
         fits = self._surely_fits(wanted, tokens, within) or self.dense(wanted, tokens) <= within
         return "dense" if fits else "factored"
 
@@ -174,7 +182,7 @@ class Plan:
         it is made smaller itself.
         """
         tokens, within = int(pairs.lengths.max()), budget(self.device) if within is None else within
-        sizes = range(1, min(self._useful(tokens), len(pairs)) + 1)
+        sizes = range(1, min(self.useful(tokens), len(pairs)) + 1)
         if self._surely_fits(sizes[-1], tokens, within):
             return sizes[-1]
 
@@ -183,7 +191,7 @@ class Plan:
                 return self.dense(n, tokens)
             return self.factored(n, tokens, self.chunk(n, tokens, within))
 
-        return max(1, _most(needed, sizes[-1], within))
+        return max(1, most_that_fits(needed, sizes[-1], within))
 
     def chunk(self, batch: int, tokens: int, budget: int) -> int:
         """Token rows a chunk of the contraction of factors: as many as are fast, or fewer to keep within a budget.
@@ -215,7 +223,8 @@ class Plan:
             return most
         return 1 + bisect_right(range(2, most + 1), budget, key=lambda n: self.dense(batch, tokens, n))
 
-    def _useful(self, tokens: int) -> int:
+    def useful(self, tokens: int) -> int:
+        """Pairs of a batch that is large enough to be fast."""
         return max(1, limits(self.device).batch_tokens // tokens)
 
     def _surely_fits(self, batch: int, tokens: int, budget: int) -> bool:
@@ -279,7 +288,7 @@ class Plan:
         return _run_dry(self, batch, tokens, storage, together, torch.get_num_threads())
 
 
-def _most(needed: Callable[[int], int], most: int, within: int) -> int:
+def most_that_fits(needed: Callable[[int], int], most: int, within: int) -> int:
     """The largest number up to `most` for which what is needed, which grows with it and nearly as it, is within bounds;
     0 for none. Each is asked along the line between those that are known, every third in their middle."""
     low, at_low, high, at_high = 0, 0, most, needed(most)
@@ -349,9 +358,8 @@ def run_dry(
         sums = Sums(shapes, what, passes.reduce, plan.impl, **apart)
         store: Store
         if storage == "dense":
-            buffer = torch.empty(DenseStore.size(model, what), dtype=plan.dtype, device="meta")
             kept = any(step.exact_softmax for step in passes.passes)
-            store = DenseStore(model, what, buffer, plan.device, apart=kept)
+            store = DenseStore(model, what, DenseStore.room(model, what), plan.device, apart=kept)
         else:
             store = FactoredStore(model, what)
         score_batch(model, what, metric, store, sums, passes, count)

@@ -25,7 +25,7 @@ from eapcore.execution.batch import Batch
 from eapcore.graph.graph import Graph
 from eapcore.models.attention import Channels
 from eapcore.models.model import Model
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 
 
 class EndStore(NodeStore):
@@ -54,7 +54,7 @@ class _Ends(Nodes):
             return
         model, store, index = self.store.model, self.store, int(name[1:])
         assert store.mlp is not None
-        delta = at_positions(store.mlp[index], store.read if at_read else None)
+        delta = at_positions(store.mlp[index], on(store.read, grad.device) if at_read else None)
         grad = over_steps(grad, 0, len(store.read)).to(model.dtype)
         self.add("scores", "btd,btd->{}", delta, grad, (model.graph.mlp_receiver(index),), at_read)
 

@@ -21,7 +21,7 @@ from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
 from eapcore.models.paired import makes_differences, run_paired
-from eapcore.models.tensors import accumulate_dtype
+from eapcore.models.tensors import accumulate_dtype, on
 from eapcore.tasks.metrics import Metric, MetricBatch, check_apart, evaluate
 
 
@@ -120,7 +120,7 @@ def score_batch(
         for alpha, rows in halves.items()
     }
     logits = {alpha: all_logits[rows].double() for alpha, rows in halves.items()}
-    clean_out = out[halves[1.0]]
+    clean_out = out[halves[1.0]]  # where the last layer lies
     del out, all_logits, norm_in
     reference = MetricBatch(reads.answers, reads.wrong, logits[1.0], logits[0.0], batch.index)
     if check is not None:
@@ -217,7 +217,7 @@ def _difference(batch: Batch, both: Tensor, ablated: Tensor | None, at_read: boo
     """Δ [B, Q, ..] of what clean and then corrupt prompts made, [2·B, Q, ..], or of what is put in its place."""
     clean, corrupt = both.tensor_split(2)
     if ablated is not None:
-        corrupt = Values.at(ablated, batch.stop, batch.read if at_read else None)
+        corrupt = on(Values.at(ablated, batch.stop, batch.read if at_read else None), both.device)
     return corrupt - clean
 
 
@@ -271,7 +271,7 @@ def _interpolated(
     names = [{place.name for place in (stage.attention, stage.mlp) if place is not None} for stage in model.stages]
     behind = 1 + next(i for i, found in enumerate(names) if step.component in found)
     stream = clean.out if behind == len(clean.saved) else clean.saved[behind].stream
-    after = _run(model, stream + (1 - step.alpha) * moved, behind, past, read)
+    after = _run(model, stream + (1 - step.alpha) * on(moved, stream.device), behind, past, read)
     return _Run([*clean.saved[:behind], *after.saved], after.out)
 
 

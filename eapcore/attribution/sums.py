@@ -18,6 +18,7 @@ from eapcore.attribution.methods import Pass
 from eapcore.execution.batch import Batch
 from eapcore.models.forward import StageSaved
 from eapcore.models.model import Model
+from eapcore.models.tensors import on
 
 
 class Sums:
@@ -72,10 +73,12 @@ class Sums:
         at_read: bool = False,
         pairs: slice = slice(None),
     ) -> None:
-        """Add a block that was summed over some of the pairs as `reduction` says, [.., *place], to the scores there."""
+        """Add a block that was summed over some of the pairs as `reduction` says, [.., *place], from any device to the
+        scores there."""
         if self.spread and name == "scores":
             self.add("spread", block, place, weight * self.spread, at_read, pairs)
         scores = self.scores[name][(..., *place)]
+        block = on(block, scores.device)
         if name == "pairs":
             scores[pairs].add_(block, alpha=weight)
         elif self.inner == "position" and at_read:
@@ -115,7 +118,7 @@ class Sums:
 
 
 class Store(Protocol):
-    """Where a batch's differences e_corrupt − e_clean are kept until gradients meet them.
+    """Where a batch's differences e_corrupt − e_clean are kept until gradients meet them: where they are made.
 
     steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up. channels:
     whether it takes the differences of q, k and v.
@@ -141,9 +144,12 @@ class Store(Protocol):
     def set_channels(self, index: int, q: Tensor, kv: Tensor) -> None:
         """Δ of a layer's q [B, Q, H, K], and of its k and v [B, T, 2G, K], before norms and rotation."""
 
-    def deltas(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """The first so many senders' Δ, some at a time: which they are, and [S', B, T, D], or [S', B, Q, D] at the
-        positions that are read. The last layer's are there at those alone."""
+    def deltas(
+        self, at_read: bool, count: int, at_once: int | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The first so many senders' Δ, at most `at_once` at a time: which they are, and [S', B, T, D], or
+        [S', B, Q, D] at the positions that are read. The last layer's are there at those alone. device: where they are
+        wanted; None leaves those of each component where they are."""
 
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
         """Of some heads their Δz [B, T, h, K] and what makes Δ of it, [h, K, D]; None for other senders, or unknown."""

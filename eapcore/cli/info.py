@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import load_model
 from eapcore.cli.options import Command, add_placement, positive
-from eapcore.cli.output import mib
+from eapcore.cli.output import mib, table
 
 if TYPE_CHECKING:
     import torch
 
     from eapcore.models.model import Model
+    from eapcore.tasks.pairs import PromptPairs
 
 
 def add(command: Command) -> None:
@@ -41,7 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.models.load import usable
     from eapcore.models.matmul import large_by
 
-    planned = args.device or default_device()
+    if args.devices is not None and (args.device is not None or args.memory is not None):
+        raise ValueError("--devices says how much memory each has, as 8x80GiB: leave --device and --memory away")
+    planned = args.device or ("cuda" if args.devices is not None else default_device())
+    if args.devices is not None:
+        args.memory = 1  # nothing is asked of a device that need not be here
     device = torch.device(planned) if args.memory is not None else usable(planned)
     assert device is not None
     model = None if args.model is None else load_model(args, args.model, "meta")  # its configuration alone
@@ -64,7 +70,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"         {size // model.dtype.itemsize:,} parameters, {mib(size)}")
     print(f"graph    {graph.n_senders} senders × {graph.n_receivers} receivers, {graph.n_edges:,} edges")
     print(f"kernels  auto takes {kernels.choose('edge_scores', device=device, dtype=model.dtype)}")
-    _print_plan(model, device, args, size)
+    if args.devices is not None:
+        _print_spread(model, args)
+    else:
+        _print_plan(model, device, args, size)
 
 
 def _heads(model: Model) -> str:
@@ -75,12 +84,9 @@ def _heads(model: Model) -> str:
 
 def _print_plan(model: Model, device: torch.device, args: argparse.Namespace, size: int) -> None:
     """What a batch needs, and what `attribute` would take by itself beside weights of `size` bytes."""
-    import torch
-
     from eapcore.attribution.plan import Plan
     from eapcore.execution.limits import limits
     from eapcore.execution.memory import free_bytes
-    from eapcore.tasks.pairs import PromptPairs
 
     plan = Plan(model.config, model.dtype, device, groups=len(model.attentions[0].w_qkv))
     tokens, memory = min(args.tokens, model.config.n_ctx), args.memory and args.memory << 30
@@ -98,11 +104,67 @@ def _print_plan(model: Model, device: torch.device, args: argparse.Namespace, si
         f"{mib(factored)} factored; {of}, {mib(left)} without the weights"
     )
     many = max(1, limits(device).batch_tokens // tokens)
-    with torch.device("meta"):
-        ids = torch.empty(many, 1, dtype=torch.int64)
-    prompts = ids.expand(many, tokens)
-    ends = torch.full((many,), tokens - 1)
-    pairs = PromptPairs(prompts, prompts, ends + 1, ends, ids, ids[:, :0])
+    pairs = _pairs(many, tokens)
     storage = plan.storage(pairs, within)
     taken = plan.batch_size(pairs, storage, within)
     print(f"         by itself attribute takes {storage}, {taken} pairs at a time, within {mib(within)}")
+
+
+def _pairs(many: int, tokens: int) -> PromptPairs:
+    """So many prompt pairs without memory."""
+    import torch
+
+    from eapcore.tasks.pairs import PromptPairs
+
+    with torch.device("meta"):
+        ids = torch.empty(many, 1, dtype=torch.int64)
+    prompts, ends = ids.expand(many, tokens), torch.full((many,), tokens - 1)
+    return PromptPairs(prompts, prompts, ends + 1, ends, ids, ids[:, :0])
+
+
+def _print_spread(model: Model, args: argparse.Namespace) -> None:
+    """Which layers lie on which of several devices, what each needs, and what travels between them."""
+    from eapcore.attribution.spread import Travel, laid_plan
+    from eapcore.execution.devices import lay, weight_bytes
+    from eapcore.execution.limits import limits
+
+    devices, memory = _sizes(args.devices)
+    (sizes, rest), tokens = weight_bytes(model), min(args.tokens, model.config.n_ctx)
+    layers = lay(sizes, rest, memory)
+    plan = laid_plan(model, devices, layers, memory)
+    batch = plan.batch_size(_pairs(max(1, limits(devices[0]).batch_tokens // tokens), tokens))
+    needs, first = plan.needs(batch, tokens), 0
+    rows: list[tuple[str | float, ...]] = []
+    for number, (count, need, total) in enumerate(zip(layers, needs, memory, strict=True)):
+        weights = sum(sizes[first : first + count]) + (rest if number == 0 else 0)
+        more = " and all else" if number == 0 else ""
+        rows.append((number, f"{first}–{first + count - 1}{more}", mib(weights), mib(need), mib(total)))
+        first += count
+    print(table(["device", "layers", "weights", f"{batch} pairs × {tokens} tokens", "of"], rows))
+    if not plan.fits(batch, tokens):
+        print(f"memory   not even {batch} pair fits beside the weights within a share of {limits(devices[0]).share:g}")
+    travel = Travel.of(model.config, layers, batch, tokens, model.dtype)
+    print(
+        f"travels  {mib(travel.total)} for such a batch and one gradient: forward {mib(travel.forward)}, backward "
+        f"{mib(travel.backward)}, receivers {mib(travel.receivers)} (in {travel.as_gradients} layers as gradients, in "
+        f"{sum(layers[1:]) - travel.as_gradients} as what they are made of), scores {mib(travel.scores)}"
+    )
+
+
+def _sizes(text: str) -> tuple[list[torch.device], list[int]]:
+    """The devices of --devices with the memory of each: 8x80GiB, or names of some that are here."""
+    import torch
+
+    from eapcore.execution.devices import find_devices
+    from eapcore.execution.memory import free_bytes
+
+    found: list[int] = []
+    for part in text.split(","):
+        size = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)([MGT])iB", part.strip())
+        if size is None:
+            here = find_devices(text)
+            return here, [free_bytes(device) for device in here]
+        found += int(size[1]) * [int(float(size[2]) * 2 ** {"M": 20, "G": 30, "T": 40}[size[3]])]
+    if not found:
+        raise ValueError(f"--devices must be names, or as 8x80GiB, got {text!r}")
+    return [torch.device("cuda", number) for number in range(len(found))], found

@@ -30,8 +30,16 @@ def load_model(args: argparse.Namespace, source: str, device: str | None = None)
 
     if device is None and str(args.device).partition(":")[0] == "meta":
         raise ValueError("--device meta has no values to compute with: eapcore info plans for a device without it")
-    device = device or args.device or default_device()
-    return load(source, revision=getattr(args, "revision", None), dtype=args.dtype, device=device, kv=args.kv)
+    options = {"revision": getattr(args, "revision", None), "dtype": args.dtype, "kv": args.kv}
+    if device is None and args.devices is not None:
+        from eapcore.attribution.spread import spread_over
+        from eapcore.execution.devices import find_devices, share_of_process
+
+        if args.device is not None:
+            raise ValueError("--device names one and --devices several: give one of the two")
+        names = "auto" if args.devices == "auto" else share_of_process(find_devices(args.devices))
+        return spread_over(load(source, device="cpu", **options), names)
+    return load(source, device=device or args.device or default_device(), **options)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:

@@ -100,6 +100,12 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         help="k and v receivers with grouped queries: each query head's, or grouped",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    parser.add_argument(
+        "--devices",
+        metavar="DEVICES",
+        help="several that share the model's layers by their memory, as cuda:0,cuda:1; or auto, as many GPUs as a "
+        "useful batch needs; processes of one machine share them (default: off)",
+    )
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

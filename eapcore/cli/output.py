@@ -265,7 +265,7 @@ def heading(model: Model, pairs: PromptPairs, metric: str, count: int | None = N
     fields = pairs.details.get("fields")
     return (
         f"model    {model.name}: {kind}, {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, "
-        f"{str(model.dtype).removeprefix('torch.')} on {model.device}\n"
+        f"{str(model.dtype).removeprefix('torch.')} on {model.where}\n"
         f"task     {pairs.name}: {len(pairs) if count is None else count} prompt pairs{about}; metric {metric}\n"
         + ("" if fields is None else f"fields   {fields}\n")
         + first_pair(pairs, model.tokenizer)

@@ -13,6 +13,7 @@ from eapcore.graph.show import short
 from eapcore.kernels.checks import one_of
 from eapcore.models.forward import check_tokens, embed, run_stages
 from eapcore.models.model import Model
+from eapcore.models.tensors import on
 from eapcore.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean", "mean-positional")
@@ -58,7 +59,8 @@ class Values:
         for stage in model.stages:
             if stage.attention is not None:
                 w_send = stage.attention.component.w_send
-                senders[stage.attention.senders] = torch.einsum("thk,hkd->htd", self.z[stage.index], w_send)
+                z = on(self.z[stage.index], stage.device)
+                senders[stage.attention.senders] = on(torch.einsum("thk,hkd->htd", z, w_send), senders.device)
             if stage.mlp is not None and self.mlp is not None:
                 senders[stage.mlp.senders] = self.mlp[stage.index]
         return senders
@@ -161,12 +163,13 @@ def means(model: Model, reference: PromptPairs, *, per_position: bool, batch_siz
         inside = torch.arange(tokens.shape[1], device=model.device) < lengths[:, None]  # [B, T]
         weights = inside.double() if per_position else inside / lengths[:, None].double()
         for name, x in _sent(model, tokens):
+            here = on(weights, x.device)
             if per_position:
-                part = torch.einsum("bt...,bt->t...", x.double(), weights)
+                part = on(torch.einsum("bt...,bt->t...", x.double(), here), model.device)
                 total = sums.setdefault(name, part.new_zeros(longest, *part.shape[1:]))
                 total[: len(part)] += part
             else:
-                part = torch.einsum("bt...,bt->...", x.double(), weights)[None]
+                part = on(torch.einsum("bt...,bt->...", x.double(), here), model.device)[None]
                 sums[name] = sums[name] + part if name in sums else part
     if per_position:
         lengths = reference.lengths[:, None].to(model.device)

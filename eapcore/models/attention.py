@@ -24,7 +24,7 @@ from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product
 from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.rotary import Rotary
-from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions
+from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions, moved, on, tensors_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,10 @@ class Attention:
         heads, count = self.n_heads, self.n_kv if self.grouped else self.n_heads
         return slice(0, heads), slice(heads, heads + count), slice(heads + count, heads + 2 * count)
 
+    @property
+    def device(self) -> torch.device:
+        return self.w_o.device
+
     def named(self) -> Iterator[tuple[str, Tensor | None]]:
         """Its own weights, without those of the normalisation of its input."""
         yield from ((f"w_qkv.{i}", w) for i, w in enumerate(self.w_qkv))
@@ -138,6 +142,11 @@ class Attention:
             return channel
         part, head = divmod(channel - heads, heads)
         return heads + part * self.n_kv + head // self.group
+
+    def reading_on(self, device: torch.device) -> Attention:
+        """The same with what it reads by on another device; what it sends by stays."""
+        there = moved(replace(self, w_o=self.w_o[:0], b_o=None, post=NO_NORM), device)
+        return replace(there, w_o=self.w_o, b_o=self.b_o, post=self.post)
 
     # Forward
 
@@ -637,6 +646,32 @@ class Channels:
     def of(self, pairs: slice | Tensor) -> Channels:
         """The same of some of the batch's pairs, of a slice as views; saved, dz, past and read stay those of all."""
         return replace(self, norm_in=self.norm_in.of(lambda x: x[pairs]), act=self.act[pairs], g=self.g[pairs])
+
+    def on(self, device: torch.device, attention: Attention, *, whole: bool = False) -> Channels:
+        """The same on another device, with the attention as `reading_on` it; whole: also what `grads` does not need."""
+
+        def there(x: Tensor) -> Tensor:
+            return on(x, device)
+
+        part = replace(
+            self,
+            attention=attention,
+            constants=(there(self.constants[0]), there(self.constants[1])),
+            norm_in=self.norm_in.of(there),
+            act=there(self.act),
+            g=there(self.g),
+        )
+        if not whole:
+            return part
+        past, read = (None if x is None else there(x) for x in (self.past, self.read))
+        return replace(part, saved=self.saved.of(there), dz=there(self.dz), past=past, read=read)
+
+    @property
+    def fewer_as_gradients(self) -> bool:
+        """Whether the gradients of the receivers are fewer bytes than what `on` copies to make them elsewhere."""
+        gradients = self.g.numel() // self.g.shape[-1] * self.norm_in.x.shape[-1] * self.g.itemsize
+        needed = (self.attention.w_qkv, self.norm_in, self.act, self.g)
+        return gradients <= sum(x.numel() * x.itemsize for x in tensors_in(needed))
 
     def grads(self, impl: str, workspace: Tensor | None = None) -> Annotated[Tensor, "C' B T D"]:
         """∂metric/∂v of each of them, in the first elements of a workspace where there is one."""

@@ -14,7 +14,7 @@ from eapcore.models.forward import StageSaved, by_prompt
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
-from eapcore.models.tensors import accumulate_dtype, spread
+from eapcore.models.tensors import accumulate_dtype, on, spread
 
 
 class Sink:
@@ -61,13 +61,17 @@ def backward(
         sink: what takes the gradients.
         rules: how the gradient goes through what is not linear, and where it does not go.
         past: for each layer the k and v heads of the positions before, which get no gradient: nothing differs there.
+            Like `saved` on the layers' devices, where the sink gets their gradients.
         read: int64 [B, Q], the positions whose last residual stream has a gradient; None for all.
     """
     sink.receiver("logits", model.graph.logits, grad, read is not None)
     # ∂metric/∂(residual stream) behind the stage: [B, Q, D] behind the last layer's attention, else [B, T, D]
     total, narrow = grad.to(accumulate_dtype(grad.dtype)), grad  # the same in the weights' dtype
     for stage in reversed(model.stages):
-        run, here = saved.pop(), read if stage.last else None
+        if total.device != stage.device:
+            alike, total = narrow is total, on(total, stage.device)
+            narrow = total if alike else on(narrow, stage.device)
+        run, here = saved.pop(), on(read, stage.device) if stage.last and read is not None else None
         behind, behind_narrow = total, narrow
         if stage.mlp is not None and run.mlp is not None:
             mlp, place = stage.mlp.component, stage.mlp
@@ -113,7 +117,7 @@ def backward(
             else:
                 total = narrow = total + summed
             del part, summed  # before the next ones are made
-    sink.behind("embed", slice(0, 1), total, False)
+    sink.behind("embed", slice(0, 1), on(total, model.device), False)
 
 
 def logits_grad(

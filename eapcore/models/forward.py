@@ -19,7 +19,7 @@ from eapcore.models.matmul import product
 from eapcore.models.mlp import MlpRun, MlpSaved
 from eapcore.models.model import Model, Stage
 from eapcore.models.norm import NormInput
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 from eapcore.models.torch_modes import own_modes
 
 
@@ -61,9 +61,13 @@ class StageRun:
         """Write what its senders add to the residual stream into their rows of the sender buffer."""
         stage = self.stage
         if stage.attention is not None and self.attention is not None:
-            stage.attention.component.send(self.attention.z, out=senders[stage.attention.senders])
+            heads, rows = stage.attention.component, senders[stage.attention.senders]
+            if rows.device == stage.device:
+                heads.send(self.attention.z, out=rows)
+            else:
+                rows.copy_(heads.send(self.attention.z))
         if stage.mlp is not None and self.mlp is not None:
-            senders[stage.mlp.senders] = self.mlp.sent
+            senders[stage.mlp.senders] = on(self.mlp.sent, senders.device)
 
 
 def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
@@ -89,13 +93,13 @@ def run_stages(
         x: [B, T, D] the residual stream that enters the stage `first`: for 0 what `embed` made.
         first: the stage to begin with.
         past: for each layer the k and v heads [B, P, 2H, K] of P positions that come before x; None for none. x may
-            hold several runs of the same prompts, [n·B, T, D], which share it.
+            hold several runs of the same prompts, [n·B, T, D], which share it. On the layers' devices.
         read: int64 [B, Q], the positions of x whose last residual stream is needed; None for all. The last layer makes
             its keys and values everywhere and everything else at these positions alone.
     """
     for stage in model.stages[first:]:
-        before = None if past is None else past[stage.index]
-        run = run_stage(stage, x, before, read if stage.last else None)
+        before, x = None if past is None else past[stage.index], on(x, stage.device)
+        run = run_stage(stage, x, before, on(read, stage.device) if stage.last and read is not None else None)
         x = run.out
         yield run
         del run  # whoever iterates decides what is kept while the next stage runs
@@ -126,11 +130,11 @@ def prefix(model: Model, tokens: Tensor) -> list[Tensor] | None:
 
 
 def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, NormInput]:
-    """Logits [..., V] from the last residual stream x [..., D] through the final normalisation.
+    """Logits [..., V] from the last residual stream x [..., D], on any device, through the final normalisation.
 
     With tokens int64 [B, n] those alone, [C·B, n], where x [C·B, D] is of C runs of B prompts.
     """
-    n, norm_in = model.weights.ln_final.forward(x)
+    n, norm_in = model.weights.ln_final.forward(on(x, model.device))
     b_u, cap = model.weights.b_u, model.config.logits_softcap
     if tokens is None:
         logits = product(n, model.weights.w_u, b_u)

@@ -81,6 +81,10 @@ class Mlp:
     b_up: Annotated[Tensor, "M"] | None = None
     post: Norm = NO_NORM
 
+    @property
+    def device(self) -> torch.device:
+        return self.w_out.device
+
     def named(self) -> Iterator[tuple[str, Tensor | None]]:
         """Its own weights, without those of its normalisation."""
         for name in ("w_in", "b_in", "w_out", "b_out", "w_up", "b_up"):

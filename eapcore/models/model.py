@@ -44,6 +44,7 @@ class Stage:
     """Components of a layer that read the same stream; what they send is added behind it.
 
     index: of the layer. last: in the last layer, behind whose attention only the positions that a metric reads matter.
+    device: where the layer's weights lie.
     """
 
     __repr__ = short
@@ -52,11 +53,12 @@ class Stage:
     last: bool
     attention: Place[Attention] | None
     mlp: Place[Mlp] | None
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration with its weights, on one device, in one dtype.
+    """A configuration with its weights, in one dtype, on one device or with its layers on several.
 
     name says where they came from, folder where their files lie (None for weights from memory), family for people what
     it is. tokenizer: its own, read when it is first asked for; None for weights from memory, and where none lies beside
@@ -76,7 +78,7 @@ class Model:
         c, dtype = self.config, str(self.dtype).removeprefix("torch.")
         return (
             f"Model({self.name!r}: {self.family}, {c.n_layers} layers × {c.n_heads} heads, d_model {c.d_model}, "
-            f"vocabulary {c.d_vocab}, {self.graph.n_edges} edges, {dtype} on {self.device})"
+            f"vocabulary {c.d_vocab}, {self.graph.n_edges} edges, {dtype} on {self.where})"
         )
 
     def _repr_html_(self) -> str:
@@ -86,7 +88,7 @@ class Model:
             ("layers × heads", f"{c.n_layers} × {c.n_heads}"),
             ("d_model", c.d_model),
             ("vocabulary", c.d_vocab),
-            ("weights", f"{dtype} on {self.device}"),
+            ("weights", f"{dtype} on {self.where}"),
             ("edges", f"{self.graph.n_edges:,} ({self.graph.n_senders} senders × {self.graph.n_receivers} receivers)"),
         ]
         return card(f"Model {self.name}", facts)
@@ -114,7 +116,18 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where prompts are embedded, logits are made and scores are added up; its layers may lie elsewhere."""
         return self.weights.w_e.device
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that its weights lie on, in the order in which a run comes to them."""
+        return tuple(dict.fromkeys([self.device, *(stage.device for stage in self.stages)]))
+
+    @property
+    def where(self) -> str:
+        """Its devices, for people."""
+        return ", ".join(map(str, self.devices))
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -134,7 +147,7 @@ class Model:
                     else:
                         senders = slice(graph.mlp(index), graph.mlp(index) + 1)
                         mlp = Place(component, f"m{index}", senders, slice(mlp_at, mlp_at + 1))
-                yield Stage(index, index == graph.n_layers - 1, attention, mlp)
+                yield Stage(index, index == graph.n_layers - 1, attention, mlp, components[0].device)
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:

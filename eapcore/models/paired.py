@@ -7,6 +7,7 @@ rows with a weight, which is faster than three of fewer rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Annotated, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from eapcore.models.matmul import product
 from eapcore.models.mlp import Mlp, MlpRun
 from eapcore.models.model import Model, Stage
 from eapcore.models.norm import NO_NORM, Norm, NormInput
+from eapcore.models.tensors import moved as moved_to
+from eapcore.models.tensors import on
 
 
 class Differences(Protocol):
@@ -101,7 +104,7 @@ def run_paired(
     rooms: Rooms | None = None
     if differences is not None:
         kept = cut + (2 if keep[1] else int(keep[0])) * pairs * tokens
-        rooms = Rooms(cut + runs * tokens, kept, model.config.n_layers, prefix)
+        rooms = Rooms(cut + runs * tokens, kept, _layers_on(model, prefix.device), prefix)
     parts = [part.flatten(0, 1) for part in (prefix, clean, corrupt)]
     x = torch.cat(parts)[None] if rooms is None else torch.cat(parts, out=rooms.stream(width)[0])[None]  # [1, N, D]
     del prefix, clean, corrupt, parts
@@ -109,8 +112,13 @@ def run_paired(
     answers = (cut + torch.arange(runs, device=read.device)[:, None] * tokens + both).view(1, -1)  # [1, 2·B·Q] rows
     count: int | None = None  # rows whose outputs are moved instead of computed a second time
     ready: tuple[Tensor, NormInput] | None = None  # what the next norm makes of x, where it is there
-    norms = [*(_norm(stage) for stage in model.stages[1:]), NO_NORM]
-    for stage, next_norm in zip(model.stages, norms, strict=True):
+    for stage, next_norm in zip(model.stages, _next_norms(model), strict=True):
+        if x.device != stage.device:
+            device, before_it = stage.device, x
+            x, answers, both = (on(t, device) for t in (x, answers, both))
+            ready = None if ready is None else _normed_on(ready, before_it, x)
+            rooms = None if rooms is None else Rooms(rooms.rows, rooms.kept, _layers_on(model, device), x)
+            del before_it
         here = answers if stage.last else None
         behind = 0 if stage.last else cut  # where the clean rows begin in all that is made at the answers alone
         room = (lambda name, width: None) if rooms is None or stage.last else rooms.take
@@ -182,6 +190,29 @@ def run_paired(
         x = out
         yield StageRun(stage, heads, mlp, rest(out)), past
         del heads, mlp, past, out  # whoever iterates decides what is kept
+
+
+def _layers_on(model: Model, device: torch.device) -> int:
+    """For how many layers there is room on a device: its own, and one more where the last, which needs none, lies
+    elsewhere."""
+    own = sum(attention.device == device for attention in model.attentions)
+    return own + (model.stages[-1].device != device)
+
+
+def _next_norms(model: Model) -> list[Norm]:
+    """For each stage the norm of the one behind it, on its own device."""
+    norms = [moved_to(_norm(b), a.device) if a.device != b.device else _norm(b) for a, b in pairwise(model.stages)]
+    return [*norms, NO_NORM]
+
+
+def _normed_on(ready: tuple[Tensor, NormInput], x: Tensor, there: Tensor) -> tuple[Tensor, NormInput]:
+    """What a norm made of x, on the device of its copy `there`."""
+
+    def moved(t: Tensor) -> Tensor:
+        return there if t is x else on(t, there.device)
+
+    n, norm_in = ready
+    return moved(n), norm_in.of(moved)
 
 
 def _norm(stage: Stage) -> Norm:

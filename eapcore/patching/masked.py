@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eapcore.models.attention import Attention
 from eapcore.models.model import Model, Place, Stage
+from eapcore.models.tensors import on
 from eapcore.patching.record import Recording, Run
 
 
@@ -56,7 +57,7 @@ def run_masked(
             run.through_heads(stage.attention, number)
         if stage.mlp is not None and bool(recompute[stage.mlp.senders].any()):
             v = run.read([stage.mlp.receivers.start], base.streams[number], stage.last)[:, 0]
-            sent = stage.mlp.component.forward(v.flatten(0, 1)).sent.view_as(v)
+            sent = stage.mlp.component.forward(on(v, stage.device).flatten(0, 1)).sent.view(v.shape)
             run.keep(sent[:, None], [stage.mlp.senders.start], stage.last)
     end = run.read([recording.model.graph.logits], base.streams[-1], True)[:, 0, :, 0]
     return recording.logits(end), run.own
@@ -108,7 +109,7 @@ class _Masked:
         """What some senders made, [C, n, B, Q, D]."""
         place = self.own.at_read if short else self.own.everywhere
         base = self.recording.at_read(self.base.senders[senders], short)
-        place[:, self.made : self.made + len(senders)] = sent - base
+        place[:, self.made : self.made + len(senders)] = on(sent, base.device) - base
         self.made += len(senders)
 
     def through_heads(self, place: Place[Attention], number: int) -> None:
@@ -145,7 +146,7 @@ def sent_by_heads(
     shared = [c for kind in (of_k, of_v) for h in heads for c in range(kind.start, kind.stop) if h in behind[c]]
     channels = sorted(set(shared))
     q, kv = (
-        attention.each_channel(mine, streams([place.receivers.start + c for c in mine], short))
+        attention.each_channel(mine, on(streams([place.receivers.start + c for c in mine], short), stage.device))
         for mine, short in ((heads, stage.last), (channels, False))
     )
     kv = kv if channels == shared else kv[:, :, [channels.index(c) for c in shared]]
@@ -153,7 +154,7 @@ def sent_by_heads(
     if past is not None:
         both = [attention.projection(c) - attention.n_heads for c in shared]
         past = past[:, :, both].repeat(copies, 1, 1, 1)
-    read = recording.read.repeat(copies, 1) if stage.last else None
+    read = on(recording.read, stage.device).repeat(copies, 1) if stage.last else None
     z = attention.mix(q, kv, past, read).unflatten(0, (copies, rows))  # [C, B, Q, h, K]
     if attention.post.kind != "none":
         rstd = attention.post.forward(attention.made_by(z.flatten(0, 1)))[1].rstd

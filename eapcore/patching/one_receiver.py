@@ -11,7 +11,7 @@ from torch import Tensor
 from eapcore.models.attention import Attention
 from eapcore.models.forward import run_stage
 from eapcore.models.model import Model, Place
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 from eapcore.patching.record import Recording
 
 Read = tuple[int, int]
@@ -45,7 +45,7 @@ class Readers:
             rows = sorted({row for row, receiver in reads if receiver in receivers})
             stream = recording.at_read(recording.clean.streams[number], short)
             added = recording.at_read(_take(pool, rows), short)
-            return rows, attention.norm.forward(stream + added)[0]
+            return rows, attention.norm.forward(on(stream + added, stage.device))[0]
 
         if not stage.last:
             return Readers(recording, number, pool, (normalised(range(place.start, place.stop), False),) * 2)
@@ -82,10 +82,12 @@ class Readers:
         run = recording.clean.stages[self.number]
         base = stream = recording.at_read(recording.clean.streams[self.number], stage.last)
         if stage.attention is not None and run.attention is not None:
-            base = base + recording.at_read(stage.attention.component.added(run.attention), stage.last)
+            added = on(stage.attention.component.added(run.attention), base.device)
+            base = base + recording.at_read(added, stage.last)
         assert stage.mlp is not None
         changed = stream + recording.at_read(_take(self.pool, rows), stage.last)
-        return base + stage.mlp.component.forward(changed.flatten(0, 1)).sent.view_as(changed)
+        sent = stage.mlp.component.forward(on(changed, stage.device).flatten(0, 1)).sent
+        return base + on(sent, base.device).view_as(changed)
 
     def _through_head(self, place: Place[Attention], receiver: int, rows: list[int], stream: Tensor) -> None:
         """Add to the streams behind the stage, [C, B, Q, D], what a head sends otherwise than in the clean run where
@@ -95,11 +97,11 @@ class Readers:
         assert run is not None
         channel = receiver - place.receivers.start
         heads = attention.moved_by(channel)
-        read, some = recording.read if stage.last else None, slice(heads.start, heads.stop)
+        read, some = on(recording.read, stage.device) if stage.last else None, slice(heads.start, heads.stop)
         known, normed = self.normed[channel >= attention.n_heads]
         n = _take(normed, [known.index(row) for row in rows])
         z = attention.patched(channel, n, run.saved, recording.before(stage.index), read)  # [C, B, Q, h, K]
-        stream += attention.sent_otherwise(run, some, z, read)
+        stream += on(attention.sent_otherwise(run, some, z, read), stream.device)
 
 
 def reader_of(model: Model, receiver: int) -> int:
@@ -124,9 +126,10 @@ def finish(recording: Recording, number: int, x: Tensor) -> Tensor:
     x: [C·B, T, D], or behind the last layer's attention [C·B, 1, D] at the answers.
     """
     for stage in recording.model.stages[number:]:
-        past = recording.before(stage.index)
+        past, x = recording.before(stage.index), on(x, stage.device)
         if stage.last and stage.attention is not None:
-            attention, read = stage.attention.component, recording.read.repeat(len(x) // len(recording.read), 1)
+            attention, read = stage.attention.component, on(recording.read, stage.device)
+            read = read.repeat(len(x) // len(read), 1)
             z = attention.mix_at_read(x, past, read)
             stream = at_positions(x, read)
             x = stream + attention.added_by(z)

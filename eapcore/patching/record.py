@@ -16,7 +16,7 @@ from eapcore.execution.memory import free_bytes
 from eapcore.graph.show import short
 from eapcore.models.forward import StageRun, prefix, run_stages, unembed
 from eapcore.models.model import Model
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 from eapcore.tasks.metrics import MetricBatch
 
 
@@ -24,8 +24,8 @@ from eapcore.tasks.metrics import MetricBatch
 class Run:
     """A run's residual streams, as its receivers read them, and what its senders send.
 
-    streams: [B, T, D] in front of each stage, and behind the last. senders: [S, B, T, D]. stages: what `run_stages`
-    made; empty for an ablation that is no run.
+    streams: [B, T, D] in front of each stage, and behind the last. senders: [S, B, T, D]. Both on the model's own
+    device. stages: what `run_stages` made, where it did; empty for an ablation that is no run.
     """
 
     __repr__ = short
@@ -42,7 +42,7 @@ class Run:
         stages = list(run_stages(model, x, past=past))
         for run in stages:
             run.write(senders)
-        return Run([x, *(run.out for run in stages)], senders, stages)
+        return Run([x, *(on(run.out, model.device) for run in stages)], senders, stages)
 
     @staticmethod
     def summed(model: Model, senders: Annotated[Tensor, "S B T D"]) -> Run:
@@ -53,7 +53,7 @@ class Run:
             if stage.attention is not None:
                 x = x + senders[stage.attention.senders].sum(0)
                 b_o = stage.attention.component.b_o
-                x = x if b_o is None else x + b_o
+                x = x if b_o is None else x + on(b_o, x.device)
             if stage.mlp is not None:
                 x = x + senders[stage.mlp.senders.start]
             streams.append(x)

@@ -38,7 +38,7 @@ from eapcore.graph.graph import Graph
 from eapcore.graph.scores import NO_SIGN, EdgeScores
 from eapcore.kernels.checks import one_of
 from eapcore.models.model import Model, Place
-from eapcore.models.tensors import accumulate_dtype, at_positions
+from eapcore.models.tensors import accumulate_dtype, at_positions, on
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import sent_by_heads
 from eapcore.patching.record import Recording, Recordings
@@ -238,11 +238,11 @@ class _Edges:
         """What a component's senders send, [n, B, Q, D]."""
         stage = self.model.stages[number]
         if stage.mlp is place:
-            v = streams([place.receivers.start], stage.last)[0]
-            sent: Tensor = place.component.forward(v).sent
-            return sent[None]
+            v = on(streams([place.receivers.start], stage.last)[0], stage.device)
+            return on(place.component.forward(v).sent, self.model.device)[None]
         heads = list(range(place.component.n_heads))
-        return sent_by_heads(self.recording, stage, place, heads, 1, lambda rs, short: streams(rs, short)[None])[:, 0]
+        sent = sent_by_heads(self.recording, stage, place, heads, 1, lambda rs, short: streams(rs, short)[None])
+        return on(sent[:, 0], self.model.device)
 
     def forward(self) -> None:
         stages = self.model.stages

@@ -74,3 +74,25 @@ def test_a_device_that_is_not_here_needs_its_memory(folder, capsys):
         pytest.skip("a GPU is here")
     status, out = printed(capsys, folder, "--device", "cuda")
     assert status == 2 and "device 'cuda' cannot be used here" in out
+
+
+def test_a_model_is_laid_on_several_devices_that_are_not_here(folder, capsys):
+    status, out = printed(capsys, folder, "--devices", "1x5GiB,2x4GiB", "--tokens", 256)
+    assert status == 0
+    rows = [re.split(r"  +", line.strip()) for line in out.splitlines() if re.match(r" +\d  +\d–", line)]
+    assert [row[1:3] + row[4:] for row in rows] == [
+        ["0–0 and all else", "2.36 GiB", "5.00 GiB"],
+        ["1–2", "832.0 MiB", "4.00 GiB"],
+        ["3–3", "416.0 MiB", "4.00 GiB"],
+    ]
+    units = {"MiB": 1.0, "GiB": 1024.0}
+    needs = [float(number) * units[unit] for number, unit in (row[3].replace(",", "").split() for row in rows)]
+    assert 500 < needs[0] < needs[1] < (4096 - 832) / 2 and needs[2] < needs[1]
+    assert "pairs × 256 tokens" in out and "as what they are made of" in out
+    for options, said in {
+        ("--devices", "2x1GiB"): "the weights, 3.6 GiB, do not fit: 2 devices have 2.0 GiB",
+        ("--devices", "8x80GiB"): "8 devices cannot share 4 layers: name at most 4",
+        ("--devices", "2x80GiB", "--memory", 3): "--devices says how much memory each has",
+    }.items():
+        status, out = printed(capsys, folder, *options)
+        assert status == 2 and said in out

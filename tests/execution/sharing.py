@@ -10,6 +10,7 @@ import time
 import torch
 from everything import EVERYTHING
 from models import random_model, random_pairs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore.execution.distributed as distributed
 from eapcore.attribution.attribute import attribute
@@ -35,7 +36,7 @@ def everything(rank, size, folder):
     model, pairs = case()
     found = {}
     for name, call in {**EVERYTHING, "screened": lambda m, p, **o: screened(m, p, budget=5.0, **o).scores}.items():
-        if name == "circuits":  # one batch
+        if name in ("circuits", "probing"):  # one batch; one process
             continue
         alone = number(call(model, pairs))
         shared = number(call(model, pairs, distributed=True))
@@ -59,6 +60,18 @@ def everything(rank, size, folder):
     alone, *shared = (evaluate(model, pairs, "logit_diff", scores, **how).mib for how in ({}, kept, kept))
     found["kept"] = [abs(alone.cpr - shared[0].cpr), 1.0, shared[0] == shared[1], repr(shared[1].signed.values)]
     return {"found": found, "sent": distributed.connect().sent}
+
+
+def devices(rank, size, folder):
+    """Each process's model over two devices of its own: whether the bits are those of one device each, and how far off
+    one process is."""
+    from accel import on_accel  # here, since where another device is torch takes no derivative in a fork's fork
+
+    model, pairs = case()
+    with on_accel() as there, sdpa_kernel(SDPBackend.MATH):
+        one = attribute(model, pairs, distributed=True, devices=["accel:0"]).scores
+        two = attribute(model, pairs, distributed=True, devices=["accel:0", "accel:1"]).scores
+        return [torch.equal(one, two), float((one - attribute(model, pairs).scores).abs().max()), len(there.travelled)]
 
 
 def refused(function, *arguments, **options):

@@ -21,7 +21,13 @@ from eapcore.tasks import find_pairs
 def told(tmp_path_factory):
     """What the processes of every group return; one process imports everything and forks them."""
     groups = [("sharing:everything", 2), ("sharing:faults", 3), ("sharing:killed", 3), ("sharing:lonely", 1)]
-    groups += [("sharing:undisturbed", 4), ("sharing:begun", 4), ("sharing:gone_on", 2), ("sharing:survivor", 1)]
+    groups += [
+        ("sharing:devices", 2),
+        ("sharing:undisturbed", 4),
+        ("sharing:begun", 4),
+        ("sharing:gone_on", 2),
+        ("sharing:survivor", 1),
+    ]
     found = ranks.start(*groups, folder=tmp_path_factory.mktemp("ranks"))
     return {name.split(":")[1]: results for (name, _), results in zip(groups, found, strict=True)}
 
@@ -32,6 +38,11 @@ def test_every_function_gives_what_one_process_gives_and_the_same_bits_each_time
         assert gap < 1e-12 and (scale > 1e-6 or "acdc" in name) and same, (name, gap, scale)
         assert all(other["found"][name][3] == bits for other in others), name
     assert first["sent"] > 0
+
+
+def test_each_process_may_have_several_devices(told):
+    for same, gap, ways in told["devices"]:
+        assert same and gap < 1e-12 and ways == 2
 
 
 def test_what_is_different_in_one_process_is_named_in_all_and_they_can_go_on(told):

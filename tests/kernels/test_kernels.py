@@ -216,6 +216,24 @@ def test_rows_that_are_left_out_are_not_read_even_where_they_are_not_finite(impl
     assert torch.equal(kernels.edge_scores(delta, grads, rows=rows, impl=impl), expected)
 
 
+@pytest.mark.parametrize("impl", CPU, indirect=True)  # of Triton: tests/kernels/test_triton.py
+def test_some_senders_have_the_bits_that_they_have_among_all(impl):
+    for dtype in TAKES[impl.split()[0]]["edge_scores"]:
+        delta, grads = torch.randn(70, 3, 4, 40).to(dtype), torch.randn(5, 3, 4, 40).to(dtype)
+        for reduce, receivers in (("all", 5), ("pair", 1)):
+            how = {"reduce": reduce, "impl": impl}
+            expected = kernels.edge_scores(delta, grads[:receivers], **how)
+            for first, stop in ((0, 2), (2, 70)):
+                part = {"part": (first, 70), **how}
+                found = kernels.edge_scores(delta[first:stop], grads[:receivers], **part)
+                assert torch.equal(found, expected[..., first:stop, :])
+        mask = torch.rand(70, 5) < 0.3
+        expected = kernels.edge_scores(delta, grads, mask=mask, impl=impl)
+        found = kernels.edge_scores(delta[3:9], grads, mask=mask[3:9], part=(3, 70), impl=impl)
+        assert torch.equal(found, expected[3:9])
+    refused(r"part must be \(first, n\)", kernels.edge_scores, delta, grads, part=(1, 70), impl=impl)
+
+
 @every_impl
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, under Triton's interpreter
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -140,6 +140,15 @@ def test_the_inner_dimension_is_split_and_the_parts_are_added(launches):
     assert [kernel for kernel, _ in launches] == ["partial_scores", "zero_non_edges"] and launches[0][1]["DIRECT"]
 
 
+def test_some_senders_have_the_bits_that_they_have_among_all(launches):
+    delta, grads = torch.randn(130, 1, 2, 1024).bfloat16(), torch.randn(3, 1, 2, 1024).bfloat16()
+    expected = kernels.edge_scores(delta, grads, impl="triton")
+    found = kernels.edge_scores(delta[:3], grads, part=(0, 130), impl="triton")
+    assert torch.equal(found, expected[:3])
+    sizes = [[launch["BLOCK_S"], launch["DIRECT"]] for kernel, launch in launches if kernel == "partial_scores"]
+    assert sizes[0] == sizes[1] and len(sizes) == 2
+
+
 def test_tiles_without_an_edge_are_skipped(monkeypatch):
     delta, gradients, mask = torch.randn(128, 2, 4, 64), torch.randn(128, 2, 4, 64), torch.zeros(128, 128).bool()
     mask[70, 3] = True  # the third of four tiles

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import decoder
 import pytest
 import torch
+from accel import on_accel
 from memory import peak_bytes
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
 import eapcore.search.subnetwork_probing as subnetwork_probing
@@ -27,6 +29,7 @@ from eapcore.models.families import layout_of
 from eapcore.models.families.names import assemble
 from eapcore.models.forward import embed, forward, run_stages, run_with_senders, unembed
 from eapcore.models.load import load
+from eapcore.models.placed import placed
 from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
@@ -127,6 +130,19 @@ def pairs_for(model, lengths=(9, 9, 6)):
         prompt[-2] = (prompt[-2] + 3) % V
     count = len(lengths)
     return PromptPairs.from_lists(clean, corrupt, [[1], [2], [3]][:count], [[4, 5], [6], [7]][:count])
+
+
+def test_layers_on_several_devices_have_one_devices_bits():
+    first, second = (torch.device("accel", number) for number in range(2))
+    for name in ("llama", "neox", "gemma2", "olmo2"):
+        with on_accel() as devices, sdpa_kernel(SDPBackend.MATH):
+            one, two = (placed(ours(name), [first, last], first) for last in (first, second))
+            pairs = pairs_for(ours(name))
+            found, expected = (eapcore.attribute(m, pairs, method="hybrid") for m in (two, one))
+            assert torch.equal(found.scores, expected.scores) and devices.travelled
+            circuit = expected.top_n(60)
+            found, expected = (run_circuit(m, pairs, circuit).cpu() for m in (two, one))
+            assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize("name", CASES)

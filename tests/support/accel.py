@@ -1,7 +1,8 @@
-"""A device "accel" for tests without a GPU: it computes on hidden CPU tensors, and is as strict as CUDA.
+"""Devices "accel:0", "accel:1", … for tests without a GPU: they compute on hidden CPU tensors, as strict as CUDA.
 
-Every tensor on it is an `AccelTensor`. An op that gets tensors of two devices raises, but for numbers and for indices,
-as on CUDA; what makes the host wait for a device is counted by name. `on_accel` is to be active whenever ops run.
+Every tensor on one is an `AccelTensor`. An op that gets tensors of two devices raises, but for numbers and for indices,
+as on CUDA; what makes the host wait for a device is counted by name, and what travels from one to another in bytes.
+`on_accel` is to be active whenever ops run.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class _Hook(backend_registration._DummyPrivateUse1Hook):
@@ -25,7 +26,7 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend("accel", backend_module=_Module(), hook=_Hook())
-DEVICE = torch.device("accel", 0)
+DEVICE, CPU = torch.device("accel", 0), torch.device("cpu")
 aten = torch.ops.aten
 
 MOVES = {aten._to_copy.default, aten.copy_.default}
@@ -38,12 +39,12 @@ WAITS = {
 
 
 class AccelTensor(torch.Tensor):
-    """A tensor on the device. raw: the CPU tensor with its numbers; a view of the one is a view of the other."""
+    """A tensor on a device. raw: the CPU tensor with its numbers; a view of the one is a view of the other."""
 
     @staticmethod
-    def __new__(cls, raw):
+    def __new__(cls, raw, device=DEVICE):
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device
         )
         tensor.raw = raw
         return tensor
@@ -59,45 +60,94 @@ class AccelTensor(torch.Tensor):
         raise AssertionError(f"{func} ran on {DEVICE} outside on_accel")
 
 
-class on_accel(TorchDispatchMode):
-    """While it is active the device is there. waits: how often the host waited for it, by op."""
+def raw(x, here, others):
+    """An op's argument as the hidden tensors that it stands for; tensors of a device join `here`, all else `others`."""
+    if isinstance(x, AccelTensor):
+        here.append(x)
+        return x.raw
+    if isinstance(x, torch.Tensor):
+        others.append(x)
+    elif type(x) in (list, tuple):
+        return type(x)(raw(part, here, others) for part in x)
+    return x
 
-    def __init__(self):
+
+class on_accel(TorchDispatchMode):
+    """While it is active the devices are there. waits: how often the host waited for one, by op. travelled: bytes that
+    went from one to another, by (from, to). watch: also the most bytes that each held of what was made meanwhile,
+    peaks, by its number."""
+
+    def __init__(self, *, watch=False):
         super().__init__()
-        self.waits = Counter()
+        self.waits, self.travelled, self.watch = Counter(), Counter(), watch
+        self.held, self.now, self.peaks = {}, Counter(), Counter()
+
+    def made(self, raw, device):
+        """A tensor on a device."""
+        if self.watch:
+            for key in [key for key, (storage, _, _) in self.held.items() if storage.expired()]:
+                _, size, at = self.held.pop(key)
+                self.now[at] -= size
+            storage = raw.untyped_storage()
+            if storage._cdata not in self.held:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), device.index
+                self.now[device.index] += storage.nbytes()
+                self.peaks[device.index] = max(self.peaks[device.index], self.now[device.index])
+        return AccelTensor(raw, device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        here = [x for x in tensors if isinstance(x, AccelTensor)]
+        here, others = [], []
+        inside = raw(args, here, others), {name: raw(x, here, others) for name, x in kwargs.items()}
         device = kwargs.get("device")
         if func is aten.copy_.default:
-            stays = isinstance(args[0], AccelTensor)
+            target = args[0].device
+        elif device is None:
+            target = here[0].device if here else CPU
         else:
-            stays = bool(here) if device is None else torch.device(device).type == DEVICE.type
+            target = torch.device(device)
+        stays = target.type == DEVICE.type
         if not here and not stays:
             return func(*args, **kwargs)
         if func is aten._fused_sdp_choice.default:
             return 0  # the attention that is made of other ops
-        mixed = [args[0], *args[2:]] if func in INDEXED else tensors
-        away = [x for x in mixed if isinstance(x, torch.Tensor) and not isinstance(x, AccelTensor) and x.ndim]
-        if here and away and func not in MOVES:
-            raise RuntimeError(f"{func} got tensors on {DEVICE} and {list(away[0].shape)} on {away[0].device}")
+        if func in INDEXED:  # an index may lie on the CPU
+            others = [x for x in (args[0], *args[2:]) if isinstance(x, torch.Tensor) and not isinstance(x, AccelTensor)]
+        if here and func not in MOVES:
+            apart = [x for x in here if x.device != here[0].device] + [x for x in others if x.ndim]
+            if apart:
+                raise RuntimeError(
+                    f"{func} got tensors on {here[0].device} and {list(apart[0].shape)} on {apart[0].device}"
+                )
         masks = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
         if func in WAITS or masks or (func in MOVES and here and not stays):
             self.waits[str(func)] += 1
-        raw, own = tree_map_only(AccelTensor, lambda x: x.raw, (args, kwargs)), {id(x.raw): x for x in here}
-        result = func(*raw[0], **(raw[1] | ({} if device is None else {"device": "cpu"})))
+        if func in MOVES and stays:
+            source = args[1] if func is aten.copy_.default else args[0]
+            if isinstance(source, AccelTensor) and source.device.index != (target.index or 0):
+                self.travelled[source.device.index, target.index or 0] += source.numel() * source.itemsize
+        result = func(*inside[0], **(inside[1] | ({} if device is None else {"device": "cpu"})))
         if not stays:
             return result
-        return tree_map_only(torch.Tensor, lambda x: own[id(x)] if id(x) in own else AccelTensor(x), result)
+        return self.result(result, here, torch.device(DEVICE.type, target.index or 0))
+
+    def result(self, x, here, device):
+        """What an op returned, as tensors of a device; here: those that it was given, some of which it may return."""
+        if isinstance(x, list | tuple):
+            return type(x)(self.result(part, here, device) for part in x)
+        if not isinstance(x, torch.Tensor):
+            return x
+        own = [given for given in here if given.raw is x]
+        return own[0] if own else self.made(x, device)
 
 
 # Below the dispatch mode: the index that torch itself makes of a list of Python numbers.
 _below = torch.library.Library("aten", "IMPL")
 _below.impl(
     "empty_strided",
-    lambda size, stride, dtype=None, **options: AccelTensor(torch.empty_strided(size, stride, dtype=dtype)),
+    lambda size, stride, dtype=None, device=DEVICE, **options: AccelTensor(
+        torch.empty_strided(size, stride, dtype=dtype), device
+    ),
     "PrivateUse1",
 )
 _below.impl("copy_", lambda to, source, non_blocking=False: (to.raw.copy_(source), to)[1], "PrivateUse1")

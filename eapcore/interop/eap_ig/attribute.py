@@ -386,9 +386,8 @@ def _score(
 
     def run(values: Values | None) -> Tensor:
         sums = Sums({"scores": (model.graph.n_senders, model.graph.n_receivers)}, batch, "all", impl)
-        memory = torch.empty(DenseStore.size(model, batch), dtype=model.dtype, device=model.device)
         planned = recipe.planned("corrupt" if values is None else "zero", "all")
-        store = DenseStore(model, batch, memory)
+        store = DenseStore(model, batch, DenseStore.room(model, batch))
         score_batch(model, batch, own, store, sums, planned, [1] * len(recipe.passes), values=values)
         return sums.result()["scores"]
 
