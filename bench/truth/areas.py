@@ -13,6 +13,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.patching.edges import patch_edges
 from eapcore.search.acdc import acdc
+from eapcore.search.subnetwork_probing import subnetwork_probing
 from eapcore.tasks import PromptPairs
 from truth.compiled import Compiled
 
@@ -33,12 +34,18 @@ def _acdc(of: Compiled, pairs: PromptPairs, ablation: str) -> list[Circuit]:
     return [acdc(of.model, pairs, "logit_diff", threshold=x, ablation=ablation) for x in THRESHOLDS]
 
 
+def _probing(level: str) -> Make:
+    return lambda of, pairs, ablation: subnetwork_probing(of.model, pairs, "logit_diff", level=level, ablation=ablation)
+
+
 WAYS: dict[str, Make] = {
     **{name: _scores(method=name) for name in METHODS},
     "at 0.75": _scores(gradient_at=0.75),
     "at 0.75, last layer exact": _scores(gradient_at=0.75, exact="last"),
     "screened 3": _scores(method="screened", budget=3.0),
     "acdc": _acdc,
+    "subnetwork probing": _probing("edge"),
+    "the same, of nodes": _probing("node"),
     "exact patching": _exact,
 }
 
