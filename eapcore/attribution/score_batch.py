@@ -69,7 +69,9 @@ def score_batch(
         check: the metric's name, where its pairs are to be checked not to hang on each other.
     """
     read, pairs = batch.read, batch.pairs
-    start = {1.0: batch.embed(model, pairs.clean), 0.0: batch.embed(model, pairs.corrupt)}
+    # Of half precision the rounding of the residual stream is the largest part of the scores' error, so it is float32.
+    wide = accumulate_dtype(model.dtype)
+    start = {1.0: batch.embed(model, pairs.clean, wide), 0.0: batch.embed(model, pairs.corrupt, wide)}
     ablated = _set_embed(model, batch, start, values, store)
     passes, origins = plan.passes, plan.origins
     kept: dict[float, list[StageSaved]] = {origin: [] for origin in origins if origin is not None}
@@ -91,7 +93,7 @@ def score_batch(
     pasts: list[Tensor] = []
     last: list[StageSaved] = []  # of the clean run
     out = read.new_empty(0)
-    shared = embed(model, pairs.clean[:, : batch.start])
+    shared = embed(model, pairs.clean[:, : batch.start], dtype=wide)
     runs = run_paired(model, shared, start[1.0], start[0.0], read, moved, differences, keep)
     for _ in model.stages:  # enumerate would hold each stage's run while the next is made
         run, before = next(runs)
@@ -270,7 +272,7 @@ def _interpolated(
     """
     names = [{place.name for place in (stage.attention, stage.mlp) if place is not None} for stage in model.stages]
     behind = 1 + next(i for i, found in enumerate(names) if step.component in found)
-    stream = clean.out if behind == len(clean.saved) else clean.saved[behind].stream
+    stream = (clean.out if behind == len(clean.saved) else clean.saved[behind].stream).to(clean.out.dtype)
     after = _run(model, stream + (1 - step.alpha) * on(moved, stream.device), behind, past, read)
     return _Run([*clean.saved[:behind], *after.saved], after.out)
 

@@ -19,7 +19,16 @@ from eapcore.cli.options import (
     count,
     number,
 )
-from eapcore.cli.output import Progress, check_out, enough_prompts, heading, score_table, scored_heading, write
+from eapcore.cli.output import (
+    Progress,
+    check_out,
+    enough_prompts,
+    heading,
+    rounding,
+    score_table,
+    scored_heading,
+    write,
+)
 
 if TYPE_CHECKING:
     from eapcore.execution.ablation import Ablation
@@ -85,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
     scores = score(args, model, pairs, metric, ablation=ablation, **options)
     seconds = time.perf_counter() - start
     write(args, scores)
-    print(scored_heading(model, pairs if isinstance(pairs, PromptPairs) else pairs.first, scores, seconds))
+    some = pairs if isinstance(pairs, PromptPairs) else pairs.first
+    print(scored_heading(model, some, scores, seconds))
     shown = args.top_n
     if args.threshold is not None:
         among = scores.scores[scores.mask] if isinstance(scores, EdgeScores) else scores.scores
@@ -97,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
         places = [divmod(i, scores.units.shape[1]) for i in largest]
         print(score_table("unit", [(f"m{layer}[{unit}]", float(scores.units[layer, unit])) for layer, unit in places]))
     print(enough_prompts(scores, shown or min(50, model.graph.n_edges)), end="")
+    print(rounding(model, some, metric) if args.leads else "", end="")
     print(f"wrote    {args.out}" + (f" and {folder}/" if folder is not None else ""))
 
 

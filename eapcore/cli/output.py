@@ -78,6 +78,20 @@ def enough_prompts(scores: EdgeScores | NodeScores, n: int) -> str:
     )
 
 
+def rounding(model: Model, pairs: PromptPairs, metric: str) -> str:
+    """How far half precision may move the scores, in one line; "" in float32 and float64."""
+    from eapcore.evaluation.precision import PAIRS, rounding_error
+
+    error, name = rounding_error(model, pairs, metric), str(model.dtype).removeprefix("torch.")
+    if error == 0:
+        return ""
+    if error is None:
+        known = "1 to 3 %" if name == "bfloat16" else "0.1 to 0.5 %"
+        return f"dtype    {name}: no memory to compare with float32; on a language model they were {known} off\n"
+    pairs_said = "one pair" if len(pairs) == 1 else f"{PAIRS} pairs"
+    return f"dtype    {name}: on {pairs_said} all scores together are {error:.1%} off those in float32\n"
+
+
 class Shown:
     """stdout or stderr of a command: what cannot be shown is lost, never the result.
 

@@ -29,6 +29,7 @@ from eapcore.cli.output import (
     check_out,
     described_prompts,
     enough_prompts,
+    rounding,
     score_table,
     scored_heading,
     write,
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
     for what, value, kept in rows:
         print(f"{what:<24}{value:>12.4f}{'–' if math.isnan(kept) else format(kept, '.3f'):>15}")
     print("\n" + enough_prompts(scores, chosen.selected.n_edges), end="")
+    print(rounding(model, pairs, name) if args.leads else "", end="")
     print(f"wrote    {args.out}/{', '.join(_FILES)}")
     if args.report:
         report_folder(args, args.out)

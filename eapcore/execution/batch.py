@@ -65,9 +65,11 @@ class Batch:
         """(B, T)."""
         return len(self.pairs), self.stop - self.start
 
-    def embed(self, model: Model, prompts: Annotated[Tensor, "int64 B T'"]) -> Annotated[Tensor, "B T D"]:
-        """What the sender `embed` writes for the clean or the corrupt prompts."""
-        return embed(model, prompts[:, self.start : self.stop], self.start)
+    def embed(
+        self, model: Model, prompts: Annotated[Tensor, "int64 B T'"], dtype: torch.dtype | None = None
+    ) -> Annotated[Tensor, "B T D"]:
+        """What the sender `embed` writes for the clean or the corrupt prompts; see `forward.embed`."""
+        return embed(model, prompts[:, self.start : self.stop], self.start, dtype)
 
     def logits_read(self, metric: Metric, d_vocab: int) -> LogitsRead:
         """Whose logits are made for a metric."""

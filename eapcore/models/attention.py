@@ -209,7 +209,7 @@ class Attention:
         is made of all tokens [1, N, (H + 2G)·K] goes, None for anywhere.
         """
         heads, end = self.n_heads, self.n_heads + 2 * self.n_kv
-        n, norm_in = self.norm.forward(x) if ready is None else ready
+        n, norm_in = self.norm.forward(x, self.w_o.dtype) if ready is None else ready
         if read is None:
             return AttentionSaved(
                 norm_in, (self.project(n, slice(0, end), room("qkv", end * self.w_o.shape[1])),), heads
@@ -729,7 +729,7 @@ class Channels:
         """(g, norm, channel groups) from which the kernels make the gradients."""
         norm, groups = self.attention.norm, self.attention.groups(self.channels)
         if norm.kind == "none" or self.rules.norm != "frozen":
-            return self.g, norm.for_kernels(self.norm_in), groups
+            return self.g, norm.for_kernels(self.norm_in, self.g.dtype), groups
         assert self.norm_in.rstd is not None
         scaled = (self.g * self.norm_in.rstd[..., None]).to(self.g.dtype)
         return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]

@@ -70,10 +70,12 @@ class StageRun:
             senders[stage.mlp.senders] = on(self.mlp.sent, senders.device)
 
 
-def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
-    """What the sender `embed` writes: [B, T, D] from tokens [B, T] at the positions from start on."""
+def embed(model: Model, tokens: Tensor, start: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    """What the sender `embed` writes: [B, T, D] from tokens [B, T] at the positions from start on, in a dtype, None
+    for the weights'."""
     w_pos = model.weights.w_pos
     of_tokens = embed_tokens(model, tokens)
+    of_tokens = of_tokens if dtype is None else of_tokens.to(dtype)
     return of_tokens if w_pos is None else of_tokens + w_pos[start : start + tokens.shape[1]]
 
 
@@ -134,7 +136,7 @@ def unembed(model: Model, x: Tensor, tokens: Tensor | None = None) -> tuple[Tens
 
     With tokens int64 [B, n] those alone, [C·B, n], where x [C·B, D] is of C runs of B prompts.
     """
-    n, norm_in = model.weights.ln_final.forward(on(x, model.device))
+    n, norm_in = model.weights.ln_final.forward(on(x, model.device), model.weights.w_u.dtype)
     b_u, cap = model.weights.b_u, model.config.logits_softcap
     if tokens is None:
         logits = product(n, model.weights.w_u, b_u)

@@ -101,7 +101,7 @@ class Mlp:
     ) -> MlpSaved:
         """What the hidden units are made of, from the residual stream; ready: what the norm makes of it, where it is
         there. room: called with a name and M, where what it makes [B, T, M] goes, None for anywhere."""
-        n, norm_in = self.norm.forward(x) if ready is None else ready
+        n, norm_in = self.norm.forward(x, self.w_in.dtype) if ready is None else ready
         hidden = product(n, self.w_in, self.b_in, room("hidden", self.w_in.shape[1]))
         if self.w_up is None:
             return MlpSaved(norm_in, hidden, None)

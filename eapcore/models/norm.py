@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 import eapcore.kernels as kernels
@@ -29,11 +30,11 @@ class NormInput:
     mean: Annotated[Tensor, "B T 1"] | None = None
     rstd: Annotated[Tensor, "B T 1"] | None = None
 
-    def x_hat(self) -> Annotated[Tensor, "B T D"]:
-        """The normalised stream (x − μ)/σ, without a mean x/σ, in x's dtype."""
+    def x_hat(self, dtype: torch.dtype | None = None) -> Annotated[Tensor, "B T D"]:
+        """The normalised stream (x − μ)/σ, without a mean x/σ, in a dtype, None for x's."""
         if self.rstd is None:
             raise ValueError("x_hat needs a normalisation, this stream has none")
-        return standardise(self.x, self.mean, self.rstd)
+        return standardise(self.x, self.mean, self.rstd, dtype=dtype)
 
     def of(self, take: Callable[[Tensor], Tensor]) -> NormInput:
         """The same of what `take` takes of each tensor."""
@@ -59,11 +60,14 @@ class Norm:
     beta: Annotated[Tensor, "D"] | None = None
     eps: float = 1e-5
 
-    def forward(self, x: Annotated[Tensor, "... D"]) -> tuple[Annotated[Tensor, "... D"], NormInput]:
-        """n in x's dtype, with its statistics in float32 at least."""
+    def forward(
+        self, x: Annotated[Tensor, "... D"], dtype: torch.dtype | None = None
+    ) -> tuple[Annotated[Tensor, "... D"], NormInput]:
+        """n in a dtype, None for x's, with its statistics in float32 at least."""
+        dtype = x.dtype if dtype is None else dtype
         if self.kind == "none":
-            return x, NormInput(x)
-        n, mean, rstd = normalise(x, self.gamma, self.beta, self.eps, centred=self.kind == "layernorm")
+            return x.to(dtype), NormInput(x)
+        n, mean, rstd = normalise(x, self.gamma, self.beta, self.eps, centred=self.kind == "layernorm", dtype=dtype)
         return n, NormInput(x, mean, rstd)
 
     def behind_sum(
@@ -75,10 +79,10 @@ class Norm:
         out: Annotated[Tensor, "1 N D"] | None,
         kept: Annotated[Tensor, "C D"] | None = None,
     ) -> tuple[Annotated[Tensor, "1 N D"], tuple[Annotated[Tensor, "1 N D"], NormInput]]:
-        """`moved_sum` and what `forward` makes of it."""
+        """`moved_sum` and what `forward` makes of it, in the dtype of what was sent."""
         if self.kind == "none":
-            summed = moved_sum(x, sent, difference, bias, out=out, kept=kept)
-            return summed, (summed, NormInput(summed))
+            dtype, summed = sent.dtype, moved_sum(x, sent, difference, bias, out=out, kept=kept)
+            return summed, (summed.to(dtype), NormInput(summed))
         how = (self.gamma, self.beta, self.eps)
         centred = self.kind == "layernorm"
         summed, (n, *statistics) = moved_sum_normalised(
@@ -139,12 +143,12 @@ class Norm:
             scaled = scaled * self.gamma.to(scaled.dtype)[:, None]
         return (scaled - scaled.mean(1, keepdim=True) if self.kind == "layernorm" else scaled).to(w.dtype)
 
-    def for_kernels(self, norm_in: NormInput) -> kernels.Norm:
-        """What `kernels.receiver_grads` reads of it."""
+    def for_kernels(self, norm_in: NormInput, dtype: torch.dtype) -> kernels.Norm:
+        """What `kernels.receiver_grads` reads of it, in the gradients' dtype."""
         if self.kind == "none":
             return kernels.Norm("none")
         assert norm_in.rstd is not None
-        return kernels.Norm(self.kind, norm_in.x_hat(), norm_in.rstd.squeeze(-1), self.gamma)
+        return kernels.Norm(self.kind, norm_in.x_hat(dtype), norm_in.rstd.squeeze(-1), self.gamma)
 
 
 NO_NORM = Norm()

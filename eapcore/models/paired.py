@@ -48,25 +48,27 @@ class Rooms:
     one before, take turns in two such places.
 
     rows: N. kept: of these, how many outlive a stage. layers: how many there are, of which the last is made apart.
+    like: a residual stream. dtype: of all else.
     """
 
-    def __init__(self, rows: int, kept: int, layers: int, like: Tensor) -> None:
-        self.rows, self.kept, self.layers, self.like = rows, kept, layers, like
+    def __init__(self, rows: int, kept: int, layers: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.rows, self.kept, self.layers, self.like, self.dtype = rows, kept, layers, like, dtype
         self.blocks: dict[str, Tensor] = {}
         self.used: dict[str, int] = {}
         self.sums = 0
 
-    def take(self, name: str, width: int) -> Tensor:
+    def take(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """The next [1, N, width] of what is called so."""
         if name not in self.blocks:
-            self.blocks[name] = self.like.new_empty((self.layers - 1) * self.kept + self.rows, width)
+            rows = (self.layers - 1) * self.kept + self.rows
+            self.blocks[name] = self.like.new_empty(rows, width, dtype=self.dtype if dtype is None else dtype)
         place = self.used[name] = self.used.get(name, -1) + 1
         return self.blocks[name][None, place * self.kept : place * self.kept + self.rows]
 
     def stream(self, width: int) -> Tensor:
         """The next residual stream [1, N, width]."""
         self.sums += 1
-        return self.take(f"stream {self.sums % 2}", width)
+        return self.take(f"stream {self.sums % 2}", width, self.like.dtype)
 
 
 def run_paired(
@@ -84,7 +86,8 @@ def run_paired(
     Args:
         model: the model.
         prefix: [B, P, D], what `embed` made of the tokens before the first difference.
-        clean, corrupt: [B, T, D], the same of the clean and the corrupt prompts from there on.
+        clean, corrupt: [B, T, D], the same of the clean and the corrupt prompts from there on. All three may be wider
+            than the weights: the residual stream is in their dtype.
         read: int64 [B, Q], the positions of the T that the metric reads.
         moved: called with a layer's index and its mixtures of v, [2·B, Q, H, K] as in `AttentionRun`. It returns the
             difference corrupt − clean of what all heads send together, [B, Q, D]; or None where it has no use for it.
@@ -104,7 +107,7 @@ def run_paired(
     rooms: Rooms | None = None
     if differences is not None:
         kept = cut + (2 if keep[1] else int(keep[0])) * pairs * tokens
-        rooms = Rooms(cut + runs * tokens, kept, _layers_on(model, prefix.device), prefix)
+        rooms = Rooms(cut + runs * tokens, kept, _layers_on(model, prefix.device), prefix, model.dtype)
     parts = [part.flatten(0, 1) for part in (prefix, clean, corrupt)]
     x = torch.cat(parts)[None] if rooms is None else torch.cat(parts, out=rooms.stream(width)[0])[None]  # [1, N, D]
     del prefix, clean, corrupt, parts
@@ -117,7 +120,7 @@ def run_paired(
             device, before_it = stage.device, x
             x, answers, both = (on(t, device) for t in (x, answers, both))
             ready = None if ready is None else _normed_on(ready, before_it, x)
-            rooms = None if rooms is None else Rooms(rooms.rows, rooms.kept, _layers_on(model, device), x)
+            rooms = None if rooms is None else Rooms(rooms.rows, rooms.kept, _layers_on(model, device), x, model.dtype)
             del before_it
         here = answers if stage.last else None
         behind = 0 if stage.last else cut  # where the clean rows begin in all that is made at the answers alone

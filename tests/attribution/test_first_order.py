@@ -20,9 +20,11 @@ from safetensors import safe_open
 
 import eapcore.attribution.dense as dense
 import eapcore.attribution.score_batch as scoring
+import eapcore.evaluation.precision as precision
 from eapcore.attribution.attribute import attribute
 from eapcore.attribution.methods import METHODS as NAMES
 from eapcore.attribution.methods import Options, gradient_points, recipe
+from eapcore.evaluation.precision import rounding_error
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.models.backward_rules import Rules
 from eapcore.models.load import load
@@ -463,6 +465,35 @@ def test_narrow_dtypes_come_near_the_scores_in_float64(method, level, storage, d
         exact, found = getattr(expected, kind), getattr(scores, kind)
         assert found.dtype == torch.float32 and exact.norm() > 0.1
         assert float((found.double() - exact).norm() / exact.norm()) <= NARROW[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_the_residual_stream_is_not_rounded(dtype, monkeypatch):
+    """What all streams have in common is large, as on trained models: rounded with it, the rest would be lost."""
+    wide = random_model(scale=0.2)
+    weights = {name: x.clone() for name, x in wide.weights.named()}
+    weights["w_e"] += 64.0 if dtype == torch.bfloat16 else 512.0
+    narrow = with_weights(with_weights(wide, weights), lambda x: x.to(dtype))
+    pairs = random_pairs(wide, [6, 8], first_difference=2)
+    expected = attribute(with_weights(narrow, torch.Tensor.double), pairs, method="clean-corrupt").scores
+
+    def error():
+        return float((attribute(narrow, pairs, method="clean-corrupt").scores - expected).norm() / expected.norm())
+
+    here = error()
+    monkeypatch.setattr(scoring, "accumulate_dtype", lambda dtype: dtype)
+    assert here < 0.05 and error() > 4 * here
+
+
+def test_the_error_of_half_precision_is_measured_on_a_few_pairs(monkeypatch):
+    pairs = random_pairs(random_model(), [6, 8, 5], first_difference=2)
+    assert rounding_error(random_model(dtype=torch.float32), pairs) == 0
+    errors = {dtype: rounding_error(random_model(dtype=dtype), pairs) for dtype in (torch.bfloat16, torch.float16)}
+    assert 0 < 3 * errors[torch.float16] < errors[torch.bfloat16] < 0.05
+    same = dataclasses.replace(pairs, corrupt=pairs.clean)
+    assert 0 < rounding_error(random_model(dtype=torch.bfloat16), same) < 0.05
+    monkeypatch.setattr(precision, "budget", lambda device: 1000)
+    assert rounding_error(random_model(dtype=torch.bfloat16), pairs) is None
 
 
 # What a file says of each method besides its name, level and ablation.

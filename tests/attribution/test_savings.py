@@ -8,7 +8,7 @@ import eapcore.kernels as kernels
 import oracle
 import pytest
 import torch
-from models import KINDS, joined, random_case, random_model, random_pairs
+from models import KINDS, joined, random_case, random_model, random_pairs, with_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
@@ -135,6 +135,11 @@ def test_a_run_that_makes_its_differences_by_itself_leaves_the_scores_as_they_we
         assert there.abs().max() > 1e-3
         found = attribute(model, pairs, method=method, **how).scores
         torch.testing.assert_close(found, there, rtol=0, atol=1e-12, msg=lambda m, name=method: f"{name}: {m}")
+    narrow = with_weights(model, lambda x: x.bfloat16())  # of which the residual stream alone is wider
+    there = attribute(with_weights(narrow, torch.Tensor.double), pairs).scores
+    by_itself = float((attribute(narrow, pairs).scores - there).norm() / there.norm())
+    monkeypatch.undo()
+    assert by_itself < 0.02 + 1.5 * float((attribute(narrow, pairs).scores - there).norm() / there.norm()) < 0.3
 
 
 def logit_diff_of_all(logits, batch):  # not the package's own: it may read any logit

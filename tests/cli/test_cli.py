@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import ROOT, SHARED, random_model, save_checkpoint
 
+import eapcore.evaluation.precision as precision
 import eapcore.models.matmul as products
 from eapcore.attribution.attribute import attribute
 from eapcore.cli import _parser, main
@@ -153,6 +154,17 @@ def test_attribute_writes_the_scores_alone(eapcore, model, scores, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
     found = EdgeScores.load(tmp_path / "scores.safetensors", content_hash=model.content_hash)
     assert torch.equal(found.scores, scores.scores) and found.meta == scores.meta and found.jaccard is None
+
+
+def test_half_precision_says_how_far_it_is_off(eapcore, model, pairs, monkeypatch):
+    for dtype in ("bfloat16", "float16"):
+        status, printed, _ = eapcore("attribute", "--dtype", dtype, "--metric", "logit_diff", out="half.safetensors")
+        error = re.search(rf"dtype    {dtype}: on 2 pairs all scores together are (.*)% off those in float32", printed)
+        assert status == 0 and 0 < float(error[1]) < 5
+    monkeypatch.setattr(precision, "budget", lambda device: 1000)
+    _, printed, _ = eapcore("run", "--dtype", "bfloat16", "--method", "eap", "--top-n", 3, out="half")
+    assert "no memory to compare with float32" in printed
+    assert "dtype" not in eapcore("attribute", "--dtype", "float32", out="half.safetensors")[1]
 
 
 def test_run_says_whether_there_were_enough_prompts_and_takes_stable_or_grown_edges(eapcore, tmp_path):

@@ -631,6 +631,9 @@ def test_a_model_s_edges_are_held_against_exact_ones_and_its_circuits_against_ot
     monkeypatch.setattr(bench_language, "CIRCUITS", ("eap",))
     monkeypatch.setattr(bench_language, "SIZES", (0.001, 0.5, 1.0))  # the first is no edge of so small a model
     argv = ["--model", "toy-induction", "--task", "toy-induction", "--pairs", "3", "--edges", "6", "--random", "9"]
+    assert bench_language.main([*argv, "--dtypes"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "float16" in line]
+    assert len(rows) == 2 and all(0 < float(cell.strip(" |%")) < 5 for row in rows for cell in row[2:])
     assert bench_language.main(argv) == 0
     out = capsys.readouterr().out
     assert "15 edges patched" in out and "top 6" in out and "random 9" in out and "both" in out

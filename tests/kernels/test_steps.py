@@ -75,6 +75,20 @@ def test_a_row_is_normalised_and_its_gradient_goes_back(dtype, centred):
             assert torch.equal(alone, summed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_stream_is_normalised_to_a_narrow_one(dtype):
+    x, gamma = fenced(3, 33, dtype=torch.float32), torch.randn(33, dtype=dtype)
+    exact, _, scale = steps.normalise(*doubled(x, gamma), None, 1e-5, centred=False)
+    for impl in ("reference", "triton"):
+        n, _, rstd = steps.normalise(x, gamma, None, 1e-5, centred=False, dtype=dtype, impl=impl)
+        good(n, exact, dtype)
+        torch.testing.assert_close(rstd.double(), scale, rtol=1e-6, atol=1e-6)
+        sent, difference = fenced(1, 5, 4, dtype=dtype), fenced(1, 2, 4, dtype=dtype)
+        wide = fenced(1, 7, 4, dtype=torch.float32)
+        moved = steps.moved_sum(*doubled(wide, sent, difference))
+        good(steps.moved_sum(wide, sent.clone(), difference, impl=impl), moved, torch.float32)
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_gradient_of_a_norm_is_autograds(centred):
     x, grad = torch.randn(2, 3, 7).double().requires_grad_(), torch.randn(2, 3, 7).double()
