@@ -63,7 +63,7 @@ def dot(graph: Graph, mask: Annotated[Tensor, "bool S R"], scores: Annotated[Ten
         node, part = _node(receiver)
         known = [f"label={json.dumps(part)}"] if part else []
         if score is not None:
-            colour = "#1f66b0" if score < 0 else "#c8501e"
+            colour = "#1f66b0" if score < 0 else "#b54418"
             known += [f'color="{colour}"', f"penwidth={max(0.5, 5 * abs(score) / most):.3g}", f'tooltip="{score:.6g}"']
         lines.append(f"  {json.dumps(sender)} -> {json.dumps(node)} [{', '.join(known)}];")
     return "\n".join([*lines, "}", ""])

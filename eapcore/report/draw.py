@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NEGATIVE, POSITIVE, QUIET, FAINT, INK = "#1f66b0", "#c8501e", "#5b6675", "#e9ecf0", "#1b2330"
-COLOURS = (NEGATIVE, POSITIVE, "#14806a", "#7b3fa0")
+NEGATIVE, POSITIVE, QUIET, FAINT, INK = "#1f66b0", "#b54418", "#5b6675", "#e9ecf0", "#1b2330"
+COLOURS = (NEGATIVE, POSITIVE, "#137a65", "#7b3fa0")
 Size = tuple[float, float]
 Picture = tuple[Size, "Callable[[Axes], object]"]
 """Inches, and what draws it."""
