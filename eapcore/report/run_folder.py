@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eapcore.graph.circuit import Circuit
-from eapcore.graph.files import _check_version
+from eapcore.graph.files import _check_version, _NewerFormat
 from eapcore.graph.scores import EdgeScores
 
 # Each part of a report but the scores: the file that holds it, and how it is made.
@@ -127,9 +127,11 @@ def _files(folder: Path) -> dict[str, Path]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not str(content.get("format", "")).startswith("eapcore-"):
+            raise ValueError("it says no format of it")
+        _check_version(path, content.get("format_version"))
+    except _NewerFormat:
+        raise
     except ValueError as error:
         raise ValueError(f"{path} must be JSON that eapcore wrote, but it cannot be read: {error}") from error
-    if not isinstance(content, dict) or not str(content.get("format", "")).startswith("eapcore-"):
-        raise ValueError(f"{path} must be JSON that eapcore wrote, but it says no format of it")
-    _check_version(path, content.get("format_version"))
     return content

@@ -262,6 +262,7 @@ def test_thirty_thousand_edges_stay_under_three_megabytes_and_more_are_cut():
     [
         ("evaluation.json", "{", "must be JSON that eapcore wrote, but it cannot be read"),
         ("evaluation.json", "[1]", "it says no format of it"),
+        ("evaluation.json", '{"format": "eapcore-evaluation"}', "its format version is None"),
         ("evaluation.json", '{"format": "eapcore-evaluation", "format_version": 9}', "update eapcore"),
         ("evaluation.json", '{"format": "eapcore-evaluation", "format_version": 1}', "not as eapcore writes it"),
         ("prompts.json", '{"format": "eapcore-prompts", "format_version": 1, "pairs": [3]}', "prompts.json of"),
