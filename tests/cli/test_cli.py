@@ -248,6 +248,7 @@ COMMANDS = [
     "report",
     "mib",
     "sweep",
+    "reproduce",
 ]
 
 

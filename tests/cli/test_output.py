@@ -30,7 +30,14 @@ COMMANDS = {
 
 
 def test_every_command_that_writes_a_result_is_here():
-    assert {name.__name__.split(".")[-1] for name in cli.COMMANDS} == {*COMMANDS, "info", "report", "mib", "sweep"}
+    assert {name.__name__.split(".")[-1] for name in cli.COMMANDS} == {
+        *COMMANDS,
+        "info",
+        "report",
+        "mib",
+        "sweep",
+        "reproduce",
+    }
 
 
 class Failing(io.TextIOBase):
