@@ -25,7 +25,7 @@ from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.spread import SpreadPlan, spread_over
 from eapcore.attribution.sums import Store, Sums
 from eapcore.attribution.tally import Tally
-from eapcore.execution.ablation import Ablation
+from eapcore.execution.ablation import FROM_REFERENCE, Ablation
 from eapcore.execution.batch import Batch, in_order, spans
 from eapcore.execution.cuda_graphs import Replays, recorder
 from eapcore.execution.distributed import Ranks, deal, reported
@@ -170,9 +170,10 @@ def attribute(
             memory for it. See `EdgeScores` and `statistics`. A score is then the sum of its pairs' own scores, and may
             differ in the last bits.
         ablation: what a sender sends when it is ablated: "corrupt", what it sends on the corrupt prompt; "zero";
-            "mean" over reference prompts and their positions; "mean-positional" over them for each position. Or an
+            "mean" over reference prompts and their positions; "mean-positional" over them for each position;
+            "optimal", the constant that predictions on reference prompts miss least, see `execution.optimal`. Or an
             `Ablation` that was made before.
-        reference: whose clean prompts a mean is taken over; None for those of the task.
+        reference: whose clean prompts a mean is taken over, or constants are optimal for; None for those of the task.
         reduce: "all"; "pair" or "position" also keep the scores of each pair or position in the result. On a GPU a
             position's pairs that are read there are added, in float64, in any order: the last bits may differ between
             runs.
@@ -372,7 +373,7 @@ def _check_stream(
     ablation: str | Ablation, reference: PromptPairs | None, reduce: str, pairs_to: str | Path | None
 ) -> None:
     """ValueError for what needs all pairs of a task at once."""
-    if isinstance(ablation, str) and ablation.startswith("mean") and reference is None:
+    if isinstance(ablation, str) and ablation in FROM_REFERENCE and reference is None:
         raise ValueError(f"the ablation {ablation} of a task that is read as a stream needs a reference task")
     if reduce == "pair" and pairs_to is None:
         raise ValueError("the scores of each pair of a stream need a folder: give pairs_to")

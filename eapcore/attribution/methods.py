@@ -327,6 +327,8 @@ def recipe(
             "the keys and values of an exact edge change together at all positions, so with reduce='position' exact "
             f"must be some of logits, mlp and q, got {', '.join(kinds)}"
         )
+    if level == "neuron" and ablation == "optimal":
+        raise ValueError("constants are optimal for what is sent, not for hidden units: level must not be 'neuron'")
     if level == "neuron" and (qk == "exact" or kinds):
         raise ValueError(
             f"exact patterns and exact edges are of all that a sender sends, so level must be 'edge' or 'node' with "

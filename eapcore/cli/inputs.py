@@ -130,17 +130,20 @@ def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:
 
 def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs | PairStream) -> Ablation:
     """The ablation that the options name; a mean is made here, once."""
-    from eapcore.execution.ablation import Ablation
+    from eapcore.execution.ablation import FROM_REFERENCE, Ablation
     from eapcore.tasks import PromptPairs, find_pairs
 
     task, reference = args.reference_task, None
     if task is not None:
         reference = find_pairs(task, n=args.n, seed=args.seed, encode=model.tokenizer)
     if not isinstance(pairs, PromptPairs):
-        if args.ablation.startswith("mean") and reference is None:
+        if args.ablation in FROM_REFERENCE and reference is None:
             raise ValueError(f"--ablation {args.ablation} of a file as large as {pairs.name} needs --reference-task")
         pairs = pairs.first
-    return Ablation.of(model, pairs, args.ablation, reference)
+    if args.ablation != "optimal":
+        return Ablation.of(model, pairs, args.ablation, reference)
+    with Progress("finding constants", None, "step × sender × prompt") as progress:
+        return Ablation.of(model, pairs, args.ablation, reference, progress)
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:

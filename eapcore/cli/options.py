@@ -181,9 +181,13 @@ def add_uncertainty(parser: argparse.ArgumentParser) -> None:
 
 def add_ablation(parser: argparse.ArgumentParser) -> None:
     """The options that say what an ablated edge carries; `find_ablation` reads them."""
-    parser.add_argument("--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean or mean-positional")
     parser.add_argument(
-        "--reference-task", metavar="TASK", help="whose prompts a mean is taken over (default: the task itself)"
+        "--ablation", default="corrupt", metavar="WHAT", help="corrupt, zero, mean, mean-positional or optimal"
+    )
+    parser.add_argument(
+        "--reference-task",
+        metavar="TASK",
+        help="whose prompts a mean is taken over, or constants are optimal for (default: the task itself)",
     )
 
 

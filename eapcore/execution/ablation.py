@@ -1,7 +1,8 @@
-"""What a sender sends when it is ablated: zero, or what it sends on average over a reference task."""
+"""What a sender sends when it is ablated: zero, its mean over a reference task, or a constant that is optimal there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,20 +10,23 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from eapcore.execution.optimal import RATE, STEPS, optimal_constants
+from eapcore.execution.progress import Progress
 from eapcore.graph.show import short
-from eapcore.kernels.checks import one_of
+from eapcore.kernels.checks import one_of, short_repr
 from eapcore.models.forward import check_tokens, embed, run_stages
 from eapcore.models.model import Model
 from eapcore.models.tensors import on
 from eapcore.tasks.pairs import PromptPairs
 
-ABLATIONS = ("corrupt", "zero", "mean", "mean-positional")
+ABLATIONS = ("corrupt", "zero", "mean", "mean-positional", "optimal")
+FROM_REFERENCE = ABLATIONS[2:]  # which are made of the prompts of a reference task
 # Other tools' names, and ours.
 _WORDS = dict.fromkeys(("patching", "resample", "noising", "counterfactual", "interchange"), "'corrupt'") | {
     "denoising": "'corrupt', with gradient_at='corrupt' where something is scored",
     "zero-ablation": "'zero'",
     "mean-ablation": "'mean'",
-    "optimal": "not there",
+    "optimal-ablation": "'optimal'",
 }
 
 
@@ -31,8 +35,8 @@ class Values:
     """What every sender sends instead, for each position or [1, ..] for all of them.
 
     embed: [T, D]. z: [L, T, H, K], so that head h of layer l sends z[l, :, h] @ w_o[l][h]. mlp: [L, T, D], units:
-    [L, T, M] the hidden units that it is made of; None without MLPs. of_tokens: embed takes the place of the tokens'
-    embedding alone and leaves that of the positions.
+    [L, T, M] the hidden units that it is made of, None where they are not known; both None without MLPs. of_tokens:
+    embed takes the place of the tokens' embedding alone and leaves that of the positions.
     """
 
     __repr__ = short
@@ -71,8 +75,8 @@ class Ablation:
     """An ablation, made once: every function that takes the name of one takes this too.
 
     meta: what a file says of it. values: None where a sender sends what it sends on the corrupt prompts. reference: the
-    prompts of a mean, None for any other. model: whose senders these are; None for any model. weights: what they were
-    when a mean was made, `Weights.state`.
+    prompts of a mean or of optimal constants, None for any other. model: whose senders these are; None for any model.
+    weights: what they were when it was made, `Weights.state`.
     """
 
     __repr__ = short
@@ -90,9 +94,14 @@ class Ablation:
 
     @staticmethod
     def of(
-        model: Model, pairs: PromptPairs, ablation: str | Ablation = "corrupt", reference: PromptPairs | None = None
+        model: Model,
+        pairs: PromptPairs,
+        ablation: str | Ablation = "corrupt",
+        reference: PromptPairs | None = None,
+        progress: Progress | None = None,
     ) -> Ablation:
-        """The ablation of a name, or one that is there; reference: the prompts of a mean, None for the task's own.
+        """The ablation of a name, or one that is there; reference: the prompts of a mean or of optimal constants, None
+        for the task's own; progress: of finding the latter.
 
         Raises:
             ValueError: an unknown ablation, or one of another model; a reference that is not used; prompts that are too
@@ -108,10 +117,10 @@ class Ablation:
             reference, name = ablation.reference, ablation.name
         else:
             one_of("ablation", ablation, ABLATIONS, _WORDS)
-            if not ablation.startswith("mean"):
+            if ablation not in FROM_REFERENCE:
                 if reference is not None:
                     raise ValueError(
-                        f"a reference task belongs to the ablations mean and mean-positional, got {ablation!r}"
+                        f"a reference task belongs to the ablations {', '.join(FROM_REFERENCE)}, got {ablation!r}"
                     )
                 zero = ablation == "zero"
                 return Ablation({"name": ablation}, zeros(model) if zero else None, None, model if zero else None)
@@ -127,9 +136,44 @@ class Ablation:
         if isinstance(ablation, Ablation):
             return ablation
         assert reference is not None
+        if name == "optimal":
+            return Ablation.optimal(model, reference, progress=progress)
         meta = {"name": name, "reference": reference.name, "n_prompts": len(reference), "prompts": "clean"}
         made = means(model, reference, per_position=name == "mean-positional")
         return Ablation(meta, made, reference, model, model.weights.state())
+
+    @staticmethod
+    def optimal(
+        model: Model,
+        reference: PromptPairs,
+        *,
+        steps: int = STEPS,
+        rate: float = RATE,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+    ) -> Ablation:
+        """Each sender's constant that the predictions on a reference's clean prompts miss least, see `optimal`.
+
+        Args:
+            model, reference: where the constants are found, from the means on.
+            steps, rate: of Adam, in units of each sender's deviation from its mean.
+            batch_size: prompts at a time.
+            progress: called with (steps × senders × prompts done, in all).
+
+        Raises:
+            ValueError: no number of steps, or rate; prompts that do not fit the model.
+        """
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {short_repr(steps)}")
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
+            raise ValueError(f"rate must be a number above 0, got {short_repr(rate)}")
+        reference.check_positions()
+        start = _means(model, reference, per_position=False)
+        how: dict[str, Any] = {"steps": steps, "rate": rate, "batch_size": batch_size, "progress": progress}
+        found = optimal_constants(model, reference, start, **how)
+        meta = {"name": "optimal", "reference": reference.name, "n_prompts": len(reference), "prompts": "clean"}
+        meta |= {"loss": "kl", "steps": steps, "rate": rate}
+        return Ablation(meta, _as_values(model, found), reference, model, model.weights.state())
 
 
 def zeros(model: Model) -> Values:
@@ -155,6 +199,13 @@ def means(model: Model, reference: PromptPairs, *, per_position: bool, batch_siz
     Raises:
         ValueError: the prompts do not fit the model.
     """
+    return _as_values(model, _means(model, reference, per_position=per_position, batch_size=batch_size))
+
+
+def _means(
+    model: Model, reference: PromptPairs, *, per_position: bool, batch_size: int = 16
+) -> dict[str, Annotated[Tensor, "float64 T ..."]]:
+    """`means` by name."""
     check_tokens(model, reference.clean, "reference prompts")
     sums: dict[str, Tensor] = {}
     longest = int(reference.lengths.max())
@@ -176,7 +227,12 @@ def means(model: Model, reference: PromptPairs, *, per_position: bool, batch_siz
         counts = (lengths > torch.arange(longest, device=model.device)).sum(0)
     else:
         counts = torch.tensor([len(reference)], device=model.device)
-    mean = {name: (x / counts.view(-1, *[1] * (x.ndim - 1))).to(model.dtype) for name, x in sums.items()}
+    return {name: x / counts.view(-1, *[1] * (x.ndim - 1)) for name, x in sums.items()}
+
+
+def _as_values(model: Model, found: Mapping[str, Tensor]) -> Values:
+    """What is known by name, in the model's dtype."""
+    mean = {name: x.to(model.dtype) for name, x in found.items()}
     layers = range(model.config.n_layers)
     z, mlp, units = (
         torch.stack([mean[f"{name}{index}"] for index in layers]) if f"{name}0" in mean else None

@@ -147,8 +147,13 @@ class Experiment:
             "task": digest(pairs.clean, pairs.corrupt, pairs.positions, pairs.answers, pairs.wrong),
             "metric": self.metric_name,
             # The prompts of a mean rather than the mean, which rounds otherwise on another device.
-            "ablation": [dict(self.ablation.meta), "" if mean is None else digest(mean.clean, mean.lengths)],
+            "ablation": [dict(self.ablation.meta), "" if mean is None else digest(*self._reference(mean))],
         }
+
+    def _reference(self, prompts: PromptPairs) -> tuple[Tensor, ...]:
+        """What an ablation is made of: constants are optimal for where prompts are read."""
+        read = (prompts.positions,) if self.ablation.name == "optimal" else ()
+        return (prompts.clean, prompts.lengths, *read)
 
     def describe(self) -> dict[str, Any]:
         """What a file says of the model, the task, the metric, and what ran."""

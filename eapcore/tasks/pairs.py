@@ -254,7 +254,7 @@ class PromptPairs:
             where = "" if whole else f" up to position {int(self.positions[pair])}, where the metric reads"
             raise ValueError(
                 f"clean and corrupt of pair {pair} are identical{where}: every score would be zero; without corrupt "
-                "prompts choose the ablation zero, mean or mean-positional"
+                "prompts choose the ablation zero, mean, mean-positional or optimal"
             )
 
     def check_answers(self) -> None:

@@ -598,7 +598,7 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
     ({"method": "grad-drop", "reduce": "position"}, "reduce must be 'all' or 'pair', got 'position'"),
     ({"method": "eap-ig", "points": [(0.5, 1.0)], "steps": 3}, "points give their own 1: leave one of the two out"),
     ({"method": "eap-ig-activations", "steps": 0}, "positive integer, got 0"),
-    ({"reference": "self"}, "a reference task belongs to the ablations mean and mean-positional, got 'corrupt'"),
+    ({"reference": "self"}, "a reference task belongs to the ablations mean, mean-positional, optimal, got 'corrupt'"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused_in_one_sentence(bad, message):
     model, pairs = case({})

@@ -55,6 +55,7 @@ SCORED = ("--scores", "scores.safetensors")
         {"method": "relp", "rules": Rules("frozen", "identity")}),
     (["--method", "relp", "--rules", "attention=frozen"], {"method": "relp", "rules": Rules(attention="frozen")}),
     (["--ablation", "zero"], {"ablation": "zero"}),
+    (["--ablation", "optimal"], {"ablation": "optimal"}),
     (["--method", "eap"], {}),
     (["--qk", "exact", "--impl", "reference"], {"qk": "exact", "method": "hybrid", "impl": "reference"}),
     (["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],

@@ -34,6 +34,7 @@ from eapcore.patching.circuits import metric_on, run_circuit
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
 from eapcore.patching.masked import Changes, run_masked
+from eapcore.patching.nodes import patch_nodes
 from eapcore.patching.paths import path_patch
 from eapcore.patching.record import Recording
 from eapcore.search.acdc import acdc
@@ -450,6 +451,15 @@ def test_what_the_logits_read_comes_from_the_tokens_along_information_flow_route
         apart = found[0][:, each.graph.qkv(layer)][:, 2 * heads :]
         shared = found[1][:, grouped.graph.qkv(layer)][:, heads + size :]
         torch.testing.assert_close(apart.unflatten(1, (size, -1)).sum(2), shared, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
+def test_optimal_constants_miss_less_than_means(name):
+    model = ours(name, "grouped")
+    pairs = pairs_for(model)
+    made = Ablation.optimal(model, pairs, steps=3, rate=0.3)
+    optimal, mean = (patch_nodes(model, pairs, "kl", ablation=how).effects for how in (made, "mean"))
+    assert bool((optimal >= mean - 1e-12).all()) and float(optimal.mean()) > 0.97 * float(mean.mean())
 
 
 @pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
