@@ -198,8 +198,8 @@ def receiver_constants(
 
 def receiver_grads(
     g: Annotated[Tensor, "C B T K"],
-    act: Annotated[Tensor, "C B T K"],
-    weight: Annotated[Tensor, "C D K"],
+    act: Annotated[Tensor, "C' B T K"],
+    weight: Annotated[Tensor, "C' D K"],
     *,
     norm: Norm,
     w_gamma: Annotated[Tensor, "C K"] | None = None,
@@ -217,8 +217,9 @@ def receiver_grads(
 
     Args:
         g: [C, B, T, K] ∂metric/∂a, any strides.
-        act: [C, B, T, K] a, the activations that the forward pass made.
-        weight: [C, D, K].
+        act: [C', B, T, K] a, the activations that the forward pass made.
+        weight: [C', D, K]. C' is C, or a divisor of it: C / C' channels that follow one another share their a and W, as
+            the query heads of a group do those of its keys and values.
         norm: the normalisation that all C channels read through.
         w_gamma, offset: [C, K] from `receiver_constants`; not needed without a norm (w_gamma not for RMSNorm).
         out: [C, B, T, D] in g's dtype, contiguous, to write to; None makes one. Memory that is used again costs no page
@@ -238,6 +239,9 @@ def receiver_grads(
     if (run := dry.active.get()) is not None:
         return dry.receiver_grads(run, g, weight, norm.kind != "none", out, partial(workspace_bytes, impl=impl))
     chosen = _resolve("receiver_grads", impl, g.device, g.dtype)
+    share = checks.shared_by(len(g), len(weight))
+    if share > 1 and chosen != "triton":
+        act, weight = (x.repeat_interleave(share, 0) for x in (act, weight))
     if chosen == "cpp":
         from . import cpp
 

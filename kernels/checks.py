@@ -172,6 +172,11 @@ def statistics(what: str, norm: Norm, batch: int, tokens: int, d_model: int, bes
         raise ValueError(f"{what}.gamma must be [D] = [{d_model}], got {shape_text(norm.gamma)}")
 
 
+def shared_by(channels: int, weights: int) -> int:
+    """How many channels that follow one another share one of so many weights; 1 where the numbers do not divide."""
+    return channels // weights if weights and channels % weights == 0 and channels else 1
+
+
 def receiver_grads(
     g: Tensor,
     act: Tensor,
@@ -183,10 +188,11 @@ def receiver_grads(
 ) -> None:
     """Check the arguments of `receiver_grads`; its docstring states what they are."""
     one_of("norm.kind", norm.kind, NORMS)
-    if g.ndim != 4 or act.shape != g.shape:
+    share = 1 if g.ndim != 4 or weight.ndim != 3 else shared_by(len(g), len(weight))
+    if g.ndim != 4 or act.shape != (len(g) // share, *g.shape[1:]):
         raise ValueError(f"g and act must both be [C, B, T, K], got {shape_text(g)} and {shape_text(act)}")
     channels, batch, tokens, d_head = g.shape
-    if weight.ndim != 3 or weight.shape[0] != channels or weight.shape[2] != d_head:
+    if weight.ndim != 3 or weight.shape[0] * share != channels or weight.shape[2] != d_head:
         raise ValueError(f"weight must be [C, D, K] = [{channels}, D, {d_head}], got {shape_text(weight)}")
     if g.dtype not in FLOATS or act.dtype != g.dtype or weight.dtype != g.dtype:
         raise ValueError(f"g, act and weight must share one float dtype, got {g.dtype}, {act.dtype}, {weight.dtype}")

@@ -195,6 +195,82 @@ def moved_units(
     return units.to(hidden.dtype)
 
 
+def gated_grad(
+    grad: Annotated[Tensor, "... M"],
+    hidden: Annotated[Tensor, "... M"],
+    up: Annotated[Tensor, "... M"],
+    act_fn: str,
+    *,
+    impl: str = "auto",
+) -> tuple[Annotated[Tensor, "... M"], Annotated[Tensor, "... M"]]:
+    """∂metric/∂hidden and ∂metric/∂up from grad = ∂metric/∂units of units = act(hidden) ∘ up, in grad's dtype.
+
+    ∂metric/∂hidden = grad ∘ up ∘ act'(hidden)        ∂metric/∂up = grad ∘ act(hidden)
+    """
+    checks.one_of("act_fn", act_fn, ACTIVATIONS)
+    if takes_triton(impl, grad):
+        if (run := dry.active.get()) is not None:
+            made = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+            run.ran("gated_grad", grad, hidden, up, *made)
+            return made
+        from . import triton_steps
+
+        return triton_steps.gated_grad(grad, hidden, up, act_fn)
+    return activation_grad(act_fn, grad * up, hidden), grad * activation(act_fn, hidden)
+
+
+def activation_grad(name: str, grad: Tensor, hidden: Tensor) -> Tensor:
+    """grad = ∂metric/∂act(hidden) taken through the activation function to ∂metric/∂hidden."""
+    if name == "relu":
+        return grad * (hidden > 0)
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, hidden)
+    return torch.ops.aten.gelu_backward(grad, hidden, approximate=_APPROXIMATE[name])
+
+
+def turn(
+    x: Annotated[Tensor, "B C T K"],
+    frequencies: Annotated[Tensor, "float64 F"],
+    before: int,
+    read: Annotated[Tensor, "int64 B T"] | None = None,
+    *,
+    sign: int = 1,
+    adjacent: bool = False,
+    out: Annotated[Tensor, "B C T K"] | None = None,
+    impl: str = "auto",
+) -> Annotated[Tensor, "B C T K"]:
+    """x with dimensions i and i + F turned together by sign · position · frequencies[i], the others as they are.
+
+    x: any strides but along K. before: positions before the first of T; read: which of those behind them, None for all
+    in order. adjacent: dimensions 2i and 2i + 1 are turned together instead. out: where it goes, unit stride along K;
+    x itself will do.
+    """
+    if takes_triton(impl, x):
+        if out is None:  # a token's channels beside each other
+            batch, channels, tokens, size = x.shape
+            out = x.new_empty(batch, tokens, channels, size).transpose(1, 2)
+        if (run := dry.active.get()) is not None:
+            run.ran("turn", x, out)
+            return out
+        from . import triton_steps
+
+        triton_steps.turn(x, frequencies, before, read, sign, adjacent, out)
+        return out
+    wide, half = torch.float64 if x.dtype == torch.float64 else torch.float32, len(frequencies)
+    positions = torch.arange(before, before + x.shape[-2], device=x.device) if read is None else before + read[:, None]
+    angles = positions[..., None] * (sign * frequencies.to(positions.device))
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)  # [.., T, F]
+    if adjacent:
+        both, rest = x.to(wide).split([2 * half, x.shape[-1] - 2 * half], -1)
+        first, second = both[..., ::2], both[..., 1::2]
+        both = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        made = torch.cat([both, rest], -1).to(x.dtype)
+    else:
+        first, second, rest = x.to(wide).split([half, half, x.shape[-1] - 2 * half], -1)
+        made = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+    return made if out is None else out.copy_(made)
+
+
 def moved_sum(
     x: Annotated[Tensor, "1 N D"],
     sent: Annotated[Tensor, "1 N-C D"],

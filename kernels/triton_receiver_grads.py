@@ -68,7 +68,7 @@ HALVES = Config(64, 32, 16, 8, 2)
 @triton.jit
 def channel_grads(
     g, act, weight, x_hat, rstd, gamma, w_gamma, offset, out, table, wanted,
-    N, T, D, K, steps,
+    N, T, D, K, steps, share,
     stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at, stride_wc, stride_wd, stride_wk,
     stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, stride_on,
     PRECISION: tl.constexpr,
@@ -101,10 +101,10 @@ def channel_grads(
             offset += tl.load(entry + 6)
     else:
         g += channel * stride_gc
-        weight += channel * stride_wc
+        weight += (channel // share) * stride_wc
         out += channel * stride_oc
         if KIND != "none":
-            act += channel * stride_ac
+            act += (channel // share) * stride_ac
             if KIND == "layernorm":
                 w_gamma += channel * K
             offset += channel * K
@@ -174,7 +174,8 @@ def channel_grads(
 class Channels:
     """Where the parts of a set of channels lie: base tensors, and a table of offsets if strides do not suffice.
 
-    g, act: views [C, B, T, K] of the first channel's layer. weight: [C, D, K]. norm: with `x_hat` and `rstd` views of
+    g, act: views [C, B, T, K] of the first channel's layer. weight: [C, D, K]; without a table act and weight may have
+    fewer channels, each for as many that follow one another. norm: with `x_hat` and `rstd` views of
     the same B, T as g. w_gamma, offset: contiguous, K for each channel. table: int64 [channels, COLUMNS], of which
     `align` divides every offset into g, act, weight, x̂ and out. count: channels.
     """
@@ -247,7 +248,7 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
         channel_grads, units * common.cdiv(d_model, tile.block_d * steps),
         g, work.act if normed else None, weight, norm.x_hat, norm.rstd, norm.gamma, work.w_gamma, work.offset,
         out, work.table, work.wanted,
-        rows, tokens, d_model, d_head, steps,
+        rows, tokens, d_model, d_head, steps, 1 if work.table is not None else work.count // len(weight),
         g.stride(0), g.stride(1), g.stride(2), stride_ac, stride_ab, stride_at, *weight.stride(),
         stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, d_model,
         PRECISION=precision, KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,

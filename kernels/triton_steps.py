@@ -150,6 +150,79 @@ def unit_rows(
 
 
 @triton.jit
+def gated_grads(
+    grad, hidden, up, of_hidden, of_up, total,
+    ACT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    if ACT == "relu":
+        made = tl.maximum(h, 0.0)
+        slope = tl.where(h > 0.0, 1.0, 0.0)
+    elif ACT == "silu":
+        share = tl.sigmoid(h)
+        made = h * share
+        slope = share + made * (1.0 - share)
+    elif ACT == "gelu":
+        share = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        made = h * share
+        slope = share + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    else:
+        share = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+        made = h * share
+        slope = share + made * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    tl.store(of_hidden + at, rounded(g * u * slope, ROUND).to(of_hidden.dtype.element_ty), mask=inside)
+    tl.store(of_up + at, rounded(g * made, ROUND).to(of_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turn_rows(
+    x, frequencies, read, out,
+    T, C, K, half, before, sign,
+    stride_xb, stride_xc, stride_xt, stride_ob, stride_oc, stride_ot,
+    ADJACENT: tl.constexpr, HAS_READ: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    prompt, token = row // T, row % T
+    position = token
+    if HAS_READ:
+        position = tl.load(read + row)
+    f = tl.arange(0, BLOCK_F)
+    turned = f < half
+    # In float64 down to an eighth of a turn to either side, which float32 holds to its last place. The library's own
+    # functions, made for any angle, would take memory beside the registers.
+    turns = (position + before).to(tl.float64) * tl.load(frequencies + f, mask=turned, other=0.0) * 0.15915494309189535
+    quarter = tl.floor(turns * 4.0 + 0.5)
+    r = ((turns - quarter * 0.25) * 6.283185307179586).to(tl.float32)
+    r2 = r * r
+    sine = r * (1.0 + r2 * (-1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 / 362880))))
+    cosine = 1.0 + r2 * (-0.5 + r2 * (1.0 / 24 + r2 * (-1.0 / 720 + r2 * (1.0 / 40320 - r2 / 3628800))))
+    place = (quarter - 4.0 * tl.floor(quarter * 0.25)).to(tl.int32)
+    cos = tl.where(place % 2 == 0, cosine, sine) * tl.where((place == 1) | (place == 2), -1.0, 1.0)
+    sin = tl.where(place % 2 == 0, sine, cosine) * tl.where(place >= 2, -1.0, 1.0)
+    cos, sin = cos[None, :], sin[None, :] * sign
+    first = 2 * f if ADJACENT else f
+    second = first + 1 if ADJACENT else f + half
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        source = x + prompt * stride_xb + token * stride_xt + c.to(tl.int64)[:, None] * stride_xc
+        to = out + prompt * stride_ob + token * stride_ot + c.to(tl.int64)[:, None] * stride_oc
+        inside = (c < C)[:, None] & turned[None, :]
+        a = tl.load(source + first[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + second[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BLOCK_K > 0:  # some dimensions stay as they are
+            d = tl.arange(0, BLOCK_K)
+            others = (c < C)[:, None] & (d >= 2 * half)[None, :] & (d < K)[None, :]
+            tl.store(to + d[None, :], tl.load(source + d[None, :], mask=others, other=0.0), mask=others)
+        tl.store(to + first[None, :], rounded(a * cos - b * sin, ROUND).to(out.dtype.element_ty), mask=inside)
+        tl.store(to + second[None, :], rounded(b * cos + a * sin, ROUND).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def sum_rows(
     x, sent, difference, bias, out, kept, gamma, beta, n, mean, rstd,
     D, first_moved, count, eps,
@@ -267,6 +340,39 @@ def moved_units(hidden: Tensor, up: Tensor | None, act_fn: str, count: int) -> T
             ACT=act_fn, GATED=up is not None, ROUND=_rounds(hidden), BLOCK=BLOCK, num_warps=WARPS, device=hidden.device,
         )  # fmt: skip
     return units
+
+
+def gated_grad(grad: Tensor, hidden: Tensor, up: Tensor, act_fn: str) -> tuple[Tensor, Tensor]:
+    """`eapcore.kernels.steps.gated_grad` on the GPU."""
+    common.check_precision("auto", grad.dtype, common.target(grad.device))
+    grad, hidden, up = (x.contiguous() for x in (grad, hidden, up))
+    made = torch.empty_like(grad), torch.empty_like(grad)
+    if total := grad.numel():
+        common.launch(
+            gated_grads, common.cdiv(total, BLOCK),
+            grad, hidden, up, *made, total,
+            ACT=act_fn, ROUND=_rounds(grad), BLOCK=BLOCK, num_warps=WARPS, device=grad.device,
+        )  # fmt: skip
+    return made
+
+
+def turn(
+    x: Tensor, frequencies: Tensor, before: int, read: Tensor | None, sign: int, adjacent: bool, out: Tensor
+) -> None:
+    """`eapcore.kernels.steps.turn` on the GPU."""
+    common.check_precision("auto", x.dtype, common.target(x.device))
+    batch, channels, tokens, size = x.shape
+    x, half = common.unit_inner_stride(x.detach()), len(frequencies)
+    if x.numel():
+        pairs = triton.next_power_of_2(max(1, half))
+        common.launch(
+            turn_rows, batch * tokens,
+            x, frequencies.to(x.device), None if read is None else read.contiguous(), out,
+            tokens, channels, size, half, before, sign, *x.stride()[:3], *out.stride()[:3],
+            ADJACENT=adjacent, HAS_READ=read is not None, ROUND=_rounds(x),
+            BLOCK_C=max(1, min(triton.next_power_of_2(channels), 2048 // pairs)), BLOCK_F=pairs,
+            BLOCK_K=0 if 2 * half == size else triton.next_power_of_2(size), num_warps=WARPS, device=x.device,
+        )  # fmt: skip
 
 
 def moved_sum(

@@ -37,6 +37,7 @@ def variant(kernel: str, meta: dict[str, Any], args: tuple[Any, ...]) -> str:
 STEPS = {
     "attend_rows", "query_grads", "key_grads",
     "normalise_rows", "standardise_rows", "normalise_grad_rows", "unit_rows", "sum_rows",
+    "gated_grads", "turn_rows",
 }  # fmt: skip
 VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges", *STEPS} | {
     f"channel_grads {str(dtype).removeprefix('torch.')} {kind}{table}"
@@ -162,6 +163,15 @@ def check_steps(device: str, dtype: torch.dtype) -> None:
         (hidden, wide), (up, wide_up) = draw(1, 6, 37), draw(1, 6, 37) if gated else (None, None)
         got = steps.moved_units(hidden, up, act_fn, 2, impl="triton")
         judge(f"moved_units {dtype} {act_fn}", got, steps.moved_units(wide, wide_up, act_fn, 2), STORED[dtype])
+        (grad, wide_grad), (up, wide_up) = draw(1, 6, 37), draw(1, 6, 37)
+        made = steps.gated_grad(grad, hidden, up, act_fn, impl="triton")
+        for got, exact in zip(made, steps.gated_grad(wide_grad, wide, wide_up, act_fn), strict=True):
+            judge(f"gated_grad {dtype} {act_fn}", got, exact, STORED[dtype])
+    x, wide = draw(2, 3, 5, 12)
+    frequencies = torch.tensor([1.0, 0.1, 1e-4, 1e-5], dtype=torch.float64, device=device)
+    for adjacent in (False, True):
+        got = steps.turn(x, frequencies, 50_000, adjacent=adjacent, impl="triton")
+        judge(f"turn {dtype}", got, steps.turn(wide, frequencies, 50_000, adjacent=adjacent), STORED[dtype])
     drawn = [draw(*shape) for shape in ((1, 6, 37), (1, 4, 37), (1, 2, 37), (37,))]
     got = steps.moved_sum(*(x for x, _ in drawn), impl="triton")
     exact = steps.moved_sum(*(wide.clone() for _, wide in drawn))

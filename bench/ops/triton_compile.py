@@ -185,7 +185,8 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         contraction("edge_scores f32 tf32x3, unaligned slice, rows", single, "tf32x3", rows=True, sizes=small, cut=3)
 
     def receivers(
-        case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any = None, cut: int = 0
+        case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any = None, cut: int = 0,
+        share: int = 1,
     ) -> None:  # fmt: skip
         c, b, t = 36, 8, 64
         g = empty(c, b, t, d_head + cut, dtype=dtype)[..., cut:]
@@ -193,12 +194,13 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=dtype)
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
-        call = lambda: grads.receiver_grads(g, g, weight, norm, constants, constants, config=config)  # noqa: E731
+        act, weight = g[: c // share], weight[: c // share]
+        call = lambda: grads.receiver_grads(g, act, weight, norm, constants, constants, config=config)  # noqa: E731
         calls.append((case, "tensor", call))
 
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
-    receivers("receiver_grads bf16, rmsnorm, K = 128", half, "rmsnorm", 128, 5120)
+    receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)
     receivers("receiver_grads f16, layernorm, K = 80", torch.float16, "layernorm", 80, 2560)
     for d_head in (256, 512):
         receivers(f"receiver_grads bf16, layernorm, K = {d_head}", half, "layernorm", d_head, 2304)
@@ -247,6 +249,13 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
                 centred=not gated, out=x, kept=x[0, 160:],
             ),
         )  # fmt: skip
+        if gated:
+            heads, where = empty(8, 20, 32, 128, dtype=dtype).transpose(1, 2), empty(8, 20, dtype=torch.int64)
+            angles = empty(64, dtype=torch.float64)
+            runs += (
+                partial(steps.gated_grad, hidden, hidden, hidden, act_fn), partial(steps.turn, heads, angles, 0),
+                partial(steps.turn, heads, angles[:16], 3, where, sign=-1, adjacent=True, out=heads),
+            )  # fmt: skip
         calls.extend((case, "", partial(run, impl="triton")) for run in runs)
 
     steps_of("steps bf16, GPT-2 small", half, 768, "gelu_new", False)
@@ -322,6 +331,8 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
             partial(steps.normalise_grad, x, x, statistics, statistics, None, None),
             partial(steps.normalise_grad_added, x, x, statistics, statistics, None, None, x, out=x),
             partial(steps.moved_units, x, x, "silu", b * t),
+            partial(steps.gated_grad, x, x, x, "silu"),
+            partial(steps.turn, x[None], empty(d // 2, dtype=torch.float64), 0),
             partial(steps.moved_sum, x, x[:, b * t :], x[:, : b * t]),
         ):
             if call is not None:

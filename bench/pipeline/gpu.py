@@ -30,6 +30,7 @@ SECONDS = 400.0  # no part begins later, and none takes longer than a minute
 TINY = Work(3, 4, 64, 211, B=3, T=9)
 XL = Work(48, 25, 1600, 50257, B=32, T=20)
 B13 = Work(40, 40, 5120, 50257, B=8, T=20)
+LLAMA8 = Work(32, 32, 4096, 128256, B=32, T=20, G=8, M=14336)  # Llama-3.1-8B
 CONTRACTION = ("partial_scores", "sum_splits", "zero_non_edges")
 MAKING = ("channel_grads",)
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from eapcore.attribution import dense
 from eapcore.attribution.plan import Plan, run_dry
 from eapcore.models import paired
-from pipeline.gpu import B13, XL
+from pipeline.gpu import B13, LLAMA8, XL
 from pipeline.work import SMALL, Work
 
 COPY = 4.27e12  # bytes a second
@@ -202,16 +202,19 @@ PROFILES = {
 
 
 def works() -> dict[str, Work]:
-    """The batches that were profiled, in bfloat16."""
-    return {"GPT-2 small, B=256": replace(SMALL, B=256), "GPT-2 XL, B=32": XL, "13B, B=8": B13}
+    """The batches that were profiled, and one of Llama's architecture, in bfloat16."""
+    small = {"GPT-2 small, B=256": replace(SMALL, B=256)}
+    return small | {"GPT-2 XL, B=32": XL, "13B, B=8": B13, "Llama-3.1-8B, B=32": LLAMA8}
 
 
 def table() -> str:
     """Every part of each batch: as it runs, and as it was profiled, beside what was measured then."""
     lines, title = [], f"{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'ms in a graph':>15}{'ms without':>12}"
     for name, work in works().items():
-        whole, parts = PROFILES[name]
+        whole, parts = PROFILES.get(name, (None, {}))
         for fused, when in ((True, "as it runs"), (False, "step by step, as it was profiled")):
+            if whole is None and not fused:
+                continue
             count = count_batch(work, fused=fused)
             measured = {} if fused else {**parts, "all": whole}
             lines.append(f"{name}, T={work.T}, bfloat16, dense, {when}")

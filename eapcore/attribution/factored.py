@@ -164,8 +164,8 @@ class _Factors(Sink):
     def channels(self, part: Channels) -> Tensor | None:
         if self.step.exact_softmax and part.channels.stop == part.attention.channels[2].stop:  # the last piece
             add_exact(self.store, self.sums, part, 1.0)  # its gradient has the pass's weight
-        g, norm, groups = part.factors()
-        act, count = part.act, part.attention.channels[2].stop
+        g, norm, groups = part.factors(part.attention.groups(part.channels))
+        act, count = part.each_act, part.attention.channels[2].stop
         missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
         if any(channels.start < channels.stop for channels in missing):
             g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))

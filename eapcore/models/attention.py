@@ -20,8 +20,9 @@ import eapcore.kernels as kernels
 from eapcore.graph.show import short
 from eapcore.kernels.attention import attend, attend_grad, attend_moved, empty_grads, value_grad
 from eapcore.kernels.causal import Causal
+from eapcore.kernels.steps import takes_triton
 from eapcore.models.backward_rules import GRADIENT, Rules
-from eapcore.models.matmul import product
+from eapcore.models.matmul import product, product_added
 from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.rotary import Rotary
 from eapcore.models.tensors import accumulate_dtype, as_matrix, at_positions, moved, on, tensors_in
@@ -170,6 +171,12 @@ class Attention:
             found.append(self.weights(slice(place, place + 1))[0].expand(len(list(same)), -1, -1))
         return found
 
+    def shared_groups(self, channels: slice) -> list[Annotated[Tensor, "C' D K"]]:
+        """The weights of some kinds of channels, all q, all k or all v, as views; a key or value head's once."""
+        kinds = [kind for kind in self.channels if channels.start <= kind.start and kind.stop <= channels.stop]
+        places = [slice(self.projection(kind.start), self.projection(kind.stop - 1) + 1) for kind in kinds]
+        return [w for place in places for w in self.weights(place)]
+
     def project(
         self, n: Annotated[Tensor, "B T D"], projections: slice, out: Annotated[Tensor, "1 N C'K"] | None = None
     ) -> Annotated[Tensor, "B T C' K"]:
@@ -272,17 +279,23 @@ class Attention:
             both[:, before:] = kv
         k, v = both.transpose(1, 2).chunk(2, 1)
         before = k.shape[2] - kv.shape[1]
+        plain = self.q_norm.kind == self.k_norm.kind == "none"
+        if self.rotary is not None and plain and past is None and read is None and takes_triton("auto", q):
+            joined = _joined(q, kv[:, :, : self.n_kv])
+            if joined is not None:  # one kernel turns both
+                q, k = self.rotary.turn(joined.transpose(1, 2), 0).tensor_split([q.shape[2]], 1)
+                return q, k, v
         return self.ready_queries(q.transpose(1, 2), before, read), self.ready_keys(k, 0), v
 
     def ready_queries(self, q: Tensor, before: int, read: Tensor | None) -> Tensor:
         """Queries [..., H, Q, K] behind `before` positions, normed and turned."""
         q = self.normed(self.q_norm, q)
-        return q if self.rotary is None else self.rotary.turn(q, _query_positions(q, before, read))
+        return q if self.rotary is None else self.rotary.turn(q, before, read)
 
     def ready_keys(self, k: Tensor, before: int) -> Tensor:
         """Keys [..., G, T, K] behind `before` positions, normed and turned."""
         k = self.normed(self.k_norm, k)
-        return k if self.rotary is None else self.rotary.turn(k, _positions(k, before))
+        return k if self.rotary is None else self.rotary.turn(k, before)
 
     def normed(self, norm: Norm, x: Annotated[Tensor, "... C T K"]) -> Annotated[Tensor, "... C T K"]:
         """Queries or keys of all heads through the norm of them; C may be H for keys, a group's once for each query."""
@@ -400,7 +413,7 @@ class Attention:
             pattern = self.causal.pattern(q, k, before, read)
             dv = self._of_channels(value_grad(pattern, dz.transpose(1, 2), before)).transpose(1, 2)
             del pattern, q, k, v
-            yield piece(of_v, self.of_each(saved.kv[:, :, self.n_kv :]), dv)
+            yield piece(of_v, saved.kv[:, :, self.n_kv :], dv)
             return
         out = None
         if read is None and of_v.stop == 3 * self.n_heads:
@@ -410,14 +423,12 @@ class Attention:
         if read is None:
             g = torch.cat([dq, dk, dv], 1).transpose(1, 2) if out is None else out
             del dq, dk, dv
-            alike = self.grouped or self.group == 1
-            act = saved.qkv[0] if alike else torch.cat([saved.q, self.of_each(saved.kv)], 2)
-            yield piece(slice(0, of_v.stop), act, g)
+            yield piece(slice(0, of_v.stop), saved.qkv[0], g)
             return
         yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
         g = torch.cat([dk, dv], 1).transpose(1, 2)
         del dq, dk, dv
-        yield piece(slice(of_k.start, of_v.stop), self.of_each(saved.kv), g)
+        yield piece(slice(of_k.start, of_v.stop), saved.kv, g)
 
     def _of_channels(self, grad: Annotated[Tensor, "B H T K"]) -> Annotated[Tensor, "B C' T K"]:
         """Gradients of k or v for each query head as those of the receivers."""
@@ -447,9 +458,12 @@ class Attention:
                 x.mul_(share)
         dq, dk, dv = made
         before = k.shape[2] - tokens
-        if self.rotary is not None:
-            dq = self.rotary.back(dq, _query_positions(dq, before, read))
-            dk = self.rotary.back(dk, _positions(dk, before))
+        plain = self.q_norm.kind == self.k_norm.kind == "none"
+        if self.rotary is not None and out is not None and plain:  # q and k lie beside each other
+            both = out[:, :, : 2 * self.n_heads].transpose(1, 2)
+            self.rotary.back(both, before, out=both)
+        elif self.rotary is not None:
+            dq, dk = self.rotary.back(dq, before, read), self.rotary.back(dk, before)
         dq = self._normed_back(self.q_norm, dq, saved.q.transpose(1, 2))
         if self.k_norm.kind != "none":
             raw = saved.kv[:, :, : self.n_kv].transpose(1, 2).repeat_interleave(self.group, 1)  # [B, H, T, K]
@@ -621,8 +635,8 @@ class Channels:
     """Some of a layer's q, k and v receivers, and what their gradients are made of.
 
     constants: (Wᵀγ, b + Wᵀβ) of all of the layer's. index: the layer. channels: which of its C; receivers: which of
-    the graph's. norm_in: what their normalisation read. act, g: [B, T, C', K] their activations and ∂metric/∂ of them.
-    With
+    the graph's. norm_in: what their normalisation read. act: [B, T, ·, K] the activations of the projections that they
+    read through, one for each group of query heads. g: [B, T, C', K] ∂metric/∂ of their activations. With
     at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
     layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past: [B, P, 2G, K] or None; read: [B, Q] or
     None, see `Attention.forward`.
@@ -675,19 +689,32 @@ class Channels:
 
     def grads(self, impl: str, workspace: Tensor | None = None) -> Annotated[Tensor, "C' B T D"]:
         """∂metric/∂v of each of them, in the first elements of a workspace where there is one."""
-        g, norm, groups = self.factors()
+        attention, channels = self.attention, self.channels
+        shared = attention.group > 1 and not attention.grouped and takes_triton("auto", self.g)
+        act = self.act if shared else self.each_act
+        g, norm, groups = self.factors(attention.shared_groups(channels) if shared else attention.groups(channels))
         shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
         grads = g.new_empty(shape) if workspace is None else workspace[: math.prod(shape)].view(shape)
-        start = 0
+        start = place = 0
         for w in groups:
-            part = slice(start, start + w.shape[0])
-            inside = slice(self.channels.start + part.start, self.channels.start + part.stop)
+            each = attention.group if shared and channels.start + start >= attention.n_heads else 1
+            part, read = slice(start, start + each * len(w)), slice(place, place + len(w))
+            inside = slice(channels.start + part.start, channels.start + part.stop)
             w_gamma, offset = (constant[inside] for constant in self.constants)
             # [B, T, C, K] → [C, B, T, K]
-            views = (g[:, :, part].permute(2, 0, 1, 3), self.act[:, :, part].permute(2, 0, 1, 3))
+            views = (g[:, :, part].permute(2, 0, 1, 3), act[:, :, read].permute(2, 0, 1, 3))
             kernels.receiver_grads(*views, w, norm=norm, w_gamma=w_gamma, offset=offset, out=grads[part], impl=impl)
-            start = part.stop
+            start, place = part.stop, read.stop
         return grads
+
+    @property
+    def each_act(self) -> Annotated[Tensor, "B T C' K"]:
+        """The activations of each channel."""
+        queries = max(0, self.attention.n_heads - self.channels.start)
+        if self.attention.group == 1 or self.attention.grouped or queries >= self.act.shape[2]:
+            return self.act
+        others = self.attention.of_each(self.act[:, :, queries:])
+        return torch.cat([self.act[:, :, :queries], others], 2) if queries else others
 
     def total(self) -> Annotated[Tensor, "B T D"]:
         """Σ over them of ∂metric/∂v, in float32 at least, without making them one by one."""
@@ -700,34 +727,42 @@ class Channels:
 
     def _input_grad(self) -> Annotated[Tensor, "B T D"]:
         """∂metric/∂n of what they read together."""
-        g, projections = self._folded()
-        dn, start = None, 0
-        for w in self.attention.weights(projections):  # Σ_c W_c g_c
-            part = g[:, :, start : start + w.shape[0]]
-            matrix = as_matrix(w)
-            if matrix is not None:
-                more = product(part.flatten(2), matrix.T)
-            else:
-                more = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, g.shape[:2])
-            dn = more if dn is None else dn + more
-            start += w.shape[0]
+        dn = None
+        for g, projections in self._folded():
+            start = 0
+            for w in self.attention.weights(projections):  # Σ_c W_c g_c
+                part = g[:, :, start : start + w.shape[0]]
+                matrix = as_matrix(w)
+                if matrix is None:
+                    more = (part.flatten(0, 1).transpose(0, 1) @ w.transpose(1, 2)).sum(0).unflatten(0, g.shape[:2])
+                    dn = more if dn is None else dn + more
+                elif dn is None:
+                    dn = product(part.flatten(2), matrix.T)
+                else:
+                    dn = product_added(dn, part.flatten(2), matrix.T)
+                start += w.shape[0]
         assert dn is not None
         return dn
 
-    def _folded(self) -> tuple[Tensor, slice]:
+    def _folded(self) -> Iterator[tuple[Tensor, slice]]:
         """g summed over the query heads that share a projection, and which projections these are."""
         attention, channels = self.attention, self.channels
         if attention.grouped or attention.group == 1:
-            return self.g, channels
+            yield self.g, channels
+            return
+        first, last = attention.projection(channels.start), attention.projection(channels.stop - 1) + 1
         queries = max(0, attention.n_heads - channels.start)
-        parts = [self.g[:, :, :queries], self.g[:, :, queries:].unflatten(2, (-1, attention.group)).sum(3)]
-        return torch.cat(parts, 2), slice(
-            attention.projection(channels.start), attention.projection(channels.stop - 1) + 1
-        )
+        if queries < self.g.shape[2]:
+            shared = self.g[:, :, queries:].unflatten(2, (-1, attention.group)).sum(3)
+            yield shared, slice(first + queries, last)
+        if queries:
+            yield self.g[:, :, :queries], slice(first, first + queries)
 
-    def factors(self) -> tuple[Annotated[Tensor, "B T C' K"], kernels.Norm, list[Annotated[Tensor, "C'' D K"]]]:
-        """(g, norm, channel groups) from which the kernels make the gradients."""
-        norm, groups = self.attention.norm, self.attention.groups(self.channels)
+    def factors(
+        self, groups: list[Annotated[Tensor, "C'' D K"]]
+    ) -> tuple[Annotated[Tensor, "B T C' K"], kernels.Norm, list[Annotated[Tensor, "C'' D K"]]]:
+        """(g, norm, channel groups) from which the kernels make the gradients; groups: their weights."""
+        norm = self.attention.norm
         if norm.kind == "none" or self.rules.norm != "frozen":
             return self.g, norm.for_kernels(self.norm_in, self.g.dtype), groups
         assert self.norm_in.rstd is not None
@@ -735,11 +770,11 @@ class Channels:
         return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]
 
 
-def _positions(x: Tensor, before: int) -> Tensor:
-    """int64 [T], the positions of x [..., T, K] behind `before` others."""
-    return torch.arange(before, before + x.shape[-2], device=x.device)
-
-
-def _query_positions(q: Tensor, before: int, read: Tensor | None) -> Tensor:
-    """int64 [Q] or [B, 1, Q], the positions of queries [..., B, H, Q, K]."""
-    return _positions(q, before) if read is None else before + read[:, None]
+def _joined(first: Tensor, second: Tensor) -> Tensor | None:
+    """Two tensors [B, T, ·, K] as one, where they are views that lie beside each other; else None."""
+    same = first.untyped_storage()._cdata == second.untyped_storage()._cdata and first.stride() == second.stride()
+    behind = first.storage_offset() + first.shape[2] * first.stride(2)
+    if not same or second.storage_offset() != behind:
+        return None
+    shape = (*first.shape[:2], first.shape[2] + second.shape[2], first.shape[3])
+    return first.as_strided(shape, first.stride(), first.storage_offset())

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eapcore.kernels.steps import takes_triton
+
 # Multiplications in the smallest product that goes to oneDNN. In smaller ones the call itself, about 15 µs, and the
 # millisecond that a shape takes when it comes for the first time cost more than there is to save.
 LARGE = 1 << 24
@@ -105,3 +107,10 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None
     if chosen(x, w) == "oneDNN" and (op := onednn()) is not None:
         return op(x, w.T, bias, "none", [], "")
     return x @ w if bias is None else torch.addmm(bias, x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+
+
+def product_added(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """total + x w, [..., N]; on a GPU in one kernel, which rounds once."""
+    if takes_triton("auto", x):
+        return torch.addmm(total.flatten(0, -2), x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    return total + product(x, w)

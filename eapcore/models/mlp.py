@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.show import short
-from eapcore.kernels.steps import activation
+from eapcore.kernels import steps
+from eapcore.kernels.steps import activation, gated_grad
 from eapcore.models.backward_rules import GRADIENT, Rules
-from eapcore.models.matmul import product
+from eapcore.models.matmul import product, product_added
 from eapcore.models.norm import NO_NORM, Norm, NormInput
 from eapcore.models.tensors import accumulate_dtype
 
 
 def activation_grad(name: str, grad: Tensor, hidden: Tensor, rule: str = "gradient") -> Tensor:
     """grad = ∂metric/∂act(hidden) taken through the activation function to ∂metric/∂hidden; rule as in `Rules`."""
-    if name == "relu":
-        return grad * (hidden > 0)  # relu(h)/h and its derivative are the same
-    if rule == "gradient":
-        if name == "silu":
-            return torch.ops.aten.silu_backward(grad, hidden)
-        return torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh" if name == "gelu_new" else "none")
+    if rule == "gradient" or name == "relu":  # relu(h)/h and its derivative are the same
+        return steps.activation_grad(name, grad, hidden)
     wide = hidden.to(accumulate_dtype(hidden.dtype))
     # act(h)/h without the division, which has no value at h = 0.
     if name == "silu":
@@ -156,9 +153,11 @@ class Mlp:
 
     def _input_grad(self, saved: MlpSaved, units: Tensor, rules: Rules) -> Annotated[Tensor, "B T D"]:
         """∂metric/∂n of what the MLP reads."""
-        through = units if saved.up is None else units * saved.up
-        dn = product(activation_grad(self.act_fn, through, saved.hidden, rules.activation), self.w_in.T)
-        if self.w_up is not None:
-            dn = dn + product(units * activation(self.act_fn, saved.hidden), self.w_up.T)
-            dn = dn / 2 if rules.products == "halved" else dn
-        return dn
+        if saved.up is None or self.w_up is None:
+            return product(activation_grad(self.act_fn, units, saved.hidden, rules.activation), self.w_in.T)
+        if rules.activation == "gradient":
+            of_hidden, of_up = gated_grad(units, saved.hidden, saved.up, self.act_fn)
+        else:
+            of_hidden = activation_grad(self.act_fn, units * saved.up, saved.hidden, rules.activation)
+            of_up = units * activation(self.act_fn, saved.hidden)
+        return product_added(product(of_hidden, self.w_in.T), of_up, self.w_up.T)

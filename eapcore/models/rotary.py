@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
-from eapcore.models.tensors import accumulate_dtype
+from eapcore.kernels.steps import turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +22,24 @@ class Rotary:
     adjacent: bool = False
 
     def turn(
-        self, x: Annotated[Tensor, "... T K"], positions: Annotated[Tensor, "int64 ... T"], sign: int = 1
+        self,
+        x: Annotated[Tensor, "... T K"],
+        before: int,
+        read: Annotated[Tensor, "int64 B T"] | None = None,
+        sign: int = 1,
+        out: Tensor | None = None,
     ) -> Annotated[Tensor, "... T K"]:
-        """x at these positions, turned; with sign −1 turned back, which is the transpose. Same dtype."""
-        wide, half = accumulate_dtype(x.dtype), len(self.frequencies)
-        angles = positions[..., None] * (sign * self.frequencies.to(positions.device))
-        cos, sin = angles.cos().to(wide), angles.sin().to(wide)  # [.., T, n/2]
-        if self.adjacent:
-            turned, rest = x.to(wide).split([2 * half, x.shape[-1] - 2 * half], -1)
-            first, second = turned[..., ::2], turned[..., 1::2]
-            both = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-            return torch.cat([both, rest], -1).to(x.dtype)
-        first, second, rest = x.to(wide).split([half, half, x.shape[-1] - 2 * half], -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+        """x at the positions behind `before`, or at those of them that are read, turned; with sign −1 turned back,
+        which is the transpose. Same dtype; into out where it is given."""
+        impl = "auto" if x.ndim == 4 else "reference"
+        return turn(x, self.frequencies, before, read, sign=sign, adjacent=self.adjacent, out=out, impl=impl)
 
     def back(
-        self, grad: Annotated[Tensor, "... T K"], positions: Annotated[Tensor, "int64 ... T"]
+        self,
+        grad: Annotated[Tensor, "... T K"],
+        before: int,
+        read: Annotated[Tensor, "int64 B T"] | None = None,
+        out: Tensor | None = None,
     ) -> Annotated[Tensor, "... T K"]:
         """The gradient of what was turned, from that of the result."""
-        return self.turn(grad, positions, -1)
+        return self.turn(grad, before, read, -1, out)

@@ -149,6 +149,43 @@ def test_the_last_rows_take_what_others_were_sent_and_a_difference(dtype):
                 torch.testing.assert_close(made[2].double(), expected[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_fn", steps.ACTIVATIONS)
+def test_a_gated_units_gradient_goes_to_both_of_its_factors(dtype, act_fn):
+    for width in (1, 33, 400):
+        grad, hidden, up = (fenced(1, 3, width, dtype=dtype) for _ in range(3))
+        wide = doubled(grad, hidden.clone(), up)
+        leaves = [x.requires_grad_() for x in wide[1:]]
+        exact = torch.autograd.grad((steps.activation(act_fn, leaves[0]) * leaves[1] * wide[0]).sum(), leaves)
+        made = steps.gated_grad(*(x.detach() for x in wide), act_fn)
+        for got, there, spec in zip(
+            steps.gated_grad(grad, hidden, up, act_fn, impl="triton"), exact, made, strict=True
+        ):
+            torch.testing.assert_close(spec, there, rtol=1e-10, atol=1e-11)
+            good(got, there, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_queries_and_keys_are_turned_and_turned_back(dtype, adjacent):
+    for channels, tokens, size, half, before, read in ((3, 5, 8, 4, 0, False), (1, 2, 10, 3, 90_000, True)):
+        x = fenced(2, tokens, channels, size, dtype=dtype).transpose(1, 2)
+        frequencies = 10000.0 ** (-torch.arange(half).double() / half)
+        where = torch.tensor([[4, 0], [7, 7]]) if read else None
+        exact, at = x.double().clone(), torch.arange(tokens).expand(2, -1) if where is None else where
+        for f in range(half):
+            i, j = (2 * f, 2 * f + 1) if adjacent else (f, f + half)
+            angle = ((before + at) * frequencies[f])[:, None]
+            a, b = x[..., i].double(), x[..., j].double()
+            exact[..., i], exact[..., j] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        how = {"adjacent": adjacent}
+        torch.testing.assert_close(steps.turn(x.double(), frequencies, before, where, **how), exact)
+        made = steps.turn(x, frequencies, before, where, **how, impl="triton")
+        good(made, exact, dtype)
+        steps.turn(made, frequencies, before, where, sign=-1, **how, out=made, impl="triton")
+        assert (made.double() - x.double()).norm() <= (2 * STORED[dtype] + 1e-6) * x.double().norm()
+
+
 def test_half_precision_is_rounded_once():
     x, sent, difference = (torch.tensor([[[value]]]).bfloat16() for value in (256.0, 1.0, 1.0))
     x = x.expand(1, 2, 1).contiguous()

@@ -404,6 +404,18 @@ def test_receiver_grads_without_gamma():
     check_receivers(*receivers("layernorm", 2, 1, 5, 30, 16, torch.float32, gamma=False))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
+def test_channels_that_follow_one_another_may_share_a_weight(impl):
+    g, act, weight, norm, w_gamma, offset = receivers("layernorm", 6, 2, 5, 48, 16, torch.float32)
+    for share in (2, 3, 6):
+        some = (x[: 6 // share] for x in (act, weight))
+        each = (x[: 6 // share].repeat_interleave(share, 0) for x in (act, weight))
+        how = {"norm": norm, "w_gamma": w_gamma, "offset": offset, "impl": impl}
+        found, expected = kernels.receiver_grads(g, *some, **how), kernels.receiver_grads(g, *each, **how)
+        assert torch.equal(found, expected) and expected.abs().max() > 0
+    refused("weight must be", kernels.receiver_grads, g, act, weight[:4], **how)
+
+
 @pytest.mark.parametrize("d_head", [1, 80, 256])
 def test_receiver_grads_of_any_head_size(d_head, launches):
     check_receivers(*receivers("layernorm", 2, 1, 5, 48, d_head, torch.float16))

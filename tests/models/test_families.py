@@ -246,6 +246,28 @@ def test_a_patched_edge_s_slope_is_its_score(name, kv):
         assert (high - low) / 2e-5 == pytest.approx(scores[edge], abs=1e-7 * float(scores.scores.abs().max()) + 1e-8)
 
 
+@pytest.mark.parametrize(("name", "kv"), [("llama", "each"), ("llama", "grouped"), ("qwen3", "each"), ("neox", "each")])
+def test_the_way_that_a_gpu_takes_gives_the_same_scores(name, kv, monkeypatch, limited):
+    """With the specification of its kernels: differences made by the run, query heads that share a weight, q and k
+    turned together, gradients beside each other and several layers contracted at once."""
+    model = ours(name, kv)
+    pairs, some = pairs_for(model), pairs_for(model).select(torch.tensor([2]))  # whose prefix is shared
+    cases = [(pairs, "eap"), (some, "eap"), (pairs, "relp"), (pairs, "eap-ig")]
+    expected = [eapcore.attribute(model, task, method=method, storage="dense").scores for task, method in cases]
+    monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
+    for module in ("attention", "matmul"):
+        monkeypatch.setattr(f"eapcore.models.{module}.takes_triton", lambda impl, x: True)
+
+    def beside(q, dz):
+        return dz.new_empty(*dz.shape[:2], 3 * dz.shape[2], dz.shape[3])
+
+    monkeypatch.setattr("eapcore.models.attention.empty_grads", beside)
+    limited(receivers=1 << 10, workspace=1 << 30)
+    for (task, method), scores in zip(cases, expected, strict=True):
+        found = eapcore.attribute(model, task, method=method, storage="dense").scores
+        torch.testing.assert_close(found, scores, rtol=0, atol=1e-11 * float(scores.abs().max()))
+
+
 @pytest.mark.parametrize("kv", ["each", "grouped"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_full_circuit_is_the_clean_run_and_the_empty_one_the_corrupt(name, kv):
