@@ -97,8 +97,8 @@ def edge_scores(
 
 def receiver_grads(
     g: Annotated[Any, "C B T K"],
-    act: Annotated[Any, "C B T K"],
-    weight: Annotated[Any, "C D K"],
+    act: Annotated[Any, "C' B T K"],
+    weight: Annotated[Any, "C' D K"],
     *,
     norm: kernels.Norm,
     w_gamma: Annotated[Any, "C K"] = None,
