@@ -2,7 +2,8 @@
 
 ACDC logs every edge that it tried: {"data": [{"text": ["<sender>[:, :, 1] to <receiver>[:, :, 0]", …], "y": [effect,
 …]}]}, where the effect is how much its metric, a loss, grew without the edge. acdcpp keeps rows [hook, index, hook,
-index, score] of attribution scores or of the edges that are left, the latter below its two thresholds.
+index, score] of attribution scores or of the edges that are left, the latter below its two thresholds; or, as the
+scores of Syed, Rager, Conmy 2023 are published, below one threshold {"<receiver>[:, :, 0]<sender>[:, :, 1]": score}.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def load_edges(
 ) -> tuple[Circuit, EdgeScores]:
     """Read an edge JSON of ACDC or acdcpp; the content says which.
 
-    The edges inside a head, from its input to its q, k or v, are none of ours and are passed over.
+    The edges inside a head, from its input to its q, k or v and on, and inside an MLP are none of ours and passed over.
 
     Args:
         path: the file.
@@ -115,6 +116,14 @@ def _rows(content: Any, thresholds: tuple[str, str] | None) -> Iterator[tuple[st
             yield one, other, value
         return
     if isinstance(content, dict):
+        lists = list(content.values())
+        if lists and all(isinstance(each, dict) and _scored(each) for each in lists):
+            if len(lists) > 1 and (thresholds is None or thresholds[0] not in content):
+                raise ValueError(f"it holds scores for the thresholds {sorted(content)}: choose one by thresholds=")
+            for text, value in (content[thresholds[0]] if thresholds else lists[0]).items():
+                one, close, other = text.partition("]")
+                yield one + close, other, value
+            return
         found = {(a, b) for a, inner in content.items() for b in inner}
         if thresholds is None or thresholds not in found:
             raise ValueError(f"it holds lists for the thresholds {sorted(found)}: choose one by thresholds=")
@@ -123,8 +132,14 @@ def _rows(content: Any, thresholds: tuple[str, str] | None) -> Iterator[tuple[st
         yield f"{one}{index}", f"{other}{other_index}", value
 
 
+def _scored(content: dict[str, Any]) -> bool:
+    """Whether these are scores by the names of two hooks that follow each other."""
+    numbers = all(isinstance(value, int | float) for value in content.values())
+    return bool(content) and numbers and all(name.count("]") == 2 for name in content)
+
+
 def _edge(graph: Graph, one: str, other: str) -> tuple[int, int] | None:
-    """The edge between two hooks, whichever comes first; None between an input of a head and its q, k or v."""
+    """The edge between two hooks, whichever comes first; None for one inside a head or an MLP."""
     hooks = [hook.replace("COLON", ":").replace("None", ":") for hook in (one, other)]
     inside = [".attn.hook_q[" in hook or ".attn.hook_k[" in hook or ".attn.hook_v[" in hook for hook in hooks]
     if any(inside):
@@ -133,7 +148,7 @@ def _edge(graph: Graph, one: str, other: str) -> tuple[int, int] | None:
         sender, receiver = sender_of_hook(graph, hooks[0]), receiver_of_hook(graph, hooks[1])
     except ValueError:
         receiver, sender = receiver_of_hook(graph, hooks[0]), sender_of_hook(graph, hooks[1])
-    return graph.edge(f"{sender}->{receiver}")
+    return None if sender == receiver else graph.edge(f"{sender}->{receiver}")
 
 
 def _long(hook: str) -> str:

@@ -631,6 +631,19 @@ def test_the_files_that_acdc_and_acdcpp_write_are_read(tmp_path):
     refused(r"for the thresholds \[\('0.1', '0.05'\), \('0.1', '0.2'\)\]", acdc_files.load_edges, path, graph)
     path.write_text(json.dumps({"data": [{"text": [f"{head}[:, :, 1] to {q}[:, :, 0]"], "y": [2.0]}]}))
     assert acdc_files.load_edges(path, graph)[1]["a0.h1->a1.h0<q>"] == -2.0
+    named = {
+        f"{q}[:, :, 0]{head}[:, :, 1]": 0.5, f"blocks.1.hook_resid_post[:]{embed}[:]": -0.25,
+        f"{head}[:, :, 1]blocks.0.attn.hook_q[:, :, 1]": 7.0, "blocks.1.attn.hook_q[:, :, 0]" + f"{q}[:, :, 0]": 7.0,
+        "blocks.0.hook_mlp_out[:]blocks.0.hook_mlp_in[:]": 7.0,
+    }  # fmt: skip
+    path.write_text(json.dumps({"-10": named}))
+    circuit, scores = acdc_files.load_edges(path, graph, sign="metric")
+    assert set(circuit.edges) == {"a0.h1->a1.h0<q>", "embed->logits"} and scores["embed->logits"] == -0.25
+    path.write_text(json.dumps({"-10": {}, "0.1": named}))
+    refused("must be an edge JSON", acdc_files.load_edges, path, graph)
+    path.write_text(json.dumps({"-10": dict.fromkeys(named, 1.0), "0.1": named}))
+    refused(r"for the thresholds \['-10', '0.1'\]", acdc_files.load_edges, path, graph)
+    assert acdc_files.load_edges(path, graph, thresholds=("0.1", ""), sign="loss")[1]["a0.h1->a1.h0<q>"] == -0.5
     for damaged in ("{", "[[1, 2]]", json.dumps([["hook_pos_embed", "[None]", q, "[None, None, 0]", 1]])):
         path.write_text(damaged)
         refused(r"edges\.json must be an edge JSON of ACDC or acdcpp", acdc_files.load_edges, path, graph)
