@@ -261,6 +261,8 @@ def _lines(found: Reproduction) -> Iterator[str]:
     if found.circuits:
         rows = [(str(r["edges"]), str(r["connected"]), _short(r["faithfulness"])) for r in found.circuits]
         yield table(("largest edges", "connected", "kept of the behaviour"), rows)
+    if found.areas:
+        yield f"\nCPR {_short(found.areas['cpr'])} (by −score)   CMD {_short(found.areas['cmd'])} (by |score|)"
     if found.heads:
         rows = [(r["sender"], _short(r["score"]), r["role"] or "–") for r in found.heads]
         yield table(("largest senders", "score", "role"), rows)

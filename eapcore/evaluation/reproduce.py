@@ -59,9 +59,9 @@ class Reproduction:
     judged: against the published circuit. exact: edges patched, beside their scores. curves: edges on their way from
     clean to corrupt. searches: EAP followed by ACDC, with Youden's J. methods: the ROC's area of the other baselines,
     HISP and subnetwork probing. subnetworks: the edges above the published threshold, and as many as the circuit has.
-    heads: the largest scores of whole heads and MLPs. circuits: of several
-    sizes, up to the first that keeps KEPT. left_out: sentences. None or empty where it was left out. published: what is
-    known of the paper's run.
+    heads: the largest scores of whole heads and MLPs. circuits: of several sizes, up to the first that keeps KEPT.
+    areas: CPR and CMD, see `faithfulness`. left_out: sentences. published: what is known of the paper's run. None or
+    empty where it was left out.
     """
 
     __repr__ = short
@@ -77,6 +77,7 @@ class Reproduction:
     subnetworks: Sequence[Mapping[str, Any]] = ()
     heads: Sequence[Mapping[str, Any]] = ()
     circuits: Sequence[Mapping[str, Any]] = ()
+    areas: Mapping[str, float] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     published: Published | None = None
     command: str | None = None
@@ -159,8 +160,9 @@ def reproduce(
         judged = judge(scores, truth, inside, published, unit)
     else:
         left_out.append(
-            f"the published circuit is one of {truth.model}, {truth.circuit.graph}, but {model.name} has "
-            f"{model.graph}: ROC, distributions in and out of the circuit and by role, and Youden's J are left out"
+            f"the published circuit is one of {truth.model}, {_size(truth.circuit.graph)}, but {model.name} has "
+            f"{_size(model.graph)}: ROC, distributions in and out of the circuit and by role, Youden's J and the other "
+            "baselines are left out"
         )
     rows = [] if judged is None else table(published, judged)
     exact, more = work.exact(scores, unit, judged is not None)
@@ -182,10 +184,11 @@ def reproduce(
     heads = _heads(model.graph, truth if judged is not None else None, inside, unit)
     circuits = work.circuits(scores)
     mib = work.faithfulness(scores)
+    areas = {name: mib[name] for name in ("cpr", "cmd")}
     meta = {**experiment.describe(), "unit": _unit_text(published, metric), "metric": dict(scores.meta["metric"])}
     found = Reproduction(
-        task, unit, rows, judged, exact, curves, searches, methods, subnetworks, heads, circuits, left_out, published,
-        command, meta,
+        task, unit, rows, judged, exact, curves, searches, methods, subnetworks, heads, circuits, areas, left_out,
+        published, command, meta,
     )  # fmt: skip
     if chosen is not None:
         chosen.save(folder / "circuit.json")
@@ -254,6 +257,10 @@ def known(task: str) -> tuple[Truth, Published]:
         names = [name for name, each in TASKS.items() if each.published is not None]
         raise ValueError(f"task must be one with published numbers, {', '.join(names)}, got {task!r}")
     return found.truth(), found.published
+
+
+def _size(graph: Graph) -> str:
+    return f"{graph.n_layers} layers × {graph.n_heads} heads{'' if graph.has_mlp else ' without MLPs'}"
 
 
 def _unit_text(published: Published, metric: str) -> str:
