@@ -4,7 +4,7 @@
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
     python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline/scaling.py)
     python bench/bench_pipeline.py --only memory   as planned and as resident, a billion parameters (pipeline/memory.py)
-    python bench/bench_pipeline.py --device cuda   on a GPU instead, under 8 minutes (pipeline/gpu.py)
+    python bench/bench_pipeline.py --device cuda   on a GPU instead (pipeline/gpu.py; gpu.sh runs all that a GPU is asked)
     python bench/bench_pipeline.py --plan          what batches ask of a GPU, counted without one (pipeline/launches.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
@@ -164,6 +164,7 @@ def versions() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--part", default="", help="with --device cuda, only the parts whose name contains this")
     parser.add_argument("--plan", action="store_true", help="count a batch's kernels, bytes and operations on a GPU")
     parser.add_argument("--only", choices=["cases", "scaling", "memory"], help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
@@ -188,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.device == "cuda":
         from pipeline import gpu
 
-        return gpu.main(quick=args.quick, json_file=args.json)
+        return gpu.main(quick=args.quick, json_file=args.json, part=args.part)
     import eapcore.kernels as kernels
 
     from eapcore.models.matmul import large_by

@@ -1,12 +1,14 @@
 """The pipeline on a GPU: checked, then timed, within 8 minutes; a part that fails is printed, and the rest goes on.
 
     check       scores of a small model in float32 and bfloat16 against float64 on the CPU; nothing else is timed first
-    GPT-2 small B=32, T=20: pairs a second, the floor's time / this time, kernels and launches a batch
-    XL, 13B     random weights, bfloat16, factored: time, peak memory above the model, the contraction's part of it
+    GPT-2 small B = 32, 256 and 1,024, XL, 13B, Llama-3.1-8B: the floor, dense in graphs and without, factored and our
+                tuned hooks: ms a batch, pairs a second, the device's time, kernels and launches, peak memory
+    kernels     the device's time of a batch by kernel, beside what `--plan` predicts
     hooks       our tuned hooks at the largest batch that fits, beside ours at the same batch
 
-Times are CUDA events around whole calls of several batches, the median after a warm-up call, which also compiles.
-Kernels and launches are torch.profiler's: what ran on the device, and the host's calls that started it.
+gpu.sh runs the parts one by one, each with a time limit of its own (`--part NAME`). Times are CUDA events around whole
+calls of some and of more batches, whose difference is that of the batches alone. Kernels and launches are
+torch.profiler's: what ran on the device, and the host's calls that started it.
 """
 
 from __future__ import annotations
@@ -112,8 +114,8 @@ class Cuda:
 class Bench:
     """The parts, one after the other, within a time; rows are what was measured, failures what was not."""
 
-    def __init__(self, on: Instruments, seconds: float) -> None:
-        self.on, self.deadline = on, time.monotonic() + seconds
+    def __init__(self, on: Instruments, seconds: float, json_file: Path | None = None) -> None:
+        self.on, self.deadline, self.json_file = on, time.monotonic() + seconds, json_file
         self.rows: list[dict] = []
         self.failures: list[str] = []
 
@@ -145,6 +147,9 @@ class Bench:
 
     def add(self, **row: object) -> None:
         self.rows.append(row)
+        if self.json_file:
+            with self.json_file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
         cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
         print("  " + ", ".join(cells), flush=True)
 
@@ -162,34 +167,64 @@ class Bench:
                 if not error <= limit:
                     raise RuntimeError(f"{name} in {dtype} is off by {error:.1e} of the largest score")
 
-    def against_floor(self, work: Work, dtype: torch.dtype, batches: int) -> None:
-        """Rates, fraction of the floor and launches of every implementation on batches of one size."""
-        model, pairs = work.model(dtype=dtype, device=self.on.device), work.pairs(batches)
-        floor = self.median(implementation("floor", model, pairs, work.B))
-        self.add(name="floor", dtype=str(dtype), B=work.B, ms_a_batch=floor / batches)
-        for name in ("dense", "dense, no graphs", "factored", "hooked"):
-            run = implementation(name, model, pairs, work.B)
-            ms = self.median(run)
-            some = batches if name == "dense" else 2  # a profile takes long; replays are a part of all batches alone
-            found = self.on.profile(implementation(name, model, work.pairs(some), work.B))
-            self.add(
-                name=name, dtype=str(dtype), B=work.B, ms_a_batch=ms / batches, pairs_a_second=len(pairs) / ms * 1e3,
-                of_floor=floor / ms, kernels_a_batch=found.count / some, launches_a_batch=found.launches / some,
-                contraction=found.part(CONTRACTION), making=found.part(MAKING),
-            )  # fmt: skip
+    def pace(self, made: Callable[[int], Run], few: int, many: int) -> float:
+        """Milliseconds of a batch more, from calls of few and of many: compiling and recording are not among them."""
+        runs = [made(few), made(many)]
+        runs[self.on.device == "cuda"]()  # compiles, and takes memory from the driver
+        begin, found = time.monotonic(), []
+        rounds = 5 if self.on.device == "cuda" else 1
+        while len(found) < rounds and (not found or time.monotonic() < min(begin + 5, self.deadline)):
+            short, long = (self.on.ms(run) for run in runs)
+            found.append((long - short) / (many - few))
+        return statistics.median(found)
 
-    def large(self, name: str, work: Work) -> None:
-        """A large model, factored, in bfloat16."""
-        model, pairs = work.model(dtype=torch.bfloat16, device=self.on.device), work.pairs()
-        floor = self.median(implementation("floor", model, pairs, work.B))
-        run = implementation("factored", model, pairs, work.B)
-        ms, peak, found = self.median(run), self.on.peak(run), self.on.profile(run)
-        self.add(
-            model=name, name="factored", B=work.B, T=work.T, ms=ms, pairs_a_second=work.B / ms * 1e3,
-            of_floor=floor / ms, peak_mib=peak / MIB, buffer_mib=work.sender_buffer() / 2 / MIB,
-            contraction=found.part(CONTRACTION), making=found.part(MAKING), kernels=found.count,
-            launches=found.launches,
-        )  # fmt: skip
+    def against(self, title: str, work: Work, dtype: torch.dtype) -> None:
+        """Every implementation beside the floor: pairs a second, the device's time, kernels and launches a batch, peak
+        memory above the model. One that fails costs its own row."""
+        model = work.model(dtype=dtype, device=self.on.device)
+
+        def made(name: str, batches: int) -> Run:
+            return implementation(name, model, work.pairs(batches), work.B)
+
+        names = ["floor", "dense, graphs", "dense, no graphs", "factored", "hooked"]
+        if self.on.device != "cuda":
+            names.remove("dense, graphs")
+        floor = hooks = float("nan")
+        failed = []
+        for name in names:
+            few, many = {"floor": (2, 6), "dense, graphs": (4, 12), "hooked": (1, 2)}.get(name, (1, 4))
+            try:
+                ms = self.pace(lambda n, name=name: made(name, n), few, many)
+                floor, hooks = (ms if name == "floor" else floor), (ms if name == "hooked" else hooks)
+                row = {"ms_a_batch": ms, "pairs_a_second": work.B / ms * 1e3, "of_floor": floor / ms}
+                if name != "floor":
+                    row["peak_mib"] = self.on.peak(made(name, 2)) / MIB
+                if name in ("floor", "dense, no graphs", "factored"):
+                    found = self.on.profile(made(name, 2))
+                    row |= {"device_ms": sum(found.kernels.values()) / 2e3, "kernels_a_batch": found.count / 2}
+                    row |= {"launches_a_batch": found.launches / 2}
+                    row |= {"contraction": found.part(CONTRACTION), "making": found.part(MAKING)}
+                self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, **row)
+            except Exception as error:
+                failed.append(name)
+                self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, failed=repr(error)[:200])
+            finally:
+                self.on.release()
+        if failed:
+            raise RuntimeError(f"{title}: {', '.join(failed)} failed")
+
+    def kernels(self, title: str, work: Work, dtype: torch.dtype) -> None:
+        """The device's time of a dense batch by kernel, the longest first, as it runs and as it is predicted."""
+        from pipeline.launches import count_batch
+
+        model = work.model(dtype=dtype, device=self.on.device)
+        run = implementation("dense, no graphs", model, work.pairs(2), work.B)
+        run()
+        found = self.on.profile(run)
+        whole = sum(found.kernels.values())
+        self.add(model=title, B=work.B, device_ms=whole / 2e3, predicted_ms=count_batch(work, dtype).total.device * 1e3)
+        for kernel, us in sorted(found.kernels.items(), key=lambda item: -item[1])[:40]:
+            self.add(model=title, kernel=kernel[:90], ms=us / 2e3, part=us / max(whole, 1e-9))
 
     def largest(self, name: str, work: Work, most: int) -> None:
         """Tuned hooks at batches twice as large each time until one does not fit, and ours at the largest that did."""
@@ -221,25 +256,37 @@ def doubled(work: Work, most: int) -> list[Work]:
     return [replace(work, B=work.B << n) for n in range((most // work.B).bit_length())]
 
 
-def main(*, quick: bool, json_file: Path | None, on: Instruments | None = None, seconds: float = SECONDS) -> int:
-    """Run all parts; 0 if every one went well."""
+def main(
+    *, quick: bool, json_file: Path | None, on: Instruments | None = None, seconds: float = SECONDS, part: str = ""
+) -> int:
+    """Run all parts, or those whose name contains `part`; 0 if every one went well."""
     if on is None:
         if not torch.cuda.is_available():
             print("not measured: no GPU is visible to torch")
             return 1
         on = Cuda()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    bench = Bench(on, seconds)
-    small, xl, b13 = (TINY, TINY, TINY) if quick else (replace(SMALL, B=32), XL, B13)
-    batches, most = (2, 2 * TINY.B) if quick else (40, 4096)
-    if bench.run("check", lambda: bench.check(TINY)):
-        for dtype in (torch.bfloat16, torch.float32):
-            bench.run(f"GPT-2 small, {dtype}", lambda dtype=dtype: bench.against_floor(small, dtype, batches))
-        for name, work in (("GPT-2 XL", xl), ("13B", b13)):
-            bench.run(name, lambda name=name, work=work: bench.large(name, work))
-        for name, work in (("GPT-2 small", small), ("GPT-2 XL", replace(xl, B=min(xl.B, 4)))):
-            bench.run(f"hooks at their largest batch, {name}", lambda n=name, w=work: bench.largest(n, w, most))
-    if json_file:
-        json_file.write_text("".join(json.dumps(row) + "\n" for row in bench.rows))
+    bench = Bench(on, seconds, json_file)
+    half = torch.bfloat16
+    small, xl, b13, llama = (TINY,) * 4 if quick else (SMALL, XL, B13, LLAMA8)
+    parts: dict[str, Callable[[], None]] = {}
+    for pairs in (TINY.B,) if quick else (32, 256, 1024):
+        title = f"GPT-2 small, B={pairs}"
+        parts[title] = lambda title=title, pairs=pairs: bench.against(title, replace(small, B=pairs), half)
+    for title, work in (("GPT-2 XL", xl), ("13B", b13), ("Llama-3.1-8B", llama)):
+        parts[title] = lambda title=title, work=work: bench.against(title, work, half)
+    single = replace(small, B=TINY.B if quick else 32)
+    parts["GPT-2 small, float32"] = lambda: bench.against("GPT-2 small, float32", single, torch.float32)
+    parts["kernels, GPT-2 small"] = lambda: bench.kernels("GPT-2 small", replace(small, B=3 if quick else 256), half)
+    most = 2 * TINY.B if quick else 4096
+    for title, work in (("GPT-2 small", replace(small, B=single.B)), ("GPT-2 XL", replace(xl, B=min(xl.B, 4)))):
+        parts[f"hooks at their largest batch, {title}"] = lambda t=title, w=work: bench.largest(t, w, most)
+    if part and not any(part in name for name in ("check", *parts)):
+        raise SystemExit(f"--part must be in one of: check, {', '.join(parts)}; got {part!r}")
+    # Nothing is timed before it is right; a part that is asked for by name has been checked by a call of its own.
+    if (part and part not in "check") or bench.run("check", lambda: bench.check(TINY)):
+        for name, run in parts.items():
+            if name == part or (part not in parts and part in name):
+                bench.run(name, run)
     print(f"\n{'all parts measured' if not bench.failures else 'FAILED: ' + ', '.join(bench.failures)}")
     return int(bool(bench.failures))

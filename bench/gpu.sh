@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that a GPU is asked, in order and within about six minutes: bench/gpu.sh FOLDER
+#
+# For a source tree on a machine with Python, torch, triton and a C++ compiler, without a network. Each part has a time
+# limit, prints a table and writes FOLDER/PART.txt and, line by line, FOLDER/PART.jsonl; one that fails or takes too long
+# costs only itself. EAPCORE_PYTHON chooses the interpreter. --quick: small models, on a machine without a GPU to see
+# which parts begin.
+set -u
+out=${1:?usage: bench/gpu.sh FOLDER [--quick]}
+quick=${2:-}
+top=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+export PYTHONPATH="$top" TRITON_CACHE_DIR="$out/triton-cache" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+python=${EAPCORE_PYTHON:-python3}
+began=$SECONDS
+failed=()
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 since=$SECONDS status
+  shift 2
+  printf '\n===== %s (at %s s, at most %s s)\n' "$name" $((since - began)) "$limit"
+  timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1
+  status=$?
+  tail -n 60 "$out/$name.txt" | cut -c 1-240
+  [ $status -eq 0 ] || failed+=("$name ($status)")
+  printf '{"part": "%s", "status": %s, "seconds": %s}\n' "$name" $status $((SECONDS - since)) >>"$out/parts.jsonl"
+}
+pipeline() { # NAME SECONDS PART-OF-THE-PIPELINE
+  part "$1" "$2" "$python" "$top/bench/bench_pipeline.py" --device cuda $quick --part "$3" --json "$out/$1.jsonl"
+}
+kernels() { # NAME SECONDS OPTIONS...
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" "$top/bench/bench_kernels.py" --device cuda $quick --json "$out/$name.jsonl" "$@"
+}
+
+part machine 20 bash -c 'nvidia-smi; '"$python"' -c "import torch, triton; print(torch.__version__, triton.__version__)"'
+kernels check-kernels 120 --check-only
+pipeline check 60 check
+pipeline small-32 45 "GPT-2 small, B=32"
+pipeline small-256 45 "GPT-2 small, B=256"
+pipeline small-1024 60 "GPT-2 small, B=1024"
+pipeline xl 60 "GPT-2 XL"
+pipeline 13b 75 13B
+pipeline llama 60 Llama-3.1-8B
+pipeline float32 45 "GPT-2 small, float32"
+pipeline profile 40 "kernels, GPT-2 small"
+kernels ops 150 --no-torch-compile --rounds 7 --minutes 2
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer 180 compute-sanitizer --error-exitcode 9 "$python" "$top/bench/bench_kernels.py" --device cuda --check-only
+fi
+printf '\n===== %s s; %s\n' $((SECONDS - began)) "$([ ${#failed[@]} -eq 0 ] && echo 'every part ran' || echo "FAILED: ${failed[*]}")"
+[ ${#failed[@]} -eq 0 ]
