@@ -4,7 +4,7 @@
     python bench/bench_pipeline.py --only cases    the table of cases, each with a verdict
     python bench/bench_pipeline.py --only scaling  tables over B, T, L and D, and a plot (pipeline/scaling.py)
     python bench/bench_pipeline.py --only memory   as planned and as resident, a billion parameters (pipeline/memory.py)
-    python bench/bench_pipeline.py --device cuda   on a GPU instead (pipeline/gpu.py; gpu.sh runs all that a GPU is asked)
+    python bench/bench_pipeline.py --device cuda   on a GPU instead (pipeline/gpu.py; gpu.sh asks a GPU everything)
     python bench/bench_pipeline.py --plan          what batches ask of a GPU, counted without one (pipeline/launches.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
