@@ -429,7 +429,9 @@ class _Work:
             return {name: getattr(found, name) for name in names}
 
         made = self.steps("exact", {"n": n, "seed": self.plan.seed}, make)
-        x, y, w = (torch.tensor(made[name], dtype=torch.float64) for name in ("estimates", "effects", "weights"))
+        x, y, w = (
+            torch.tensor(made[name], dtype=torch.float64, device="cpu") for name in ("estimates", "effects", "weights")
+        )
         intercept = float((w * (y - float(made["slope"] or 0) * x)).sum() / w.sum())
         exact = {
             **made,

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
 from eapcore.attribution.methods import METHODS
+from eapcore.evaluation.inside import inside_effects, inside_scores
+from eapcore.execution.experiment import Experiment
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
 from eapcore.models.forward import forward
@@ -138,7 +140,14 @@ def test_a_metric_that_leaves_the_device_is_found_out():
 # Everything else
 
 
+def inside(measure):
+    """What a model's edges inside components score, or do, as one row."""
+    return lambda m, p: torch.cat([(found := measure(Experiment.of(m, p))).inputs, found.sent])
+
+
+INSIDE = {"scores inside components": inside(inside_scores), "effects inside components": inside(inside_effects)}
 RUNS = {
+    **INSIDE,
     "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean.to(m.device)),
     "EAP-IG's attribute": lambda m, p: eap_ig_scores(m, p),
     "edges, mean": lambda m, p: EXACT["edges"](m, p, ablation="mean"),
@@ -194,11 +203,15 @@ def test_the_callers_modes_change_nothing(mode, storage):
 # Another default device
 
 
-ANYWHERE = EVERYTHING | {
-    "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
-    "by position, mean": lambda m, p: FIRST_ORDER["by position"](m, p, ablation="mean"),
-    "nodes, mean by position": lambda m, p: EXACT["nodes by position"](m, p, ablation="mean-positional"),
-}
+ANYWHERE = (
+    EVERYTHING
+    | INSIDE
+    | {
+        "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
+        "by position, mean": lambda m, p: FIRST_ORDER["by position"](m, p, ablation="mean"),
+        "nodes, mean by position": lambda m, p: EXACT["nodes by position"](m, p, ablation="mean-positional"),
+    }
+)
 
 
 @pytest.mark.parametrize("name", ANYWHERE)
