@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from browser import CHROMIUM, Browser
-from runs import random_scores
+from runs import random_scores, reproduction
 
 from eapcore.graph.graph import Graph
 from eapcore.report.page import write_page
@@ -46,7 +47,8 @@ def quiet(browser):
     browser.dark(False)
     yield
     assert browser.console == []
-    assert [url for url in browser.requests if not url.startswith("file:") or "report.html" not in url] == []
+    asked = [url for url in browser.requests if not url.startswith("data:")]  # which is in the page
+    assert [url for url in asked if not url.startswith("file:") or "report.html" not in url] == []
 
 
 def test_the_slider_draws_more_or_fewer_edges(browser, page):
@@ -223,3 +225,14 @@ def test_a_page_of_thirty_thousand_edges_does_not_freeze(browser, tmp_path):
         "return (performance.now() - start) / 1000 })({!r})"
     )
     assert all(browser.run(sort.replace("{!r}", repr(name))) < 2 for name in ("edge", "in circuit", "|score|", "edge"))
+
+
+def test_a_reproduction_s_pictures_and_tables_fit_at_every_width(browser, folder, tmp_path):
+    write_page([dataclasses.replace(Run.read(folder), reproduction=reproduction())], tmp_path / "report.html")
+    for width in (1000, 400):
+        browser.resize(width)
+        browser.open(tmp_path / "report.html")
+        loaded = "[...document.querySelectorAll('#paper img')].map(i => i.complete && i.naturalWidth > 0)"
+        assert browser.run(loaded) == [True] * 4
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("document.querySelectorAll('#paper table').length") >= 6
