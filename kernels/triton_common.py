@@ -7,12 +7,18 @@ imports them when an op runs.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+_log = logging.getLogger("eapcore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +79,37 @@ def target(device: torch.device) -> Target:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+class _Compiling:
+    """Says once that kernels are being compiled, where one of a process's first launches takes as long as that."""
+
+    watched = 64  # launches: more than the first batch has kinds of
+    seconds = 0.1  # which no launch alone takes
+
+    def __call__(self, launched: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        launched()
+        self.watched -= 1
+        if time.perf_counter() - began > self.seconds:
+            self.watched = 0
+            _log.info("compiling the kernels that this GPU needs: some seconds once, then they are in Triton's cache")
+
+
+_compiling = _Compiling()
+
+
 def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
-    """Run `programs` instances of a kernel on a device; every launch of this package goes through here."""
+    """Run `programs` instances of a kernel on a device; every launch of this package goes through here.
+
+    Triton compiles a kernel for arguments of a kind when it is first launched with them, and keeps it on the disk.
+    """
     if interpreted():
         kernel[(programs,)](*args, **meta)
         return
     with torch.cuda.device(device):  # Triton launches on the current device, whichever tensors it is given
-        kernel[(programs,)](*args, **meta)
+        if _compiling.watched > 0:
+            _compiling(lambda: kernel[(programs,)](*args, **meta))
+        else:
+            kernel[(programs,)](*args, **meta)
 
 
 def check_precision(precision: str, dtype: torch.dtype, on: Target) -> str:

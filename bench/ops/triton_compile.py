@@ -3,6 +3,7 @@
     python bench/ops/triton_compile.py                      the table, all targets
     python bench/ops/triton_compile.py --target sm_90       one target
     python bench/ops/triton_compile.py --json               one JSON object a line
+    python bench/ops/triton_compile.py --batch              what the first batch of GPT-2 small compiles, in bfloat16
 
 The launchers of eapcore.kernels run on meta tensors of real sizes, with the device's description replaced and every
 launch turned into a compilation: what is compiled is what would be launched, specialisation included. Each target has a
@@ -10,7 +11,7 @@ process of its own, in which Triton sees a driver that names that target, and a 
 
 spills: bytes of local memory (NVIDIA: stack and local; AMD: private segment), 0 if everything fits in registers.
 tensor: tensor-core instructions (mma.sync, wgmma, tcgen05.mma in the PTX; v_mfma in AMD's code). fma: float32
-multiply-adds.
+multiply-adds. seconds: of CPU time, this process's and those of the programs that it calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -353,6 +353,41 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
     return calls
 
 
+def _batch_call() -> tuple[str, str, Any]:
+    """A dense batch of GPT-2 small, B=256 and T=20, in bfloat16, of which every kernel is launched."""
+    import torch
+    from eapcore.kernels import attention, dry_run, steps
+
+    from eapcore import kernels
+    from eapcore.attribution import dense
+    from eapcore.attribution.plan import Plan, run_dry
+    from eapcore.models import attention as of_models
+    from eapcore.models import matmul, paired
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    from pipeline.work import SMALL
+
+    work = dataclasses.replace(SMALL, B=256)
+    model = work.without_memory(torch.bfloat16)
+    for module in (steps, attention, paired, matmul, of_models):
+        module.takes_triton = lambda impl, x: x.dtype != torch.float64
+    kernels._resolve = lambda op, impl, device, dtype: "triton"
+    run = dry_run.dry_run
+
+    @contextlib.contextmanager
+    def launched(*given: Any) -> Any:
+        with run(*given):
+            dry_run.active.set(None)  # the ops do as they do on a device
+            yield
+
+    import eapcore.attribution.plan as plans
+
+    plans.dry_run = launched
+    dense.limits = lambda device: plans.limits("cuda")
+    how = Plan(model.config, torch.bfloat16, torch.device("cuda"))
+    return "the first batch", "", lambda: run_dry(how, model, work.B, work.T, "dense", 1, contextlib.nullcontext())
+
+
 class _Read(Exception):
     """The front end is done with a kernel."""
 
@@ -373,8 +408,15 @@ def _stop_behind_the_front_end() -> None:
     CUDABackend.add_stages = add_stages
 
 
-def compile_target(name: str) -> list[Row]:
-    """Compile everything for one target in this process, which can compile for no other afterwards."""
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def compile_target(name: str, batch: bool = False) -> list[Row]:
+    """Compile everything for one target in this process, which can compile for no other afterwards; batch: only what
+    the first batch needs."""
     sys.path.insert(0, str(ROOT))
     import torch
     import triton
@@ -389,9 +431,9 @@ def compile_target(name: str) -> list[Row]:
     case = expects = ""
 
     def compile_instead(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
-        began = time.perf_counter()
+        began = _cpu_seconds()
         compiled = kernel.warmup(*args, grid=(1,), **meta)
-        seconds = time.perf_counter() - began
+        seconds = _cpu_seconds() - began
         if compiled.hash in seen:
             return
         seen.add(compiled.hash)
@@ -411,9 +453,10 @@ def compile_target(name: str) -> list[Row]:
 
     triton_common.target = lambda device: on
     triton_common.launch = compile_instead
-    for case, expects, call in _calls(machine):  # noqa: B007 - both are read by compile_instead
+    calls = [_batch_call()] if batch else _calls(machine)
+    for case, expects, call in calls:  # noqa: B007 - both are read by compile_instead
         call()
-    if name == "sm_90":  # one front end for all targets
+    if name == "sm_90" and not batch:  # one front end for all targets
         _stop_behind_the_front_end()
         triton_common.launch = read_instead
         for case, _, call in _smallest_calls():
@@ -425,13 +468,20 @@ def compile_target(name: str) -> list[Row]:
     return rows
 
 
-def compile_all(targets: list[str], processes: int = 2) -> list[Row]:
-    """Compile for each target in a child process, with an empty cache and without the interpreter."""
+def compile_all(targets: list[str], processes: int = 2, batch: bool = False) -> list[Row]:
+    """Compile for each target in a child process, with an empty cache and without the interpreter; batch: as in
+    `compile_target`."""
 
     def child(target: str) -> list[Row]:
         with tempfile.TemporaryDirectory() as cache:
             env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
-            command = [sys.executable, str(Path(__file__).resolve()), "--child", target]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--child",
+                target,
+                *(["--batch"] if batch else []),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -453,10 +503,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table, or the rows as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(MACHINES), help="a target; all without it")
+    parser.add_argument("--batch", action="store_true", help="only what the first batch of GPT-2 small needs")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument("--child", choices=list(MACHINES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    rows = compile_target(options.child) if options.child else compile_all(options.target or list(MACHINES))
+    batch, targets = options.batch, options.target or list(MACHINES)
+    rows = compile_target(options.child, batch) if options.child else compile_all(targets, batch=batch)
     if options.child or options.json:
         for row in rows:
             print(json.dumps(dataclasses.asdict(row)))
