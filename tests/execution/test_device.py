@@ -9,7 +9,7 @@ import eapcore.kernels as kernels
 import pytest
 import torch
 from accel import DEVICE, AccelTensor, on_accel
-from everything import EVERYTHING, EXACT, FIRST_ORDER, PRUNING
+from everything import EVERYTHING, EXACT, FIRST_ORDER, FURTHER, PRUNING
 from models import gpt2, lens, random_case, random_model, random_pairs, tensors_of, with_weights
 from refusal import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,6 +152,7 @@ RUNS = {
     "EAP-IG's attribute": lambda m, p: eap_ig_scores(m, p),
     "edges, mean": lambda m, p: EXACT["edges"](m, p, ablation="mean"),
     **{name: EVERYTHING[name] for name in (*EXACT, "acdc", "probing", "smallest", "faithfulness")},
+    **FURTHER,
 }
 
 
@@ -206,6 +207,7 @@ def test_the_callers_modes_change_nothing(mode, storage):
 ANYWHERE = (
     EVERYTHING
     | INSIDE
+    | FURTHER
     | {
         "tokens alone": lambda m, p: eapcore.attribute(m, (p.clean, p.corrupt), lambda logits: logits[:, 3]).scores,
         "by position, mean": lambda m, p: FIRST_ORDER["by position"](m, p, ablation="mean"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from models import random_circuit
 
 from eapcore.attribution.attribute import attribute
+from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS
+from eapcore.attribution.positions import attention_edges
 from eapcore.evaluation.completeness import completeness, minimality
 from eapcore.evaluation.evaluate import evaluate
 from eapcore.evaluation.faithfulness import faithfulness, mib
 from eapcore.evaluation.roc import roc
 from eapcore.evaluation.stability import stability
 from eapcore.evaluation.verify import verify
+from eapcore.execution.ablation import Ablation
 from eapcore.patching.circuits import run_circuit
 from eapcore.patching.edges import patch_edges
 from eapcore.patching.interpolate import interpolate
@@ -60,6 +63,16 @@ JUDGING = {
     ),
 }
 EVERYTHING = FIRST_ORDER | EXACT | SEARCHES | JUDGING
+
+
+FURTHER = {
+    "importance of ends": lambda m, p, **o: attribute(m, p, method="hisp", batch_size=2, **o).scores,
+    "information flow": lambda m, p, **o: flow_routes(m, p, routes="flow", batch_size=2).scores,
+    "attention by position": lambda m, p, **o: attention_edges(m, p, batch_size=2, **o).k,
+    "attention by position, published": lambda m, p, **o: attention_edges(m, p, method="peap", **o).q,
+    "probing nodes": lambda m, p, **o: subnetwork_probing(m, p, level="node", steps=2, **o).scores,
+    "optimal constants": lambda m, p, **o: attribute(m, p, ablation=Ablation.optimal(m, p, steps=2)).scores,
+}
 
 
 def level_of(method):
