@@ -4,6 +4,7 @@
     python bench/bench_truth.py --only toy --draws 1      models whose name has this text, one draw of each kind
     python bench/bench_truth.py --pairs 2 --edges 50      fewer pairs; of a large model 50 top and 50 random edges
     python bench/bench_truth.py --all                     each model's table, not only the summary
+    python bench/bench_truth.py --rows eap,gim            these combinations alone, eap among them
     python bench/bench_truth.py --compiled                instead: every method's AUROC on the circuits of programs
 
 Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
@@ -12,9 +13,10 @@ installed. Every edge is patched, of SmolLM2 the largest by eap's and by the win
 
 R² is the squared correlation of scores and exact effects, and "fit" 1 − Σ(effect − score)² / Σ(effect − mean effect)²,
 which also sees scale and offset; scores that are sizes are compared with |effect|; "tenth" the share of the top tenth
-by |effect| that is in the top tenth by |score|; CPR and CMD as MIB has them, of models all of whose edges are patched.
-Time is CPU seconds over eap's, the less of two. The summary has for each combination its worst and its
-mean over models, of means over draws; what is chosen by the first draws is to be read off the others.
+by |effect| that is in the top tenth by |score|. At optimal constants exact patching carries these too. CPR and CMD as
+MIB has them, of models all of whose edges are patched. Time is CPU seconds over eap's, the less of two. The summary has
+for each combination its worst and its mean over models, of means over draws; what is chosen by the first draws is to be
+read off the others.
 
 With --compiled the true edges are those that the programs use, whatever a method says. Two areas each: over all edges,
 where those that carry positions or constants alone count as true and score 0 even exactly, since other tokens leave
@@ -48,10 +50,14 @@ from truth.compiled import PROGRAMS, Compiled
 from eapcore.attribution import METHODS
 from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import mib
-from eapcore.evaluation.screened import attribute
+from eapcore.evaluation.screened import FLOW, attribute
+from eapcore.execution.ablation import Ablation
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import NO_SIGN, EdgeScores
+from eapcore.models.model import Model
 from eapcore.patching.edges import patch_edges
+from eapcore.search.subnetwork_probing import subnetwork_probing
+from eapcore.tasks.pairs import PromptPairs
 
 SLOW = ("grad-drop", "atp-star")  # a backward pass a layer
 AT = {"gradient_at": 0.75}
@@ -68,6 +74,10 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "qk-fix at 0.75 + last": AT | {"method": "qk-fix", "exact": "last"},
     "qk-fix gauss 4 + last": {"method": "eap-ig", "qk": "exact", "exact": "last"},
     **{f"screened {budget}": {"method": "screened", "budget": budget} for budget in (2.0, 3.0, 4.0, 6.0)},
+    **{name: {"method": name} for name in FLOW},
+    **{f"probing {level}s": {"probing": level} for level in ("edge", "node")},
+    "eap at optimal constants": {"ablation": "optimal"},
+    "gauss 4 at optimal constants": {"ablation": "optimal", "method": "eap-ig"},
 }
 COLUMNS = ("R²", "fit", "rank", "tenth", "CPR", "CMD")
 Row = dict[str, float]
@@ -93,16 +103,29 @@ def least(run: Callable[[], EdgeScores], repeats: int) -> tuple[float, EdgeScore
     return min(times), scores
 
 
+def scored(model: Model, task: PromptPairs, how: dict[str, Any]) -> EdgeScores:
+    """The scores of a combination."""
+    if "probing" in how:
+        return subnetwork_probing(model, task, level=how["probing"])
+    scores: EdgeScores = attribute(model, task, **how)
+    return scores
+
+
 def draw(case: Case, seed: int, pairs: int | None, repeats: int) -> dict[str, Row]:
     """Each combination's row on one draw of a case."""
     model, task = case.model, case.draw(pairs or case.pairs, seed)
     found: dict[str, tuple[float, EdgeScores]] = {}
+    optimal: Ablation | None = None
     for name, how in COMBINATIONS.items():
         if not model.graph.has_mlp and how.get("exact") == CHEAP["exact"]:
             how = how | {"exact": "logits"}
-        if case.edges is not None and (name == "eap-ig-activations" or "qk" in name or "last" in name):
+        slow = "probing" in how or "ablation" in how
+        if case.edges is not None and (slow or name == "eap-ig-activations" or "qk" in name or "last" in name):
             continue
-        found[name] = least(lambda how=how: attribute(model, task, **how), repeats)  # type: ignore[misc]
+        if "ablation" in how:
+            optimal = optimal or Ablation.optimal(model, task)
+            how = how | {"ablation": optimal}
+        found[name] = least(lambda how=how: scored(model, task, how), 1 if slow else repeats)  # type: ignore[misc]
     edges = model.graph.edge_mask()
     if case.edges is not None and 2 * case.edges < model.graph.n_edges:
         generator, flat = torch.Generator().manual_seed(seed), edges.flatten().nonzero()[:, 0]
@@ -115,10 +138,12 @@ def draw(case: Case, seed: int, pairs: int | None, repeats: int) -> dict[str, Ro
     exact = patch_edges(model, task, edges=Circuit(edges, model.graph))
     found["exact"] = time.process_time() - start, exact
     base, rows = found["eap"][0], {}
+    of_constants = exact if optimal is None else patch_edges(model, task, ablation=optimal)
     for name, (seconds, scores) in found.items():
-        rows[name] = judge(scores, exact, edges) | {"time": seconds / base}
+        same = "ablation" not in COMBINATIONS.get(name, {})
+        rows[name] = judge(scores, exact if same else of_constants, edges) | {"time": seconds / base}
         if case.edges is None:
-            judged = mib(model, task, "logit_diff", scores)
+            judged = mib(model, task, "logit_diff", scores, ablation="corrupt" if same or not optimal else optimal)
             rows[name] |= {"CPR": judged.cpr, "CMD": judged.cmd}
     return rows
 
@@ -141,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=3, help="of each kind")
     parser.add_argument("--pairs", type=int, help="of a draw")
     parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
+    parser.add_argument("--rows", help="combinations, with commas in between, eap among them")
     parser.add_argument("--compiled", action="store_true", help="AUROC on the circuits of compiled programs")
     parser.add_argument("--all", action="store_true", help="every model's table")
     args = parser.parse_args(argv)
@@ -148,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     if args.compiled:
         return known_circuits(args.only, args.pairs or 32, args.draws)
+    for name in [] if args.rows is None else [*COMBINATIONS]:
+        if name not in args.rows.replace(", ", ",").split(","):
+            del COMBINATIONS[name]
     kinds = {"chosen by": range(args.draws), "confirmed on": range(args.draws, 2 * args.draws)}
     tables: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in kinds}
     for case in cases(args.only, args.edges):
