@@ -316,6 +316,10 @@ class _Steps:
         self._write(path, {**done, "sha256": _checksum(done)})
         return done["made"]
 
+    def forget(self, name: str) -> None:
+        """Do a step again."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def begun(self, name: str) -> Path:
         """Where a step keeps what it has done of its work."""
         return self.folder / f"{name}.begun"
@@ -383,6 +387,8 @@ class _Work:
             steps.ended(name)
             return digest(EdgeScores.load(path).scores)
 
+        if not path.exists():
+            steps.forget(name)
         made = steps(name, asked, make)
         found = EdgeScores.load(path, content_hash=experiment.model.content_hash)
         if digest(found.scores) != made:
@@ -529,9 +535,10 @@ class _Work:
                     whole.append(circuit)
         rows = []
         if of_circuit and whole:
-            kl = self.plan.search_metric == "kl"
-            value = self.published.auc.get("acdc kl" if kl else "acdc")
-            by = "KL" if kl else f"the metric {self.plan.search_metric}"
+            metric = self.plan.search_metric
+            names = {"kl": "acdc kl", self.experiment.metric_name: "acdc"}
+            value = self.published.auc.get(names.get(metric, ""))
+            by = "KL" if metric == "kl" else f"the metric {metric}"
             what = f"AUC, ACDC by {by}: {ALL}, {len(whole)} thresholds, Pareto, lower steps"
             rows.append(Row.of(what, value, roc_of_circuits(whole, self.truth.circuit).auc))
         return found, rows
