@@ -76,9 +76,10 @@ def ioi(gpt2_shaped, tmp_path_factory):
 
 
 def auc(values, true):
-    """The rank statistic, ties half."""
-    more = (values[true][:, None] > values[~true]).double().mean()
-    return float(more + (values[true][:, None] == values[~true]).double().mean() / 2)
+    """The rank statistic: how many false ones a true one is above, those that it ties with by half."""
+    false = values[~true].sort().values
+    above = [torch.searchsorted(false, values[true], side=side) for side in ("left", "right")]
+    return float((above[0] + above[1]).double().mean() / (2 * len(false)))
 
 
 def row_of(content, what):
