@@ -133,7 +133,6 @@ def run(args: argparse.Namespace) -> None:
 def _reproduced(args: argparse.Namespace, scores: EdgeScores) -> Reproduction:
     from eapcore.evaluation.reproduce import reproduce_scores
 
-    args.out.mkdir(parents=True, exist_ok=True)
     return reproduce_scores(args.task, scores, args.out, command=args.written)
 
 

@@ -194,7 +194,11 @@ def reproduce(
         chosen.save(folder / "circuit.json")
     write_json(folder / "evaluation.json", "evaluation", {"mib": mib, "rocs": [], "command": command})
     measured = {key: [x * unit for x in exact[key]] for key in ("estimates", "effects")} | {"edges": exact["edges"]}
-    write_json(folder / "verification.json", "verification", {**measured, "meta": {"scores": dict(scores.meta)}})
+    write_json(
+        folder / "verification.json",
+        "verification",
+        {**measured, "meta": {"scores": dict(scores.meta)}, "command": command},
+    )
     found.save(folder / "reproduction.json")
     return found
 
@@ -205,13 +209,17 @@ def reproduce_scores(task: str, scores: EdgeScores, folder: str | Path, *, comma
     Of the edges inside components scores say what `inside.summed_inside` makes of them.
 
     Raises:
-        ValueError: an unknown task, scores of another graph than the published circuit's, or scores that are NaN.
+        ValueError: an unknown task, scores of another one or of another graph than the published circuit's, or that are
+            NaN; a folder that holds a reproduction on a model.
     """
     truth, published = known(task)
     if scores.graph != truth.circuit.graph:
         raise ValueError(
             f"the published circuit of {task} is one of {truth.circuit.graph}, but the scores are of {scores.graph}"
         )
+    made = (scores.meta.get("task") or {}).get("name")
+    if made in TASKS and made != task:
+        raise ValueError(f"the scores are of the task {made}, but {task} is to be reproduced")
     folder, left_out, inside = Path(folder), list[str](), summed_inside(scores)
     if (folder / KEPT_IN).exists():
         raise ValueError(f"{folder} holds a reproduction on a model: give --out another folder, or delete it")
@@ -244,6 +252,7 @@ def reproduce_scores(task: str, scores: EdgeScores, folder: str | Path, *, comma
         task, unit, rows, judged, subnetworks=subnetworks, heads=heads, left_out=left_out, published=published,
         command=command, meta={"scores": dict(scores.meta)},
     )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     scores.save(folder / "scores.safetensors")
     kept.save(folder / "circuit.json")
     found.save(folder / "reproduction.json")
@@ -272,8 +281,9 @@ def _check(plan: Plan, graph: Graph) -> None:
     for n in plan.top_n or ():
         if not 1 <= n <= graph.n_edges:
             raise ValueError(f"searches start from between 1 and the {graph.n_edges} edges of this graph, got {n}")
-    if plan.probe_steps < 0:
-        raise ValueError(f"probe_steps must be at least 0, got {plan.probe_steps}")
+    for name in ("curves", "probe_steps"):
+        if getattr(plan, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(plan, name)}")
     for threshold in (*(plan.thresholds or ()), *(plan.score_thresholds or ())):
         if not 0 < threshold < math.inf:
             raise ValueError(f"thresholds must be positive and finite, got {threshold:g}")

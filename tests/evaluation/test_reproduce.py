@@ -271,6 +271,8 @@ def test_scores_without_a_unit_or_mlps_are_judged_by_what_they_have(tmp_path):
     assert {row["ranking"] for row in found.judged.areas} == {"absolute", "signed"}
     assert len(found.left_out) == 1 and len(found.subnetworks) == 1 and found.subnetworks[0]["edges"] == 24
     refused("scores are of Graph", reproduce_scores, "ioi", random_scores(Graph(2, 2, True)), tmp_path)
+    other = dataclasses.replace(random_scores(truth.circuit.graph), meta={"task": {"name": "ioi"}})
+    refused("the scores are of the task ioi, but docstring is to be", reproduce_scores, "docstring", other, tmp_path)
     refused("task must be one with published numbers, ioi, greater-than, docstring, got 'sort'", known, "sort")
     nan = random_scores(truth.circuit.graph)
     nan.scores[0, 0] = torch.nan
