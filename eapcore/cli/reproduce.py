@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     args.out = args.out or Path(f"reproduce-{args.task}")
     check_out(args, (*FILES, TEXT, PROMPTS))
     if not args.no_report:
-        check_report(args.out / PAGE)
+        _check_report(args.out / PAGE)
     if args.scores is not None:
         if options := [option for name, option in _OF_MODEL.items() if getattr(args, name) is not None]:
             raise ValueError(
@@ -128,6 +128,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--sign is for --scores: scores that are made here have ours")
     args.resume = args.out / KEPT_IN  # where what is done lies, if this is stopped
     _on_model(args, args.model or published.model, args.n or published.n_pairs)
+
+
+def _check_report(page: Path) -> None:
+    try:
+        check_report(page)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}, or leave the page out by --no-report") from error
 
 
 def _reproduced(args: argparse.Namespace, scores: EdgeScores) -> Reproduction:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from words import word_level
 
 import eapcore.evaluation.reproduce as reproduction
+import eapcore.report.figures as figures
 from eapcore.attribution.attribute import attribute
 from eapcore.cli import main
 from eapcore.evaluation.inside import WITH_INSIDE, inside_effects, inside_scores, summed_inside
@@ -277,6 +278,22 @@ def test_scores_without_a_unit_or_mlps_are_judged_by_what_they_have(tmp_path):
     nan = random_scores(truth.circuit.graph)
     nan.scores[0, 0] = torch.nan
     refused("NaN", reproduce_scores, "docstring", nan, tmp_path)
+
+
+def test_a_page_and_pictures_are_written_beside(tmp_path, capsys, monkeypatch):
+    truth, _ = known("docstring")
+    random_scores(truth.circuit.graph).save(tmp_path / "scores.safetensors")
+    monkeypatch.setattr(figures, "_save", lambda path, size, draw: path.with_suffix(".svg").touch())
+    command = ["reproduce", "docstring", "--scores", str(tmp_path / "scores.safetensors")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml") == 2 and "24 true of 1281 edges" in page
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"scores-by-circuit", "roles", "roc", "circuit"} <= drawn
+    monkeypatch.setattr("eapcore.report.draw.find_spec", lambda name: None)
+    assert main([*command, "--out", str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
+    assert "--no-report" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence_before_the_work(gpt2_shaped, tmp_path, capsys):
