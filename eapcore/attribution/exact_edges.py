@@ -22,9 +22,10 @@ from eapcore.execution.batch import Batch, LogitsRead
 from eapcore.execution.experiment import values_of
 from eapcore.models.attention import Attention, AttentionRun, AttentionSaved
 from eapcore.models.forward import StageSaved, unembed
-from eapcore.models.mlp import Mlp
+from eapcore.models.matmul import product
+from eapcore.models.mlp import Mlp, MlpSaved
 from eapcore.models.model import Model, Place, Stage
-from eapcore.models.norm import Norm
+from eapcore.models.norm import Norm, NormInput
 from eapcore.models.tensors import accumulate_dtype, on, spread
 from eapcore.tasks.metrics import Metric, MetricBatch
 
@@ -118,6 +119,7 @@ class LastLayer:
         assert saved is not None
         run = attention.behind_post(saved, attention.mix(saved.q, saved.kv, self.past, self.read))
         count = self.model.graph.senders_before(first)
+        behind = _Behind.of(attention, self._stages()[number + 1 :], self.saved[number + 1 :])
         for kind, channels in enumerate(attention.channels):
             mine = [channel for channel in range(channels.start, channels.stop) if first + channel in wanted]
             found: dict[int, list[Tensor]] = {channel: [] for channel in mine}
@@ -127,7 +129,10 @@ class LastLayer:
                 for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
                     heads = attention.moved_by(channel)
                     change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
-                    found[channel].append(self._effect(number, change))
+                    sent = None
+                    if behind is not None and len(heads) * z.shape[-1] < self.out.shape[-1]:
+                        sent = behind.sent(heads, z - run.z[:, :, heads.start : heads.stop], change)
+                    found[channel].append(self._effect(number, change, sent))
             yield from ((first + channel, torch.cat(effects).T) for channel, effects in found.items())
 
     def _mixtures(
@@ -160,13 +165,14 @@ class LastLayer:
             behind = attention.behind(channel)
             yield channel, z[..., behind.start : behind.stop, :]
 
-    def _effect(self, number: int, change: Tensor) -> Tensor:
-        """[C, B] the metric's change where other C·[B, Q, D] are added behind the layer's stage `number`."""
+    def _effect(self, number: int, change: Tensor, sent: Tensor | None = None) -> Tensor:
+        """[C, B] the metric's change where other C·[B, Q, D] are added behind the layer's stage `number`; sent: what
+        the MLP of the next one makes of it, where that is known."""
         behind = self._stages()[number + 1 :]
         x = change + (self.saved[number + 1].stream if behind else self.out)
         for stage in behind:
             assert stage.mlp is not None
-            x = x + stage.mlp.component.forward(x.flatten(0, 1)).sent.view_as(x)
+            x = x + (stage.mlp.component.forward(x.flatten(0, 1)).sent.view_as(x) if sent is None else sent)
         return self.values(x) - self.clean
 
     def values(self, x: Tensor) -> Tensor:
@@ -186,6 +192,57 @@ class LastLayer:
         tokens_read = self.reads.tokens
         logits = rows * self.model.config.n_logits * self.out.shape[1] if tokens_read is None else tokens_read.numel()
         return max(1, min(useful, limits.LOGITS // logits))
+
+
+class _Behind:
+    """The MLP that alone reads what heads of its layer add, from what a few heads mix otherwise.
+
+    With W′ = (1 − 11ᵀ/D) diag(γ) W_in, a the hidden units before the activation function and σ that of the norm's input
+    x, and σ_s that of x + Δz W_O,
+
+        a_s = offset + (a − offset) σ/σ_s + Δz (W_O W′)/σ_s        offset = b_in + W_inᵀβ
+
+    (RMSNorm without the mean), so that K·M products take the place of D·M.
+    """
+
+    def __init__(self, attention: Attention, mlp: Mlp, stream: Tensor) -> None:
+        """stream: what the MLP reads in the clean run, [B, Q, D]."""
+        self.mlp, self.stream, norm = mlp, stream, mlp.norm
+        clean, w_o = mlp.read(stream), attention.w_o.flatten(0, 1)
+        self.rstd = clean.norm_in.rstd
+        self.through, self.offsets, self.moved = [], [], []  # of the hidden units, and of what gates them
+        for w, bias, made in ((mlp.w_in, mlp.b_in, clean.hidden), (mlp.w_up, mlp.b_up, clean.up)):
+            if w is None or made is None:
+                continue
+            read = w if norm.kind == "none" else norm.frozen_weight(w[None])[0]
+            self.through.append(product(w_o, read).unflatten(0, attention.w_o.shape[:2]))  # [H, K, M]
+            offset = w.new_zeros(w.shape[1]) if norm.beta is None else norm.beta @ w
+            self.offsets.append(offset if bias is None else offset + bias)
+            moved = made - self.offsets[-1]
+            self.moved.append(moved if self.rstd is None else moved / self.rstd)
+
+    @staticmethod
+    def of(attention: Attention, stages: Sequence[Stage], saved: Sequence[StageSaved]) -> _Behind | None:
+        """None where what heads add goes elsewhere, or not as it is."""
+        if len(stages) != 1 or (mlp := stages[0].mlp) is None or attention.post.kind != "none":
+            return None
+        return None if mlp.component.post.kind != "none" else _Behind(attention, mlp.component, saved[0].stream)
+
+    def sent(self, heads: range, dz: Tensor, change: Tensor) -> Tensor:
+        """What the MLP sends, [C, B, Q, D], where heads mix dz [C, B, Q, h, K] more, which adds `change`."""
+        size = max(
+            1, limits.limits(change.device).exact_numbers // (dz[0].shape[0] * dz[0].shape[1] * self.mlp.w_out.shape[0])
+        )
+        return torch.cat([self._sent(heads, *part) for part in zip(dz.split(size), change.split(size), strict=True)])
+
+    def _sent(self, heads: range, dz: Tensor, change: Tensor) -> Tensor:
+        scale = None if self.rstd is None else self.mlp.norm.rstd(self.stream + change)
+        dz, made = dz.flatten(3).to(change.dtype), []
+        for w, offset, moved in zip(self.through, self.offsets, self.moved, strict=True):
+            hidden = product(dz, w[heads.start : heads.stop].flatten(0, 1)).add_(moved)
+            made.append((hidden if scale is None else hidden.mul_(scale)).add_(offset))
+        units = self.mlp.units(MlpSaved(NormInput(self.stream), made[0], made[1] if len(made) > 1 else None))
+        return product(units, self.mlp.w_out, self.mlp.b_out)
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:
