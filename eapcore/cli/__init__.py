@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for bad input, 1 for an error of our own, 130 for Ctrl-C, 143 for
     SIGTERM."""
-    _wait_asleep()
+    _before_torch()
     with shown_safely():
         args = _parser().parse_args(argv)
         args.written = _written(sys.argv[1:] if argv is None else argv)
@@ -55,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
-def _wait_asleep() -> None:
-    """OpenMP's threads sleep while they wait, unless the user chose: they spin by default, which takes many times as
-    long where another process holds a core. OpenMP reads this when torch is loaded."""
-    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+def _before_torch() -> None:
+    """What torch reads when it is loaded, unless the user chose. OpenMP's threads sleep while they wait: they spin by
+    default, which takes many times as long where another process holds a core. Processes that wait for each other
+    leave no warning of it, and say what is wrong themselves."""
+    if "torch" in sys.modules:
+        return
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _written(argv: Sequence[str]) -> str:

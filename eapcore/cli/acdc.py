@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, load_circuit, load_scores, prepare
-from eapcore.cli.options import Command, add_edges, add_task, number, positive, several
+from eapcore.cli.options import Command, add_edges, add_resume, add_task, number, positive, several
 from eapcore.cli.output import Progress, check_out, heading, runs, table, write
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add(command: Command) -> None:
         metavar="X,…",
         help="an edge goes where its loss is less than X; of several starts or thresholds each with each is searched",
     )
+    add_resume(parser)
     parser.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
     parser.add_argument(
         "--out",
@@ -93,10 +94,13 @@ def run(args: argparse.Namespace) -> None:
     if scores is not None:
         options |= {"score_thresholds": args.score_threshold}
         with Progress("searching", total, "edge") as progress:
-            found = prune_sweep(model, pairs, scores, args.top_n, thresholds, metric, progress=progress, **options)
+            options |= {"progress": progress, "resume": args.resume}
+            found = prune_sweep(model, pairs, scores, args.top_n, thresholds, metric, **options)
     for threshold in thresholds if scores is None else ():
         with Progress(f"searching at {threshold:g}", sizes[0], "edge") as progress:
-            found.append(acdc(model, pairs, metric, threshold=threshold, start=start, progress=progress, **options))
+            folder = None if args.resume is None else args.resume / (f"search-{len(found)}" if not single else "")
+            options |= {"progress": progress, "resume": folder}
+            found.append(acdc(model, pairs, metric, threshold=threshold, start=start, **options))
     seconds = time.perf_counter() - began
     write(args, found[0] if single else _Sweep(found))
     print(heading(model, pairs, metric))

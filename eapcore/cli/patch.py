@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.per_position and not args.nodes:
         raise ValueError("--per-position goes with --nodes")
-    if args.nodes and (left := given(args, "circuit", "scores", "top_n", "resume")):
+    if args.nodes and (left := given(args, "circuit", "scores", "top_n")):
         raise ValueError(f"--nodes patches every sender in one go: leave out {left}, for edges alone")
     if args.out is None:
         args.out = Path("effects.json" if args.nodes else "effects.safetensors")
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if args.nodes:
         with Progress("patching", model.graph.n_senders * len(pairs), "node × pair") as progress:
-            nodes = patch_nodes(model, pairs, metric, per_position=args.per_position, progress=progress, **options)
+            options |= {"per_position": args.per_position, "progress": progress, "resume": args.resume}
+            nodes = patch_nodes(model, pairs, metric, **options)
         write(args, nodes)
         print(heading(model, pairs, metric))
         print(f"patched  {len(nodes.nodes)} nodes in {time.perf_counter() - start:.2f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from eapcore.cli.inputs import find_ablation, prepare
-from eapcore.cli.options import Command, add_out, add_task, names
+from eapcore.cli.options import Command, add_out, add_resume, add_task, names
 from eapcore.cli.output import Progress, check_out, heading, runs, write
 
 
@@ -26,6 +26,7 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--through", type=names, metavar="A,B", help="components that may lie in between (default: none)"
     )
+    add_resume(parser)
     add_out(parser, "path.json")
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         senders, edges = args.senders, routes(model.graph, args.senders, args.receivers, through=args.through or ())
     options = {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
-    options |= {"distributed": args.distributed}
+    options |= {"distributed": args.distributed, "resume": args.resume}
     with Progress("patching", len(pairs)) as progress:
         result = path_patch(model, pairs, metric, senders, edges, progress=progress, **options)
     write(args, result)

@@ -95,11 +95,12 @@ def silent(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
 
 def told(args: argparse.Namespace, error: Exception, text: str) -> str:
     """What this process says of its error, where others may say the same: nothing, unless it is the first that can."""
-    from eapcore.execution.distributed import Lost
+    from eapcore.execution.distributed import Lost, NotMet
 
     link = link_of(args)
     if link is None:
-        return text if args.leads else ""
+        alone = isinstance(error, NotMet) and not error.first  # the one who would say it did not come
+        return text if args.leads or alone else ""
     if not isinstance(error, Lost):
         link.fail(text, always=True)
     return text if link.speaks() else ""

@@ -32,7 +32,7 @@ from eapcore.execution.progress import Progress
 
 P = ParamSpec("P")
 R = TypeVar("R")
-RENDEZVOUS = 60.0  # seconds until all processes have to be there
+RENDEZVOUS = 30.0  # seconds until all processes have to be there; torch tries twice to reach the first
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 30.0  # seconds without one, of a process on another machine, until it counts as lost
 _PIECE = 1 << 23  # float64 numbers that are exchanged at a time
@@ -173,6 +173,25 @@ class Lost(RuntimeError):
         self.rank = rank
 
 
+class NotMet(RuntimeError):
+    """The processes did not all come. first: whether the one came in whose store they meet."""
+
+    def __init__(self, first: bool, text: str) -> None:
+        super().__init__(text)
+        self.first = first
+
+
+def _answers(host: str, port: str) -> bool:
+    """Whether somebody listens there, or this process is the one who would."""
+    if os.environ["RANK"] == "0":
+        return True
+    try:
+        socket.create_connection((host, int(port)), timeout=BEAT).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def link_now() -> Link | None:
     """The way to the other processes, if there was need of one so far."""
     return connect() if connect.cache_info().currsize else None
@@ -199,10 +218,12 @@ def connect() -> Link:
         try:
             dist.init_process_group("gloo", timeout=timedelta(seconds=RENDEZVOUS))
         except (RuntimeError, ValueError) as error:
-            where = ":".join(os.environ[name] for name in _ENVIRONMENT[2:])
-            raise RuntimeError(
+            host, port = (os.environ[name] for name in _ENVIRONMENT[2:])
+            where = f"{host}:{port}"
+            raise NotMet(
+                _answers(host, port),
                 f"no rendezvous of the {os.environ['WORLD_SIZE']} processes at {where} within {RENDEZVOUS:g} s, rank "
-                f"{os.environ['RANK']} was there: {' '.join(str(error).split())[:200]}"
+                f"{os.environ['RANK']} was there: {' '.join(str(error).split())[:200]}",
             ) from error
     group = None
     if "gloo" not in str(dist.get_backend()):
@@ -481,6 +502,10 @@ class Link:
         import torch.distributed as dist
 
         self.leave("")
+        if not self.over.is_set() and self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            until = time.monotonic() + 5 * BEAT  # the store ends with this process: the others may be reading in it
+            while self.lost is None and time.monotonic() < until and not all(map(self._left, range(self.size))):
+                time.sleep(BEAT / 20)
         self.over.set()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -147,37 +147,87 @@ def each_pair(
 ) -> Annotated[Tensor, "float64 C N"]:
     """The metric of each pair for each circuit, float64 [C, N] on the CPU; see `metric_on`.
 
-    resume: a folder that keeps it once all have run, for the same circuits, pairs and metric to be read from.
+    resume: a folder that keeps what is measured, batch by batch; where it exists for the same circuits, pairs, metric
+    and batches, the work goes on from there, in as many processes, or in any number once all is measured.
     """
-    ranks, total = experiment.ranks, len(circuits) * len(experiment)
+    ranks, total, count = experiment.ranks, len(circuits) * len(experiment), len(experiment)
     shown = ranks.watched(progress)
-    values = torch.zeros(2 + len(circuits), len(experiment), dtype=torch.float64, device="cpu")  # the ends, and these
-    kept = None if resume is None else _kept(experiment, circuits, resume)
-    if kept is not None and ranks.first(bool(kept.found)):
-        found = kept.found[0]["values"] if kept.found else values
-        if kept.found:
-            for recording in islice(recordings, 1):  # a metric of one's own is known by its values alone
-                index = recording.reference.index.cpu()
-                now = experiment.ends(recording.reference).cpu()
-                check_metric(kept, experiment.metric_name, found[:2, index], now, experiment.model.dtype)
-        Count(shown, total, total if kept.found else 0).add(0)
-        return ranks.sum([found], 1)[2:]
-    count = Count(shown, total)
-    for recording in recordings:
-        index = recording.reference.index.cpu()
-        values[:2, index] = experiment.ends(recording.reference).cpu()
-        logits = circuit_logits(recording, circuits, count)
-        values[2:, index] = experiment.values(logits, recording.reference).cpu()
-    values = ranks.sum([values])
-    if kept is not None and kept.mine:
-        kept.write(0, {}, {"values": values})
+    masks = digest(*(circuit.mask for circuit in circuits))
+    kept = Resume(resume, "circuits", lambda: {"set of circuits": masks, **experiment.identity()}, ranks, ranks.size)
+    cut = "" if resume is None else str(ranks.gather([len(group) for group in getattr(recordings, "groups", ())]))
+    rows: dict[int, Tensor] = {}  # of each lane the metric on the clean and corrupt runs, and on the circuits
+    done: dict[int, Tensor] = {}  # which of its pairs have them
+    for lane in kept.mine:
+        found = kept.found.pop(lane, {})
+        rows[lane] = found.get("values", torch.zeros(2 + len(circuits), count, dtype=torch.float64, device="cpu"))
+        done[lane] = found.get("done", torch.zeros(count, dtype=torch.bool, device="cpu"))
+    measured = sum(ranks.gather(sum(int(each.sum()) for each in done.values())))
+    if kept.lanes != ranks.size and measured < count:
+        raise ValueError(
+            f"{kept.path} was begun by {kept.lanes} processes, and circuits go on in as many, not in {ranks.size}: "
+            "start as many, or choose another resume folder"
+        )
+    if measured < count and kept.settle("pairs in each batch", None, lambda: cut) != cut:
+        raise ValueError(f"{kept.path} was begun with other batches: give their size, or choose another resume folder")
+    counted = Count(shown, total, len(circuits) * sum(int(each.sum()) for each in done.values()))
+    if counted.done:
+        counted.add(0)
+    if kept.lanes == ranks.size:
+        note = {"pairs in each batch": cut}
+        _measure(experiment, circuits, recordings, kept, note, rows[ranks.rank], done[ranks.rank], counted)
+    nothing = torch.zeros(2 + len(circuits), count, dtype=torch.float64, device="cpu")
+    values = ranks.sum(list(rows.values()) or [nothing], kept.lanes)
+    for recording in islice(recordings, int(kept.lanes != ranks.size)):
+        _check_metric(kept, experiment, recording, values)
     return values[2:]
 
 
-def _kept(experiment: Experiment, circuits: Sequence[Circuit], resume: str | Path) -> Resume:
-    """The folder in which the first process keeps what all have measured."""
-    masks = digest(*(circuit.mask for circuit in circuits))
-    return Resume(resume, "circuits", lambda: {"set of circuits": masks, **experiment.identity()}, experiment.ranks, 1)
+def _check_metric(kept: Resume, experiment: Experiment, recording: Recording, values: Tensor) -> None:
+    """A metric of one's own is known by its values alone: those of a batch are to be what they were."""
+    index, now = recording.reference.index.cpu(), experiment.ends(recording.reference).cpu()
+    check_metric(kept, experiment.metric_name, values[:2, index], now, experiment.model.dtype)
+
+
+def _measure(
+    experiment: Experiment,
+    circuits: Sequence[Circuit],
+    recordings: Iterable[Recording],
+    kept: Resume,
+    note: Mapping[str, str],
+    values: Tensor,
+    done: Tensor,
+    count: Count,
+) -> None:
+    """Fill in this process's pairs that are not done."""
+
+    def save() -> None:
+        kept.write(experiment.ranks.rank, note, {"values": values, "done": done})
+
+    known = bool(done.any())
+    if not known:
+        save()  # a folder that cannot be written to is refused before the work
+    whole = True
+    try:
+        for recording in recordings:
+            index = recording.reference.index.cpu()
+            if bool(done[index].all()):
+                if known:
+                    _check_metric(kept, experiment, recording, values)
+                known = False
+                if int(done.sum()) == sum(map(len, getattr(recordings, "groups", ()))):  # there are no others
+                    return
+                continue
+            ends = experiment.ends(recording.reference).cpu()
+            logits = circuit_logits(recording, circuits, count)
+            of_circuits = experiment.values(logits, recording.reference).cpu()
+            whole = False
+            values[:2, index], values[2:, index], done[index] = ends, of_circuits, True
+            whole = True
+            if kept.due:
+                save()
+    finally:
+        if whole:
+            save()
 
 
 LEVEL = 0.95  # of confidence intervals

@@ -13,14 +13,16 @@ from torch import Tensor
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
-from eapcore.execution.progress import Count, Progress
+from eapcore.execution.progress import Progress
+from eapcore.execution.resume import Resume
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import sign_text
 from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.one_receiver import finish
-from eapcore.patching.record import Recording, record
+from eapcore.patching.record import Recording
+from eapcore.patching.summed import summed
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
@@ -56,6 +58,7 @@ def patch_nodes(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
     distributed: bool = False,
 ) -> NodeEffects:
     """Activation patching: replace what a node sends, to everything that reads it, and measure the metric.
@@ -68,6 +71,7 @@ def patch_nodes(
         nodes: names of senders; None is all.
         per_position: patch each position on its own.
         progress: called with (effects measured, effects in all), one for each node and pair.
+        resume: a folder for what is done so far, batch by batch, as `patch_edges`.
         distributed: share the pairs among the processes of this run, as `attribute`.
 
     Raises:
@@ -77,11 +81,13 @@ def patch_nodes(
     graph, pairs = model.graph, experiment.pairs
     names = graph.sender_names if nodes is None else list(nodes)
     senders = [graph.sender(name) for name in names]
-    longest = int(pairs.positions.max()) + 1
-    sums = torch.zeros(len(names), longest if per_position else 1, dtype=torch.float64, device="cpu")
-    count = Count(experiment.ranks.watched(progress), len(senders) * len(pairs))
-    for recording in record(experiment, batch_size):
-        clean, batch = experiment.ends(recording.reference)[0], recording.batch
+    shape = (len(names), int(pairs.positions.max()) + 1 if per_position else 1)
+    what = {"nodes": names, "per position": per_position}
+    kept = Resume(resume, "nodes", lambda: what | experiment.identity(), experiment.ranks, experiment.ranks.size)
+
+    def measure(recording: Recording, ends: Tensor) -> Tensor:
+        clean, batch = ends[0], recording.batch
+        sums = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for row, sender in enumerate(senders):
             delta = (recording.ablated.senders[sender] - recording.clean.senders[sender])[None]
             if per_position:
@@ -90,8 +96,10 @@ def patch_nodes(
             for part in torch.arange(len(delta), device="cpu").split(recording.copies()):
                 values = experiment.values(_send_more(recording, sender, delta[part]), recording.reference)
                 sums[row, part + (batch.start if per_position else 0)] += (values - clean).sum(1).cpu()
-            count.add(len(batch.pairs))
-    effects = experiment.mean(experiment.ranks.sum([sums]))
+        return sums
+
+    total = summed(experiment, shape, measure, kept, batch_size, progress, len(senders))
+    effects = experiment.mean(total)
     method = {"name": "patch-nodes", "per_position": per_position, "ablation": dict(experiment.ablation.meta)}
     where = " at the position alone" if per_position else ""
     sign = sign_text("effect", "measured", f"all that the node sends{where} is ablated")

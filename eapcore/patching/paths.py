@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
-from eapcore.execution.experiment import Experiment, Task
-from eapcore.execution.progress import Count, Progress
+from eapcore.execution.experiment import Experiment, Task, digest
+from eapcore.execution.progress import Progress
+from eapcore.execution.resume import Resume
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
@@ -22,7 +24,8 @@ from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
-from eapcore.patching.record import record
+from eapcore.patching.record import Recording
+from eapcore.patching.summed import summed
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
@@ -105,6 +108,7 @@ def path_patch(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
     distributed: bool = False,
 ) -> PathEffect:
     """Replace what some senders send along chosen paths, and nowhere else, and measure the metric.
@@ -118,6 +122,7 @@ def path_patch(
         paths: written as `a0.h1->a1.h0<q>->logits`, or a circuit of edges, e.g. from `routes`. Several paths are the
             union of their edges, so what arrives at a component by any of them leaves it by all of them.
         progress: called with (pairs done, pairs in all) after every batch.
+        resume: a folder for what is done so far, batch by batch, as `patch_edges`.
         distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
@@ -142,15 +147,16 @@ def path_patch(
         raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
     again = reached(graph, edges.mask, origins, coupled=coupled) & useful & ~origins
     weights = edges.mask & (origins | again)[:, None]
-    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    count = Count(experiment.ranks.watched(progress), len(experiment))
-    for recording in record(experiment, batch_size):
+    what = {"paths": digest(edges.mask, origins)}
+    kept = Resume(resume, "path", lambda: what | experiment.identity(), experiment.ranks, experiment.ranks.size)
+
+    def measure(recording: Recording, ends: Tensor) -> Tensor:
         fixed = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
-        ends = experiment.ends(recording.reference)
         logits, _ = run_masked(recording, recording.clean, weights[None], fixed, again)
-        sums += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
-        count.add(len(recording.batch.pairs))
-    clean, corrupt, patched = experiment.mean(experiment.ranks.sum([sums])).tolist()
+        return torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1)
+
+    total = summed(experiment, (3,), measure, kept, batch_size, progress)
+    clean, corrupt, patched = experiment.mean(total).tolist()
     method = {"name": "path-patch", "ablation": dict(experiment.ablation.meta), **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
     meta = {**experiment.describe(), "sign": sign, "method": method}

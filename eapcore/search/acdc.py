@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
-from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.experiment import Experiment, Task, check_batch_size, digest
 from eapcore.execution.origin import check_scored
 from eapcore.execution.progress import Progress
+from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.paths import moved_by, needed, reached
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.masked import Changes, run_masked
-from eapcore.patching.record import Recording, record
+from eapcore.patching.record import Recording, record, useful_size
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
@@ -43,6 +45,7 @@ def acdc(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    resume: str | Path | None = None,
     distributed: bool = False,
 ) -> Circuit:
     """Remove every edge whose corruption, on top of those removed before it, costs less than a threshold.
@@ -55,7 +58,8 @@ def acdc(
 
     The candidates of one receiver are evaluated together as if each of them were to be removed; what was evaluated
     behind the first that stays is evaluated again. So the decisions are those of a search that takes one at a time.
-    What every sender sends is kept for all pairs, 3·S·N·T·D numbers: tens of pairs rather than thousands.
+    What every sender sends is kept for all pairs, 3·S·N·T·D numbers: tens of pairs rather than thousands. It is made
+    anew in front of each layer's receivers, from where an interrupted search goes on.
 
     Args:
         model: the model.
@@ -67,6 +71,8 @@ def acdc(
         ablation: what a removed edge carries, and reference the prompts of a mean, as `run_circuit`.
         batch_size: pairs at a time.
         progress: called with (edges decided, edges in all).
+        resume: a folder for what is decided so far, written behind each layer; where it exists, the search goes on from
+            there, in as many processes.
         distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
@@ -89,10 +95,43 @@ def acdc(
         raise ValueError(f"start must be edges of {graph}, but some places of its mask are none")
     keys = _keys(model, order)
     mask = (graph.edge_mask() if start is None else start.mask).clone()
-    search = _Search(experiment, mask, batch_size)
-    progress = experiment.ranks.watched(progress, alike=True)
-    total, seen = int(mask.sum()), 0
-    for r in reversed(range(graph.n_receivers)):
+    ranks, total = experiment.ranks, int(mask.sum())
+    what = {
+        "start": digest(mask),
+        "threshold": float(threshold),
+        "order": order if isinstance(order, str) else digest(order.scores),
+        "number of processes": ranks.size,
+    }
+    kept = Resume(resume, "acdc", lambda: what | experiment.identity(), ranks, 1)
+    check_batch_size(batch_size)
+    asked = batch_size if isinstance(batch_size, int) else None
+    size = kept.settle("batch size", asked, lambda: ranks.least(useful_size(experiment, batch_size)))
+    begun = ranks.first(kept.notes.get(0))
+    if begun is not None:
+        parts = [kept.found[0]["mask"].double()] if kept.found else [torch.zeros_like(mask).double()]
+        mask = ranks.sum(parts, 1).bool()
+    search = _Search(experiment, mask, size)
+    if begun is not None:
+        if kept.found:  # a metric of one's own is known by its values alone
+            check_metric(kept, experiment.metric_name, kept.found[0]["values"], search.each, model.dtype)
+        search.decided, search.evaluated, search.launches, search.guess = begun["counts"]
+    progress = ranks.watched(progress, alike=True)
+    seen, next_one = (0, graph.n_receivers) if begun is None else begun["at"]
+    if seen and progress is not None:
+        progress(seen, total)
+
+    def save() -> None:
+        counts = [search.decided, search.evaluated, search.launches, search.guess]
+        note = {"batch size": size, "at": [seen, next_one], "counts": counts}
+        if kept.mine:
+            kept.write(0, note, {"mask": mask, "values": search.each})
+
+    save()  # a folder that cannot be written to is refused before the work
+    for r in reversed(range(next_one)):
+        if r + 1 < next_one and (r + 1) % graph.receivers_per_layer == 0:  # a layer begins
+            search.run(mask)
+            next_one = r + 1
+            save()
         present: list[int] = mask[:, r].nonzero().squeeze(1).tolist()
         if not present:
             continue
@@ -105,6 +144,10 @@ def acdc(
         seen += len(senders)
         if progress is not None:
             progress(seen, total)
+    if next_one:
+        search.run(mask)
+        next_one = 0
+        save()
     meta = {
         **experiment.describe(),
         "method": {
@@ -130,6 +173,7 @@ def prune_sweep(
     *,
     score_thresholds: Sequence[float] | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> list[Circuit]:
     """EAP followed by ACDC: prune each start with each threshold, the starts outermost.
@@ -141,6 +185,7 @@ def prune_sweep(
         thresholds: of ACDC.
         score_thresholds: instead of sizes, the edges with |score| of at least each of these.
         progress: called with (edges decided, edges in all), over all searches.
+        resume: a folder, in which each search has one of its own.
 
     Returns:
         The circuits. `meta["method"]["start"]` says how each start was selected: "selection" is "top_n" with its "n",
@@ -155,7 +200,8 @@ def prune_sweep(
         raise ValueError("the starts are given by sizes or by score_thresholds: one of the two, got both or neither")
     check_scored(scores, model)
     starts = [scores.top_n(n) for n in sizes or ()] + [scores.threshold(t) for t in score_thresholds or ()]
-    total, before, found = len(thresholds) * sum(start.n_edges for start in starts), 0, []
+    total, before = len(thresholds) * sum(start.n_edges for start in starts), 0
+    found: list[Circuit] = []
 
     def of_all(seen: int, _: int) -> None:
         if progress is not None:
@@ -163,7 +209,9 @@ def prune_sweep(
 
     for start in starts:
         for threshold in thresholds:
-            found.append(acdc(model, task, metric, threshold=threshold, start=start, progress=of_all, **options))
+            own = None if resume is None else Path(resume) / f"search-{len(found)}"
+            how = {"threshold": threshold, "start": start, "progress": of_all, "resume": own, **options}
+            found.append(acdc(model, task, metric, **how))
             before += start.n_edges
     return found
 
@@ -195,11 +243,22 @@ class _Search:
         self.experiment, self.graph, self.mask = experiment, experiment.model.graph, mask
         self.coupled = experiment.model.config.heads_coupled
         self.decided, self.evaluated, self.launches, self.guess = 0, 0, 0, 4
+        self.states: list[_State] = []
+        self.recordings = list(record(experiment, batch_size))
+        each = torch.zeros(2, len(experiment), dtype=torch.float64, device="cpu")
+        for recording in self.recordings:
+            each[:, recording.reference.index.cpu()] = experiment.ends(recording.reference).cpu()
+        self.each = experiment.ranks.sum([each])
+        self.run(mask)
+
+    def run(self, mask: Tensor) -> None:
+        """Run a circuit from the beginning: from here on it is the current one."""
+        experiment, self.mask = self.experiment, mask
         embedding = self.graph.members([0])
         again = needed(self.graph, mask, coupled=self.coupled) & ~embedding
         self.states = []
         values = torch.zeros(3, dtype=torch.float64, device="cpu")
-        for recording in record(experiment, batch_size):
+        for recording in self.recordings:
             ablated = recording.ablated
             present = again
             if ablated.stages:

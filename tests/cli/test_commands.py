@@ -470,7 +470,7 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
     (["patch", "--per-position"], "--per-position goes with --nodes"),
     (["patch", "--resume", "result.json"], "--out would write a file where --resume keeps a folder, result.json"),
     (["patch", "--top-n", "5"], "--scores and --top-n go together"),
-    (["patch", "--nodes", "--resume", "f"], "--nodes patches every sender in one go: leave out --resume"),
+    (["patch", "--nodes", "--top-n", "3"], "--nodes patches every sender in one go: leave out --top-n"),
     (["patch", "--nodes", "--scores", "f", "--top-n", "5"], "leave out --scores, --top-n, for edges alone"),
     (["patch", "--nodes", "--circuit", "c.json"], "leave out --circuit"),
     (["patch", "--ablation", "noise"], "ablation must be one of corrupt, zero, mean"),

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 
+import kills
 import torch
 from everything import EVERYTHING
 from models import random_model, random_pairs
@@ -169,6 +170,11 @@ def begun(rank, size, folder):
 
 def gone_on(rank, size, folder):
     return work(folder / "parts")
+
+
+def killed_command(rank, size, folder):
+    """A small form of tests/execution/kills.py."""
+    return kills.try_all(2, folder / "commands", ("attribute",), after=0.5)["attribute"]
 
 
 def survivor(rank, size, folder):

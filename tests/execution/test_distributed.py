@@ -23,6 +23,7 @@ def told(tmp_path_factory):
     groups = [("sharing:everything", 2), ("sharing:faults", 3), ("sharing:killed", 3), ("sharing:lonely", 1)]
     groups += [
         ("sharing:devices", 2),
+        ("sharing:killed_command", 1),
         ("sharing:undisturbed", 4),
         ("sharing:begun", 4),
         ("sharing:gone_on", 2),
@@ -64,9 +65,7 @@ def test_the_others_end_soon_and_name_the_one_that_is_gone(told):
 
 def test_nobody_waits_for_ever_for_processes_that_do_not_come(told):
     (said,) = told["lonely"]
-    assert (
-        said.startswith("RuntimeError: no rendezvous of the 2 processes at 127.0.0.1:") and "rank 0 was there" in said
-    )
+    assert said.startswith("NotMet: no rendezvous of the 2 processes at 127.0.0.1:") and "rank 0 was there" in said
 
 
 def test_fewer_processes_go_on_to_the_same_bits(told):
@@ -80,6 +79,11 @@ def test_work_that_is_killed_at_any_moment_goes_on_to_the_same_bits(told):
     (found,) = told["survivor"]
     for name, (same, killed, left) in found.items():
         assert same and killed > 1 and left == 0, (name, same, killed, left)
+
+
+def test_a_command_whose_processes_are_killed_goes_on_to_the_same_bits(told):
+    (found,) = told["killed_command"]
+    assert found["killed"] == 2 and found["finished"] > 0 and "refused" not in found
 
 
 def test_torchrun_runs_a_command_and_one_process_prints_and_writes(tmp_path):
