@@ -6,7 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import agreement
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.memory import out_of_memory
 from eapcore.execution.origin import check_scores
 from eapcore.execution.progress import Progress
 from eapcore.graph.files import finite, replacing, write_json, write_text
@@ -83,7 +85,8 @@ def sweep(
     An entry that is done is read; one that was interrupted goes on where it was.
 
     Args:
-        entries: an iterable; each one's model is loaded when its turn comes, and let go behind it.
+        entries: an iterable; each one's model is loaded while the one before it is scored, if there is memory for both,
+            and let go behind its turn.
         folder: where the entries' folders go.
         shares: sizes of the circuits, as shares of all edges.
         progress: what is called for an entry, by name, with (pairs done, pairs in all).
@@ -96,29 +99,77 @@ def sweep(
     """
     found: list[tuple[str, EdgeScores, list[float]]] = []
     done = 0
-    for entry in entries:
-        named = re.fullmatch(r"[\w.+-]+", entry.name) and entry.name not in (".", "..")
-        if not named or entry.name in [other[0] for other in found]:
-            raise ValueError(f"an entry's name must be that of a folder of its own, got {entry.name!r}")
-        place = Path(folder) / entry.name
-        kept = _read(place, _asked(entry, shares))
-        done += kept is not None
+    turns = _turns(entries, Path(folder), shares)
+    here = next(turns, None)
+    while here is not None:
+        ahead = next(turns, None)
+        entry, done = here.entry, done + (here.kept is not None)
         try:
-            made = kept or _score(entry, place, shares, progress(entry.name), distributed, leads)
+            made = here.kept or _score(here, ahead, shares, progress(entry.name), distributed, leads)
         except (ValueError, OSError, RuntimeError) as error:
             if type(error) is not ValueError:
                 raise
             raise ValueError(f"{entry.name}: {error}") from error
         found.append((entry.name, *made))
+        here = ahead
     if not found:
         raise ValueError("a sweep needs at least one entry")
     return Sweep([_compared(found[0][1], each, shares) for each in found], done)
 
 
+class _Turn:
+    """An entry with its folder and what is there of it, and its model on its way."""
+
+    def __init__(self, entry: Entry, place: Path, kept: tuple[EdgeScores, list[float]] | None) -> None:
+        self.entry, self.place, self.kept = entry, place, kept
+        self.loaded: list[tuple[Model, Task]] = []
+        self.failed: list[BaseException] = []
+        self.thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Load beside what is under way; a process that ends does not wait for it."""
+        if self.kept is None:
+            self.thread = threading.Thread(target=self._load, daemon=True)
+            self.thread.start()
+
+    def _load(self) -> None:
+        try:
+            self.loaded.append(self.entry.load())
+        except BaseException as error:
+            self.failed.append(error)
+
+    def take(self) -> tuple[Model, Task]:
+        """The model and the task; where memory did not suffice for two models, they are loaded now."""
+        if self.thread is not None:
+            self.thread.join()
+        for error in self.failed:
+            if not (isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)):
+                raise error
+        return self.loaded.pop() if self.loaded else self.entry.load()
+
+
+def _turns(entries: Iterable[Entry], folder: Path, shares: Sequence[float]) -> Iterator[_Turn]:
+    """The entries one after the other, checked, with what is done of each."""
+    names: set[str] = set()
+    for entry in entries:
+        named = re.fullmatch(r"[\w.+-]+", entry.name) and entry.name not in (".", "..")
+        if not named or entry.name in names:
+            raise ValueError(f"an entry's name must be that of a folder of its own, got {entry.name!r}")
+        names.add(entry.name)
+        yield _Turn(entry, folder / entry.name, _read(folder / entry.name, _asked(entry, shares)))
+
+
 def _score(
-    entry: Entry, place: Path, shares: Sequence[float], progress: Progress | None, distributed: bool, leads: bool
+    turn: _Turn,
+    ahead: _Turn | None,
+    shares: Sequence[float],
+    progress: Progress | None,
+    distributed: bool,
+    leads: bool,
 ) -> tuple[EdgeScores, list[float]]:
-    model, task = entry.load()
+    entry, place, (model, task) = turn.entry, turn.place, turn.take()
+    if ahead is not None:
+        ahead.begin()
     options: dict[str, Any] = {**entry.options, "progress": progress, "distributed": distributed}
     options["resume"] = place / _KEPT
     scores = attribute(model, task, entry.metric, **options)

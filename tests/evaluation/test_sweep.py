@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +90,32 @@ def test_an_interrupted_sweep_goes_on_and_other_settings_are_refused(entries, tm
     refused("at least one entry", sweep, [], tmp_path)
     wrong = Entry("d", entries[0].load, "nll", {"method": "guess"})
     refused("d: method must be one of", sweep, [wrong], tmp_path)
+
+
+def test_the_next_model_is_loaded_while_this_one_runs_if_there_is_memory(entries, tmp_path):
+    (first, second, third), _ = entries
+    scoring, loads = threading.Event(), Counter()
+
+    def beside():
+        loads["second"] += 1
+        assert scoring.wait(60)  # the first is under way meanwhile
+        return second.load()
+
+    def no_room():
+        loads["third"] += 1
+        if loads["third"] == 1:
+            raise MemoryError
+        return third.load()
+
+    made = [first, replace(second, load=beside), replace(third, load=no_room)]
+    found = sweep(made, tmp_path, shares=SHARES, progress=lambda name: lambda done, total: scoring.set())
+    assert [entry.name for entry in found.entries] == ["a", "b", "c"] and loads == {"second": 1, "third": 2}
+
+    def damaged():
+        raise ValueError("no weights")
+
+    refused("^e: no weights", sweep, [replace(first, name="d"), replace(second, name="e", load=damaged)], tmp_path)
+    assert (tmp_path / "d" / "entry.json").exists()
 
 
 def test_the_command_reads_entries_from_a_file(tmp_path, monkeypatch, capsys):
