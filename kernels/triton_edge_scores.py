@@ -556,7 +556,9 @@ def partial_bytes(
     """The bytes of partial sums that `contract` allocates for packed operands [S, B, T, D] and [R, B, T, D]."""
     if 0 in (senders, receivers, batch, tokens, d_model):
         return 0
-    delta, grads = (torch.empty(n, batch, tokens, d_model, dtype=dtype, device="meta") for n in (senders, receivers))
+    # Shapes and strides alone: whoever counts memory would else count theirs.
+    one, strides = torch.empty(1, dtype=dtype, device="meta"), (batch * tokens * d_model, tokens * d_model, d_model, 1)
+    delta, grads = (one.as_strided((n, batch, tokens, d_model), strides) for n in (senders, receivers))
     work = layout(delta, grads, reduce, None)
     precision = common.check_precision(precision, dtype, on)
     return plan_of(work, masked, precision, on=on).partial_bytes(accumulate)

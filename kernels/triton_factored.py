@@ -15,7 +15,8 @@ A chunk whose workspaces stay in L2 (n·u ≤ L2/2) saves the second term and pa
 less only if the weights themselves are smaller than L2. So a small model takes chunks that stay in L2. For any other
 the workspaces go through memory either way, and n is taken so large that the weights cost little beside them: at
 n = 5·w/u they add a tenth. GPT-2 XL has u = 15.7 MB and w = 0.98 GB, so n = 313; a chunk in L2 would be one token, and
-would read a gigabyte of weights for it. A sixteenth of the device's memory bounds the workspaces.
+would read a gigabyte of weights for it. The workspaces are held to half of what the explicit buffer of all N tokens
+would take, as factors are for where that is too large, and to a sixteenth of the device's memory.
 
 Of the channels that have no edge in the mask nothing is made.
 
@@ -149,20 +150,22 @@ def _same_inner_strides(groups: Sequence[Tensor]) -> list[Tensor]:
 
 
 def choose_chunk(
-    senders: int, receivers: int, d_model: int, weight_bytes: int, element_size: int, on: common.Target
+    senders: int, receivers: int, d_model: int, weight_bytes: int, element_size: int, rows: int, on: common.Target
 ) -> int:
-    """Token rows a chunk, from the bytes that the module's header counts."""
+    """Token rows a chunk of so many, from the bytes that the module's header counts."""
     unit = (senders + receivers) * d_model * element_size
     wanted = on.l2_bytes // (2 * unit) if weight_bytes < on.l2_bytes else common.cdiv(5 * weight_bytes, unit)
-    return max(1, min(max(wanted, 16), on.memory_bytes // 16 // unit))
+    wanted = max(min(max(wanted, 16), rows * senders // (2 * (senders + receivers))), 2)
+    return max(1, min(wanted, on.memory_bytes // 16 // unit))
 
 
 def fast_chunk(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
     """`choose_chunk` for a model on a device."""
     weight_bytes = sizes.layers * (sizes.channels + sizes.heads) * sizes.d_model * sizes.d_head * dtype.itemsize
     return choose_chunk(
-        sizes.all_senders, sizes.all_receivers, sizes.d_model, weight_bytes, dtype.itemsize, common.target(device)
-    )
+        sizes.all_senders, sizes.all_receivers, sizes.d_model, weight_bytes, dtype.itemsize,
+        sizes.batch * sizes.tokens, common.target(device),
+    )  # fmt: skip
 
 
 def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[tuple[slice, slice]]:

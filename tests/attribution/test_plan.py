@@ -371,3 +371,24 @@ def test_the_resident_memory_of_a_batch_is_within_a_tenth_of_the_plan():
         assert used - planned <= 0.1 * used + NOISE
         # A thread that comes too late for any of the work touches nothing of its own part.
         assert alone - used <= 0.1 * used + NOISE
+
+
+@pytest.mark.parametrize(
+    "sizes", [(12, 12, 768, 64, 3072), (6, 25, 1600, 64, 6400), (4, 40, 5120, 128, 20480)], ids=["small", "XL", "13B"]
+)
+def test_on_a_gpu_factors_take_less_memory_than_the_explicit_buffer(sizes, monkeypatch):
+    common = pytest.importorskip("eapcore.kernels.triton_common")
+    monkeypatch.setattr(common, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # planned for an H100
+    monkeypatch.setattr(kernels, "_resolve", lambda *given: "triton")
+    config = ModelConfig(*sizes, 3, 1024, "gelu_new", sizes[3] ** 0.5)
+    plan = Plan(config, torch.bfloat16, torch.device("cuda"))
+    for batch, tokens in ((1, 20), (32, 20), (1, 256)):
+        assert plan.factored(batch, tokens) <= plan.dense(batch, tokens)
+    # The buffer, as many receivers at once, what is kept of the clean run and the contraction's partial sums: no more.
+    senders, rows, width = config.graph.n_senders, 32 * 20, sizes[2]
+    everywhere, kept = (
+        senders * rows * width * 2,
+        sizes[0] * rows * (3 * sizes[1] * sizes[3] + sizes[4] + 8 * width) * 2,
+    )
+    assert plan.dense(32, 20) <= 2 * everywhere + 1.5 * kept + (1 << 29)

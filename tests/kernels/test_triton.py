@@ -568,11 +568,16 @@ def test_every_token_is_in_one_chunk():
 
 def test_chunks_fit_the_cache_or_the_memory():
     # Four layers of d_model 512: 8 MB of weights, so the working set stays in L2.
-    small = factored.choose_chunk(33, 97, 512, 8 << 20, 2, HOPPER)
+    many = 1 << 20
+    small = factored.choose_chunk(33, 97, 512, 8 << 20, 2, many, HOPPER)
     assert small * 130 * 512 * 2 <= HOPPER.l2_bytes // 2
     # XL: a gigabyte of weights is read for 313 tokens at a time.
-    assert factored.choose_chunk(1249, 3649, 1600, 4 * 48 * 1600 * 1600 * 2, 2, HOPPER) == 314
-    assert factored.choose_chunk(1641, 4841, 5120, 4 * 40 * 5120 * 5120 * 2, 2, HOPPER) * 66e6 < 141e9 / 15
+    xl = 1249, 3649, 1600, 4 * 48 * 1600 * 1600 * 2, 2
+    assert factored.choose_chunk(*xl, many, HOPPER) == 314
+    assert factored.choose_chunk(1641, 4841, 5120, 4 * 40 * 5120 * 5120 * 2, 2, many, HOPPER) * 66e6 < 141e9 / 15
+    # Of a batch that is not large, half of what the explicit buffer would take.
+    assert factored.choose_chunk(*xl, 640, HOPPER) * (1249 + 3649) <= 640 * 1249 / 2
+    assert factored.choose_chunk(*xl, 1, HOPPER) == 2
 
 
 # The public ops
