@@ -6,6 +6,7 @@
     python bench/bench_pipeline.py --only memory   as planned and as resident, a billion parameters (pipeline/memory.py)
     python bench/bench_pipeline.py --device cuda   on a GPU instead (pipeline/gpu.py; gpu.sh asks a GPU everything)
     python bench/bench_pipeline.py --plan          what batches ask of a GPU, counted without one (pipeline/launches.py)
+    python bench/bench_pipeline.py --first         what a first batch compiles for a GPU (pipeline/first_batch.py)
     python bench/bench_pipeline.py --quick         small models, to see that everything runs
 
 Runs from the source tree, installed or not. The floor: two forwards and one activation-only backward of the same frozen
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--part", default="", help="with --device cuda, only the parts whose name contains this")
     parser.add_argument("--plan", action="store_true", help="count a batch's kernels, bytes and operations on a GPU")
+    parser.add_argument("--first", action="store_true", help="compile what a first batch on a GPU takes")
     parser.add_argument("--only", choices=["cases", "scaling", "memory"], help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of runs, at most (default: 7)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this, and no scaling")
@@ -185,6 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
         from pipeline import launches
 
         print(launches.table())
+        return 0
+    if args.first:
+        from pipeline import first_batch
+
+        print(first_batch.table())
         return 0
     if args.device == "cuda":
         from pipeline import gpu

@@ -30,6 +30,9 @@ from . import triton_common as common
 from .causal import Causal, grads_in
 from .triton_steps import rounded
 
+# Sizes that change from batch to batch and no address's alignment follows from: a kernel for each would be compiled.
+SIZES = ["H", "group", "Q", "N", "before", "apart"]
+
 
 @triton.jit
 def pattern_scores(
@@ -100,7 +103,7 @@ def mixtures(
     return mixed / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_rows(
     q, k, v, z, read,
     H, group, Q, N, K, before, scale, window, softcap, apart,
@@ -137,7 +140,7 @@ def attend_rows(
         tl.store(at, rounded(moved - made, ROUND).to(z.dtype.element_ty), mask=inside_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_grads(
     q, k, v, dz, dq, sums, products, read,
     H, group, Q, N, K, before, scale, window, softcap,
@@ -195,7 +198,7 @@ def query_grads(
     tl.store(at, rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_grads(
     q, k, v, dz, dk, dv, sums, products, read,
     H, group, Q, N, K, before, scale, window, softcap,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 _log = logging.getLogger("eapcore")
@@ -104,11 +105,29 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta:
     if interpreted():
         kernel[(programs,)](*args, **meta)
         return
+    tell_when_compiling()
     with torch.cuda.device(device):  # Triton launches on the current device, whichever tensors it is given
         if _compiling.watched > 0:
             _compiling(lambda: kernel[(programs,)](*args, **meta))
         else:
             kernel[(programs,)](*args, **meta)
+
+
+@functools.cache
+def tell_when_compiling() -> None:
+    """From here on the first of this package's kernels that Triton compiles, and does not find compiled, is logged."""
+    told, others = False, triton.knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **more: Any) -> None:
+        nonlocal told
+        if others is not None:
+            others(src=src, cache_hit=cache_hit, **more)
+        own = str(getattr(src.fn, "module", "")).startswith(f"{__package__}.")
+        if own and not cache_hit and not told:
+            told = True
+            _log.info("compiling the GPU's kernels, once for this machine: about ten seconds")
+
+    triton.knobs.compilation.listener = listen
 
 
 def check_precision(precision: str, dtype: torch.dtype, on: Target) -> str:

@@ -123,6 +123,10 @@ SUM_PAIRS = 128
 SUM_SPLITS = 32
 ZERO_PAIRS = 1024
 
+# Sizes that change from batch to batch and from layer to layer, and where a mask lies, which is read a byte at a time:
+# alignment gains nothing there, and a kernel for each would be compiled.
+SIZES = ["S", "R", "G", "N", "T", "splits", "mask", "stride_ms", "pairs"]
+
 
 @triton.jit
 def load_tile(
@@ -157,7 +161,7 @@ def has_edge(
     return tl.max(found.to(tl.int32)) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def partial_scores(
     delta, grads, out, mask, rows, counts,
     S, R, G, N, K, T, splits,
@@ -230,7 +234,7 @@ def partial_scores(
             tl.store(at, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_splits(
     partial, out, mask,
     S, R, G, splits, tile_s, tile_r, stride_ms, stride_mr,
@@ -263,7 +267,7 @@ def sum_splits(
     tl.store(at, tl.where(edges, score, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def zero_non_edges(out, mask, S, R, pairs, stride_ms, stride_mr, BLOCK: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs

@@ -65,7 +65,7 @@ NARROW = Config(64, 32, 32, 8, 2)
 HALVES = Config(64, 32, 16, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "steps", "stride_rb"])
 def channel_grads(
     g, act, weight, x_hat, rstd, gamma, w_gamma, offset, out, table, wanted,
     N, T, D, K, steps, share,

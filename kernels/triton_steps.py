@@ -178,7 +178,7 @@ def gated_grads(
     tl.store(of_up + at, rounded(g * made, ROUND).to(of_up.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "before", "sign"])
 def turn_rows(
     x, frequencies, read, out,
     T, C, K, half, before, sign,
@@ -222,7 +222,7 @@ def turn_rows(
         tl.store(to + second[None, :], rounded(b * cos + a * sin, ROUND).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_moved", "count"])
 def sum_rows(
     x, sent, difference, bias, out, kept, gamma, beta, n, mean, rstd,
     D, first_moved, count, eps,

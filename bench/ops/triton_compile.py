@@ -78,7 +78,7 @@ class Row:
     seconds: float
 
 
-def _driver(machine: Machine) -> Any:
+def driver(machine: Machine) -> Any:
     """A driver that is active and names the target; nothing is ever loaded or launched through it."""
     import torch
     from triton.backends.compiler import GPUTarget
@@ -423,7 +423,7 @@ def compile_target(name: str, batch: bool = False) -> list[Row]:
     from eapcore.kernels import triton_common
 
     machine = MACHINES[name]
-    triton.runtime.driver.set_active(_driver(machine))
+    triton.runtime.driver.set_active(driver(machine))
     arch = machine.arch if isinstance(machine.arch, int) else 0
     on = triton_common.Target(machine.backend, arch, machine.processors, machine.l2_bytes, machine.memory_bytes)
     rows: list[Row] = []

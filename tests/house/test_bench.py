@@ -32,7 +32,7 @@ from ops import checks as op_checks
 from ops import work as op_work
 from peers import hooked, published
 from peers.plain import plain_forward
-from pipeline import gpu, launches, scaling
+from pipeline import first_batch, gpu, launches, scaling
 from pipeline import work as pipeline_work
 
 # What pytest-benchmark times, Triton where it does not interpret.
@@ -259,6 +259,13 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     llama = launches.works()["Llama-3.1-8B, B=32"]
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
     assert (long - short) / 6 <= 34  # a layer's own; what a batch asks for once comes to 3 of each of its 32
+
+
+def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
+    pytest.importorskip("triton")
+    found = first_batch.in_child("GPT-2 small, bfloat16, eap", "standardise_rows")
+    assert found.batches[0] <= 20 and found.batches[-1] <= 21, found
+    assert found.logged.count("compiling the GPU's kernels") == 1
 
 
 def test_what_an_operation_moves_is_counted():
