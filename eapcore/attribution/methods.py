@@ -327,8 +327,7 @@ def recipe(
             "the keys and values of an exact edge change together at all positions, so with reduce='position' exact "
             f"must be some of logits, mlp and q, got {', '.join(kinds)}"
         )
-    if level == "neuron" and ablation == "optimal":
-        raise ValueError("constants are optimal for what is sent, not for hidden units: level must not be 'neuron'")
+    check_ablation(level, ablation)
     if level == "neuron" and (qk == "exact" or kinds):
         raise ValueError(
             f"exact patterns and exact edges are of all that a sender sends, so level must be 'edge' or 'node' with "
@@ -371,6 +370,12 @@ def recipe(
         described["normalised"] = preset.pruning == "normalised"
     absolute, exact = preset.dropped or bool(preset.pruning), exact_receivers(graph, kinds)
     return Recipe(tuple(passes), described, absolute, sign, exact, preset.pruning, preset.dropped)
+
+
+def check_ablation(level: str, ablation: str) -> None:
+    """ValueError for an ablation that does not suit a level, before it is made."""
+    if level == "neuron" and ablation == "optimal":
+        raise ValueError("constants are optimal for what is sent, not for hidden units: level must not be 'neuron'")
 
 
 def _check_pruning(method: str, level: str, ablation: str, by_edge: bool) -> None:

@@ -33,7 +33,7 @@ from eapcore.attribution.plan import Plan
 from eapcore.attribution.pruning import EndStore
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Sums
-from eapcore.execution.ablation import Ablation
+from eapcore.execution.ablation import FROM_REFERENCE, Ablation
 from eapcore.execution.batch import Batch
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task, result_dtype
@@ -72,6 +72,8 @@ def attention_edges(
 ) -> AttentionScores:
     """Score each head's attention from every source position to every target, for its query, its key and its value.
 
+    The result takes 3·L·H·T² numbers.
+
     Args:
         model, task, metric, ablation, reference, batch_size: as `attribute`; with "peap" the ablation is "corrupt" or
             "zero".
@@ -86,13 +88,13 @@ def attention_edges(
         ValueError: an unknown method; as `attribute`.
     """
     one_of("method", method, METHODS)
-    experiment = Experiment.of(model, task, metric, ablation, reference)
-    kind = experiment.ablation.name
-    if method == "peap" and kind not in ("corrupt", "zero"):
+    kind = ablation.name if isinstance(ablation, Ablation) else ablation
+    if method == "peap" and kind in FROM_REFERENCE:
         raise ValueError(
             "of queries, keys and values no mean is taken: with peap ablation must be 'corrupt' or 'zero', got "
             f"{kind!r}"
         )
+    experiment = Experiment.of(model, task, metric, ablation, reference)
     model, pairs = experiment.model, experiment.pairs
     tokens, config = int(pairs.positions.max()) + 1, model.config
     shape = (config.n_layers, config.n_heads, tokens, tokens)

@@ -73,6 +73,7 @@ def add(command: Command) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score, write, and print what was asked for."""
+    from eapcore.attribution.methods import check_ablation
     from eapcore.graph.scores import EdgeScores
     from eapcore.tasks import PromptPairs
 
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     model, pairs, metric = prepare_large(args)
     if args.level != "attention":
         check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
+    check_ablation(args.level, args.ablation)
     ablation = find_ablation(args, model, pairs)
     start = time.perf_counter()
     if args.level == "attention":

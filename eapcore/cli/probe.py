@@ -29,11 +29,12 @@ def add(command: Command) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, write the scores, and print what was kept."""
-    from eapcore.search.subnetwork_probing import subnetwork_probing
+    from eapcore.search.subnetwork_probing import check_options, subnetwork_probing
 
     check_out(args)
-    model, pairs, metric = prepare(args)
     options = {name: value for name in ("penalty", "steps", "rate") if (value := getattr(args, name)) is not None}
+    check_options(level=args.level, seed=args.seed, ablation=args.ablation, **options)
+    model, pairs, metric = prepare(args)
     options |= {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
     start = time.perf_counter()
     with Progress("training", None, "step × pair") as progress:

@@ -21,6 +21,7 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
+from eapcore.kernels.checks import short_repr
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
@@ -230,8 +231,9 @@ def _of_flow(method: str, **options: Any) -> dict[str, Any]:
     plain = {"level": "edge", "reference": None, "storage": "auto", "impl": "auto", "graphs": "auto"}
     taken = ("task", "metric", "reduce", "batch_size", "progress")
     ablation = options.pop("ablation", "corrupt")
-    if "corrupt" not in (ablation, getattr(ablation, "name", None)):
-        raise ValueError(f"{method} ablates nothing: leave the ablation at 'corrupt', got {ablation!r}")
+    kind = ablation.name if isinstance(ablation, Ablation) else ablation
+    if kind != "corrupt":
+        raise ValueError(f"{method} ablates nothing: leave the ablation at 'corrupt', got {short_repr(kind)}")
     for option, value in options.items():
         if option not in taken and value not in (None, False, "auto", plain.get(option)):
             raise ValueError(f"{method} looks at a forward of the clean prompts alone and takes no {option}: {value!r}")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.attribution.pruning import deciding_end
-from eapcore.execution.ablation import Ablation
+from eapcore.execution.ablation import FROM_REFERENCE, Ablation
 from eapcore.execution.adam import Adam
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task, result_dtype
@@ -98,21 +98,12 @@ def subnetwork_probing(
     Raises:
         ValueError: a penalty, number of steps, rate or level that is none; prompts or a metric that do not fit.
     """
-    one_of("level", level, ("edge", "node"))
-    for name, value, least in (("penalty", penalty, 0.0), ("rate", rate, 0.0)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not least <= value < math.inf or (name == "rate" and value == 0):
-            raise ValueError(f"{name} must be a number {'above' if name == 'rate' else 'of at least'} 0, got {value!r}")
-    for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_options(
+        level=level, penalty=penalty, steps=steps, rate=rate, seed=seed,
+        ablation=ablation.name if isinstance(ablation, Ablation) else ablation,
+    )  # fmt: skip
     experiment = Experiment.of(model, task, metric, ablation, reference)
-    model, graph, kind = experiment.model, model.graph, experiment.ablation.name
-    if level == "node" and kind not in ("corrupt", "zero"):
-        raise ValueError(
-            f"masks of nodes are on q, k and v too, of which no mean is taken: ablation must be 'corrupt' or 'zero', "
-            f"got {kind!r}"
-        )
+    model, graph = experiment.model, model.graph
     masks = _Masks.of(graph, level, seed)
     adam = Adam(masks.log_alpha, rate)
     recordings = Recordings(experiment, batch_size)
@@ -158,6 +149,31 @@ def subnetwork_probing(
         "metric": {"name": experiment.metric_name, "clean": clean, "corrupt": corrupt, "masked": value},
     }
     return EdgeScores(scores.to(result_dtype(model.dtype)), graph, meta)
+
+
+def check_options(
+    *,
+    level: str = "edge",
+    penalty: float = PENALTY,
+    steps: int = STEPS,
+    rate: float = RATE,
+    seed: int = 0,
+    ablation: str = "corrupt",
+) -> None:
+    """ValueError for options that `subnetwork_probing` does not take; ablation: its name."""
+    one_of("level", level, ("edge", "node"))
+    for name, value in (("penalty", penalty), ("rate", rate)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or (name == "rate" and value == 0):
+            raise ValueError(f"{name} must be a number {'above' if name == 'rate' else 'of at least'} 0, got {value!r}")
+    for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if level == "node" and ablation in FROM_REFERENCE:
+        raise ValueError(
+            "masks of nodes are on q, k and v too, of which no mean is taken: ablation must be 'corrupt' or 'zero', "
+            f"got {ablation!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
