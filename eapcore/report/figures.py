@@ -42,8 +42,10 @@ _TITLES = {
     "roc": "ROC: true against false positive rate",
     "exact": "Exact effect against first-order score",
     "positions": "Sums of scores by layer and position",
+    "subnetwork": "The subnetwork in circuit.json, at most its 300 largest edges",
 }
 DRAWN = 60  # edges of a circuit's picture where nobody says how many
+SUBNETWORK = 300  # at most, of a reproduction's subnetwork
 
 
 def write_figures(runs: Sequence[Run], folder: str | Path) -> list[str]:
@@ -115,6 +117,9 @@ def _pictures(run: Run) -> dict[str, Picture]:
         pictures["exact"] = ((4.6, 4.2), lambda axes: _exact(axes, found["exact"], found["agreement"], scores))
     if found["positions"]:
         pictures["positions"] = ((6.4, 4.0), lambda axes: _positions(axes, found["positions"], scores))
+    if run.reproduction is not None and run.circuit is not None:
+        held = scores.top_n(min(run.circuit.n_edges, SUBNETWORK))  # its edges are those above a threshold
+        pictures["subnetwork"] = (circuit_size(scores), lambda axes: plot(scores, circuit=held, axes=axes))
     titled = {name: ((w, h + 0.3), _titled(draw, _TITLES[name], run)) for name, ((w, h), draw) in pictures.items()}
     return titled | of_reproduction(run)
 

@@ -325,7 +325,7 @@ def test_a_reproduction_is_shown_beside_the_paper_with_its_pictures(folder, tmp_
     assert "AUC 0.7654 (trapezoid), 30 true of 262 edges" in [roc["name"] for roc in parts(run)["rocs"]]
     assert set(run.missing) == set() and "run" not in Run(run.scores, reproduction=content).missing
     names = set(figures._pictures(run))
-    assert {"scores-by-circuit", "roles", "interpolation", "youden"} <= names
+    assert {"scores-by-circuit", "roles", "interpolation", "youden", "subnetwork"} <= names
     for part in ("judged", "curves", "searches"):
         (tmp_path / "reproduction.json").write_text(json.dumps({**content, part: 5}))
         with pytest.raises(ValueError, match=r"reproduction\.json of .* is not as eapcore writes it"):
