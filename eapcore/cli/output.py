@@ -175,6 +175,8 @@ class Progress:
 
     def show(self, done: int, total: int) -> None:
         self.bar.total = total
+        if not self.bar.disable and (ranks := _apart()) is not None:
+            self.bar.set_postfix_str(f"by rank {', '.join(map(str, ranks))}", refresh=False)
         self.bar.update(done - self.bar.n)
         if self.json:
             self._log(done, total)
@@ -191,12 +193,23 @@ class Progress:
         seconds = now - self.began
         rate = (done - self.first) / seconds if seconds > 0 and done > self.first else None
         left = None if rate is None else round((total - done) / rate, 1)
-        fields = {"done": done, "total": total, "unit": self.unit, "rate": rate and round(rate, 3), "left": left}
+        fields: dict[str, Any] = {"done": done, "total": total, "unit": self.unit, "left": left}
+        fields["rate"] = rate and round(rate, 3)
+        if (ranks := _apart()) is not None:
+            fields["ranks"] = ranks
         log_event("progress", what=self.text, **fields)
 
     def __exit__(self, *args: object) -> None:
         STOP.at_work -= 1
         self.bar.close()
+
+
+def _apart() -> list[int] | None:
+    """What each of several processes has done, where they differ much."""
+    from eapcore.execution.distributed import link_now
+
+    link = link_now()
+    return None if link is None else link.apart()
 
 
 class Stages:

@@ -253,6 +253,7 @@ class Link:
     lost_in: int | None = None
     stop: Callable[[], None] = lambda: None  # raises where a caller wants this process to end
     stage: int = 0
+    began: float = 0.0
     done: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -386,9 +387,16 @@ class Link:
             if progress is not None:
                 progress(done if alike else min(total, sum(self.done.values())), total)
 
-        self.stage += 1
+        self.stage, self.began = self.stage + 1, time.monotonic()
         self.done = {self.rank: 0}
         return report
+
+    def apart(self) -> list[int] | None:
+        """By rank what is done of the work under way, where the least is under three quarters of the most, and it is no
+        matter of who was heard of last."""
+        done = [self.done.get(rank, 0) for rank in range(self.size)]
+        much = 4 * min(done) < 3 * max(done) and time.monotonic() - self.began > 10 * BEAT
+        return done if much else None
 
     def check(self) -> None:
         """Lost where another process failed, and this one did not in the same way."""

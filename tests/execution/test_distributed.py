@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -12,6 +14,8 @@ import torch
 from models import ROOT
 
 from eapcore.attribution.attribute import attribute
+from eapcore.cli.output import Progress
+from eapcore.execution.distributed import Link
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
 from eapcore.tasks import find_pairs
@@ -84,6 +88,20 @@ def test_work_that_is_killed_at_any_moment_goes_on_to_the_same_bits(told):
 def test_a_command_whose_processes_are_killed_goes_on_to_the_same_bits(told):
     (found,) = told["killed_command"]
     assert found["killed"] == 2 and found["finished"] > 0 and "refused" not in found
+
+
+def test_progress_shows_each_process_where_they_differ_much(monkeypatch, capsys):
+    link = SimpleNamespace(size=3, began=-1e9)
+    link.apart = lambda: Link.apart(link)
+    monkeypatch.setattr("eapcore.execution.distributed.link_now", lambda: link)
+    monkeypatch.setattr("eapcore.cli.output.logged_as_json", lambda: True)
+    said = []
+    for done in ({0: 9, 1: 3}, {0: 9, 1: 8, 2: 9}):
+        link.done = done
+        with Progress("scoring", 30) as show:
+            show(sum(done.values()), 30)
+        said.append(json.loads(capsys.readouterr().err))
+    assert said[0]["ranks"] == [9, 3, 0] and said[0]["done"] == 12 and "ranks" not in said[1]
 
 
 def test_torchrun_runs_a_command_and_one_process_prints_and_writes(tmp_path):
