@@ -29,6 +29,7 @@ from eapcore.report.draw import (
 )
 from eapcore.report.layout import layout
 from eapcore.report.page import histogram, of_reproduction, parts, unit
+from eapcore.report.reproduction import TITLES
 from eapcore.report.run_folder import Run
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _TITLES = {
     "exact": "Exact effect against first-order score",
     "positions": "Sums of scores by layer and position",
     "subnetwork": "The subnetwork in circuit.json, at most its 300 largest edges",
+    **TITLES,
 }
 DRAWN = 60  # edges of a circuit's picture where nobody says how many
 SUBNETWORK = 300  # at most, of a reproduction's subnetwork
@@ -120,8 +122,8 @@ def _pictures(run: Run) -> dict[str, Picture]:
     if run.reproduction is not None and run.circuit is not None:
         held = scores.top_n(min(run.circuit.n_edges, SUBNETWORK))  # its edges are those above a threshold
         pictures["subnetwork"] = (circuit_size(scores), lambda axes: plot(scores, circuit=held, axes=axes))
-    titled = {name: ((w, h + 0.3), _titled(draw, _TITLES[name], run)) for name, ((w, h), draw) in pictures.items()}
-    return titled | of_reproduction(run)
+    pictures |= of_reproduction(run)
+    return {name: ((w, h + 0.3), _titled(draw, _TITLES[name], run)) for name, ((w, h), draw) in pictures.items()}
 
 
 def _titled(draw: Callable[[Axes], object], title: str, run: Run) -> Callable[[Axes], object]:

@@ -14,7 +14,7 @@ from eapcore.report.draw import COLOURS, INK, NEGATIVE, POSITIVE, QUIET, Picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TITLES = {
+TITLES = {
     "scores-by-circuit": "How many edges have which score, in and out of the published circuit",
     "roles": "Scores of the circuit's edges by what their sender does",
     "interpolation": "Edges on their way from clean to corrupt: exact (line) and first order (dashes)",
@@ -41,7 +41,7 @@ def reproduced(content: Content) -> dict[str, Picture]:
 def shown(content: Content) -> dict[str, Any]:
     """What a page shows of a reproduction: tables of text, pictures as SVG in base64, and what was left out."""
     pictures = [
-        {"title": _TITLES[name], "svg": base64.b64encode(svg).decode("ascii")}
+        {"title": TITLES[name], "svg": base64.b64encode(svg).decode("ascii")}
         for name, (size, draw) in reproduced(content).items()
         for _, svg in drawn(size, draw, ("svg",))
     ]
@@ -170,8 +170,8 @@ def _youden(axes: Axes, rows: Sequence[Content]) -> None:
         values[at, 0] = row["start_j"]
         values[at, 1 + thresholds.index(row["threshold"])] = row["j"]
     grid(axes, values, "threshold of ACDC", "start", "Youden's J")
-    axes.set_xticks(range(1 + len(thresholds)), ["none: EAP", *(f"{t:g}" for t in thresholds)])
-    axes.set_yticks(range(len(starts)), starts)
+    axes.set_xticks(range(1 + len(thresholds)), ["EAP\nalone", *(f"{t:g}" for t in thresholds)], fontsize=7)
+    axes.set_yticks(range(len(starts)), starts, fontsize=7)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if math.isfinite(value):
