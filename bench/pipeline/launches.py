@@ -10,18 +10,21 @@ launch is theirs to say. A kernel takes
 
 with the rates that one H200 gave on 2026-11-27 (torch 2.11.0, triton 3.6.0): copies 4,270 GB/s, torch's matrix products
 784 TFLOP/s in half precision and 51 in float32. Parts that stayed below both have their own rate, as measured there on
-commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster.
+commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster. Behind the batches stands what the host
+takes on this machine where nothing is launched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import eapcore.kernels as kernels
 import torch
 import torch.nn.functional as F
 from eapcore.kernels import attention, steps
@@ -31,10 +34,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eapcore.attribution import dense
-from eapcore.attribution.plan import Plan, run_dry
-from eapcore.models import paired
+from eapcore.attribution.plan import ONE_GRADIENT, Plan, run_dry
+from eapcore.attribution.score_batch import score_batch
+from eapcore.execution.batch import Batch
+from eapcore.execution.limits import limits
+from eapcore.models import attention as of_attention
+from eapcore.models import matmul, paired
+from eapcore.tasks.metrics import METRICS
 from pipeline.gpu import B13, LLAMA8, XL
-from pipeline.work import SMALL, Work
+from pipeline.work import SMALL, Work, in_turns
 
 COPY = 4.27e12  # bytes a second
 HALF, SINGLE = 784e12, 51e12  # operations a second
@@ -189,6 +197,41 @@ def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool 
     return count
 
 
+def host_ms(layers: int, *, fused: bool = True, repeats: int = 5) -> float:
+    """CPU milliseconds that the host takes for a batch of a small model of GPT-2's architecture, where nothing is
+    launched: torch's operations run on a few numbers, and the package's kernels not at all.
+
+    fused: as in `count_batch`.
+    """
+    from eapcore.kernels import triton_common
+
+    from eapcore.attribution.sums import Sums
+
+    work = Work(layers, 4, 32, 31, B=1, T=3)
+    model, pairs = work.model(), work.pairs()
+    batch = Batch.of(pairs, [0], torch.device("cpu"), shared=False)
+    passes = ONE_GRADIENT
+    with contextlib.ExitStack() as how:
+        patch = lambda place, name, value: how.enter_context(mock.patch.object(place, name, value))  # noqa: E731
+        for module in (steps, attention, paired, of_attention, matmul):
+            patch(module, "takes_triton", lambda impl, x: fused and x.dtype == torch.float32)
+        patch(attention, "fits", lambda q: True)
+        patch(kernels, "_resolve", lambda *given: "triton")
+        patch(triton_common, "target", lambda device: triton_common.ELSEWHERE)
+        patch(triton_common, "launch", lambda *given, **meta: None)
+        patch(triton_common, "interpreted", lambda: False)
+        if fused:
+            patch(dense, "limits", lambda device: limits("cuda"))
+        memory = dense.DenseStore.room(model, batch)
+
+        def run() -> None:
+            sums = Sums({"scores": (model.graph.n_senders, model.graph.n_receivers)}, batch, "all", "auto")
+            store = dense.DenseStore(model, batch, memory)
+            score_batch(model, batch, METRICS["logit_diff"], store, sums, passes, [1])
+
+        return statistics.median(in_turns([run], repeats)[0]) * 1e3
+
+
 # Milliseconds of the device on one H200, 2026-11-27, commit 2b62621, by kernel and part; what took less than 1 % of a
 # batch was not listed there.
 PROFILES = {
@@ -224,4 +267,7 @@ def table() -> str:
                 cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
                 lines.append(f"    {part:32}{cells}{format(measured[part], '10.2f') if part in measured else ''}")
             lines.append(f"    kernels a layer: {count.total.kernels / work.L:.0f}")
+    for fused, when in ((True, "as it runs"), (False, "step by step")):
+        found = [host_ms(layers, fused=fused) for layers in (12, 48)]
+        lines.append(f"host, nothing launched, {when}: {found[0]:.1f} ms a batch of 12 layers, {found[1]:.1f} of 48")
     return "\n".join(lines)

@@ -259,6 +259,7 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     llama = launches.works()["Llama-3.1-8B, B=32"]
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
     assert (long - short) / 6 <= 34  # a layer's own; what a batch asks for once comes to 3 of each of its 32
+    assert all(launches.host_ms(1, fused=fused, repeats=1) > 0 for fused in (True, False))
 
 
 def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
