@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,24 +77,6 @@ def target(device: torch.device) -> Target:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-class _Compiling:
-    """Says once that kernels are being compiled, where one of a process's first launches takes as long as that."""
-
-    watched = 64  # launches: more than the first batch has kinds of
-    seconds = 0.1  # which no launch alone takes
-
-    def __call__(self, launched: Callable[[], None]) -> None:
-        began = time.perf_counter()
-        launched()
-        self.watched -= 1
-        if time.perf_counter() - began > self.seconds:
-            self.watched = 0
-            _log.info("compiling the kernels that this GPU needs: some seconds once, then they are in Triton's cache")
-
-
-_compiling = _Compiling()
-
-
 def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
     """Run `programs` instances of a kernel on a device; every launch of this package goes through here.
 
@@ -107,10 +87,7 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta:
         return
     tell_when_compiling()
     with torch.cuda.device(device):  # Triton launches on the current device, whichever tensors it is given
-        if _compiling.watched > 0:
-            _compiling(lambda: kernel[(programs,)](*args, **meta))
-        else:
-            kernel[(programs,)](*args, **meta)
+        kernel[(programs,)](*args, **meta)
 
 
 @functools.cache

@@ -3,7 +3,6 @@
     python bench/ops/triton_compile.py                      the table, all targets
     python bench/ops/triton_compile.py --target sm_90       one target
     python bench/ops/triton_compile.py --json               one JSON object a line
-    python bench/ops/triton_compile.py --batch              what the first batch of GPT-2 small compiles, in bfloat16
 
 The launchers of eapcore.kernels run on meta tensors of real sizes, with the device's description replaced and every
 launch turned into a compilation: what is compiled is what would be launched, specialisation included. Each target has a
@@ -353,41 +352,6 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
     return calls
 
 
-def _batch_call() -> tuple[str, str, Any]:
-    """A dense batch of GPT-2 small, B=256 and T=20, in bfloat16, of which every kernel is launched."""
-    import torch
-    from eapcore.kernels import attention, dry_run, steps
-
-    from eapcore import kernels
-    from eapcore.attribution import dense
-    from eapcore.attribution.plan import Plan, run_dry
-    from eapcore.models import attention as of_models
-    from eapcore.models import matmul, paired
-
-    sys.path.insert(0, str(ROOT / "bench"))
-    from pipeline.work import SMALL
-
-    work = dataclasses.replace(SMALL, B=256)
-    model = work.without_memory(torch.bfloat16)
-    for module in (steps, attention, paired, matmul, of_models):
-        module.takes_triton = lambda impl, x: x.dtype != torch.float64
-    kernels._resolve = lambda op, impl, device, dtype: "triton"
-    run = dry_run.dry_run
-
-    @contextlib.contextmanager
-    def launched(*given: Any) -> Any:
-        with run(*given):
-            dry_run.active.set(None)  # the ops do as they do on a device
-            yield
-
-    import eapcore.attribution.plan as plans
-
-    plans.dry_run = launched
-    dense.limits = lambda device: plans.limits("cuda")
-    how = Plan(model.config, torch.bfloat16, torch.device("cuda"))
-    return "the first batch", "", lambda: run_dry(how, model, work.B, work.T, "dense", 1, contextlib.nullcontext())
-
-
 class _Read(Exception):
     """The front end is done with a kernel."""
 
@@ -414,9 +378,8 @@ def _cpu_seconds() -> float:
     return used.user + used.system + used.children_user + used.children_system
 
 
-def compile_target(name: str, batch: bool = False) -> list[Row]:
-    """Compile everything for one target in this process, which can compile for no other afterwards; batch: only what
-    the first batch needs."""
+def compile_target(name: str) -> list[Row]:
+    """Compile everything for one target in this process, which can compile for no other afterwards."""
     sys.path.insert(0, str(ROOT))
     import torch
     import triton
@@ -453,10 +416,9 @@ def compile_target(name: str, batch: bool = False) -> list[Row]:
 
     triton_common.target = lambda device: on
     triton_common.launch = compile_instead
-    calls = [_batch_call()] if batch else _calls(machine)
-    for case, expects, call in calls:  # noqa: B007 - both are read by compile_instead
+    for case, expects, call in _calls(machine):  # noqa: B007 - both are read by compile_instead
         call()
-    if name == "sm_90" and not batch:  # one front end for all targets
+    if name == "sm_90":  # one front end for all targets
         _stop_behind_the_front_end()
         triton_common.launch = read_instead
         for case, _, call in _smallest_calls():
@@ -468,20 +430,13 @@ def compile_target(name: str, batch: bool = False) -> list[Row]:
     return rows
 
 
-def compile_all(targets: list[str], processes: int = 2, batch: bool = False) -> list[Row]:
-    """Compile for each target in a child process, with an empty cache and without the interpreter; batch: as in
-    `compile_target`."""
+def compile_all(targets: list[str], processes: int = 2) -> list[Row]:
+    """Compile for each target in a child process, with an empty cache and without the interpreter."""
 
     def child(target: str) -> list[Row]:
         with tempfile.TemporaryDirectory() as cache:
             env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
-            command = [
-                sys.executable,
-                str(Path(__file__).resolve()),
-                "--child",
-                target,
-                *(["--batch"] if batch else []),
-            ]
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", target]
             done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -503,12 +458,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table, or the rows as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(MACHINES), help="a target; all without it")
-    parser.add_argument("--batch", action="store_true", help="only what the first batch of GPT-2 small needs")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument("--child", choices=list(MACHINES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    batch, targets = options.batch, options.target or list(MACHINES)
-    rows = compile_target(options.child, batch) if options.child else compile_all(targets, batch=batch)
+    rows = compile_target(options.child) if options.child else compile_all(options.target or list(MACHINES))
     if options.child or options.json:
         for row in rows:
             print(json.dumps(dataclasses.asdict(row)))

@@ -3,11 +3,9 @@
 Tiles are large and loops short, because the interpreter takes a millisecond an operation whatever its size.
 """
 
-import contextlib
 import mmap
 import os
 import sys
-import time
 
 import pytest
 import torch
@@ -625,19 +623,3 @@ def test_what_triton_cannot_do_is_said():
     assert size == (9, 21)
     made.norms[1] = Norm("layernorm", made.norms[0].x_hat[:1], made.norms[0].rstd)
     refused(r"norms\[1\].x_hat must be", kernels.edge_scores_factored, senders, made, impl="triton")
-
-
-def test_that_kernels_are_compiled_is_said_once(monkeypatch, caplog):
-    class Slow:
-        def __getitem__(self, grid):
-            return lambda *args, **meta: time.sleep(meta["seconds"])
-
-    monkeypatch.setattr(common, "interpreted", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(common, "_compiling", common._Compiling())
-    monkeypatch.setattr(common._Compiling, "seconds", 0.01)
-    with caplog.at_level("INFO", "eapcore"):
-        for seconds, said in ((0.0, 0), (0.02, 1), (0.02, 1)):
-            common.launch(Slow(), 1, device=torch.device("cuda"), seconds=seconds)
-            assert len(caplog.messages) == said
-    assert "compiling the kernels that this GPU needs" in caplog.text
