@@ -35,7 +35,8 @@ def _acdc(of: Compiled, pairs: PromptPairs, ablation: str) -> list[Circuit]:
 
 
 def _probing(level: str) -> Make:
-    return lambda of, pairs, ablation: subnetwork_probing(of.model, pairs, "logit_diff", level=level, ablation=ablation)
+    how = {"level": level, "penalty": 1.0}
+    return lambda of, pairs, ablation: subnetwork_probing(of.model, pairs, "logit_diff", ablation=ablation, **how)
 
 
 WAYS: dict[str, Make] = {

@@ -19,7 +19,10 @@ def add(command: Command) -> None:
         "--level", default="edge", metavar="WHAT", help="masks on edges: edge; or on q, k and v and on MLPs: node"
     )
     parser.add_argument(
-        "--penalty", type=number, metavar="X", help="what all masks together cost, in the metric's unit (default: 1)"
+        "--penalty",
+        type=number,
+        metavar="X",
+        help="what all masks together cost, in the metric's unit (default: 10, with nodes 1)",
     )
     parser.add_argument("--steps", type=positive, metavar="N", help="of Adam, each with all pairs (default: 300)")
     parser.add_argument("--rate", type=number, metavar="X", help="Adam's learning rate (default: 0.05)")

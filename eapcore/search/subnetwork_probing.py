@@ -47,7 +47,8 @@ from eapcore.tasks.pairs import PromptPairs
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 START = 0.9  # the mask with which the median draw begins
-STEPS, RATE, PENALTY = 300, 0.05, 1.0
+STEPS, RATE = 300, 0.05
+PENALTY = {"edge": 10.0, "node": 1.0}
 _EDGE = "score = the probability that the trained mask of the edge is above 0; " + NO_SIGN
 _NODE = "score = the probability that the trained masks of both ends of the edge are above 0, the smaller; " + NO_SIGN
 
@@ -61,7 +62,7 @@ def subnetwork_probing(
     metric: str | Metric = "kl",
     *,
     level: str = "edge",
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     steps: int = STEPS,
     rate: float = RATE,
     seed: int = 0,
@@ -82,7 +83,7 @@ def subnetwork_probing(
         level: "edge": a mask on each edge. "node": on each head's q, k and v and on what each MLP sends; an edge's
             score is then that of the end that goes first, see `attribution.pruning`, and the penalty is the mean over
             layers' q, k and v, and MLPs, of the mean over heads, as published.
-        penalty: λ, in the metric's unit for all masks together.
+        penalty: λ, in the metric's unit for all masks together; None is 10 for edges and 1 for nodes.
         steps, rate: of Adam, and its learning rate; Conmy et al. took 3000 of 0.001.
         seed: of the draws.
         ablation: what is sent where a mask is 0, and reference the prompts of a mean, as `run_circuit`; with nodes
@@ -102,6 +103,7 @@ def subnetwork_probing(
         level=level, penalty=penalty, steps=steps, rate=rate, seed=seed,
         ablation=ablation.name if isinstance(ablation, Ablation) else ablation,
     )  # fmt: skip
+    penalty = PENALTY[level] if penalty is None else penalty
     experiment = Experiment.of(model, task, metric, ablation, reference)
     model, graph = experiment.model, model.graph
     masks = _Masks.of(graph, level, seed)
@@ -154,7 +156,7 @@ def subnetwork_probing(
 def check_options(
     *,
     level: str = "edge",
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     steps: int = STEPS,
     rate: float = RATE,
     seed: int = 0,
@@ -162,7 +164,7 @@ def check_options(
 ) -> None:
     """ValueError for options that `subnetwork_probing` does not take; ablation: its name."""
     one_of("level", level, ("edge", "node"))
-    for name, value in (("penalty", penalty), ("rate", rate)):
+    for name, value in (("penalty", 0 if penalty is None else penalty), ("rate", rate)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf or (name == "rate" and value == 0):
             raise ValueError(f"{name} must be a number {'above' if name == 'rate' else 'of at least'} 0, got {value!r}")
