@@ -17,7 +17,7 @@ from . import checks
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
-    called with an op's name and the tensors that it would read and write.
+    called with an op's name and the tensors that it would read and write; of factors with what holds them.
     """
 
     device: torch.device
@@ -70,7 +70,9 @@ def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str)
     batch, tokens, d_model = embed.shape
     sizes = checks.Sizes(batch, tokens, d_model, channels=channels, layers=len(dz), heads=dz.shape[3], mlps=mlps)
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
-    return embed.new_empty((*lead, sizes.all_senders, sizes.all_receivers), dtype=checks.output_dtype(embed.dtype))
+    scores = embed.new_empty((*lead, sizes.all_senders, sizes.all_receivers), dtype=checks.output_dtype(embed.dtype))
+    run.ran("edge_scores_factored", senders, receivers, scores)
+    return scores
 
 
 def _hold(count: int) -> None:

@@ -38,6 +38,7 @@ from eapcore.attribution.plan import ONE_GRADIENT, Plan, run_dry
 from eapcore.attribution.score_batch import score_batch
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import limits
+from eapcore.graph.graph import Graph
 from eapcore.models import attention as of_attention
 from eapcore.models import matmul, paired
 from eapcore.tasks.metrics import METRICS
@@ -160,8 +161,44 @@ class Attention(TorchFunctionMode):
         return out
 
 
-def count_op(count: Count, op: str, *tensors: Tensor) -> None:
+def count_factored(
+    count: Count, graph: Graph, senders: kernels.FactoredSenders, receivers: kernels.FactoredReceivers
+) -> None:
+    """What contracting factors launches, chunk by chunk: both sides made, what is not made copied, and contracted."""
+    from eapcore.kernels import triton_common, triton_edge_scores, triton_factored
+
+    dz, (batch, tokens, width) = senders.dz, senders.embed.shape
+    layers, heads, d_head, channels = len(dz), dz.shape[3], dz.shape[4], len(receivers.g[0])
+    made = [layer for layer, g in enumerate(receivers.g) if any(g.stride())]  # the others have no gradient here
+    mlps = senders.mlp is not None
+    sizes = kernels.Sizes(batch, tokens, width, channels=channels, d_head=d_head, layers=layers, heads=heads, mlps=mlps)
+    cuda, dtype = torch.device("cuda"), dz.dtype
+    chunk = triton_factored.fast_chunk(sizes, dtype, cuda)
+    pieces = triton_factored.blocks(batch, tokens, chunk, "all")
+    row = batch * tokens * width * dtype.itemsize  # bytes of one sender or receiver
+    weights = size_of(*senders.w_o, *(w for layer in made for w in receivers.weight[layer]))
+    rows = layers * heads + len(made) * channels
+    factors = size_of(dz, *(x for layer in made for x in (receivers.g[layer], receivers.act[layer])))
+    moved = rows * row + factors + len(pieces) * weights
+    count.add("receivers", 2 * len(pieces), moved, 2 * rows * batch * tokens * width * d_head, dtype)
+    copied = 2 * (2 + layers * mlps + len(made) * mlps)
+    count.add("copies", 4 * len(pieces), copied * row)
+    pairs, positions = ((part.stop - part.start) for part in pieces[0])
+    partial = triton_edge_scores.partial_bytes(
+        sizes.all_senders, sizes.all_receivers, pairs, positions, width, dtype, triton_common.target(cuda), True, "all",
+        "auto", True,
+    )  # fmt: skip
+    edges = int(graph.edge_masks()[tokens == 1].sum())
+    read = (sizes.all_senders + len(made) * (channels + mlps) + 1) * row
+    moved = read + 2 * partial * len(pieces)
+    count.add("contraction", 2 * len(pieces), moved, 2 * edges * batch * tokens * width, dtype)
+
+
+def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
     """What one of the package's ops launches, from the tensors that it reads and writes."""
+    if op == "edge_scores_factored":
+        count_factored(count, graph, *tensors[:2])
+        return
     if not all(x.numel() for x in tensors):
         return
     if op == "edge_scores":
@@ -178,8 +215,10 @@ def count_op(count: Count, op: str, *tensors: Tensor) -> None:
         count.add("steps", 1, size_of(*tensors))
 
 
-def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool = True) -> Count:
-    """A dense batch of a model with GPT-2's architecture, of which the metric reads two logits.
+def count_batch(
+    work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool = True, storage: str = "dense"
+) -> Count:
+    """A batch of a model, of which the metric reads two logits.
 
     fused: as it runs; else as it was profiled: torch's operations between products, each layer contracted alone.
     """
@@ -193,7 +232,11 @@ def count_batch(work: Work, dtype: torch.dtype = torch.bfloat16, *, fused: bool 
             for module in (steps, attention, paired):
                 how.enter_context(mock.patch.object(module, "takes_triton", lambda impl, x: False))
         how.enter_context(Attention(count))
-        run_dry(plan, model, work.B, work.T, "dense", 1, operations, ran=partial(count_op, count))
+        if storage == "factored":
+            from eapcore.kernels import triton_common
+
+            how.enter_context(mock.patch.object(triton_common, "interpreted", lambda: False))  # chunks of a GPU
+        run_dry(plan, model, work.B, work.T, storage, 1, operations, ran=partial(count_op, count, model.graph))
     return count
 
 
@@ -267,6 +310,10 @@ def table() -> str:
                 cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
                 lines.append(f"    {part:32}{cells}{format(measured[part], '10.2f') if part in measured else ''}")
             lines.append(f"    kernels a layer: {count.total.kernels / work.L:.0f}")
+        found = count_batch(work, storage="factored").total
+        cells = f"{found.kernels:8}{found.bytes / 1e9:8.2f}{found.operations / 1e12:8.3f}"
+        cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
+        lines.append(f"{name}, factored, as it runs\n    {'all':32}{cells}")
     for fused, when in ((True, "as it runs"), (False, "step by step")):
         found = [host_ms(layers, fused=fused) for layers in (12, 48)]
         lines.append(f"host, nothing launched, {when}: {found[0]:.1f} ms a batch of 12 layers, {found[1]:.1f} of 48")

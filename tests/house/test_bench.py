@@ -256,6 +256,8 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     counted = launches.count_batch(launches.works()["GPT-2 small, B=256"]).total
     assert counted.kernels <= 334
     assert counted.bytes <= 23.8e9
+    factored = launches.count_batch(launches.works()["GPT-2 small, B=256"], storage="factored").total
+    assert factored.kernels <= 596 and factored.bytes <= 27e9
     llama = launches.works()["Llama-3.1-8B, B=32"]
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
     assert (long - short) / 6 <= 34  # a layer's own; what a batch asks for once comes to 3 of each of its 32
