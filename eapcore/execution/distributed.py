@@ -35,6 +35,7 @@ R = TypeVar("R")
 RENDEZVOUS = 30.0  # seconds until all processes have to be there; torch tries twice to reach the first
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 30.0  # seconds without one, of a process on another machine, until it counts as lost
+_NO_STORE = "or the store is gone: it ended or was killed"
 _PIECE = 1 << 23  # float64 numbers that are exchanged at a time
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -166,11 +167,11 @@ def reported(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Lost(RuntimeError):
-    """Another process failed, or is gone. rank: which."""
+    """Another process failed, or is gone without a word. rank: which."""
 
-    def __init__(self, rank: int, text: str) -> None:
+    def __init__(self, rank: int, text: str, *, gone: bool) -> None:
         super().__init__(text)
-        self.rank = rank
+        self.rank, self.gone = rank, gone
 
 
 class NotMet(RuntimeError):
@@ -296,7 +297,7 @@ class Link:
                     self.check()
                     for rank, key in enumerate(keys):
                         if self._left(rank) and not self.store.check([key]):
-                            raise Lost(rank, f"{self.name(rank)} ended before the work was done") from None
+                            raise Lost(rank, f"{self.name(rank)} ended before the work was done", gone=True) from None
                 elif time.monotonic() > until:
                     raise RuntimeError(f"not all {self.size} processes came within {RENDEZVOUS:g} s") from error
         found = [json.loads(x) for x in self.store.multi_get(keys)]
@@ -409,9 +410,10 @@ class Link:
         self._tell(self.rank, reason, None if always else self.call)
 
     def _tell(self, rank: int, reason: str, call: int | None) -> None:
+        found = {"rank": rank, "reason": reason[:2000], "call": call, "gone": rank != self.rank}
         try:
             number = self.side.add("failures", 1)
-            self.side.set(f"failure/{number}", json.dumps({"rank": rank, "reason": reason[:2000], "call": call}))
+            self.side.set(f"failure/{number}", json.dumps(found))
         except RuntimeError:
             pass  # the store is gone: nobody is left to be told
 
@@ -440,7 +442,7 @@ class Link:
             return True
         until = time.monotonic() + 5 * BEAT
         while time.monotonic() < until:
-            if self.lost is not None and self.lost.rank == 0:
+            if self.lost is not None and self.lost.rank == 0 and self.lost.gone:
                 return self.rank == 1
             with contextlib.suppress(RuntimeError):
                 if self.side.check(["said"]):
@@ -457,12 +459,13 @@ class Link:
                     self.read += 1
                     found = json.loads(self.side.get(f"failure/{self.read}"))
                     if found["rank"] != self.rank and found["call"] not in self.failed and self.lost is None:
-                        self.lost = Lost(found["rank"], f"{self.name(found['rank'])}: {found['reason']}")
+                        text = f"{self.name(found['rank'])}: {found['reason']}"
+                        self.lost = Lost(found["rank"], text, gone=found["gone"])
                         self.lost_in = found["call"]
                 for rank in range(1, self.size) if self.rank == 0 else [0]:
                     self._listen(rank)
             except RuntimeError:
-                self.lost = self.lost or Lost(0, f"{self.name(0)} or the store is gone: it ended or was killed")
+                self.lost = self.lost or Lost(0, f"{self.name(0)} {_NO_STORE}", gone=True)
             for rank, pid in self.local.items():
                 if self.lost is None and not _alive(pid) and not self._left(rank):
                     self._gone(rank, "it was killed")
@@ -487,7 +490,7 @@ class Link:
         return False
 
     def _gone(self, rank: int, how: str) -> None:
-        self.lost = Lost(rank, f"{self.name(rank)} is gone: {how}")
+        self.lost = Lost(rank, f"{self.name(rank)} is gone: {how}", gone=True)
         self._tell(rank, f"it is gone: {how}", None)
 
     def _watch(self) -> None:
@@ -495,7 +498,7 @@ class Link:
             try:
                 self.side.set(f"beat/{self.rank}", f"{number} {self.stage} {self.done.get(self.rank, 0)}")
             except RuntimeError:
-                self.lost = self.lost or Lost(0, f"{self.name(0)} or the store is gone: it ended or was killed")
+                self.lost = self.lost or Lost(0, f"{self.name(0)} {_NO_STORE}", gone=True)
             if self.over.wait(BEAT):
                 return
             self.look()
