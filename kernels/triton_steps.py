@@ -13,6 +13,7 @@ Offsets are 64-bit.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -356,6 +357,12 @@ def gated_grad(grad: Tensor, hidden: Tensor, up: Tensor, act_fn: str) -> tuple[T
     return made
 
 
+@functools.lru_cache(maxsize=64)
+def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers in float64 on a device, copied there once: a copy in every call would wait, and could not be recorded."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
 def turn(
     x: Tensor, frequencies: Tensor, before: int, read: Tensor | None, sign: int, adjacent: bool, out: Tensor
 ) -> None:
@@ -367,7 +374,8 @@ def turn(
         pairs = triton.next_power_of_2(max(1, half))
         common.launch(
             turn_rows, batch * tokens,
-            x, frequencies.to(x.device), None if read is None else read.contiguous(), out,
+            x, _kept(tuple(frequencies.tolist()), x.device) if frequencies.device.type == "cpu" else frequencies,
+            None if read is None else read.contiguous(), out,
             tokens, channels, size, half, before, sign, *x.stride()[:3], *out.stride()[:3],
             ADJACENT=adjacent, HAS_READ=read is not None, ROUND=_rounds(x),
             BLOCK_C=max(1, min(triton.next_power_of_2(channels), 2048 // pairs)), BLOCK_F=pairs,

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("these tests interpret; bench/bench_kernels.py checks the steps on a GPU", allow_module_level=True)
 
 from accuracy import STORED
-from eapcore.kernels import steps
+from eapcore.kernels import steps, triton_steps
 from eapcore.kernels import triton_common as common
 from models import random_model, random_pairs
 from refusal import refused
@@ -182,6 +182,9 @@ def test_queries_and_keys_are_turned_and_turned_back(dtype, adjacent):
         torch.testing.assert_close(steps.turn(x.double(), frequencies, before, where, **how), exact)
         made = steps.turn(x, frequencies, before, where, **how, impl="triton")
         good(made, exact, dtype)
+        copied = triton_steps._kept.cache_info().misses
+        assert torch.equal(steps.turn(x, frequencies.clone(), before, where, **how, impl="triton"), made)
+        assert triton_steps._kept.cache_info().misses == copied
         steps.turn(made, frequencies, before, where, sign=-1, **how, out=made, impl="triton")
         assert (made.double() - x.double()).norm() <= (2 * STORED[dtype] + 1e-6) * x.double().norm()
 
