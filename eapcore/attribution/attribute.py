@@ -38,8 +38,8 @@ from eapcore.execution.experiment import (
     describe,
     result_dtype,
 )
-from eapcore.execution.limits import PREFIX_SHARE
-from eapcore.execution.memory import budget, out_of_memory
+from eapcore.execution.limits import PREFIX_SHARE, limits
+from eapcore.execution.memory import budget, free_bytes, out_of_memory
 from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
@@ -199,7 +199,8 @@ def attribute(
         devices: several of this process's, on which the model's layers are laid by the memory that they have, in order,
             all else on the first; "auto" takes as many of its GPUs as a useful batch needs. What a sender adds stays
             where it is made, and receivers' gradients travel there, or what they are made of, whichever is fewer bytes.
-            The scores have the bits of one such device. None leaves the model where it lies.
+            To a single one that has no room for the weights the layers are streamed from the host's memory. The scores
+            have the bits of one such device. None leaves the model where it lies.
 
     Returns:
         EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
@@ -361,7 +362,11 @@ def _spread(
 def _plan(experiment: Experiment, impl: str, passes: Passes, passes_of: Callable[[Graph], Passes]) -> Plan | SpreadPlan:
     """The memory plan of the device, or of the devices, that the model lies on."""
     model, config = experiment.model, _as_read(experiment)
-    groups = len(model.attentions[0].w_qkv)
+    groups = model.groups
+    if model.stream is not None:
+        within = int(limits(model.device).share * (free_bytes(model.device) - model.stream.held))
+        where = [(model.device, config.n_layers)]
+        return SpreadPlan(config, model.dtype, where, impl, groups, passes_of, [within])
     if len(model.devices) == 1:
         return Plan(config, model.dtype, model.device, impl, groups, passes)
     counts = Counter(attention.device for attention in model.attentions)
@@ -439,7 +444,7 @@ class _Scoring:
         self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
         self.shapes, self.within = _shapes(model, how, passes), budget(model.device)
         self.by_node = how.by_ends or (level != "edge" and not how.by_edge)
-        recordable = (storage == "dense" or self.by_node) and len(model.devices) == 1
+        recordable = (storage == "dense" or self.by_node) and len(model.devices) == 1 and model.stream is None
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
         self.memory: list[torch.Tensor] = []
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
@@ -595,12 +600,11 @@ def _storage(model: Model, plan: Plan | SpreadPlan, pairs: PromptPairs, level: s
                 "'dense'"
             )
         return "factored"
-    if len(model.devices) > 1:
+    if len(model.devices) > 1 or model.stream is not None:
         if storage == "factored":
-            raise ValueError(
-                f"storage must be 'auto' or 'dense' where the layers lie on several devices ({model.where}), which "
-                "share the sender buffer, got 'factored'"
-            )
+            why = "are streamed, since factors need all of them at once"
+            why = why if model.stream else f"lie on several devices ({model.where}), which share the sender buffer"
+            raise ValueError(f"storage must be 'auto' or 'dense' where the layers {why}, got 'factored'")
         return "dense"
     return plan.storage(pairs) if storage == "auto" else storage
 
@@ -619,7 +623,7 @@ def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bo
     by = recorder(model.device) if graphs else None
     if graphs is True and (by is None or not recordable):
         why = f"the model is on {model.where}" if by is None else "the storage of these edges is 'factored'"
-        why = f"the layers lie on {model.where}" if len(model.devices) > 1 else why
+        why = f"the layers lie on {model.where}" if len(model.devices) > 1 or model.stream is not None else why
         raise ValueError(f"graphs=True needs a GPU, and of edges storage='dense', but {why}: leave graphs at 'auto'")
     if graphs == "auto" and not (recordable and metric in OWN_METRICS.values()):
         by = None

@@ -69,14 +69,15 @@ class LastLayer:
         if wide == model.dtype:
             return LastLayer(model, batch, metric, reads, reference, saved, out, past, clean)
         weights, tokens = model.weights, reads.tokens
-        layers = (*weights.layers[:-1], _widened(weights.layers[-1], wide)) if weights.layers else ()
+        last = model.stream.layer(len(weights.layers) - 1) if model.stream is not None else weights.layers[-1]
+        layers = (*weights.layers[:-1], _widened(last, wide))
         w_u, b_u = weights.w_u, weights.b_u
         if tokens is not None:  # of these columns alone
             w_u, b_u = w_u[:, tokens.flatten()], None if b_u is None else b_u[tokens.flatten()]
             columns = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
             reads = LogitsRead(columns, reads.answers, reads.wrong)
         final = {"w_u": w_u.to(wide), "b_u": _widened(b_u, wide), "ln_final": _widened(weights.ln_final, wide)}
-        model = replace(model, weights=replace(weights, layers=layers, **final))
+        model = replace(model, weights=replace(weights, layers=layers, **final), stream=None)
         saved = [stage.of(lambda x: x.to(wide)) for stage in saved]
         layer = LastLayer(model, batch, metric, reads, reference, saved, out.to(wide), _widened(past, wide), clean)
         return replace(layer, clean=layer.values(layer.out[None])[0])

@@ -101,7 +101,7 @@ def attention_edges(
     totals = {part: torch.zeros(shape, dtype=torch.float64, device=model.device) for part in PARTS}
     values = torch.zeros(2, len(pairs), dtype=torch.float64, device="cpu")
     passes = Passes((Pass(1.0, 1.0),), kind == "corrupt")
-    plan = Plan(config, model.dtype, model.device, "auto", len(model.attentions[0].w_qkv), passes)
+    plan = Plan(config, model.dtype, model.device, "auto", model.groups, passes)
     size = batch_size if isinstance(batch_size, int) else plan.batch_size(pairs, "factored")
     count, name = Count(progress, len(pairs)), experiment.metric_name
     for group in experiment.groups(size, 1):

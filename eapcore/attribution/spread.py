@@ -11,9 +11,10 @@ import torch
 import eapcore.kernels as kernels
 from eapcore.attribution.methods import Passes
 from eapcore.attribution.plan import ONE_GRADIENT, Plan, most_that_fits
-from eapcore.execution.devices import find_devices, lay, spread, weight_bytes
+from eapcore.execution.devices import bytes_on, find_devices, lay, spread, weight_bytes
 from eapcore.execution.limits import limits
 from eapcore.execution.memory import budget, free_bytes
+from eapcore.execution.streaming import held_bytes, streamed
 from eapcore.graph.graph import Graph
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
@@ -138,12 +139,48 @@ def laid_plan(
         for device, free, weights in zip(devices, memory, left, strict=True)
     ]
     where = list(zip(devices, layers, strict=True))
-    return SpreadPlan(model.config, model.dtype, where, groups=len(model.attentions[0].w_qkv), within=within)
+    return SpreadPlan(model.config, model.dtype, where, groups=model.groups, within=within)
 
 
 def spread_over(model: Model, devices: str | Sequence[str | torch.device]) -> Model:
-    """The model with its layers on several devices; see `chosen_devices` and `execution.devices.spread`."""
-    return spread(model, chosen_devices(model, devices))
+    """The model with its layers on several devices, see `chosen_devices` and `execution.devices.spread`; on one that
+    has no room for them, streamed from the host's memory, see `streams`."""
+    found = chosen_devices(model, devices)
+    if model.stream is None and len(found) == 1 and streams(model, found[0]):
+        return streamed(model, found[0])
+    return spread(model, found)
+
+
+def streams(model: Model, device: torch.device, memory: int | None = None) -> bool:
+    """Whether a device has no room for a model's weights and a short pair of prompts, but for those of three layers at
+    a time.
+
+    memory: bytes that it has, None for what is free there.
+
+    Raises:
+        ValueError: not even for these.
+    """
+    if device.type == "cpu":
+        return False
+    memory = free_bytes(device) + bytes_on(model, device) if memory is None else memory
+    tokens = min(_PROMPT, model.config.n_ctx)
+    sizes, rest = weight_bytes(model)
+    plan = Plan(model.config, model.dtype, device, groups=model.groups)
+    if min(plan.dense(1, tokens), plan.factored(1, tokens)) <= limits(device).share * (memory - sum(sizes) - rest):
+        return False
+    if not streamed_plan(model, device, memory).fits(1, tokens):
+        raise ValueError(
+            f"{model.name} does not fit: {device} has {memory / 2**30:.1f} GiB, and the embedding with three layers "
+            f"at a time takes {held_bytes(model) / 2**30:.1f}; take a narrower dtype, or several devices"
+        )
+    return True
+
+
+def streamed_plan(model: Model, device: torch.device, memory: int) -> SpreadPlan:
+    """The plan of a model whose layers are streamed to a device with so many bytes."""
+    within = int(limits(device).share * (memory - held_bytes(model)))
+    where = [(device, model.config.n_layers)]
+    return SpreadPlan(model.config, model.dtype, where, groups=model.groups, within=[within])
 
 
 @dataclass(frozen=True, slots=True)

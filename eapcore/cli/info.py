@@ -28,7 +28,8 @@ def add(command: Command) -> None:
         "--memory",
         type=positive,
         metavar="GIB",
-        help="of the device that is planned for, which need not be here (default: what is free here)",
+        help="of the device that is planned for, which need not be here (default: what is free here); says whether the "
+        "weights would be streamed",
     )
     add_placement(parser)
 
@@ -85,14 +86,18 @@ def _heads(model: Model) -> str:
 def _print_plan(model: Model, device: torch.device, args: argparse.Namespace, size: int) -> None:
     """What a batch needs, and what `attribute` would take by itself beside weights of `size` bytes."""
     from eapcore.attribution.plan import Plan
+    from eapcore.attribution.spread import streams
     from eapcore.execution.limits import limits
     from eapcore.execution.memory import free_bytes
 
-    plan = Plan(model.config, model.dtype, device, groups=len(model.attentions[0].w_qkv))
+    plan = Plan(model.config, model.dtype, device, groups=model.groups)
     tokens, memory = min(args.tokens, model.config.n_ctx), args.memory and args.memory << 30
     total = free_bytes(device) if memory is None else memory
-    left = total - size
     of = f"{mib(total)} {'are free' if memory is None else 'in all'}"
+    if streams(model, device, total):
+        _print_streamed(model, device, total, of, tokens)
+        return
+    left = total - size
     if left <= 0:
         print(f"memory   {of}: the weights alone do not fit")
         return
@@ -108,6 +113,21 @@ def _print_plan(model: Model, device: torch.device, args: argparse.Namespace, si
     storage = plan.storage(pairs, within)
     taken = plan.batch_size(pairs, storage, within)
     print(f"         by itself attribute takes {storage}, {taken} pairs at a time, within {mib(within)}")
+
+
+def _print_streamed(model: Model, device: torch.device, total: int, of: str, tokens: int) -> None:
+    """What `attribute` would do with weights that a device has no room for."""
+    from eapcore.attribution.spread import streamed_plan
+    from eapcore.execution.limits import limits
+    from eapcore.execution.streaming import held_bytes
+
+    plan, many = streamed_plan(model, device, total), max(1, limits(device).batch_tokens // tokens)
+    taken, held = plan.batch_size(_pairs(many, tokens)), held_bytes(model)
+    print(f"memory   {of}, no room for the weights: the layers stay on the host, and are streamed two ahead")
+    print(
+        f"         {mib(held)} of weights at a time; by itself attribute takes dense, {taken} pairs × {tokens} tokens, "
+        f"{mib(plan.needs(taken, tokens)[0])}"
+    )
 
 
 def _pairs(many: int, tokens: int) -> PromptPairs:

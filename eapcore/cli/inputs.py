@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def load_model(args: argparse.Namespace, source: str, device: str | None = None) -> Model:
     """A model as the options say, on the device that they name if not on another."""
     from eapcore.execution.memory import default_device
-    from eapcore.models.load import load
+    from eapcore.models.load import load, usable
 
     if device is None and str(args.device).partition(":")[0] == "meta":
         raise ValueError("--device meta has no values to compute with: eapcore info plans for a device without it")
@@ -39,7 +39,13 @@ def load_model(args: argparse.Namespace, source: str, device: str | None = None)
             raise ValueError("--device names one and --devices several: give one of the two")
         names = "auto" if args.devices == "auto" else share_of_process(find_devices(args.devices))
         return spread_over(load(source, device="cpu", **options), names)
-    return load(source, device=device or args.device or default_device(), **options)
+    where = device or args.device or default_device()
+    if device is None and where != "cpu" and (there := usable(where)) is not None:
+        from eapcore.attribution.spread import spread_over, streams
+
+        if streams(load(source, device="meta", **options), there):
+            return spread_over(load(source, device="cpu", **options), [there])
+    return load(source, device=where, **options)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:

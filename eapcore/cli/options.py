@@ -104,7 +104,8 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "--devices",
         metavar="DEVICES",
         help="several that share the model's layers by their memory, as cuda:0,cuda:1; or auto, as many GPUs as a "
-        "useful batch needs; processes of one machine share them (default: off)",
+        "useful batch needs; processes of one machine share them (default: off). Layers for which a single GPU has no "
+        "room are streamed to it from the host's memory",
     )
 
 

@@ -30,7 +30,7 @@ def rounding_error(model: Model, pairs: PromptPairs, metric: str | Metric = "log
     if wide == model.dtype:
         return 0.0
     weights = dict(model.weights.named())
-    if sum(x.numel() for x in weights.values()) * wide.itemsize > budget(model.device):
+    if model.stream is not None or sum(x.numel() for x in weights.values()) * wide.itemsize > budget(model.device):
         return None
     other = replace(model, weights=assemble(model.config, {name: x.to(wide) for name, x in weights.items()}))
     some = pairs.select(torch.arange(min(PAIRS, len(pairs)), device="cpu"))

@@ -109,12 +109,13 @@ def spread(model: Model, devices: Sequence[torch.device]) -> Model:
     """
     if list(model.devices) == list(devices):
         return model
-    free = [free_bytes(device) + _bytes(_all(model), device) for device in devices]
+    free = [free_bytes(device) + bytes_on(model, device) for device in devices]
     counts = lay(*weight_bytes(model), free)
     each = [device for device, count in zip(devices, counts, strict=True) for _ in range(count)]
     return placed(model, each, devices[0])
 
 
-def _all(model: Model) -> tuple[object, ...]:
+def bytes_on(model: Model, device: torch.device) -> int:
+    """Bytes of a model's weights that lie on a device."""
     weights = model.weights
-    return weights.w_e, weights.w_pos, weights.layers, weights.w_u, weights.b_u, weights.ln_final
+    return _bytes((weights.w_e, weights.w_pos, weights.layers, weights.w_u, weights.b_u, weights.ln_final), device)

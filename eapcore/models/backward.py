@@ -88,13 +88,15 @@ def backward(
                 del units
                 sink.receiver(place.name, place.receivers.start, grads, here is not None)
                 del grads
+            del mlp  # whose weights need not be there with the next layers'
         if stage.attention is None or run.attention is None:
             continue
-        attention, heads = stage.attention.component, stage.attention
+        heads = stage.attention
         sink.behind(heads.name, heads.senders, behind, here is not None)
         if heads.name in rules.cut:
             total = narrow = spread(total, here, run.attention.kv.shape[1])
             continue
+        attention = heads.component
         pieces = attention.backward(
             run.attention,
             behind_narrow,
@@ -117,6 +119,7 @@ def backward(
             else:
                 total = narrow = total + summed
             del part, summed  # before the next ones are made
+        del attention, pieces
     sink.behind("embed", slice(0, 1), on(total, model.device), False)
 
 

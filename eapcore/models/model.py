@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -18,25 +19,40 @@ from eapcore.models.attention import Attention
 from eapcore.models.config import ModelConfig
 from eapcore.models.links import Links
 from eapcore.models.mlp import Mlp
-from eapcore.models.weights import Weights
+from eapcore.models.norm import NO_NORM, Norm
+from eapcore.models.tensors import moved
+from eapcore.models.weights import Layer, Weights
 from eapcore.text.tokenizer import Tokenizer
 
 # Fields from here on belong to a model's identity where they are not what they are by default.
 _HASHED = [known.name for known in fields(ModelConfig)].index("parallel")
 C = TypeVar("C", Attention, Mlp, Attention | Mlp)
+T = TypeVar("T")
+Form = tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]]
 
 
 @dataclass(frozen=True, slots=True)
 class Place(Generic[C]):
     """A component where it stands: its name, "a{l}" all heads of a layer or "m{l}" its MLP, and its place in the
-    graph."""
+    graph.
+
+    at_rest: the component itself; of a model whose layers are streamed on the host, good for what it is and for its
+    norm. fetch: brings the layer to the device where it is to compute, None where it lies there.
+    """
 
     __repr__ = short
 
-    component: C
+    at_rest: C
     name: str
     senders: slice
     receivers: slice
+    fetch: Callable[[], Any] | None = None
+
+    @property
+    def component(self) -> C:
+        """The component, ready to compute with; whoever holds it holds its weights on the device."""
+        found: C = self.at_rest if self.fetch is None else self.fetch()
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +72,62 @@ class Stage:
     device: torch.device
 
 
+class Stream(Protocol):
+    """Who brings layers from the host to a device, each when it is asked for."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers on the host."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of the layers that are on the device at a time, at most."""
+
+    def layer(self, index: int) -> Layer:
+        """A layer on the device."""
+
+    def forget(self) -> None:
+        """Leave the device: somebody may have changed the weights since."""
+
+
+class _Lazy(Sequence[T]):
+    """What `make` makes of each of some places when it is asked for; kept where it says."""
+
+    def __init__(
+        self, places: Sequence[Place[Attention]], make: Callable[[Attention], T], keep: dict[int, T] | None = None
+    ) -> None:
+        self.places, self.make, self.keep = places, make, keep
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return _Lazy(self.places[index], self.make)
+        if self.keep is None:
+            return self.make(self.places[index].component)
+        if index not in self.keep:
+            self.keep[index] = self.make(self.places[index].component)
+        return self.keep[index]
+
+
 @dataclass(frozen=True)
 class Model:
     """A configuration with its weights, in one dtype, on one device or with its layers on several.
 
     name says where they came from, folder where their files lie (None for weights from memory), family for people what
     it is. tokenizer: its own, read when it is first asked for; None for weights from memory, and where none lies beside
-    them. links: to the module in memory that it was loaded from; None where there is none.
+    them. links: to the module in memory that it was loaded from; None where there is none. stream: what brings its
+    layers, which lie on the host, to its device; None where they lie where they compute.
     """
 
     config: ModelConfig
@@ -72,6 +137,7 @@ class Model:
     family: str = "decoder"
     tokenizer: Tokenizer | None = field(default=None, compare=False)
     links: Links | None = field(default=None, repr=False, compare=False)
+    stream: Stream | None = field(default=None, repr=False, compare=False)
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -101,6 +167,8 @@ class Model:
         """
         if self.links is not None:
             self.links.follow()
+        if self.stream is not None:
+            self.stream.forget()
         same = replace(self)
         object.__setattr__(same, "_hashed", self._hashed)  # which follows the weights by itself
         vars(same)["edge_masks"] = self.edge_masks  # which depend on no weight
@@ -127,7 +195,8 @@ class Model:
     @property
     def where(self) -> str:
         """Its devices, for people."""
-        return ", ".join(map(str, self.devices))
+        streamed = "" if self.stream is None else ", its layers streamed from the host"
+        return ", ".join(map(str, self.devices)) + streamed
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -135,28 +204,45 @@ class Model:
         return tuple(self._stages())
 
     def _stages(self) -> Iterator[Stage]:
-        graph = self.graph
+        graph, stream = self.graph, self.stream
         for index, layer in enumerate(self.weights.layers):
             mlp_at = graph.mlp_receiver(index)
-            for components in layer:
+            for number, components in enumerate(layer):
                 attention: Place[Attention] | None = None
                 mlp: Place[Mlp] | None = None
-                for component in components:
+                for place, component in enumerate(components):
+                    fetch = None if stream is None else partial(_fetch, stream, index, number, place)
                     if isinstance(component, Attention):
-                        attention = Place(component, f"a{index}", graph.heads(index), graph.qkv(index))
+                        attention = Place(component, f"a{index}", graph.heads(index), graph.qkv(index), fetch)
                     else:
                         senders = slice(graph.mlp(index), graph.mlp(index) + 1)
-                        mlp = Place(component, f"m{index}", senders, slice(mlp_at, mlp_at + 1))
-                yield Stage(index, index == graph.n_layers - 1, attention, mlp, components[0].device)
+                        mlp = Place(component, f"m{index}", senders, slice(mlp_at, mlp_at + 1), fetch)
+                device = components[0].device if stream is None else stream.device
+                yield Stage(index, index == graph.n_layers - 1, attention, mlp, device)
 
     @cached_property
-    def attentions(self) -> tuple[Attention, ...]:
+    def attentions(self) -> Sequence[Attention]:
         """Each layer's attention."""
-        return tuple(stage.attention.component for stage in self.stages if stage.attention is not None)
+        places = self._heads()
+        return tuple(x.at_rest for x in places) if self.stream is None else _Lazy(places, lambda x: x)
+
+    def _heads(self) -> list[Place[Attention]]:
+        return [stage.attention for stage in self.stages if stage.attention is not None]
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a layer: 3 where q, k and v are stored apart."""
+        return len(self._heads()[0].at_rest.w_qkv)
 
     def stages_from(self, layer: int) -> tuple[Stage, ...]:
         """The stages of a layer and of all behind it."""
         return tuple(stage for stage in self.stages if stage.index >= layer)
+
+    @cached_property
+    def next_norms(self) -> tuple[Norm, ...]:
+        """For each stage the norm of the one behind it, on its own device."""
+        places = [(stage.attention or stage.mlp, before.device) for before, stage in pairwise(self.stages)]
+        return *(moved(place.at_rest.norm, device) for place, device in places if place is not None), NO_NORM
 
     @cached_property
     def edge_masks(self) -> tuple[Annotated[Tensor, "bool S R"], Annotated[Tensor, "bool S R"]]:
@@ -189,7 +275,13 @@ class Model:
         return hashlib.sha256(f"{self.weights.content_hash()} {beside}".encode()).hexdigest()[:16]
 
     @cached_property
-    def closed_forms(self) -> tuple[tuple[Annotated[Tensor, "C K"], Annotated[Tensor, "C K"]], ...]:
+    def closed_forms(self) -> Sequence[Form]:
         """(Wᵀγ, b + Wᵀβ) of each layer's channels: constants of the weights in the receivers' gradients, which `now`
         computes anew."""
+        if self.stream is not None:  # of each layer while it is there
+            return _Lazy(self._heads(), lambda attention: attention.closed_form(), {})
         return tuple(attention.closed_form() for attention in self.attentions)
+
+
+def _fetch(stream: Stream, index: int, number: int, place: int) -> Attention | Mlp:
+    return stream.layer(index)[number][place]

@@ -7,7 +7,6 @@ rows with a weight, which is faster than three of fewer rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Annotated, Protocol
 
 import torch
@@ -18,9 +17,8 @@ from eapcore.models.attention import Attention, AttentionRun, AttentionSaved
 from eapcore.models.forward import StageRun
 from eapcore.models.matmul import product
 from eapcore.models.mlp import Mlp, MlpRun
-from eapcore.models.model import Model, Stage
-from eapcore.models.norm import NO_NORM, Norm, NormInput
-from eapcore.models.tensors import moved as moved_to
+from eapcore.models.model import Model
+from eapcore.models.norm import NO_NORM, NormInput
 from eapcore.models.tensors import on
 
 
@@ -37,7 +35,7 @@ class Differences(Protocol):
 def makes_differences(model: Model) -> bool:
     """Whether a run makes its differences by itself: on a GPU, where nothing lies between mixtures and what is sent."""
     places = (place for stage in model.stages for place in (stage.attention, stage.mlp) if place is not None)
-    return takes_triton("auto", model.weights.w_e) and all(place.component.post.kind == "none" for place in places)
+    return takes_triton("auto", model.weights.w_e) and all(place.at_rest.post.kind == "none" for place in places)
 
 
 class Rooms:
@@ -115,7 +113,9 @@ def run_paired(
     answers = (cut + torch.arange(runs, device=read.device)[:, None] * tokens + both).view(1, -1)  # [1, 2·B·Q] rows
     count: int | None = None  # rows whose outputs are moved instead of computed a second time
     ready: tuple[Tensor, NormInput] | None = None  # what the next norm makes of x, where it is there
-    for stage, next_norm in zip(model.stages, _next_norms(model), strict=True):
+    attention: Attention | None = None
+    component: Mlp | None = None
+    for stage, next_norm in zip(model.stages, model.next_norms, strict=True):
         if x.device != stage.device:
             device, before_it = stage.device, x
             x, answers, both = (on(t, device) for t in (x, answers, both))
@@ -190,7 +190,7 @@ def run_paired(
             else:
                 mlp, out = _mlp(component, x, out, count)
             mlp = MlpRun(mlp.saved.of(rest), rest(mlp.sent))
-        x = out
+        x, attention, component = out, None, None  # whose weights need not be there with the next layers'
         yield StageRun(stage, heads, mlp, rest(out)), past
         del heads, mlp, past, out  # whoever iterates decides what is kept
 
@@ -198,14 +198,8 @@ def run_paired(
 def _layers_on(model: Model, device: torch.device) -> int:
     """For how many layers there is room on a device: its own, and one more where the last, which needs none, lies
     elsewhere."""
-    own = sum(attention.device == device for attention in model.attentions)
+    own = sum(stage.attention is not None and stage.device == device for stage in model.stages)
     return own + (model.stages[-1].device != device)
-
-
-def _next_norms(model: Model) -> list[Norm]:
-    """For each stage the norm of the one behind it, on its own device."""
-    norms = [moved_to(_norm(b), a.device) if a.device != b.device else _norm(b) for a, b in pairwise(model.stages)]
-    return [*norms, NO_NORM]
 
 
 def _normed_on(ready: tuple[Tensor, NormInput], x: Tensor, there: Tensor) -> tuple[Tensor, NormInput]:
@@ -216,13 +210,6 @@ def _normed_on(ready: tuple[Tensor, NormInput], x: Tensor, there: Tensor) -> tup
 
     n, norm_in = ready
     return moved(n), norm_in.of(moved)
-
-
-def _norm(stage: Stage) -> Norm:
-    """What a stage's first component reads the residual stream through."""
-    place = stage.attention or stage.mlp
-    assert place is not None
-    return place.component.norm
 
 
 def _mixtures(

@@ -21,4 +21,4 @@ def placed(model: Model, layers: Sequence[torch.device], home: torch.device) -> 
     w_e, w_pos, w_u, b_u, ln_final = ends
     laid = tuple(moved(layer, device) for layer, device in zip(weights.layers, layers, strict=True))
     there = replace(weights, w_e=w_e, w_pos=w_pos, layers=laid, w_u=w_u, b_u=b_u, ln_final=ln_final)
-    return replace(model, weights=there, links=None)
+    return replace(model, weights=there, links=None, stream=None)

@@ -3,7 +3,7 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -39,8 +39,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def moved(value: V, device: torch.device) -> V:
     """A component, a norm, or a tuple of them, on a device.
 
-    What lies there is shared. All else is copied with its strides, tensors of one storage together, so that whoever
-    multiplies with it does so as before, to the same bits.
+    What lies there is shared. All else is copied, see `copied`.
+    """
+    return copied(value, lambda x: x.to(device), lambda x: x.device == device)
+
+
+def copied(value: V, copy: Callable[[Tensor], Tensor], stays: Callable[[Tensor], bool] = lambda x: False) -> V:
+    """A component, a norm, or a tuple of them, of which `copy` copied what does not stay, some numbers in a row.
+
+    Tensors keep their strides, and those of one storage are copied together, so that whoever multiplies with them does
+    so as before, to the same bits.
     """
     spans: dict[int, tuple[int, int]] = {}
     for tensor in tensors_in(value):
@@ -55,12 +63,12 @@ def moved(value: V, device: torch.device) -> V:
             return tuple(there(part) for part in value)
         if is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{f.name: there(getattr(value, f.name)) for f in fields(value)})
-        if not isinstance(value, Tensor) or value.device == device:
+        if not isinstance(value, Tensor) or stays(value):
             return value
         key = value.untyped_storage()._cdata
         first, last = spans[key]
         if key not in made:
-            made[key] = value.detach().as_strided((last - first,), (1,), first).to(device)
+            made[key] = copy(value.detach().as_strided((last - first,), (1,), first))
         return made[key].as_strided(value.shape, value.stride(), int(value.storage_offset()) - first)
 
     found: V = there(value)

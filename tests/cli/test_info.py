@@ -62,6 +62,12 @@ def test_a_model_without_its_weights_is_planned_for_a_device_that_is_not_here(fo
 
 def test_weights_that_do_not_fit_alone(folder, capsys):
     assert "3.00 GiB in all: the weights alone do not fit" in printed(capsys, folder, "--memory", 3)[1]
+    status, out = printed(capsys, folder, "--device", "cuda", "--memory", 3)
+    assert status == 2 and "with three layers at a time takes 3.2" in out
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
+    status, out = printed(capsys, folder, "--device", "cuda", "--memory", 4)
+    assert status == 0 and "4.00 GiB in all, no room for the weights: the layers stay on the host" in out
+    assert re.search(r"3.18 GiB of weights at a time; by itself attribute takes dense, \d pairs × 20 tokens, 3", out)
 
 
 def test_a_small_card_takes_factors(folder, capsys):

@@ -74,12 +74,12 @@ def raw(x, here, others):
 
 class on_accel(TorchDispatchMode):
     """While it is active the devices are there. waits: how often the host waited for one, by op. travelled: bytes that
-    went from one to another, by (from, to). watch: also the most bytes that each held of what was made meanwhile,
-    peaks, by its number."""
+    went from one to another, by (from, to). given: bytes that came from the host, by device's number. watch: also the
+    most bytes that each held of what was made meanwhile, peaks, by its number."""
 
     def __init__(self, *, watch=False):
         super().__init__()
-        self.waits, self.travelled, self.watch = Counter(), Counter(), watch
+        self.waits, self.travelled, self.given, self.watch = Counter(), Counter(), Counter(), watch
         self.held, self.now, self.peaks = {}, Counter(), Counter()
 
     def made(self, raw, device):
@@ -126,6 +126,8 @@ class on_accel(TorchDispatchMode):
             source = args[1] if func is aten.copy_.default else args[0]
             if isinstance(source, AccelTensor) and source.device.index != (target.index or 0):
                 self.travelled[source.device.index, target.index or 0] += source.numel() * source.itemsize
+            elif not isinstance(source, AccelTensor):
+                self.given[target.index or 0] += source.numel() * source.itemsize
         result = func(*inside[0], **(inside[1] | ({} if device is None else {"device": "cpu"})))
         if not stays:
             return result
