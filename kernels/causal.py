@@ -60,8 +60,19 @@ def grads_in(
 
 
 def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
-    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share."""
+    """x y from x [..., H, Q, M] and y [..., G, M, N], which the H / G heads of a group share.
+
+    Where x or y alone has an axis more in front, its copies are rows of the same products: [S, B, H, Q, N].
+    """
     group = x.shape[-3] // y.shape[-3]
+    if x.ndim == y.ndim + 1:
+        rows = x.movedim(0, -3).reshape(*y.shape[:-2], -1, y.shape[-2])  # [B, G, H/G·S·Q, M]
+        return (rows @ y).view(*x.shape[1:-2], len(x), x.shape[-2], y.shape[-1]).movedim(-3, 0)
+    if y.ndim == x.ndim + 1:
+        rows = y.transpose(-1, -2).movedim(0, -3).flatten(-3, -2)  # [B, G, S·N, M]
+        shared = x.unflatten(-3, (-1, group)).flatten(-3, -2).transpose(-1, -2)  # [B, G, M, H/G·Q]
+        made = (rows @ shared).unflatten(-1, (group, -1)).unflatten(-3, (len(y), -1))  # [B, G, S, N, H/G, Q]
+        return made.movedim(-4, 0).movedim(-3, -1).flatten(-4, -3)
     if group == 1:
         return x @ y
     rows = x.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., G, H/G·Q, M]

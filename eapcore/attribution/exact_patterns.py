@@ -155,13 +155,21 @@ class _Pattern:
 
     def _activations(self, delta: Tensor, factors: list[Tensor] | None, rstd: Tensor | None) -> Tensor:
         """a_s of some senders, [S', B, C, T, K]."""
-        made = product(delta, self.weight) if factors is None else torch.bmm(*factors).view(*delta.shape[:3], -1)
+        if factors is None:
+            made = product(delta, self.weight)
+        else:
+            dz, through = factors
+            dz = dz if rstd is None else (dz * rstd.flatten(1, 2)).to(dz.dtype)
+            made = torch.bmm(dz, through).view(*delta.shape[:3], -1)
         made = made.to(self.wide).unflatten(-1, self.offset.shape)  # [S', B, T, C, K]
         if rstd is None:
             made += self.moved + self.offset
-        else:
+        elif factors is None:
             made += self.moved
             made *= rstd[..., None]
+            made += self.offset
+        else:  # of which Δz is divided already
+            made.addcmul_(self.moved, rstd[..., None])
             made += self.offset
         return made.transpose(2, 3)
 
@@ -178,7 +186,7 @@ class _Pattern:
             ready = attention.ready_keys(made, before)
             keys = torch.cat([front, ready], 3) if before else ready  # [S', B, G, P + T, K]
             q = self.q.to(made.dtype)
-            other = attention.causal.scores(q.expand(len(made), *q.shape), keys, before, read)
+            other = attention.causal.scores(q, keys, before, read)
         base = self.pattern
         if self.by_key:
             base = base * (self.known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()

@@ -13,7 +13,7 @@ from accuracy import STORED
 from eapcore.kernels import steps
 from eapcore.kernels import triton_common as common
 from eapcore.kernels.attention import attend, attend_grad, attend_moved, fits
-from eapcore.kernels.causal import Causal
+from eapcore.kernels.causal import Causal, by_group
 from models import random_model, random_pairs
 from refusal import refused
 
@@ -140,3 +140,12 @@ def test_no_queries_and_what_cannot_be_done():
     assert not steps.takes_triton("auto", q)
     sizes = ((128, torch.bfloat16), (129, torch.bfloat16), (8, torch.float32))
     assert [fits(torch.empty(1, d_head, dtype=dtype)) for d_head, dtype in sizes] == [True, False, False]
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_copies_of_one_side_are_rows_of_the_same_products(groups):
+    q, k = torch.randn(3, 6, 4, 8).double(), torch.randn(3, groups, 8, 7).double()
+    copies = torch.randn(5, 3, 6, 4, 8).double(), torch.randn(5, 3, groups, 8, 7).double()
+    for x, y in ((copies[0], k), (q, copies[1]), (q, k)):
+        expected = x @ y.repeat_interleave(6 // groups, -3)
+        torch.testing.assert_close(by_group(x, y), expected, rtol=0, atol=1e-12)
