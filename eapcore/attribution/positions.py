@@ -48,7 +48,7 @@ from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
 from eapcore.models.norm import NO_NORM
-from eapcore.models.tensors import accumulate_dtype, at_positions
+from eapcore.models.tensors import accumulate_dtype, at_positions, on
 from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -140,10 +140,11 @@ class _Store(EndStore):
 
     def stream(self, index: int) -> Tensor:
         """Δ of what a layer's heads read, [B, T, D], in float32 at least."""
-        total = self.embed.to(accumulate_dtype(self.embed.dtype))
+        device = self.model.attentions[index].device
+        total = on(self.embed.to(accumulate_dtype(self.embed.dtype)), device)
         for layer, attention in enumerate(self.model.attentions[:index]):
-            total = total + product(self.dz[layer].flatten(2), attention.w_send.flatten(0, 1))
-            total = total if self.mlp is None else total + self.mlp[layer]
+            total = total + on(product(self.dz[layer].flatten(2), attention.w_send.flatten(0, 1)), device)
+            total = total if self.mlp is None else total + on(self.mlp[layer], device)
         return total
 
 
@@ -183,6 +184,7 @@ class _Positions(Sink):
     def add(self, total: Tensor, scores: Tensor, at_read: bool) -> None:
         """Add scores [B, H, Q, S] of the first S source positions, or of the last, to [H, T, T]."""
         batch, targets = self.store.batch, slice(self.store.batch.start, self.store.batch.stop)
+        scores = on(scores, total.device)
         sources = slice(batch.stop - scores.shape[-1], batch.stop)
         if at_read:
             places = batch.pairs.positions

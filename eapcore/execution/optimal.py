@@ -22,7 +22,7 @@ from eapcore.execution.adam import Adam
 from eapcore.execution.progress import Count, Progress
 from eapcore.models.forward import StageRun, embed, run_stages, unembed
 from eapcore.models.model import Model
-from eapcore.models.tensors import at_positions
+from eapcore.models.tensors import at_positions, on
 from eapcore.tasks.pairs import PromptPairs
 
 STEPS, RATE = 30, 0.1
@@ -95,7 +95,7 @@ def _deviations(
         x = embed(model, tokens)
         sent = {"embed": x}
         for run in run_stages(model, x):
-            sent |= _sent(run)
+            sent |= _sent(run, model.device)
         for name, values in sent.items():
             moved = (values.double() - means[name]).square().mean(-1)  # [B, T, H] or [B, T]
             part = torch.einsum("bt...,bt->...", moved, inside) / len(reference)
@@ -103,12 +103,13 @@ def _deviations(
     return {name: x.view(-1).sqrt() for name, x in sums.items()}
 
 
-def _sent(run: StageRun) -> dict[str, Tensor]:
+def _sent(run: StageRun, device: torch.device) -> dict[str, Tensor]:
+    """What a stage's components send, or what it is made of, on a device."""
     index, found = run.stage.index, {}
     if run.attention is not None:
-        found[f"z{index}"] = run.attention.z
+        found[f"z{index}"] = on(run.attention.z, device)
     if run.mlp is not None:
-        found[f"mlp{index}"] = run.mlp.sent
+        found[f"mlp{index}"] = on(run.mlp.sent, device)
     return found
 
 
@@ -131,10 +132,10 @@ class _Clean:
         x = embed(model, tokens)
         sent, streams, behind = {"embed": x}, [x], {"embed": 0}
         for number, run in enumerate(run_stages(model, x, read=read)):
-            own = _sent(run)
+            own = _sent(run, model.device)
             sent |= own
             behind |= dict.fromkeys(own, number + 1)
-            streams.append(run.out)
+            streams.append(on(run.out, model.device))
         return _Clean(model, read, sent, streams, behind, _logs(model, streams[-1][:, 0]))
 
     def through(self, x: Mapping[str, Tensor]) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
@@ -161,12 +162,14 @@ class _Clean:
         if name[0] == "z":
             attention = model.attentions[int(name[1:])]
             moved = constants[:, None, None] - sent.to(model.dtype).movedim(2, 0)[some]  # [C, B, Q, K]
-            moved = (moved.flatten(1, 2) @ attention.w_send[some]).unflatten(1, sent.shape[:2])
+            w_send = on(attention.w_send[some], moved.device)
+            moved = (moved.flatten(1, 2) @ w_send).unflatten(1, sent.shape[:2])
         else:
             moved = constants[:, None, None] - sent
         x = (stream + moved).flatten(0, 1)
         for run in run_stages(model, x, first=number, read=self.read.repeat(len(constants), 1)):
             x = run.out
+        x = on(x, model.device)
         x = x if x.shape[1] == 1 else at_positions(x, self.read.repeat(len(constants), 1))
         return _logs(model, x[:, 0]).unflatten(0, (len(constants), -1))
 

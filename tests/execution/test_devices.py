@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eapcore
 import eapcore.execution.limits as limits
 from eapcore.attribution.plan import ONE_GRADIENT
+from eapcore.attribution.positions import attention_edges
 from eapcore.attribution.spread import SpreadPlan, Travel, spread_over
 from eapcore.cli import main
 from eapcore.execution.ablation import Ablation
@@ -97,6 +98,7 @@ def test_exact_patching_and_searches_give_one_devices_bits():
         for name, call in calls.items():
             found, expected = (torch.as_tensor(call(m, pairs)).cpu() for m in (two, one))
             assert torch.equal(found, expected), name
+        assert_same_bits(*(attention_edges(m, pairs) for m in (two, one)))
         for x, y in zip(*(run_with_senders(m, pairs.clean.to(A)) for m in (two, one)), strict=True):
             assert torch.equal(x.raw, y.raw)
 
