@@ -155,6 +155,7 @@ class Mlp:
         """∂metric/∂n of what the MLP reads."""
         if saved.up is None or self.w_up is None:
             return product(activation_grad(self.act_fn, units, saved.hidden, rules.activation), self.w_in.T)
+        units = units / 2 if rules.products == "halved" else units
         if rules.activation == "gradient":
             of_hidden, of_up = gated_grad(units, saved.hidden, saved.up, self.act_fn)
         else:
