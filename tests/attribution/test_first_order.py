@@ -590,7 +590,7 @@ def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
     ({"storage": "sparse"}, "auto, dense, factored, got 'sparse'"),
     ({"reduce": "head"}, "all, pair, position, got 'head'"),
     ({"level": "layer"}, "edge, node, neuron, got 'layer'"),
-    ({"ablation": "noise"}, "corrupt, zero, mean, mean-positional, got 'noise'"),
+    ({"ablation": "noise"}, "corrupt, zero, mean, mean-positional, optimal, got 'noise'"),
     ({"method": "clean-corrupt", "ablation": "mean"}, "no prompt to take gradients at, as clean-corrupt"),
     ({"gradient_at": "corrupt", "ablation": "zero"}, "no prompt to take gradients at, as eap with these options"),
     ({"method": "qk-fix", "level": "neuron"}, "level must be 'edge' or 'node' with qk-fix"),

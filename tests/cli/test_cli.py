@@ -415,7 +415,10 @@ def test_ctrl_c_leaves_no_half_written_and_no_temporary_file(eapcore, tmp_path, 
     elif where == "while writing edges":
         monkeypatch.setattr("eapcore.graph.scores.EdgeScores.top", interrupt)
     else:
-        monkeypatch.setattr("eapcore.graph.files.json.dumps", lambda *a, **k: interrupt() if "indent" in k else "{}")
+        dumps = json.dumps
+        monkeypatch.setattr(
+            "eapcore.graph.files.json.dumps", lambda *a, **k: interrupt() if "indent" in k else dumps(*a, **k)
+        )
     assert eapcore("run", out="out")[:2] == (130, "eapcore: interrupted; no file was left half-written\n")
     assert reached == [where]
     out = tmp_path / "out"
