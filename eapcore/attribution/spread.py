@@ -165,8 +165,11 @@ def streams(model: Model, device: torch.device, memory: int | None = None) -> bo
     memory = free_bytes(device) + bytes_on(model, device) if memory is None else memory
     tokens = min(_PROMPT, model.config.n_ctx)
     sizes, rest = weight_bytes(model)
+    weights = sum(sizes) + rest
+    if 2 * weights <= memory:  # half of the memory is enough for a short pair, which need not be counted
+        return False
     plan = Plan(model.config, model.dtype, device, groups=model.groups)
-    if min(plan.dense(1, tokens), plan.factored(1, tokens)) <= limits(device).share * (memory - sum(sizes) - rest):
+    if min(plan.dense(1, tokens), plan.factored(1, tokens)) <= limits(device).share * (memory - weights):
         return False
     if not streamed_plan(model, device, memory).fits(1, tokens):
         raise ValueError(
