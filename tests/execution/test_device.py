@@ -86,6 +86,11 @@ def test_nodes_and_neurons_too(level, reduce):
     compare_scores(level=level, reduce=reduce)
 
 
+@pytest.mark.parametrize("reduce", ["all", "position"])
+def test_scores_with_their_uncertainty_too(reduce):
+    compare_scores(reduce=reduce, uncertainty=True)
+
+
 @pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
 def test_every_ablation_too(ablation):
     # A mean goes through the reference's prompts in batches of its own, before.
