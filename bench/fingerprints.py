@@ -79,6 +79,7 @@ def own_metric(logits: Tensor, batch: Any) -> Tensor:
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: {} for method in ("eap", "eap-ig", "clean-corrupt", "eap-ig-activations", "relp")},
     **{method: {} for method in ("hybrid", "qk-fix", "grad-drop", "atp-star")},
+    **{method: {} for method in ("gim", "hisp", "hisp-raw", "flow-routes", "flow-sum")},
     "eap corrupt": {"gradient_at": "corrupt"},
     **{f"eap-ig {points}": {"points": points, "steps": 2} for points in ("left", "right", "midpoint")},
     "eap-ig given": {"points": [(0.75, 0.5), (1.0, 0.25), (0.0, 0.25)]},
