@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(level=args.level, seed=args.seed, ablation=args.ablation, **options)
     model, pairs, metric = prepare(args)
     options |= {"ablation": find_ablation(args, model, pairs), "batch_size": args.batch_size}
+    options["distributed"] = args.distributed
     start = time.perf_counter()
     with Progress("training", None, "step × pair") as progress:
         scores = subnetwork_probing(

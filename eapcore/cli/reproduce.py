@@ -109,8 +109,6 @@ def run(args: argparse.Namespace) -> None:
     from eapcore.evaluation.reproduce import FILES, KEPT_IN, known
 
     truth, published = known(args.task)
-    if args.distributed:
-        raise ValueError("reproduce runs in one process: start it without torchrun")
     args.out = args.out or Path(f"reproduce-{args.task}")
     check_out(args, (*FILES, TEXT, PROMPTS))
     if not args.no_report:
@@ -121,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
                 f"--scores names scores that are there, and {', '.join(options)} how to run a model: give one of "
                 "the two"
             )
+        if not args.leads:  # there is little to do, for which the others wait
+            return
         scores = _scores(args, truth.circuit.graph)
         _finish(args, _reproduced(args, scores), f"scores   {args.scores.name}: {args.task}, {scores.graph}")
         return
@@ -175,6 +175,7 @@ def _on_model(args: argparse.Namespace, source: str, n: int) -> None:
             batch_size=args.batch_size,
             progress=begin,
             command=args.written,
+            distributed=args.distributed,
         )
     write(args, _Json("prompts", described_prompts(args, model, pairs, metric)), args.out / PROMPTS)
     _finish(args, found, heading(model, pairs, metric))

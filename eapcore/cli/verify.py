@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     check_out(args)
     if args.report:
         check_report(args.out.parent / PAGE)
-    if args.sample is not None and (args.top_n is not None or args.curve or args.report or args.distributed):
-        raise ValueError("--sample draws edges by itself: leave out --top-n, --curve, --report and --distributed")
+    if args.sample is not None and (args.top_n is not None or args.curve or args.report):
+        raise ValueError("--sample draws edges by itself: leave out --top-n, --curve and --report")
     model, pairs, metric = prepare(args)
     check_number("--sample", args.sample, model)
     n, curves = top(args, model), args.curve or []
@@ -95,6 +95,7 @@ def _sample(
     print(f"patching {args.sample} of {model.graph.n_edges} edges: about {cost:.3g} times what eap costs", flush=True)
     with Progress("verifying", None, "run × pair") as progress:
         options = {"ablation": ablation, "batch_size": args.batch_size, "progress": progress, "resume": args.resume}
+        options["distributed"] = args.distributed
         found = verify_sample(model, pairs, metric, scores, args.sample, **options)
     write(args, replace(found, command=args.written))
     (r2_low, r2_high), (low, high) = found.r2_interval, found.slope_interval

@@ -109,7 +109,7 @@ def evaluate(
     for truth in truths:
         rocs.append(roc(scores, truth.circuit if isinstance(truth, Truth) else truth, rule=rule))
         if isinstance(truth, Truth) and experiment.shared:
-            others = inside_scores(experiment, batch_size=batch_size).against(truth)
+            others = inside_scores(experiment, batch_size=batch_size).tied(scores).against(truth)
             rocs.append(roc(scores, truth.circuit, rule=rule, edge_set=WITH_INSIDE, others=others))
     if true_top is not None:
         stage = count.stage(stages["patching"])

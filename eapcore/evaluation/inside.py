@@ -43,6 +43,20 @@ class Inside:
     inputs: Annotated[Tensor, "R"]
     sent: Annotated[Tensor, "S"]
 
+    def tied(self, scores: EdgeScores, *, exact: bool = False) -> Inside:
+        """The same, where it is an edge's score by definition with that very number, so that rounding breaks no tie.
+
+        So is what a sender with one receiver sends, and if scores are exact effects, the input of a projection with one
+        sender; to first order that differs by the norm in between.
+        """
+        values, edges = scores.scores.double(), self.graph.edge_mask()
+        sent = torch.where(edges.sum(1) == 1, values.sum(1), self.sent)
+        inputs = self.inputs.clone()
+        for r in _channels(self.graph) if exact else ():
+            if int(edges[:, r].sum()) == 1:
+                inputs[r] = values[:, r].sum()
+        return Inside(self.graph, inputs, sent)
+
     def against(self, truth: Truth) -> tuple[Annotated[Tensor, "E'"], Annotated[Tensor, "bool E'"]]:
         """The scores of all of them, and which are true: 6 for each head and one for each MLP.
 
@@ -164,6 +178,7 @@ def inside_effects(
     inputs = torch.zeros(graph.n_receivers, dtype=torch.float64, device="cpu")
     inputs[channels] = means[1:] - means[0]
     options: dict[str, Any] = {"ablation": experiment.ablation, "batch_size": batch_size}
+    options["distributed"] = experiment.ranks.distributed
     stage = count.stage(graph.n_senders * len(experiment))
     found = patch_nodes(experiment.model, experiment.pairs, experiment.metric, progress=stage, **options)
     return Inside(graph, inputs, found.effects.double())

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from eapcore.evaluation.inside import WITH_INSIDE, Inside, inside_effects, insid
 from eapcore.evaluation.published import ALL, COARSE, EVERY, Judged, Row, judge, rates, table, unit_of
 from eapcore.evaluation.roc import RULES, roc, roc_of_circuits
 from eapcore.evaluation.sampled import verify_sample
-from eapcore.execution.experiment import Experiment, digest
+from eapcore.execution.distributed import reported
+from eapcore.execution.experiment import Experiment, digest, result_dtype
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import FORMAT_VERSION, finite, replacing, write_json, write_text
@@ -108,6 +109,7 @@ class Plan:
     seed: int = 0
 
 
+@reported
 def reproduce(
     model: Model,
     task: str,
@@ -118,6 +120,7 @@ def reproduce(
     batch_size: int | str = "auto",
     progress: Starting = lambda name, unit: None,
     command: str | None = None,
+    distributed: bool = False,
 ) -> Reproduction:
     """Redo the paper's experiments with a task on a model, and write scores, circuit, curves and table into a folder.
 
@@ -135,6 +138,8 @@ def reproduce(
         batch_size: pairs at a time.
         progress: called with each step's name and what it counts; returns what is called with (done, in all).
         command: that the file names.
+        distributed: share each step's work among the processes of this run, as `attribute`; the first alone reads and
+            writes what is kept in the folder, but for what a step that is under way has done.
 
     Raises:
         ValueError: an unknown task, a plan or a folder that does not fit, or pairs that do not fit the model.
@@ -145,7 +150,9 @@ def reproduce(
     plan = Plan() if plan is None else plan
     metric, folder = TASKS[task].metric, Path(folder)
     _check(plan, model.graph)
-    experiment = Experiment.of(model, pairs, metric)
+    experiment = Experiment.of(model, pairs, metric, distributed=distributed)
+    leads = experiment.ranks.leads
+    experiment.ranks.agree(task=task, plan=asdict(plan))
     find_metric(plan.search_metric, pairs.answers, pairs.wrong)
     steps = _Steps(folder, experiment, progress)
     work = _Work(experiment, truth, published, plan, steps, batch_size)
@@ -154,7 +161,7 @@ def reproduce(
     left_out = []
     if unit is None:
         raise ValueError(f"the metric {metric} is the same on clean and corrupt prompts: there is nothing to reproduce")
-    inside = work.inside()
+    inside = work.inside().tied(scores)
     judged = None
     if truth.circuit.graph == model.graph:
         judged = judge(scores, truth, inside, published, unit)
@@ -190,6 +197,8 @@ def reproduce(
         task, unit, rows, judged, exact, curves, searches, methods, subnetworks, heads, circuits, areas, left_out,
         published, command, meta,
     )  # fmt: skip
+    if not leads:
+        return found
     if chosen is not None:
         chosen.save(folder / "circuit.json")
     write_json(folder / "evaluation.json", "evaluation", {"mib": mib, "rocs": [], "command": command})
@@ -294,16 +303,23 @@ def _check(plan: Plan, graph: Graph) -> None:
 
 
 class _Steps:
-    """Steps that are kept in a folder, each as JSON with what it was asked for, so that none is done twice."""
+    """Steps that are kept in a folder, each as JSON with what it was asked for, so that none is done twice.
+
+    Of several processes the first reads and writes them, and says to all what is done and what came of it.
+    """
 
     def __init__(self, folder: Path, experiment: Experiment, progress: Starting) -> None:
-        self.folder, self.progress = folder / KEPT_IN, progress
-        self.identity = {key: _plain(value) for key, value in experiment.identity().items()}
+        self.folder, self.progress, self.ranks = folder / KEPT_IN, progress, experiment.ranks
+        if self.ranks.leads:
+            self._open(folder, experiment)
+
+    def _open(self, folder: Path, experiment: Experiment) -> None:
+        identity = {key: _plain(value) for key, value in experiment.identity().items()}
         began = self.folder / "of.json"
         if began.exists():
             other = _read(began).get("identity")
             before = other if isinstance(other, dict) else {}
-            changed = [key for key, value in self.identity.items() if before.get(key) != value]
+            changed = [key for key, value in identity.items() if before.get(key) != value]
             if changed:
                 raise ValueError(
                     f"{folder} holds a reproduction with another {' and another '.join(changed)}: give --out another "
@@ -311,20 +327,29 @@ class _Steps:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(began, {"identity": self.identity})
+            self._write(began, {"identity": identity})
 
     def __call__(self, name: str, asked: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """What a step makes, as JSON has it, read where the same was made before."""
-        path, asked = self.folder / f"{name}.json", _plain(asked)
-        if path.exists():
-            kept = _read(path)
-            if kept.get("sha256") != _checksum(kept):
-                raise ValueError(f"{path} is not as a reproduction wrote it: delete it, and the step is done again")
-            if kept["asked"] == asked:
-                return kept["made"]
-        done = {"asked": asked, "made": _plain(make())}
-        self._write(path, {**done, "sha256": _checksum(done)})
+        path, asked, leads = self.folder / f"{name}.json", _plain(asked), self.ranks.leads
+        done = self.ranks.first(self._done(path, asked) if leads else None)
+        if done is None:
+            done = {"made": make()}
+            if leads:
+                done = {"asked": asked, "made": _plain(done["made"])}
+                self._write(path, {**done, "sha256": _checksum(done)})
+            done = self.ranks.first(done if leads else None)
         return done["made"]
+
+    @staticmethod
+    def _done(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the file of a step holds, if it was asked the same."""
+        if not path.exists():
+            return None
+        kept = _read(path)
+        if kept.get("sha256") != _checksum(kept):
+            raise ValueError(f"{path} is not as a reproduction wrote it: delete it, and the step is done again")
+        return kept if kept["asked"] == asked else None
 
     def forget(self, name: str) -> None:
         """Do a step again."""
@@ -335,7 +360,8 @@ class _Steps:
         return self.folder / f"{name}.begun"
 
     def ended(self, name: str) -> None:
-        shutil.rmtree(self.begun(name), ignore_errors=True)
+        if self.ranks.leads:
+            shutil.rmtree(self.begun(name), ignore_errors=True)
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         head = {"format": "eapcore-reproduction-step", "format_version": FORMAT_VERSION}
@@ -381,10 +407,10 @@ class _Work:
 
     def _scored(self, name: str, path: Path, asked: Mapping[str, Any], method: str) -> EdgeScores:
         """Scores by a first-order method, or by training masks of nodes, kept in a file."""
-        experiment, steps = self.experiment, self.steps
-        options: dict[str, Any] = {"batch_size": self.batch_size}
+        experiment, steps, ranks = self.experiment, self.steps, self.experiment.ranks
+        options: dict[str, Any] = {"batch_size": self.batch_size, "distributed": ranks.distributed}
 
-        def make() -> str:
+        def make() -> str | None:
             model, pairs = experiment.model, experiment.pairs
             if method == "subnetwork-probing":
                 options["progress"] = steps.progress("training masks", "step × pair")
@@ -393,17 +419,20 @@ class _Work:
                 options["progress"] = steps.progress(f"scoring by {method}", "pair")
                 options["resume"] = steps.begun(name)
                 found = attribute(model, pairs, experiment.metric_name, method=method, **options)
+            if not ranks.leads:
+                return None
             found.save(path)
             steps.ended(name)
             return digest(EdgeScores.load(path).scores)
 
-        if not path.exists():
+        if ranks.leads and not path.exists():
             steps.forget(name)
-        made = steps(name, asked, make)
-        found = EdgeScores.load(path, content_hash=experiment.model.content_hash)
-        if digest(found.scores) != made:
-            raise ValueError(f"{path} holds other scores than this reproduction made: give --out another folder")
-        return found
+        made, found = steps(name, asked, make), None
+        if ranks.leads:
+            found = EdgeScores.load(path, content_hash=experiment.model.content_hash)
+            if digest(found.scores) != made:
+                raise ValueError(f"{path} holds other scores than this reproduction made: give --out another folder")
+        return _in_all(experiment, found)
 
     def methods(self) -> tuple[list[dict[str, Any]], list[Row]]:
         """The area under the ROC of the paper's other baselines, among edges between components."""
@@ -439,6 +468,7 @@ class _Work:
             model, pairs, metric = self.experiment.model, self.experiment.pairs, self.experiment.metric_name
             progress = self.steps.progress("patching edges", "edge × pair")
             options: dict[str, Any] = {"seed": self.plan.seed, "batch_size": self.batch_size, "progress": progress}
+            options["distributed"] = self.experiment.ranks.distributed
             found = verify_sample(model, pairs, metric, scores, n, resume=self.steps.begun("exact"), **options)
             self.steps.ended("exact")
             names = ("edges", "estimates", "effects", "weights", "r2", "slope", "r2_interval", "slope_interval")
@@ -468,8 +498,9 @@ class _Work:
             effects = torch.zeros_like(scores.scores, dtype=torch.float64)
             for edge, effect in zip(made["edges"], made["effects"], strict=True):
                 effects[self.graph.edge(edge)] = effect
-            others = _inside(self.graph, self.steps("exact-inside", {}, self._inside_effects)).against(self.truth)
             patched = EdgeScores(effects, self.graph, {"sign": scores.meta["sign"]})
+            inside = _inside(self.graph, self.steps("exact-inside", {}, self._inside_effects))
+            others = inside.tied(patched, exact=True).against(self.truth)
             areas = [roc(patched, self.truth.circuit, others=more).auc for more in (others, None)]
             exact["auc"] = {WITH_INSIDE: areas[0], ALL: areas[1]}
             rows.append(
@@ -564,6 +595,7 @@ class _Work:
             start=start,
             batch_size=self.batch_size,
             progress=self.steps.progress(f"searching from {name} at {threshold:g}", "edge"),
+            distributed=experiment.ranks.distributed,
         )
         values = found.meta["metric"]
         return {"metric": metric, "value": values["circuit"], "decided": found.meta["forwards"]["decided"],
@@ -625,6 +657,14 @@ class _Work:
 
     def _recordings(self) -> Recordings:
         return Recordings(self.experiment, self.batch_size)
+
+
+def _in_all(experiment: Experiment, scores: EdgeScores | None) -> EdgeScores:
+    """The first process's scores in every one; None in the others."""
+    model, ranks = experiment.model, experiment.ranks
+    values = model.graph.edge_mask().double() if scores is None else scores.scores.double()
+    whole, meta = ranks.sum([values], 1), ranks.first(None if scores is None else dict(scores.meta))
+    return scores or EdgeScores(whole.to(result_dtype(model.dtype)), model.graph, meta)
 
 
 def _curve(curve: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from eapcore.evaluation.screened import cost_of
 from eapcore.evaluation.verify import check_origin
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
@@ -104,6 +105,7 @@ def sample_cost(model: Model, task: Task, metric: str | Metric, scores: EdgeScor
     return (cost.record + float(cost.edge[chosen].sum())) / cost.eap
 
 
+@reported
 def verify_sample(
     model: Model,
     task: Task,
@@ -116,11 +118,12 @@ def verify_sample(
     batch_size: int | str = "auto",
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> Sampled:
     """Patch a stratified sample of edges exactly, see `draw_sample`, and say how far the scores of all are right.
 
     Args:
-        model, task, metric, ablation, batch_size, progress, resume: as `patch_edges`.
+        model, task, metric, ablation, batch_size, progress, resume, distributed: as `patch_edges`.
         scores: of all edges, by any method and from any file.
         n: how many edges are patched.
         seed: of the draw.
@@ -129,7 +132,7 @@ def verify_sample(
         ValueError: a number of edges that does not fit; scores of another model, metric, ablation or graph;
             as `patch_edges`.
     """
-    experiment = Experiment.of(model, task, metric, ablation)
+    experiment = Experiment.of(model, task, metric, ablation, distributed=distributed)
     check_origin(experiment, scores)
     graph = model.graph
     flat, strata, weights = draw_sample(scores, n, seed)

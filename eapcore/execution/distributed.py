@@ -95,6 +95,11 @@ class Ranks:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def distributed(self) -> bool:
+        """The option of this name, for functions that are called with what these processes share."""
+        return self.link is not None
+
     def lanes(self, count: int) -> list[int]:
         """Which of so many lanes this process works on."""
         return list(range(self.rank, count, self.size))

@@ -70,6 +70,7 @@ def subnetwork_probing(
     reference: PromptPairs | None = None,
     batch_size: int | str = "auto",
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> EdgeScores:
     """Train a mask on every edge, or node, and score edges by the probability that it lets something through.
 
@@ -90,6 +91,7 @@ def subnetwork_probing(
             "corrupt" or "zero".
         batch_size: pairs at a time; the scores do not depend on it but for rounding.
         progress: called with (steps × pairs done, steps × pairs in all).
+        distributed: share the pairs among the processes of this run, as `attribute`; every step adds up what they made.
 
     Returns:
         EdgeScores in [0, 1] without a sign; `meta["metric"]` has the metric on the clean and corrupt runs and with the
@@ -104,12 +106,13 @@ def subnetwork_probing(
         ablation=ablation.name if isinstance(ablation, Ablation) else ablation,
     )  # fmt: skip
     penalty = PENALTY[level] if penalty is None else penalty
-    experiment = Experiment.of(model, task, metric, ablation, reference)
-    model, graph = experiment.model, model.graph
+    experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
+    model, graph, ranks = experiment.model, model.graph, experiment.ranks
+    ranks.agree(training={"level": level, "penalty": penalty, "steps": steps, "rate": rate, "seed": seed})
     masks = _Masks.of(graph, level, seed)
     adam = Adam(masks.log_alpha, rate)
     recordings = Recordings(experiment, batch_size)
-    count = Count(progress, steps * len(experiment))
+    count = Count(ranks.watched(progress), steps * len(experiment))
     ends = torch.zeros(2, dtype=torch.float64, device="cpu")
     value = math.nan
     for step in range(steps):
@@ -124,13 +127,14 @@ def subnetwork_probing(
             total += values.sum().cpu()
             slope -= grad.cpu() / len(experiment)
             count.add(len(recording.batch.pairs))
+        total, slope = ranks.sum([torch.cat([total, slope])]).split([1, len(slope)])
         (value,) = experiment.mean(total).tolist()
         if not bool(slope.isfinite().all()):
             raise ValueError(f"the gradients overflow in {model.dtype}: use a wider dtype, e.g. float32")
         with torch.enable_grad():
             loss = (mask * slope).sum() + penalty * masks.size()  # to first order at this draw
             adam.step(torch.autograd.grad(loss, masks.log_alpha)[0])
-    clean, corrupt = experiment.mean(ends).tolist()
+    clean, corrupt = experiment.mean(ranks.sum([ends])).tolist()
     chance = masks.chance().detach()
     method = {
         "name": "subnetwork-probing", "level": level, "penalty": penalty, "steps": steps, "rate": rate, "seed": seed,

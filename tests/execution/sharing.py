@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import kills
 import torch
 from everything import EVERYTHING
-from models import random_model, random_pairs
+from models import random_circuit, random_model, random_pairs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import eapcore.evaluation.reproduce as reproduction
 import eapcore.execution.distributed as distributed
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.evaluate import evaluate
+from eapcore.evaluation.reproduce import Plan, known, reproduce
 from eapcore.evaluation.screened import screened
 from eapcore.patching.edges import patch_edges
+from eapcore.tasks.truth import Truth
 
 LENGTHS = [7, 5, 6, 7, 3, 6, 4, 7]
 
@@ -37,7 +42,7 @@ def everything(rank, size, folder):
     model, pairs = case()
     found = {}
     for name, call in {**EVERYTHING, "screened": lambda m, p, **o: screened(m, p, budget=5.0, **o).scores}.items():
-        if name in ("circuits", "probing"):  # one batch; one process
+        if name == "circuits":  # one batch
             continue
         alone = number(call(model, pairs))
         shared = number(call(model, pairs, distributed=True))
@@ -61,6 +66,58 @@ def everything(rank, size, folder):
     alone, *shared = (evaluate(model, pairs, "logit_diff", scores, **how).mib for how in ({}, kept, kept))
     found["kept"] = [abs(alone.cpr - shared[0].cpr), 1.0, shared[0] == shared[1], repr(shared[1].signed.values)]
     return {"found": found, "sent": distributed.connect().sent}
+
+
+def numbers(content):
+    """All numbers of a JSON file's content, in order, and its words."""
+    if isinstance(content, dict | list):
+        parts = [numbers(x) for x in (content.values() if isinstance(content, dict) else content)]
+        return [x for part in parts for x in part]
+    return [content]
+
+
+def furthest(one, other):
+    """How far the numbers of two files are apart, a number of at least 1 relative to itself; the words are the same."""
+    pairs = list(zip(*(numbers(json.loads(path.read_text())) for path in (one, other)), strict=True))
+    assert all(type(a) is type(b) and (isinstance(a, float) or a == b) for a, b in pairs)
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs if isinstance(a, float))
+
+
+def reproduced(rank, size, folder):
+    """A reproduction by one process and by all, twice; then where one step is left, in a folder that the first process
+    alone has, and where a step was edited."""
+    model, pairs = case()
+    graph, published = model.graph, replace(known("ioi")[1], roles={}, bent=(), curve=(0.01, 0.1))
+    truth = Truth("random", random_circuit(graph, 0.3), {"name mover": ("a1.h0",)}, ("a1.h0<q>",), ("a1.h0<q>", "m1"))
+    reproduction.known = lambda task: (truth, published)
+    plan = Plan(curves=1, thresholds=[0.02], top_n=[20], probe_steps=2)
+
+    def redo(place, shared=True):
+        found = reproduce(model, "ioi", pairs, folder / place, plan=plan, distributed=shared)
+        found.save(folder / f"found-{rank}.json")
+        return (folder / f"found-{rank}.json").read_text()
+
+    first, again = redo("shared"), redo("twice")
+    steps = sorted((folder / "shared" / "steps").iterdir()) if rank == 0 else []
+    told = {"found": first, "again": again, "steps": [path.name for path in steps]}
+    if rank == 0:
+        redo("alone", shared=False)
+        files = [path.relative_to(folder / "shared") for path in (folder / "shared").rglob("*") if path.is_file()]
+        told["files"] = sorted(map(str, files))
+        told["differ"] = [
+            str(f) for f in files if (folder / "shared" / f).read_bytes() != (folder / "twice" / f).read_bytes()
+        ]
+        judged = ("reproduction.json", "evaluation.json", "verification.json")
+        told["gap"] = max(furthest(folder / "alone" / name, folder / "shared" / name) for name in judged)
+        next(path for path in steps if path.name.startswith("search-")).unlink()
+    own = ("shared", "elsewhere")[rank > 0]
+    reproduction.attribute = reproduction.inside_scores = reproduction.measure_mib = None  # not asked again
+    told["left"], told["read"] = redo(own), (folder / "elsewhere").exists()
+    if rank == 0:
+        (folder / "shared" / "steps" / "curves.json").write_text("[")
+    told["edited"] = refused(reproduce, model, "ioi", pairs, folder / own, plan=plan)
+    told["plan"] = refused(reproduce, model, "ioi", pairs, folder / own, plan=replace(plan, curves=rank))
+    return told
 
 
 def devices(rank, size, folder):

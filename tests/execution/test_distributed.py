@@ -27,6 +27,7 @@ def told(tmp_path_factory):
     groups = [("sharing:everything", 2), ("sharing:faults", 3), ("sharing:killed", 3), ("sharing:lonely", 1)]
     groups += [
         ("sharing:devices", 2),
+        ("sharing:reproduced", 2),
         ("sharing:killed_command", 1),
         ("sharing:undisturbed", 4),
         ("sharing:begun", 4),
@@ -43,6 +44,17 @@ def test_every_function_gives_what_one_process_gives_and_the_same_bits_each_time
         assert gap < 1e-12 and (scale > 1e-6 or "acdc" in name) and same, (name, gap, scale)
         assert all(other["found"][name][3] == bits for other in others), name
     assert first["sent"] > 0
+
+
+def test_a_reproduction_is_shared_and_its_steps_are_the_first_process_s(told):
+    first, other = told["reproduced"]
+    assert first["gap"] < 1e-12 and first["differ"] == [] and "circuit.json" in first["files"]
+    assert {"exact-inside.json", "subnetwork-probing.safetensors"} <= set(first["steps"])
+    for said in (first, other):
+        assert said["found"] == said["again"] == said["left"] == first["found"] and not said["read"]
+        assert "must have the same plan, but rank 1 (process " in said["plan"]
+    assert "curves.json must be what a reproduction wrote" in first["edited"]
+    assert other["edited"].startswith("Lost: rank 0 (process ") and "curves.json" in other["edited"]
 
 
 def test_each_process_may_have_several_devices(told):
