@@ -19,6 +19,7 @@ from eapcore.execution.experiment import Experiment
 from eapcore.graph.correlation import ranks
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
+from eapcore.patching.edges import patch_edges
 from eapcore.tasks import TASKS
 from eapcore.tasks.truth import truth
 
@@ -66,6 +67,13 @@ def test_effects_inside_are_those_of_all_edges_together_and_scores_their_slope(o
     exact, first = inside_effects(experiment), inside_scores(experiment)
     if model.config.normalization is None:  # nothing bends before the projections
         torch.testing.assert_close(summed_inside(attribute(model, pairs)).inputs, first.inputs, rtol=0, atol=1e-12)
+    # What is one edge's score by definition has its bits.
+    patched, graph = patch_edges(model, pairs), model.graph
+    tied = exact.tied(patched, exact=True)
+    torch.testing.assert_close((tied.inputs, tied.sent), (exact.inputs, exact.sent), rtol=0, atol=1e-12)
+    last, lone = graph.n_senders - 1, graph.receiver("a0.h1<v>")
+    assert tied.sent[last] == patched.scores[last].sum() and tied.inputs[lone] == patched.scores[0, lone]
+    assert first.tied(patched).inputs[lone] == first.inputs[lone] and tied.sent[0] == exact.sent[0]
     # Towards the clean prompts' embedding effects and first order agree: 1 % of the way of a random corruption.
     near = dataclasses.replace(model, weights=dataclasses.replace(model.weights, w_e=model.weights.w_e.clone()))
     tokens = pairs.clean.unique()
@@ -122,7 +130,7 @@ def test_evaluate_judges_by_both_edge_sets_of_a_published_circuit():
     assert ours.edge_set == {"name": "all edges", "n_edges": graph.n_edges, "n_true": 2}
     assert theirs.edge_set["n_edges"] == graph.n_edges + 6 * 4 + 2 and theirs.edge_set["n_true"] == 4
     inside = inside_scores(Experiment.of(model, pairs))
-    assert theirs.auc == roc(scores, known.circuit, others=inside.against(known)).auc
+    assert theirs.auc == roc(scores, known.circuit, others=inside.tied(scores).against(known)).auc
     zero = evaluate(
         model, pairs, "logit_diff", attribute(model, pairs, ablation="zero"), truths=[known], ablation="zero"
     )
@@ -130,4 +138,6 @@ def test_evaluate_judges_by_both_edge_sets_of_a_published_circuit():
     refused("edges inside components need the corrupt prompts' run, but the ablation is zero", inside_scores,
         Experiment.of(model, pairs, ablation="zero"))  # fmt: skip
     sizes = EdgeScores(scores.scores.abs(), graph, {"sign": "size; it has no sign"})
-    assert roc(sizes, known.circuit, ranking="signed", others=inside.against(known)).auc == pytest.approx(theirs.auc)
+    assert roc(sizes, known.circuit, ranking="signed", others=inside.tied(sizes).against(known)).auc == pytest.approx(
+        theirs.auc
+    )

@@ -116,6 +116,7 @@ def reproduced(rank, size, folder):
     if rank == 0:
         (folder / "shared" / "steps" / "curves.json").write_text("[")
     told["edited"] = refused(reproduce, model, "ioi", pairs, folder / own, plan=plan)
+    told["speaks"] = distributed.connect().speaks()
     told["plan"] = refused(reproduce, model, "ioi", pairs, folder / own, plan=replace(plan, curves=rank))
     return told
 

@@ -55,6 +55,7 @@ def test_a_reproduction_is_shared_and_its_steps_are_the_first_process_s(told):
         assert "must have the same plan, but rank 1 (process " in said["plan"]
     assert "curves.json must be what a reproduction wrote" in first["edited"]
     assert other["edited"].startswith("Lost: rank 0 (process ") and "curves.json" in other["edited"]
+    assert first["speaks"] and not other["speaks"]
 
 
 def test_each_process_may_have_several_devices(told):
