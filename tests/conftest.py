@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import accel  # noqa: F401 - before torch takes its first derivative, which counts the devices that there are
 import pytest
 import torch
 

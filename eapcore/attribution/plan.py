@@ -116,7 +116,7 @@ def dense_bytes(
         config: the model's sizes, with as many tokens in the vocabulary as the metric reads for a pair.
         batch, tokens, dtype, device, impl: of the batch and where it runs; C++ takes memory for each of torch's
             threads.
-        groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart.
+        groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart, 0 where each head as well.
         passes: of another method than one gradient at the clean run; `together` of them run as one batch.
     """
     for name, size in (("batch", batch), ("tokens", tokens), ("together", together)):
@@ -391,7 +391,9 @@ def _shapes(config: ModelConfig, dtype: torch.dtype, groups: int) -> Iterator[tu
         at = f"layers.{index}."
         parts = [each] if groups == 1 else [H, config.n_kv, config.n_kv]
         for part, count in enumerate(parts):
-            yield f"{at}w_qkv.{part}", make(D, count, K).permute(1, 0, 2) if groups == 1 else make(count, D, K)
+            places = {0: ((count, D, K), (0, 1, 2)), 1: ((D, count, K), (1, 0, 2)), 3: ((count, K, D), (0, 2, 1))}
+            shape, order = places[groups]
+            yield f"{at}w_qkv.{part}", make(*shape).permute(order)
         yield from ((at + "b_qkv", make(each, K)), (at + "w_o", make(H, K, D)), (at + "b_o", make(D)))
         normed = (H * K, config.n_kv * K) if config.qk_norm_joint else (K, K)
         yield from ((f"{at}{x}_norm.0", make(size)) for x, size in zip("qk", normed, strict=True))

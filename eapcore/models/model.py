@@ -20,7 +20,7 @@ from eapcore.models.config import ModelConfig
 from eapcore.models.links import Links
 from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
-from eapcore.models.tensors import moved
+from eapcore.models.tensors import as_matrix, moved
 from eapcore.models.weights import Layer, Weights
 from eapcore.text.tokenizer import Tokenizer
 
@@ -231,8 +231,9 @@ class Model:
 
     @property
     def groups(self) -> int:
-        """Channel groups of a layer: 3 where q, k and v are stored apart."""
-        return len(self._heads()[0].at_rest.w_qkv)
+        """Channel groups of a layer: 3 where q, k and v are stored apart, 0 where each head is as well."""
+        weights = self._heads()[0].at_rest.w_qkv
+        return len(weights) if all(as_matrix(w) is not None for w in weights) else 0
 
     def stages_from(self, layer: int) -> tuple[Stage, ...]:
         """The stages of a layer and of all behind it."""

@@ -59,7 +59,7 @@ def case(shape):
 
 
 def plan_of(model, impl="auto", passes=ONE_GRADIENT, **sizes):
-    groups = len(model.attentions[0].w_qkv)
+    groups = model.groups
     return Plan(replace(model.config, **sizes), model.dtype, model.device, impl, groups, passes)
 
 
