@@ -49,7 +49,7 @@ plain() {
 plain >"$build/plain.txt" 2>&1 &
 beside=$!
 # shellcheck disable=SC2086
-"$CXX" $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o "$build/sanitized" "$here/test_csrc.cpp"
+"$CXX" $flags -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -o "$build/sanitized" "$here/test_csrc.cpp"
 echo "address and undefined-behaviour sanitizers"
 "$build/sanitized"
 status=0

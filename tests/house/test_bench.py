@@ -331,14 +331,15 @@ def timed_here(monkeypatch):
 @needs_peaks
 @pytest.mark.usefixtures("timed_here")
 def test_the_pipeline_s_table_checks_times_and_measures_its_cases(capsys):
-    for chosen in ("first", "against"):
+    for chosen in ("first", "halves", "published"):
         assert bench_pipeline.main(["--quick", "--repeats", "1", "--case", chosen]) == 0
         out, measured = capsys.readouterr().out, 0
         for one in [one for one in bench_pipeline.CASES if chosen in one.name]:
             reason = bench_pipeline.why_not(one)
             assert (f"\n{one.name}: not measured, {reason}" if reason else f"\n{one.name}: L=3 D=64") in out
             measured += not reason
-        assert out.count("scores agree to") == out.count("    time ") == out.count("    memory ") == measured >= 1
+        assert out.count("scores agree to") == out.count("    time ") == out.count("    memory ") == measured
+        assert measured or chosen == "published"  # the other tools' environment may not be here
 
 
 def test_the_verdicts_of_made_up_numbers():
