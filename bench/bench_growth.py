@@ -5,8 +5,9 @@
 
 Time: CPU seconds of the process (user + system) of `attribute` on one thread, behind a call that has warmed everything
 up; sizes take turns, the median of the rounds. Linear means that a pair costs the same at every size: the last column
-is the seconds a pair over those at the first size. Memory: what is resident once half of a task is scored, above what
-was before.
+is the seconds a pair over those at the first size, which is scored again at every tenth of a larger task, and by itself
+counted, since a shared machine is faster in one minute than in the next. Memory: what is resident once half of a task
+is scored, above what was before.
 
 Exchange: bytes of tensors that each of two and four processes sends for one `attribute`, as counted, beside what the
 rule says: of n float64 sums each process sends (K−1)/K·n to those who add them up, and as much of the result to all:
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,17 +72,23 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def once(model: eapcore.Model, task: PromptPairs | PairStream) -> tuple[float, int]:
-    """CPU seconds of scoring a task, and bytes that are resident when half of it is done, above those before."""
-    before, at_half = resident(), [0]
+def once(
+    model: eapcore.Model, task: PromptPairs | PairStream, beside: PromptPairs | PairStream | None = None
+) -> tuple[float, int, float]:
+    """CPU seconds of scoring a task; bytes that are resident when half of it is done, above those before; and CPU
+    seconds of scoring another at every tenth of it, their mean."""
+    before, at_half, others = resident(), [0], list[float]()
 
     def progress(done: int, total: int) -> None:
         if not at_half[0] and 2 * done >= total:
             at_half[0] = resident() - before
+        if beside is not None and 10 * done >= (len(others) + 1) * total:
+            others.append(once(model, beside)[0])
 
     began = time.process_time()
     attribute(model, task, progress=progress)
-    return time.process_time() - began, at_half[0]
+    seconds = time.process_time() - began
+    return seconds - sum(others), at_half[0], statistics.fmean(others) if others else seconds
 
 
 def repeated(pairs: PromptPairs, n: int) -> PromptPairs:
@@ -102,15 +110,20 @@ def growth(sizes: tuple[int, ...], rounds: int, folder: Path) -> list[dict[str, 
         for i in range(sizes[-1]):
             file.write(lines[i % len(lines)])
     once(model, some)
-    found: dict[tuple[str, int], list[tuple[float, int]]] = {}
+    tasks: dict[str, Callable[[int], PromptPairs | PairStream]] = {
+        "in memory": lambda n: repeated(some, n), "as it goes": lambda n: PairStream(path, n=n)
+    }  # fmt: skip
+    found: dict[tuple[str, int], list[tuple[float, int, float]]] = {}
     for _ in range(rounds):
         for n in sizes:
-            found.setdefault(("in memory", n), []).append(once(model, repeated(some, n)))
-            found.setdefault(("as it goes", n), []).append(once(model, PairStream(path, n=n)))
+            for how, task in tasks.items():
+                beside = task(sizes[0]) if n > sizes[0] else None
+                found.setdefault((how, n), []).append(once(model, task(n), beside))
     rows = []
     for (how, n), measured in found.items():
-        seconds, memory = (statistics.median(x) for x in zip(*measured, strict=True))
-        rows.append({"how": how, "n": n, "seconds": seconds, "bytes": memory, "a pair": seconds / n})
+        seconds, memory, _ = (statistics.median(x) for x in zip(*measured, strict=True))
+        ratio = statistics.median(own / n / (other / sizes[0]) for own, _, other in measured)
+        rows.append({"how": how, "n": n, "seconds": seconds, "bytes": memory, "a pair": seconds / n, "ratio": ratio})
     return rows
 
 
@@ -164,11 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = growth(sizes, args.rounds, Path(folder))
     print(f"\n{'task':12}{'pairs':>9}{'CPU s':>9}{'ms a pair':>11}{'MiB':>7}{'against first':>15}")
     for row in rows:
-        first = next(r for r in rows if r["how"] == row["how"])
-        ratio = row["a pair"] / first["a pair"]
         print(
             f"{row['how']:12}{row['n']:>9}{row['seconds']:>9.2f}{1e3 * row['a pair']:>11.3f}"
-            f"{row['bytes'] / 2**20:>7.1f}{ratio:>15.3f}"
+            f"{row['bytes'] / 2**20:>7.1f}{row['ratio']:>15.3f}"
         )
     toy = load("toy-ioi").graph
     numbers = toy.n_senders * toy.n_receivers
