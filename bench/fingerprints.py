@@ -244,7 +244,9 @@ def split(value: Any, path: str, numbers: dict[str, list[float]]) -> Any:
     """Sort the numbers of a JSON value by the list or object that they stand in; return the rest."""
     if isinstance(value, dict):
         inner = {key: f"{path}.{key}" if isinstance(x, dict | list) else path for key, x in value.items()}
-        return {key: split(value[key], inner[key], numbers) for key in sorted(inner) if key != "versions"}
+        return {
+            key: split(value[key], inner[key], numbers) for key in sorted(inner) if key not in ("versions", "sha256")
+        }
     if isinstance(value, list):
         return [split(item, path, numbers) for item in value]
     if isinstance(value, float):

@@ -209,9 +209,9 @@ def _set_embed(model: Model, batch: Batch, start: dict[float, Tensor], values: V
         corrupt = embed_tokens(model, batch.pairs.corrupt[:, batch.start : batch.stop])
         store.set_embed(corrupt - clean)  # of the tokens alone: their positions are the same
         return start[0.0]
-    ablated = Values.at(values.embed, batch.stop, None).expand_as(start[1.0])
+    ablated = Values.at(values.embed, batch.stop, None).to(start[1.0].dtype).expand_as(start[1.0])
     replaced = clean if values.of_tokens else start[1.0]
-    store.set_embed(ablated - replaced)
+    store.set_embed((ablated - replaced).to(clean.dtype))
     return start[1.0] + (ablated - replaced) if values.of_tokens else ablated
 
 

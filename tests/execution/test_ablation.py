@@ -73,3 +73,17 @@ def test_a_position_outside_its_prompt_is_named(model, pairs, positions):
         refused(message, call, model, outside)
     with pytest.raises(ValueError, match=r"positions must be int64 \[N\] = \[3\], one for each pair, got \[2\]"):
         attribute(model, dataclasses.replace(pairs, positions=positions[:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
+def test_half_precision_takes_every_ablation_with_every_method_and_storage(dtype, ablation):
+    exact, narrow = (random_model(n_heads=2, scale=0.2, dtype=of) for of in (torch.float64, dtype))
+    pairs, points = random_pairs(exact, [5, 7, 6, 7]), {"points": [(0.5, 0.5), (1.0, 0.5)]}
+    chosen = [(method, {}) for method in ("eap", "eap-ig-activations", "relp", "qk-fix", "atp-star")]
+    for method, more in [*chosen, ("eap-ig", points)]:
+        near_zero = ablation == "zero" and method in ("qk-fix", "atp-star")  # norms of streams that are nearly zero
+        expected = attribute(exact, pairs, method=method, ablation=ablation, **more).scores
+        for storage in ("dense", "factored"):
+            got = attribute(narrow, pairs, method=method, ablation=ablation, storage=storage, **more).scores
+            assert (got - expected).norm() < (0.3 if near_zero else 0.1) * expected.norm(), (method, storage)
