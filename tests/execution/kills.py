@@ -16,6 +16,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+from models import random_model, save_checkpoint
+from words import word_level
+
 import eapcore.execution.distributed as distributed
 import eapcore.execution.resume as resume
 from eapcore.cli import main
@@ -28,8 +32,27 @@ COMMANDS = {
     "verify": ["--n-pairs", "4", "--method", "eap", "--top-n", "40", "--out", "verification.json"],
     "evaluate": ["--n-pairs", "6", "--method", "eap", "--true-top", "20", "--out", "evaluation.json"],
     "patch": ["--n-pairs", "3", "--out", "effects.st"],
-}
+    "patch --nodes": ["--n-pairs", "12", "--out", "nodes.st"],
+    "path": ["--n-pairs", "12", "--senders", "embed", "--receivers", "a2.h1<q>", "--out", "path.json"],
+    "acdc": ["--n-pairs", "4", "--threshold", "0.05", "--out", "circuit.json"],
+    "mib": ["--n-pairs", "6", "--methods", "eap,eap-ig", "--out", "mib"],
+    "reproduce ioi": ["--n-pairs", "4", "--batch-size", "1", "--sample", "30", "--curves", "1", "--top-n", "20",
+        "--threshold", "0.01", "--probe-steps", "3", "--no-report", "--out", "paper"],
+}  # fmt: skip
 WITHIN = 60.0  # seconds in which the others of a lost process have to end
+
+
+def written(command: str, folder: Path) -> list[str]:
+    """A command's line. A reproduction goes on in its own folder, and its model's words are those of the task."""
+    if not command.startswith("reproduce"):
+        return [*command.split(), *ALL, *COMMANDS[command]]
+    place = folder.parents[1] / "model"
+    if not place.exists():
+        words = word_level()
+        save_checkpoint(random_model(2, 3, 24, 8, 24, words.get_vocab_size(), 32, dtype=torch.float64), place)
+        words.save(str(place / "tokenizer.json"))
+        (place / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return [*command.split(), "--model", str(place), *COMMANDS[command]]
 
 
 def start(command: str, folder: Path) -> list[int]:
@@ -38,7 +61,7 @@ def start(command: str, folder: Path) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = []
+    line, found = written(command, folder), []
     for rank in range(SIZE):
         pid = os.fork()
         if pid == 0:
@@ -49,7 +72,7 @@ def start(command: str, folder: Path) -> list[int]:
                 os.dup2(os.open(f"../said.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             status = 99
             try:
-                status = main([command, *ALL, *COMMANDS[command]])
+                status = main(line)
             finally:
                 sys.stdout.flush()
                 os._exit(status)
@@ -73,9 +96,10 @@ def ended(pids: list[int], within: float) -> list[int | None]:
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """What a command has written, but for what it keeps to go on from."""
+    """What a command has written, but for what it keeps to go on from, and for how long a table's methods took."""
     files = [path for path in folder.rglob("*") if path.is_file() and "kept" not in path.relative_to(folder).parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+    return {name: re.sub(rb'"seconds": [^,}\n]+', b"", content) for name, content in found.items()}
 
 
 def try_command(command: str, kills: int, folder: Path, draw: random.Random, after: float) -> Counter[str]:
@@ -132,8 +156,6 @@ def try_all(
 
 if __name__ == "__main__":
     import tempfile
-
-    import torch
 
     torch.set_num_threads(1)
     for name in sys.argv[2:] or COMMANDS:
