@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, load_circuit, load_scores, prepare
-from eapcore.cli.options import Command, add_edges, add_resume, add_task, number, positive, several
+from eapcore.cli.options import Command, add_edges, add_resume, add_starts, add_task, number, several
 from eapcore.cli.output import Progress, check_out, heading, runs, table, write
 
 if TYPE_CHECKING:
@@ -24,14 +24,10 @@ def add(command: Command) -> None:
     add_edges(parser, "where the search starts")
     parser.set_defaults(metric="kl")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument(
-        "--top-n", type=several(positive), metavar="N,…", help="with --scores: how many edges (default: none)"
-    )
-    sizes.add_argument(
-        "--score-threshold",
-        type=several(number),
-        metavar="X,…",
-        help="with --scores, instead: all edges with |score| at least X (default: none)",
+    add_starts(
+        sizes,
+        "with --scores: how many edges (default: none)",
+        "with --scores, instead: all edges with |score| at least X (default: none)",
     )
     parser.add_argument(
         "--threshold",

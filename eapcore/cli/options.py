@@ -77,16 +77,27 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
         metavar="METRIC",
         help=f"logit_diff, prob_diff, logit_margin, nll or kl (default: {metric})",
     )
+    add_pairs(parser, "64, or all of a file")
+    add_placement(parser)
+    add_ablation(parser)
+
+
+def add_pairs(parser: argparse.ArgumentParser, default: str) -> None:
+    """How many pairs are drawn, from where, and run at a time."""
     # torchrun takes --n for the beginning of several options of its own.
     parser.add_argument(
-        "--n-pairs", "--n", dest="n", type=positive, metavar="N", help="prompt pairs (default: 64, or all of a file)"
+        "--n-pairs", "--n", dest="n", type=positive, metavar="N", help=f"prompt pairs (default: {default})"
     )
-    parser.add_argument("--seed", type=integer, default=0, help="of the prompt pairs that are drawn")
+    parser.add_argument("--seed", type=integer, default=0, help="of the prompt pairs, and whatever else is drawn")
     parser.add_argument(
         "--batch-size", type=batch_size, default="auto", metavar="B", help="pairs at a time, or auto by memory"
     )
-    add_placement(parser)
-    add_ablation(parser)
+
+
+def add_starts(parser: argparse._ActionsContainer, top_n: str, score_threshold: str) -> None:
+    """From which of the edges with the largest |score| a search starts."""
+    parser.add_argument("--top-n", type=several(positive), metavar="N,…", help=top_n)
+    parser.add_argument("--score-threshold", type=several(number), metavar="X,…", help=score_threshold)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.inputs import find_tokenizer, load_model
-from eapcore.cli.options import Command, add_placement, add_sign, at_least, batch_size, count, integer, number, several
+from eapcore.cli.options import (
+    Command,
+    add_pairs,
+    add_placement,
+    add_sign,
+    add_starts,
+    count,
+    number,
+    positive,
+    several,
+)
 from eapcore.cli.output import Stages, check_out, described_prompts, heading, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
@@ -50,34 +60,21 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--bos", choices=("auto", "yes", "no"), default="auto", help="what prompts begin with, see eapcore run"
     )
-    parser.add_argument(
-        "--n-pairs", "--n", dest="n", type=_positive, metavar="N", help="prompt pairs (default: as many as the paper)"
-    )
-    parser.add_argument("--seed", type=integer, default=0, help="of the prompt pairs and edges that are drawn")
-    parser.add_argument(
-        "--batch-size", type=batch_size, default="auto", metavar="B", help="pairs at a time, or auto by memory"
-    )
+    add_pairs(parser, "as many as the paper")
     add_placement(parser)
     parser.add_argument(
         "--sample",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="edges that are patched exactly (default: all of a graph of at most 5,000, else 100 in strata by |score|)",
     )
     parser.add_argument(
         "--curves", type=count, metavar="N", help="of them, how many of the outlying are followed (default: 4)"
     )
-    parser.add_argument(
-        "--top-n",
-        type=several(_positive),
-        metavar="N,…",
-        help="ACDC starts from so many edges (default: as many as the circuit has; all of a graph of at most 5,000)",
-    )
-    parser.add_argument(
-        "--score-threshold",
-        type=several(number),
-        metavar="X,…",
-        help="and from those with |score| at least X, in the paper's unit (default: 0.25, 1 and 4 times its threshold)",
+    add_starts(
+        parser,
+        "ACDC starts from so many edges (default: as many as the circuit has; all of a graph of at most 5,000)",
+        "and from those with |score| at least X, in the paper's unit (default: 0.25, 1 and 4 times its threshold)",
     )
     parser.add_argument(
         "--threshold",
@@ -98,10 +95,6 @@ def add(command: Command) -> None:
         metavar="FOLDER",
         help="where everything goes; steps that are done are read there (default: reproduce-TASK)",
     )
-
-
-def _positive(text: str) -> int:
-    return at_least(text, 1, "an integer of at least 1")
 
 
 def run(args: argparse.Namespace) -> None:
