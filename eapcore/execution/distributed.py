@@ -277,6 +277,8 @@ class Link:
 
     def name(self, rank: int) -> str:
         """Who a rank is, for people."""
+        if not self.people:
+            return f"rank {rank}"
         return f"rank {rank} (process {self.people[rank]['pid']} on {self.people[rank]['host']})"
 
     def begin(self) -> None:
@@ -289,6 +291,14 @@ class Link:
 
     def gather(self, value: Any) -> list[Any]:
         """What every process gives, by rank."""
+        from torch.distributed import DistNetworkError
+
+        try:
+            return self._gather(value)
+        except DistNetworkError as error:
+            raise self.lost or Lost(0, f"{self.name(0)} {_NO_STORE}", gone=True) from error
+
+    def _gather(self, value: Any) -> list[Any]:
         self.met += 1
         self.store.set(f"{self.call}.{self.met}/{self.rank}", json.dumps(value))
         keys = [f"{self.call}.{self.met}/{rank}" for rank in range(self.size)]

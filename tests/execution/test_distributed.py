@@ -12,10 +12,11 @@ import pytest
 import ranks
 import torch
 from models import ROOT
+from refusal import refused
 
 from eapcore.attribution.attribute import attribute
 from eapcore.cli.output import Progress
-from eapcore.execution.distributed import Link
+from eapcore.execution.distributed import Link, Lost
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.load import load
 from eapcore.tasks import find_pairs
@@ -130,3 +131,15 @@ def test_torchrun_runs_a_command_and_one_process_prints_and_writes(tmp_path):
     found = EdgeScores.load(tmp_path / "shared.safetensors")
     expected = attribute(load("toy-ioi"), find_pairs("toy-ioi", n=6, seed=0))
     torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_a_store_that_goes_away_between_two_messages_names_its_process():
+    class Gone:
+        def set(self, *_):
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    link = object.__new__(Link)
+    link.rank, link.size, link.people, link.store = 1, 2, [], Gone()
+    refused("rank 0 or the store is gone: it ended or was killed", link.gather, 1, error=Lost)
+    link.people = [{"pid": 5, "host": "a"}, {"pid": 6, "host": "a"}]
+    refused(r"rank 0 \(process 5 on a\) or the store is gone", link.gather, 1, error=Lost)
