@@ -4,25 +4,29 @@
 # For a source tree on a machine with Python, torch, triton and a C++ compiler, without a network. Each part has a time
 # limit, prints a table and writes FOLDER/PART.txt and, line by line, FOLDER/PART.jsonl; one that fails or takes too long
 # costs only itself. EAPCORE_PYTHON chooses the interpreter. --quick: small models, on a machine without a GPU to see
-# which parts begin.
+# which parts begin. No part begins after EAPCORE_SECONDS.
+#
+# The tests of the kernels run on the GPU too, in EAPCORE_WORKERS processes of pytest-xdist.
 set -u
 out=${1:?usage: bench/gpu.sh FOLDER [--quick]}
 quick=${2:-}
 top=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+rm -f "$out/parts.jsonl" && mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 export PYTHONPATH="$top" TRITON_CACHE_DIR="$out/triton-cache" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python=${EAPCORE_PYTHON:-python3}
 began=$SECONDS
-failed=()
 
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 since=$SECONDS status
   shift 2
-  printf '\n===== %s (at %s s, at most %s s)\n' "$name" $((since - began)) "$limit"
+  if ((since - began > ${EAPCORE_SECONDS:-900})); then
+    printf '{"part": "%s", "status": 124, "seconds": 0}\n' "$name" >>"$out/parts.jsonl"
+    return
+  fi
   timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1
   status=$?
-  tail -n 60 "$out/$name.txt" | cut -c 1-240
-  [ $status -eq 0 ] || failed+=("$name ($status)")
+  printf '\n===== %s (at %s s, %s of at most %s s, status %s)\n%s\n' "$name" $((since - began)) $((SECONDS - since)) \
+    "$limit" $status "$(tail -n "${EAPCORE_LINES:-40}" "$out/$name.txt" | cut -c 1-260)"
   printf '{"part": "%s", "status": %s, "seconds": %s}\n' "$name" $status $((SECONDS - since)) >>"$out/parts.jsonl"
 }
 pipeline() { # NAME SECONDS PART-OF-THE-PIPELINE
@@ -35,13 +39,23 @@ kernels() { # NAME SECONDS OPTIONS...
 }
 
 part machine 20 bash -c 'nvidia-smi; '"$python"' -c "import torch, triton; print(torch.__version__, triton.__version__)"'
-kernels check-kernels 120 --check-only
-pipeline check 60 check
-pipeline small-32 45 "GPT-2 small, B=32"
+# What is checked takes turns on the device; nothing is timed meanwhile.
+kernels check-kernels 150 --check-only &
+pipeline check 150 check &
+part tests 150 "$python" -m pytest -q -p no:cacheprovider -n "${EAPCORE_WORKERS:-6}" --benchmark-disable \
+  "$top/tests/kernels" --ignore "$top/tests/kernels/test_triton_compile.py" &
+wait
 pipeline small-256 45 "GPT-2 small, B=256"
-pipeline small-1024 60 "GPT-2 small, B=1024"
 pipeline xl 60 "GPT-2 XL"
+part tilings 90 "$python" "$top/bench/ops/tilings.py" --json "$out/tilings.jsonl"
+if command -v ncu >/dev/null; then
+  part counters 60 ncu --clock-control none --kernel-name partial_scores --section SpeedOfLight \
+    --section MemoryWorkloadAnalysis --section WarpStateStats --section Occupancy \
+    "$python" "$top/bench/ops/tilings.py" --profile --only XL
+fi
 pipeline 13b 75 13B
+pipeline small-32 45 "GPT-2 small, B=32"
+pipeline small-1024 60 "GPT-2 small, B=1024"
 pipeline llama 60 Llama-3.1-8B
 pipeline float32 45 "GPT-2 small, float32"
 pipeline profile 40 "kernels, GPT-2 small"
@@ -49,5 +63,6 @@ kernels ops 150 --no-torch-compile --rounds 7 --minutes 2
 if command -v compute-sanitizer >/dev/null; then
   part sanitizer 180 compute-sanitizer --error-exitcode 9 "$python" "$top/bench/bench_kernels.py" --device cuda --check-only
 fi
-printf '\n===== %s s; %s\n' $((SECONDS - began)) "$([ ${#failed[@]} -eq 0 ] && echo 'every part ran' || echo "FAILED: ${failed[*]}")"
-[ ${#failed[@]} -eq 0 ]
+failed=$(sed -n '/"status": 0,/!s/.*"part": "\([^"]*\)", "status": \([0-9]*\).*/\1 (\2)/p' "$out/parts.jsonl" | paste -sd ' ')
+printf '\n===== %s s; %s\n' $((SECONDS - began)) "$([ -z "$failed" ] && echo 'every part ran' || echo "FAILED: $failed")"
+[ -z "$failed" ]

@@ -51,6 +51,11 @@ class Profile:
         chosen = sum(us for kernel, us in self.kernels.items() if any(name in kernel for name in names))
         return chosen / max(sum(self.kernels.values()), 1e-9)
 
+    def longest(self, count: int) -> dict[str, float]:
+        """The kernels that took longest, by the first 90 letters of their names."""
+        found = sorted(self.kernels.items(), key=lambda item: -item[1])[:count]
+        return {f"{number} {name[:90]}": us for number, (name, us) in enumerate(found)}
+
 
 class Instruments(Protocol):
     """What is measured, and where."""
@@ -145,11 +150,15 @@ class Bench:
             found.append(self.on.ms(run))
         return statistics.median(found)
 
-    def add(self, **row: object) -> None:
-        self.rows.append(row)
+    def write(self, **row: object) -> None:
+        """A row for the file alone."""
         if self.json_file:
             with self.json_file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
+
+    def add(self, **row: object) -> None:
+        self.rows.append(row)
+        self.write(**row)
         cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
         print("  " + ", ".join(cells), flush=True)
 
@@ -204,6 +213,7 @@ class Bench:
                     row |= {"device_ms": sum(found.kernels.values()) / 2e3, "kernels_a_batch": found.count / 2}
                     row |= {"launches_a_batch": found.launches / 2}
                     row |= {"contraction": found.part(CONTRACTION), "making": found.part(MAKING)}
+                    self.write(model=title, name=name, B=work.B, kernels=found.longest(60))
                 self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, **row)
             except Exception as error:
                 failed.append(name)

@@ -485,7 +485,8 @@ def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys, monkeypa
         assert gpu.main(quick=True, json_file=lines, on=Host(), part=part) == 0
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len([row for row in rows if "check" in row]) == 6
-    dense = next(row for row in rows if row.get("name") == "dense, no graphs")
+    kernels, dense = (row for row in rows if row.get("name") == "dense, no graphs")
+    assert [name.split()[1] for name in kernels["kernels"]] == ["channel_grads", "void", "gemm"]
     assert dense["ms_a_batch"] == 10 and dense["pairs_a_second"] == pytest.approx(300) and dense["of_floor"] == 0.75
     parts = (dense["contraction"], dense["making"], dense["kernels_a_batch"], dense["launches_a_batch"])
     assert parts == (0.25, 0.5, 30, 40) and dense["peak_mib"] == 3 and dense["device_ms"] == 2e-3
@@ -533,9 +534,24 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     done = subprocess.run([script, tmp_path / "out", "--quick"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "FAILED: " in done.stdout and "small-256 (3)" in done.stdout
     parts = [json.loads(line) for line in (tmp_path / "out/parts.jsonl").read_text().splitlines()]
-    assert [part["part"] for part in parts[1:4]] == ["check-kernels", "check", "small-32"]
+    assert {part["part"] for part in parts[1:4]} == {"check-kernels", "check", "tests"}
+    assert [part["part"] for part in parts[4:6]] == ["small-256", "xl"]
     assert {part["part"] for part in parts[1:] if part["status"]} == {"small-256"}
     assert "--part GPT-2 XL" in (tmp_path / "out/xl.txt").read_text()
+
+
+def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch, capsys):
+    import ops.tilings as tilings
+
+    monkeypatch.setattr(tilings, "RECEIVERS", tilings.RECEIVERS[:1])
+    monkeypatch.setattr(tilings, "TILINGS", ((128, 128, 64, 4, 3),))
+    assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["receiver_grads", *["edge_scores"] * 3]
+    monkeypatch.setattr(tilings, "RECEIVERS", ((128, 48, 128, 8, 3),))  # no power of two
+    assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed" in lines[0] and all("failed" not in line for line in lines[1:])
 
 
 def test_the_gpu_bench_times_nothing_that_is_wrong_and_stops_when_its_time_is_up(monkeypatch, capsys):
