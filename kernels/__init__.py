@@ -222,8 +222,9 @@ def receiver_grads(
             the query heads of a group do those of its keys and values.
         norm: the normalisation that all C channels read through.
         w_gamma, offset: [C, K] from `receiver_constants`; not needed without a norm (w_gamma not for RMSNorm).
-        out: [C, B, T, D] in g's dtype, contiguous, to write to; None makes one. Memory that is used again costs no page
-            faults, which on a CPU take as long as the arithmetic.
+        out: [C, B, T, D] in g's dtype to write to, d innermost and the stride of b T times that of t: contiguous, or
+            channels that lie side by side for each token; "cpp" copies to all but the former. None makes one. Memory
+            that is used again costs no page faults, which on a CPU take as long as the arithmetic.
         impl: "auto", "reference", "triton" or "cpp".
 
     Returns:
@@ -245,7 +246,9 @@ def receiver_grads(
     if chosen == "cpp":
         from . import cpp
 
-        return cpp.receiver_grads(g, act, weight, norm, w_gamma, offset, out)
+        direct = None if out is None or not out.is_contiguous() else out
+        made = cpp.receiver_grads(g, act, weight, norm, w_gamma, offset, direct)
+        return made if out is None or direct is not None else out.copy_(made)
     if chosen == "triton":
         from . import triton_receiver_grads
 

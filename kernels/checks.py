@@ -108,6 +108,28 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a.device == b.device and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 
+def token_stride(out: Tensor) -> int:
+    """Elements from a token b·T + t of an [C, B, T, D] to the next."""
+    _, batch, tokens, d_model = out.shape
+    return out.stride(2) if tokens > 1 else out.stride(1) if batch > 1 else d_model
+
+
+def _tokens_in_step(out: Tensor) -> bool:
+    """Whether the tokens of an [C, B, T, D] are one axis, d lies innermost, and no two elements share memory."""
+    channels, batch, tokens, extent = out.shape
+    by_channel, by_pair, by_token, inner = out.stride()
+    if not out.numel():
+        return True
+    if (inner != 1 and extent > 1) or (min(batch, tokens) > 1 and by_pair != tokens * by_token):
+        return False
+    for stride, size in sorted([(by_channel, channels), (token_stride(out), batch * tokens)]):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += (size - 1) * stride
+    return True
+
+
 def edge_mask(mask: Tensor | None, senders: int, receivers: int) -> None:
     """Raise ValueError if a mask is not bool [S, R]."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (senders, receivers)):
@@ -203,8 +225,11 @@ def receiver_grads(
             f"out must be [C, B, T, D] = {list(expected)} {g.dtype} on {g.device}, got {shape_text(out)} {out.dtype} "
             f"on {out.device}"
         )
-    if out is not None and not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out is not None and not _tokens_in_step(out):
+        raise ValueError(
+            "out must have d innermost, its tokens b·T + t equally far apart and no element twice, got strides "
+            f"{out.stride()} of {shape_text(out)}"
+        )
     if out is not None and out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out must not require gradients: it is written over")
     if out is not None:

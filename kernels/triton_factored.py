@@ -293,14 +293,14 @@ def edge_scores_factored(
                 g=dz[0, :, pairs, positions], act=None, weight=part.weight, norm=NO_NORM, w_gamma=None, offset=None,
                 count=len(part.layers) * heads, table=part.table, align=part.align, wanted=wanted[0],
             )  # fmt: skip
-            triton_receiver_grads.project(work, made_senders, 0)
+            triton_receiver_grads.project(work, made_senders)
         for part in tables[rows][1] if rows in tables else []:
             work = Channels(
                 g=g[0, :, pairs, positions], act=act[0, :, pairs, positions], weight=part.weight,
                 norm=_cut(part.norm, pairs, positions), w_gamma=w_gamma, offset=offset,
                 count=len(part.layers) * channels, table=part.table, align=part.align, wanted=wanted[1],
             )  # fmt: skip
-            triton_receiver_grads.project(work, made_receivers, 0)
+            triton_receiver_grads.project(work, made_receivers)
         where = {"all": slice(None), "pair": pairs, "position": positions}[reduce]
         triton_edge_scores.contract(
             triton_edge_scores.layout(made_senders, made_receivers, reduce, None),

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .checks import Norm
+from .checks import Norm, token_stride
 
 # Columns of `table`: offsets of a channel's g, act, weight, x̂, rstd, γ, constants, output; its row in `wanted`.
 COLUMNS = tl.constexpr(9)
@@ -222,10 +222,10 @@ def aligned(work: Channels, out: Tensor) -> bool:
     return not any(n % 16 for n in (*sizes, *starts))
 
 
-def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None = None) -> None:
-    """Write every channel's gradients to `out`, whose last two axes are tokens b·T + t and d.
+def project(work: Channels, out: Tensor, config: Config | None = None) -> None:
+    """Write every channel's gradients to `out` [C, B, T, D], whose tokens b·T + t lie equally far apart.
 
-    Without a table, channels lie `stride_oc` elements apart there.
+    With a table, which says where channels begin, only the strides of tokens and d count there.
     """
     g, weight, norm = work.g, work.weight, work.norm
     on = common.target(g.device)
@@ -250,7 +250,7 @@ def project(work: Channels, out: Tensor, stride_oc: int, config: Config | None =
         out, work.table, work.wanted,
         rows, tokens, d_model, d_head, steps, 1 if work.table is not None else work.count // len(weight),
         g.stride(0), g.stride(1), g.stride(2), stride_ac, stride_ab, stride_at, *weight.stride(),
-        stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, d_model,
+        stride_xb, stride_xt, stride_rb, stride_rt, out.stride(0), token_stride(out),
         PRECISION=precision, KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,
         HAS_WANTED=work.wanted is not None, ALIGN=work.align,
         # The interpreter multiplies the bit patterns of bfloat16.
@@ -299,5 +299,5 @@ def receiver_grads(
         offset=None if offset is None else offset.detach().contiguous(),
         count=channels,
     )
-    project(work, out, out.stride(0), config)
+    project(work, out, config)
     return out

@@ -734,6 +734,15 @@ def test_receiver_grads_writes_where_it_is_told_to(impl):
     assert bool(memory[:2].isnan().all()) and bool(memory[5:].isnan().all())
     with pytest.raises(ValueError, match=r"out must be \[C, B, T, D\] = \[3, 2, 5, 32\]"):
         kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=memory[:2], impl=impl)
-    with pytest.raises(ValueError, match="out must be contiguous"):
-        strided = torch.empty(3, 5, 2, 32).transpose(1, 2)
-        kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=strided, impl=impl)
+    beside = torch.full((2, 5, 7, 32), torch.nan)  # the channels of a token beside one another
+    out = beside.permute(2, 0, 1, 3)[2:5]
+    assert kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=out, impl=impl) is out
+    assert torch.equal(beside[:, :, 2:5].permute(2, 0, 1, 3), expected)
+    assert bool(beside[:, :, :2].isnan().all()) and bool(beside[:, :, 5:].isnan().all())
+    for strided in (
+        torch.empty(3, 5, 2, 32).transpose(1, 2), torch.empty(3, 2, 32, 5).transpose(2, 3),
+        torch.empty(1, 2, 5, 32).expand(3, -1, -1, -1), torch.empty(3, 1, 1, 32).expand(-1, 2, 5, -1),
+        torch.empty(340).as_strided((3, 2, 5, 32), (10, 160, 32, 1)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"out must have d innermost.*got strides"):
+            kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=strided, impl=impl)
