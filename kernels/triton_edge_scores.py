@@ -56,7 +56,9 @@ from . import triton_common as common
 class Config:
     """One tiling of `partial_scores`.
 
-    rate: the rate to expect on full tiles relative to the largest tiling, by which `choose_config` weighs padding.
+    block_s: senders, a power of two or three times one, which a program then multiplies in two parts: Triton takes
+    powers of two alone. rate: the rate to expect on full tiles relative to the largest tiling, by which `choose_config`
+    weighs padding.
     per_sm: programs that are resident on one processor at a time, bound by their shared memory.
     """
 
@@ -161,23 +163,40 @@ def has_edge(
     return tl.max(found.to(tl.int32)) != 0
 
 
+@triton.jit
+def store_tile(
+    sums, out, program, group, row_s, row_r, S, R, first,
+    ROWS: tl.constexpr, DIRECT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # The rows of a tile of ROWS × BLOCK_R pairs from `first` on.
+    s = first + tl.arange(0, BLOCK_S)
+    r = tl.arange(0, BLOCK_R)
+    if DIRECT:
+        # Offsets inside a tile fit in 32 bits. Pairs that are no edges are set to zero afterwards.
+        at = out + ((group.to(tl.int64) * S + row_s) * R + row_r) + (s[:, None] * R + r[None, :])
+        tl.store(at, sums, mask=(s < S - row_s)[:, None] & (r < R - row_r)[None, :])
+    else:
+        at = out + program.to(tl.int64) * (ROWS * BLOCK_R) + (s[:, None] * BLOCK_R + r[None, :])
+        tl.store(at, sums)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def partial_scores(
-    delta, grads, out, mask, rows, counts,
+    delta, more_delta, grads, out, mask, rows, counts,
     S, R, G, N, K, T, splits,
     stride_ds, stride_dp, stride_dq, stride_gr, stride_gp, stride_gq, stride_ms, stride_mr,
     INDEX: tl.constexpr, ONE_ROW: tl.constexpr, HAS_MASK: tl.constexpr, HAS_COUNTS: tl.constexpr,
     DIRECT: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, MORE_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_r = tl.cdiv(R, BLOCK_R)
-    tiles = tl.cdiv(S, BLOCK_S) * tiles_r
+    tiles = tl.cdiv(S, BLOCK_S + MORE_S) * tiles_r
     program = tl.program_id(0)
     tile = program % tiles
     group = (program // tiles) % G
     split = program // tiles // G
-    row_s = (tile // tiles_r) * BLOCK_S
+    row_s = (tile // tiles_r) * (BLOCK_S + MORE_S)
     row_r = (tile % tiles_r) * BLOCK_R
 
     tokens = N
@@ -189,13 +208,16 @@ def partial_scores(
     last = (total * (split + 1) // splits).to(tl.int32)
     live = True
     if HAS_MASK:
-        live = has_edge(mask, row_s, row_r, S, R, stride_ms, stride_mr, BLOCK_S, BLOCK_R, 64)
+        live = has_edge(mask, row_s, row_r, S, R, stride_ms, stride_mr, BLOCK_S + MORE_S, BLOCK_R, 64)
         last = tl.where(live, last, first)
 
     # Rows past the end repeat the last one: their products are never used, and every load stays inside.
     s_in = tl.minimum(row_s + tl.arange(0, BLOCK_S), S - 1).to(tl.int64)
     r_in = tl.minimum(row_r + tl.arange(0, BLOCK_R), R - 1).to(tl.int64)
     sums = tl.zeros((BLOCK_S, BLOCK_R), dtype=tl.float32)
+    if MORE_S > 0:
+        more_in = tl.minimum(row_s + BLOCK_S + tl.arange(0, MORE_S), S - 1).to(tl.int64)
+        more = tl.zeros((MORE_S, BLOCK_R), dtype=tl.float32)
     for i in range(first, last):
         if ONE_ROW:
             n = i * 0
@@ -221,17 +243,19 @@ def partial_scores(
             BLOCK_R, BLOCK_K, DESCRIPTORS, EVEN_K, UPCAST,
         )  # fmt: skip
         sums = tl.dot(a, b.T, sums, input_precision=PRECISION)
+        if MORE_S > 0:
+            c = load_tile(
+                more_delta, row_s + BLOCK_S, more_in, stride_ds, p, stride_dp, q, stride_dq, k0, K,
+                MORE_S, BLOCK_K, DESCRIPTORS, EVEN_K, UPCAST,
+            )  # fmt: skip
+            more = tl.dot(c, b.T, more, input_precision=PRECISION)
 
-    s = tl.arange(0, BLOCK_S)
-    r = tl.arange(0, BLOCK_R)
     if live:
-        if DIRECT:
-            # Offsets inside a tile fit in 32 bits. Pairs that are no edges are set to zero afterwards.
-            at = out + ((group.to(tl.int64) * S + row_s) * R + row_r) + (s[:, None] * R + r[None, :])
-            tl.store(at, sums, mask=(s < S - row_s)[:, None] & (r < R - row_r)[None, :])
-        else:
-            at = out + program.to(tl.int64) * (BLOCK_S * BLOCK_R) + (s[:, None] * BLOCK_R + r[None, :])
-            tl.store(at, sums)
+        store_tile(sums, out, program, group, row_s, row_r, S, R, 0, BLOCK_S + MORE_S, DIRECT, BLOCK_S, BLOCK_R)
+        if MORE_S > 0:
+            store_tile(
+                more, out, program, group, row_s, row_r, S, R, BLOCK_S, BLOCK_S + MORE_S, DIRECT, MORE_S, BLOCK_R
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -338,6 +362,17 @@ def layout(delta: Tensor, grads: Tensor, reduce: str, rows: Tensor | None) -> La
         return Layout(merged(1, batch, inner), 1, batch, inner)
     if reduce == "pair":
         return Layout(views((1, 2, 0, 3)), batch, tokens, d_model)
+    if 1 in (batch, tokens) or all(
+        x.stride(1) == tokens * x.stride(2) for x in (delta, grads)
+    ):  # one axis of positions
+
+        def positions(x: Tensor) -> Tensor:
+            step = x.stride(1 if tokens == 1 else 2)
+            return x.as_strided(
+                (1, batch * tokens, x.shape[0], d_model), (step, step, x.stride(0), 1), x.storage_offset()
+            )
+
+        return Layout((positions(delta), positions(grads)), 1, batch * tokens, d_model)
     return Layout(views((1, 2, 0, 3)), 1, batch * tokens, d_model, "flat", tokens)
 
 
@@ -488,13 +523,15 @@ def contract(
     partial = out if direct else out.new_empty(shape)
     edges = None if mask is None else mask.view(torch.uint8)
     stride_ms, stride_mr = (0, 0) if mask is None else mask.stride()
+    at_once = 1 << (tile.block_s.bit_length() - 1)  # the largest power of two of a tile's senders
+    more = tile.block_s - at_once
+    operands: tuple[Tensor | TensorDescriptor | None, ...] = (delta, delta if more else None, grads)
     if chosen.descriptors:
         operands = (
-            _descriptor(delta, [1, 1, tile.block_s, tile.block_k]),
+            _descriptor(delta, [1, 1, at_once, tile.block_k]),
+            _descriptor(delta, [1, 1, more, tile.block_k]) if more else None,
             _descriptor(grads, [1, 1, tile.block_r, tile.block_k]),
         )
-    else:
-        operands = (delta, grads)
     common.launch(
         partial_scores, units * chosen.splits,
         *operands, partial, edges, work.rows, work.counts,
@@ -506,7 +543,7 @@ def contract(
         EVEN_K=work.inner % tile.block_k == 0,
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and delta.dtype != torch.float32, PRECISION=precision,
-        BLOCK_S=tile.block_s, BLOCK_R=tile.block_r, BLOCK_K=tile.block_k,
+        BLOCK_S=at_once, MORE_S=more, BLOCK_R=tile.block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, device=delta.device,
     )  # fmt: skip
     if not direct:

@@ -6,6 +6,7 @@ Tiles are large and loops short, because the interpreter takes a millisecond an 
 import mmap
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,10 +124,38 @@ def test_every_tiling_of_every_target_is_right(launches):
         for aligned in (True, False)
         for config in scores.configs(dtype, precision, on, aligned)
     }
+    three_halves = replace(scores.TENSOR_SM90[0], block_s=192)
+    tilings[192, three_halves.block_r, three_halves.block_k] = three_halves
     for config in tilings.values():
         check_scores(delta, gradients, mask, config=config)
-    ran = {(m["BLOCK_S"], m["BLOCK_R"], m["BLOCK_K"]) for kernel, m in launches if kernel == "partial_scores"}
+    ran = {
+        (m["BLOCK_S"] + m["MORE_S"], m["BLOCK_R"], m["BLOCK_K"]) for kernel, m in launches if kernel == "partial_scores"
+    }
     assert ran == set(tilings)
+
+
+def test_senders_in_two_parts(launches):
+    delta, gradients, mask = torch.randn(130, 4, 8, 72), torch.randn(70, 4, 8, 72), torch.rand(130, 70) < 0.5
+    config = replace(SMALL, block_s=96)
+    for d, g in ((delta, gradients), (delta[:90, :, :, 1:], gradients[:40, :, :, 1:]), (delta[:90], gradients[:40])):
+        for reduce in ("all", "pair", "position"):
+            check_scores(d, g, mask[: len(d), : len(g)], reduce, config=config)
+    ran = [meta for kernel, meta in launches if kernel == "partial_scores"]
+    assert {meta["DESCRIPTORS"] for meta in ran} == {meta["DIRECT"] for meta in ran} == {True, False}
+    assert {(meta["BLOCK_S"], meta["MORE_S"]) for meta in ran} == {(64, 32)}
+
+
+def test_positions_beside_each_other_are_one_axis():
+    """Memory that has the positions in front of the senders is walked along them, whatever is left out of it."""
+    delta, gradients = torch.randn(3, 4, 9, 32).permute(2, 0, 1, 3), torch.randn(3, 4, 7, 32).permute(2, 0, 1, 3)
+    work = scores.layout(delta[1:6], gradients, "all", None)
+    assert (work.index, work.tokens, work.inner) == ("group", 12, 32)
+    check_scores(delta[1:6], gradients[2:], torch.rand(5, 5) < 0.5, config=SMALL)
+    assert scores.layout(delta[:, 1:], gradients[:, 1:], "all", None).tokens == 8
+    assert scores.layout(delta[:, :, :1], gradients[:, :, :1], "all", None).tokens == 3
+    assert scores.layout(delta[:, :, 1:], gradients[:, :, 1:], "all", None).index == "flat"
+    for cut in (slice(None), slice(1), slice(2)):
+        check_scores(delta[:, cut, cut], gradients[:, cut, cut], config=SMALL)
 
 
 def test_the_inner_dimension_is_split_and_the_parts_are_added(launches):
@@ -155,11 +184,11 @@ def test_tiles_without_an_edge_are_skipped(monkeypatch):
     written = []
     original = common.launch
 
-    def launch(kernel, programs, delta, gradients, out, *args, **options):
+    def launch(kernel, programs, *args, **options):
         if kernel is scores.partial_scores:
-            out.fill_(7.0)
-            written.append(out)
-        original(kernel, programs, delta, gradients, out, *args, **options)
+            args[3].fill_(7.0)
+            written.append(args[3])
+        original(kernel, programs, *args, **options)
 
     monkeypatch.setattr(common, "launch", launch)
     monkeypatch.setattr(scores, "choose_splits", lambda *args: 3)
