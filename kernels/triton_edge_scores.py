@@ -548,7 +548,7 @@ def contract(
     )  # fmt: skip
     if not direct:
         # The interpreter takes the same time for a program of any size.
-        block = 4096 if common.interpreted() else SUM_PAIRS
+        block = math.gcd(4096, tile.block_s * tile.block_r) if common.interpreted() else SUM_PAIRS
         common.launch(
             sum_splits, units * (tile.block_s * tile.block_r // block),
             partial, out, edges, senders, receivers, work.groups, chosen.splits, tile.block_s, tile.block_r,
