@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _log = logging.getLogger("eapcore")
 
@@ -47,9 +51,13 @@ class Target:
 ELSEWHERE = Target("cuda", 90, processors=132, l2_bytes=50 << 20, memory_bytes=80 << 30)
 
 
+# Triton decides this where a kernel is defined; asking the environment in every step would take longer than some do.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
 @functools.cache
@@ -86,8 +94,87 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta:
         kernel[(programs,)](*args, **meta)
         return
     tell_when_compiling()
+    current = triton.runtime.driver.active.get_current_device()
+    if device.index in (None, current):
+        _launch_here(kernel, programs, current, args, meta)
+        return
     with torch.cuda.device(device):  # Triton launches on the current device, whichever tensors it is given
+        _launch_here(kernel, programs, device.index, args, meta)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Calls of a kernel with arguments of the same types, and what Triton made for them.
+
+    kernel: whose id stands in the key. tensors: which arguments are tensors. others: what gives the rest of them, a
+    tuple. made: by all that it depends on what Triton made, and the arguments behind those of the caller.
+    """
+
+    kernel: Any
+    tensors: tuple[int, ...]
+    others: Callable[[tuple[Any, ...]], Any]
+    made: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]
+
+
+# Triton binds and specialises every argument anew at each launch, which takes the host several times as long as the
+# launch itself. Of these versions it is known how kernels that were made before are launched.
+_DIRECT = triton.__version__.startswith(("3.6.", "3.7."))
+_MOST_MADE = 4096  # of one call: each shape has its own
+_calls: dict[tuple[Any, ...], _Call] = {}
+
+
+def _launch_here(kernel: Any, programs: int, device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    """Launch on the current device: what was made for such arguments as it is, anything else by Triton."""
+    knobs, values = triton.knobs, tuple(meta.values())
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    watched = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)  # by a profiler, whom Triton tells
+    if watched or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None or not _DIRECT:
         kernel[(programs,)](*args, **meta)
+        return
+    # Equal numbers of different types are told apart: 1, 1.0 and True are not made alike.
+    same_types = (id(kernel), *map(type, args), *map(type, values), *meta)
+    call = _calls.get(same_types)
+    if call is None:
+        call = _calls[same_types] = _call(kernel, args)
+    given, aligned = list(args), 0
+    kinds: list[Any] = []
+    for place in call.tensors:
+        x = args[place]
+        address = given[place] = x.data_ptr()
+        kinds += x.dtype, x.get_device()
+        aligned = 2 * aligned + (address % 16 == 0)
+    # Everything else by its value, of which Triton asks less: whether it is 1, divisible by 16, or beyond 32 bits.
+    modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    key = (device, aligned, *kinds, call.others(args), values, modes)
+    found = call.made.get(key)
+    if found is not None:
+        made, constants = found
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        made.run(programs, 1, 1, stream, made.function, made.packed_metadata, None, None, None, *given, *constants)
+        return
+    made, names = kernel[(programs,)](*args, **meta), kernel.arg_names[len(args) :]
+    if isinstance(made, CompiledKernel) and all(name in meta for name in names):
+        if len(call.made) >= _MOST_MADE:
+            call.made.clear()
+        call.made[key] = made, tuple(meta[name] for name in names)
+
+
+def _call(kernel: Any, args: tuple[Any, ...]) -> _Call:
+    tensors = tuple(i for i, x in enumerate(args) if isinstance(x, Tensor))
+    rest = [i for i in range(len(args)) if i not in tensors]
+
+    def others(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_kind(args[i]) for i in rest)
+
+    described = any(isinstance(args[i], TensorDescriptor) for i in rest)
+    return _Call(kernel, tensors, others if described or not rest else itemgetter(*rest), {})
+
+
+def _kind(x: Any) -> Any:
+    """What Triton asks of a tensor descriptor; anything else as it is."""
+    if not isinstance(x, TensorDescriptor):
+        return x
+    return x.base.dtype, *x.block_shape, x.padding, getattr(x, "round_f32_to_tf32", False)
 
 
 @functools.cache
