@@ -142,7 +142,7 @@ def normalise_grad_added(
 ) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "... D"]]:
     """total + `normalise_grad`, in float32 at least, and the same in grad's dtype.
 
-    out: where the gradient alone goes, contiguous and in grad's dtype; None where nobody wants it.
+    out: where the gradient alone goes, in grad's dtype, its rows equally far apart; None where nobody wants it.
     """
     if takes_triton(impl, grad):
         if (run := dry.active.get()) is not None:
@@ -286,7 +286,7 @@ def moved_sum(
         out[n] = x[n] + sent[n] + bias        for n ≥ N − C: x[n] + sent[n − C] + bias + difference[n − (N − C)]
 
     Rounded once in the moved rows. `sent` may be overwritten. out: where it goes, contiguous, None for anywhere. kept:
-    contiguous, where the difference goes as well.
+    where the difference goes as well, its rows equally far apart.
     """
     count = difference.shape[1]
     if takes_triton(impl, x):

@@ -87,7 +87,7 @@ def standardise_rows(
 @triton.jit
 def normalise_grad_rows(
     grad, x, mean, rstd, gamma, out, total, summed, narrow,
-    D, stride_g, stride_x,
+    D, stride_g, stride_x, stride_o,
     CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_OUT: tl.constexpr, ADDED: tl.constexpr,
     ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def normalise_grad_rows(
         scaled -= x_hat * (tl.sum(whole * x_hat, 0) / D)
     scaled *= scale
     if HAS_OUT:
-        tl.store(out + row * D + d, rounded(scaled, ROUND).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * stride_o + d, rounded(scaled, ROUND).to(out.dtype.element_ty), mask=inside)
     if ADDED:
         scaled += tl.load(total + row * D + d, mask=inside, other=0.0)
         tl.store(summed + row * D + d, scaled, mask=inside)
@@ -226,7 +226,7 @@ def turn_rows(
 @triton.jit(do_not_specialize=["first_moved", "count"])
 def sum_rows(
     x, sent, difference, bias, out, kept, gamma, beta, n, mean, rstd,
-    D, first_moved, count, eps,
+    D, first_moved, count, stride_k, eps,
     HAS_BIAS: tl.constexpr, HAS_KEPT: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, ROUND: tl.constexpr, ROUND_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -242,7 +242,7 @@ def sum_rows(
         made += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     change = tl.load(difference + (row - first_moved) * D + d, mask=inside & moved, other=0.0)
     if HAS_KEPT:
-        tl.store(kept + (row - first_moved) * D + d, change, mask=inside & moved)
+        tl.store(kept + (row - first_moved) * stride_k + d, change, mask=inside & moved)
     values = rounded(made + change.to(tl.float32), ROUND).to(out.dtype.element_ty)
     tl.store(out + row * D + d, values, mask=inside)
     if NORMED:
@@ -313,7 +313,7 @@ def normalise_grad(
             normalise_grad_rows, len(rows),
             grads, rows, None if mean is None else mean.contiguous(), rstd.contiguous(),
             None if gamma is None else gamma.contiguous(), out, total, *(made or (None, None)),
-            width, grads.stride(0), rows.stride(0),
+            width, grads.stride(0), rows.stride(0), 0 if out is None else row_stride(out),
             CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None, HAS_OUT=out is not None,
             ADDED=total is not None, ROUND=_rounds(grad), BLOCK_D=block, num_warps=_warps(block), device=grad.device,
         )  # fmt: skip
@@ -323,6 +323,11 @@ def normalise_grad(
 def _rows(x: Tensor) -> Tensor:
     """[N, D] of [..., D], with unit stride along D."""
     return common.unit_inner_stride(x.detach()).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def row_stride(out: Tensor) -> int:
+    """How far apart the rows of [.., D] lie, which has unit stride along D."""
+    return out.view(-1, out.shape[-1]).stride(0) if out.numel() else 0
 
 
 def _warps(block: int) -> int:
@@ -405,7 +410,7 @@ def moved_sum(
             sum_rows, rows,
             x, sent, difference, bias, out, kept, None if gamma is None else gamma.contiguous(),
             None if beta is None else beta.contiguous(), *(made or (None, None, None)),
-            width, rows - count, count, eps,
+            width, rows - count, count, 0 if kept is None else row_stride(kept), eps,
             HAS_BIAS=bias is not None, HAS_KEPT=kept is not None, NORMED=norm is not None, CENTRED=centred,
             HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, ROUND=_rounds(out), ROUND_N=_rounds(sent),
             BLOCK_D=block, num_warps=_warps(block), device=x.device,

@@ -45,7 +45,8 @@ class DenseStore:
     """The explicit sender buffer, each sender's rows on the device where they are made.
 
     Everywhere [S', B, T, D] of all senders before the last layer, and [S, B, Q, D] of all senders at the positions that
-    are read: all that the last layer's heads and MLP need, since what reads them has a gradient there alone.
+    are read: all that the last layer's heads and MLP need, since what reads them has a gradient there alone. Where the
+    device's limits say so, memory has the positions in front of the senders.
     """
 
     steps = True
@@ -66,13 +67,20 @@ class DenseStore:
         self.model, self.read, self.device = model, batch.read, model.device if device is None else device
         self.shape, self.parts = batch.shape, []
         (rows, tokens), width, reads = batch.shape, model.config.d_model, self.read.shape[1]
+        self.positions_first = limits(self.device).positions_first
         for (_, senders), room in zip(shares(model), memory, strict=True):
             before, count = _before_the_last(model, senders), senders.stop - senders.start
             cut = before * rows * tokens * width
             end = cut + count * rows * reads * width
-            everywhere, at_read = room[:cut].view(before, rows, tokens, width), room[cut:end]
-            read = on(self.read, room.device)
-            self.parts.append(_Rows(senders, everywhere, at_read.view(count, rows, reads, width), read))
+            everywhere = self.laid_out(room[:cut], before, rows, tokens, width)
+            at_read = self.laid_out(room[cut:end], count, rows, reads, width)
+            self.parts.append(_Rows(senders, everywhere, at_read, on(self.read, room.device)))
+
+    def laid_out(self, room: Tensor, count: int, rows: int, tokens: int, width: int) -> Tensor:
+        """Memory as [count, rows, tokens, width] of senders or receivers."""
+        if self.positions_first:
+            return room.view(rows, tokens, count, width).permute(2, 0, 1, 3)
+        return room.view(count, rows, tokens, width)
 
     @staticmethod
     def sizes(model: Model, batch: Batch) -> list[int]:
@@ -240,11 +248,12 @@ class _Edges(Sink):
             some = pairs if self.runs == 1 else rows[:, pairs].flatten()
             if device not in copies:
                 copies[device] = part.on(device, self.reader(part, device))
-            grads = copies[device].of(some).grads(self.sums.impl, memory)
+            part_here = copies[device].of(some)
+            shape = (count + (mlp is not None), *part_here.norm_in.x.shape)
+            grads = memory[: math.prod(shape)].view(shape)
+            part_here.grads(self.sums.impl, grads[:count])
             if mlp is None:
                 return grads[skipped:]
-            shape = (count + 1, *grads.shape[1:])
-            grads = memory[: math.prod(shape)].view(shape)
             grads[count] = on(mlp[some if isinstance(some, slice) else on(some, mlp.device)], device)
             return grads[skipped:]
 
@@ -315,7 +324,8 @@ class _Layers(_Edges):
     def there(self, device: torch.device, count: int) -> Tensor:
         """Where the gradients of the receivers that were taken last wait on a device, [R', n·B, T, D]."""
         if device not in self.memory:
-            self.memory[device] = self.store.parts[0].everywhere.new_empty(self.shape, device=device)
+            room = self.store.parts[0].everywhere.new_empty(math.prod(self.shape), device=device)
+            self.memory[device] = self.store.laid_out(room, *self.shape)
         return self.memory[device][self.filled : self.filled + count]
 
     def before(self, receivers: slice, own: torch.device) -> list[torch.device]:
@@ -344,13 +354,13 @@ class _Layers(_Edges):
             return None
         self.take(part.receivers)
         count, own = part.receivers.stop - part.receivers.start, part.act.device
-        made = part.grads(self.sums.impl, self.there(own, count).flatten())
+        made = part.grads(self.sums.impl, self.there(own, count))
         for device in self.before(part.receivers, own):
             if part.fewer_as_gradients:
                 self.there(device, count).copy_(made)
             else:
                 there = part.on(device, self.reader(part, device))
-                there.grads(self.sums.impl, self.there(device, count).flatten())
+                there.grads(self.sums.impl, self.there(device, count))
         return None
 
     def take(self, receivers: slice) -> None:

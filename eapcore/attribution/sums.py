@@ -135,8 +135,8 @@ class Store(Protocol):
         """Δ of a layer's mixtures of v, [B, Q, H, K]."""
 
     def mlp_room(self, index: int) -> Tensor | None:
-        """Where Δ of what a layer's MLP sends [B, Q, D] may be written, contiguous, in place of `set_mlp`; None: it may
-        not."""
+        """Where Δ of what a layer's MLP sends [B, Q, D] may be written in place of `set_mlp`, its rows equally far
+        apart; None: it may not."""
 
     def set_mlp(self, index: int, delta: Tensor, units: Tensor | None) -> None:
         """Δ of what a layer's MLP sends, [B, Q, D], and of its hidden units [B, Q, M] where they are wanted."""
@@ -169,5 +169,8 @@ def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
 
 
 def rows_at(x: Tensor, read: Tensor) -> Tensor:
-    """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D]."""
-    return x[:, torch.arange(x.shape[1], device=x.device)[:, None], read]
+    """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D], in memory in the order of x."""
+    pairs = torch.arange(x.shape[1], device=x.device)[:, None]
+    if x.stride(0) < x.stride(2):  # the senders of a position beside each other
+        return x.permute(1, 2, 0, 3)[pairs, read].permute(2, 0, 1, 3)
+    return x[:, pairs, read]

@@ -23,6 +23,9 @@ class Limits:
     are contracted, but each call turns the weights round once; a GPU wants long calls. exact_numbers: of attention
     patterns, or of residual streams, that exact patterns hold at once.
 
+    positions_first: the dense buffer and the receivers' gradients lie in memory as [B, T, S, D]: what a GPU contracts
+    together then lies together, and is read from memory fewer times. A CPU's ops want [S, B, T, D].
+
     copy_tokens: tokens of all copies of a batch that go through a layer together in exact patching: more leave the
     cache of a CPU and gain nothing. copy_work: multiply-adds of one [tokens, D] × [D, D] product of all copies, with
     which a batch is worth its own launches.
@@ -36,6 +39,7 @@ class Limits:
     exact_numbers: int
     copy_tokens: int
     copy_work: int
+    positions_first: bool
     share: float = 0.5
     record_share: float = 0.25
 
@@ -43,8 +47,8 @@ class Limits:
 # one_more_batch: on a CPU measured by bench/bench_pipeline.py; of a GPU not measured. receivers: as many as a tile of
 # the contraction on a GPU has. workspace: of a GPU six layers of GPT-2 small at 5,120 tokens.
 TABLE = {
-    "cpu": Limits(512, 32, 1024, 20 << 20, 0, 1 << 20, 4096, 1 << 31),
-    "cuda": Limits(8192, 4096, 8192, 7 << 28, 256, 1 << 26, 131072, 1 << 36),
+    "cpu": Limits(512, 32, 1024, 20 << 20, 0, 1 << 20, 4096, 1 << 31, False),
+    "cuda": Limits(8192, 4096, 8192, 7 << 28, 256, 1 << 26, 131072, 1 << 36, True),
 }
 PREFIX_SHARE = 0.25  # a shared prefix goes through one forward, what is behind it through two, a backward and the rest
 LEAST_CHUNK = 16  # token rows: for fewer a head's weights are read that are four times what is made

@@ -7,7 +7,6 @@ tokens behind it, Q of them that are read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -687,14 +686,14 @@ class Channels:
         needed = (self.attention.w_qkv, self.norm_in, self.act, self.g)
         return gradients <= sum(x.numel() * x.itemsize for x in tensors_in(needed))
 
-    def grads(self, impl: str, workspace: Tensor | None = None) -> Annotated[Tensor, "C' B T D"]:
-        """∂metric/∂v of each of them, in the first elements of a workspace where there is one."""
+    def grads(self, impl: str, out: Annotated[Tensor, "C' B T D"] | None = None) -> Annotated[Tensor, "C' B T D"]:
+        """∂metric/∂v of each of them, in `out` where it is given, see `kernels.receiver_grads`."""
         attention, channels = self.attention, self.channels
         shared = attention.group > 1 and not attention.grouped and takes_triton("auto", self.g)
         act = self.act if shared else self.each_act
         g, norm, groups = self.factors(attention.shared_groups(channels) if shared else attention.groups(channels))
         shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
-        grads = g.new_empty(shape) if workspace is None else workspace[: math.prod(shape)].view(shape)
+        grads = g.new_empty(shape) if out is None else out
         start = place = 0
         for w in groups:
             each = attention.group if shared and channels.start + start >= attention.n_heads else 1

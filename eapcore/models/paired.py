@@ -29,7 +29,7 @@ class Differences(Protocol):
         """Δ of a layer's mixtures of v, [B, Q, H, K] in the weights' dtype."""
 
     def mlp(self, index: int) -> Tensor | None:
-        """Where Δ of what a layer's MLP sends goes as well, [B, Q, D], contiguous; None for nowhere."""
+        """Where Δ of what a layer's MLP sends goes as well, [B, Q, D], its rows equally far apart; None for nowhere."""
 
 
 def makes_differences(model: Model) -> bool:

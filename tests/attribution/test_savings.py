@@ -107,6 +107,8 @@ def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_we
     monkeypatch.setattr(kernels, "edge_scores", edge_scores)
     limited(receivers=layers * model.graph.receivers_per_layer, workspace=1 << 30)
     found = attribute(model, pairs, **how)
+    limited(positions_first=True)
+    elsewhere = attribute(model, pairs, **how)
     at_once = [mask.shape[1] for mask in masks if mask is not None]
     if method == "qk-fix" or model.config.n_layers == 1:
         assert max([0, *at_once]) <= 2 * model.config.n_heads  # one layer's
@@ -116,11 +118,14 @@ def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_we
         if (part := getattr(expected, name)) is not None:
             assert part.abs().max() > 1e-3
             torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12)
+            torch.testing.assert_close(getattr(elsewhere, name), part, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-def test_a_run_that_makes_its_differences_by_itself_leaves_the_scores_as_they_were(options, first, monkeypatch):
+def test_a_run_that_makes_its_differences_by_itself_leaves_the_scores_as_they_were(
+    options, first, monkeypatch, limited
+):
     model, pairs = random_case([8, 8, 6], first_difference=first, **options)
     cases = [
         ("eap", {"storage": "dense"}), ("eap-ig", {"storage": "dense"}), ("clean-corrupt", {"storage": "factored"}),
@@ -131,6 +136,7 @@ def test_a_run_that_makes_its_differences_by_itself_leaves_the_scores_as_they_we
     expected = [attribute(model, pairs, method=method, **how).scores for method, how in cases]
     # As on a GPU, with the specification of its kernels.
     monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
+    limited(positions_first=True)
     for (method, how), there in zip(cases, expected, strict=True):
         assert there.abs().max() > 1e-3
         found = attribute(model, pairs, method=method, **how).scores

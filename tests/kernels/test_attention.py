@@ -111,7 +111,7 @@ def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
         assert torch.equal(out.transpose(1, 2), torch.cat(apart, 1))
 
 
-def test_scores_by_the_kernels(monkeypatch):
+def test_scores_by_the_kernels(monkeypatch, limited):
     model = random_model(dtype=torch.float32, n_layers=2)
     pairs = random_pairs(model, [6, 5, 6], first_difference=2)
     expected = attribute(model, pairs, storage="dense").scores
@@ -127,6 +127,12 @@ def test_scores_by_the_kernels(monkeypatch):
     monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
     got = attribute(model, pairs, storage="dense").scores
     assert seen == {"attend_rows", "query_grads", "key_grads"}
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+    # All that a GPU does, in its layout and at a time.
+    monkeypatch.setattr("eapcore.kernels.steps.takes_triton", lambda impl, x: x.dtype == torch.float32)
+    limited(positions_first=True, receivers=2 * model.graph.receivers_per_layer, workspace=1 << 30)
+    got = attribute(model, pairs, storage="dense", impl="triton").scores
+    assert seen >= {"sum_rows", "normalise_grad_rows", "unit_rows", "channel_grads", "partial_scores"}
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
