@@ -79,6 +79,11 @@ def by_group(x: Tensor, y: Tensor) -> Annotated[Tensor, "... H Q N"]:
     return (rows @ y).unflatten(-2, (group, -1)).flatten(-4, -3)
 
 
+def one_block(queries: int, keys: int) -> bool:
+    """Whether a head's queries and keys, those of a past among them, are one block each on a GPU."""
+    return max(queries, keys) <= 32
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """Of statistics and sums: float64 for float64, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

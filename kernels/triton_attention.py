@@ -2,7 +2,8 @@
 
     attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018);
                        where pairs of prompts are wanted, then that of the other prompt, of which the difference remains
-    query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next
+    query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next.
+                       Where all queries and keys are one block each, it makes dk and dv from the same pattern
     key_grads          dk and dv of a block of keys: the queries that see them go by
 
 One program instance has one block of one query head of one prompt. Queries at given positions and those of all tokens
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .causal import Causal, grads_in
+from .causal import Causal, grads_in, one_block
 from .triton_steps import rounded
 
 # Sizes that change from batch to batch and no address's alignment follows from: a kernel for each would be compiled.
@@ -76,30 +77,55 @@ def query_positions(read, prompt, rows, Q, before, HAS_READ: tl.constexpr):
 
 
 @triton.jit
+def times_values(p, values, mixed, PRECISION: tl.constexpr):
+    # Three numbers of half precision hold what p has of float32, and their products with values of it are exact.
+    if values.dtype == tl.float32:
+        return tl.dot(p, values, mixed, input_precision=PRECISION)
+    else:
+        first = p.to(values.dtype)
+        rest = p - first.to(tl.float32)
+        second = rest.to(values.dtype)
+        third = (rest - second.to(tl.float32)).to(values.dtype)
+        mixed = tl.dot(third, values, mixed)
+        mixed = tl.dot(second, values, mixed)
+        return tl.dot(first, values, mixed)
+
+
+@triton.jit
 def mixtures(
     q, k, v, positions, rows, head, group, N, K, scale, window, softcap, stride_qt, stride_kt, stride_vt,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_K)
     queries = load_rows(q, rows, stride_qt, d, K, UPCAST)
-    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
-    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+    if ONE_BLOCK:  # of keys: nothing runs along, and all that is read is asked for at once
+        n = tl.arange(0, BLOCK_N)
         inside = tl.minimum(n, N - 1)
         keys = load_rows(k, inside, stride_kt, d, K, UPCAST)
+        values = load_rows(v, inside, stride_vt, d, K, UPCAST)
         s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        top = tl.maximum(largest, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
-        p = tl.exp(s - base[:, None])
-        shrink = tl.exp(largest - base)
-        total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v, inside, stride_vt, d, K, UPCAST).to(tl.float32)
-        mixed = tl.dot(p, values, mixed * shrink[:, None], input_precision=PRECISION)
-        largest = top
+        p = tl.exp(s - tl.max(s, 1)[:, None])
+        total = tl.sum(p, 1)
+        mixed = times_values(p, values, tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32), PRECISION)
+    else:
+        largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+        first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+        for start in range(first, last, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            inside = tl.minimum(n, N - 1)
+            keys = load_rows(k, inside, stride_kt, d, K, UPCAST)
+            s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+            top = tl.maximum(largest, tl.max(s, 1))
+            base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
+            p = tl.exp(s - base[:, None])
+            shrink = tl.exp(largest - base)
+            total = total * shrink + tl.sum(p, 1)
+            values = load_rows(v, inside, stride_vt, d, K, UPCAST)
+            mixed = times_values(p, values, mixed * shrink[:, None], PRECISION)
+            largest = top
     return mixed / total[:, None]
 
 
@@ -110,7 +136,8 @@ def attend_rows(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     PAIRED: tl.constexpr,
     HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     row = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -124,7 +151,7 @@ def attend_rows(
     values_at = v + prompt * stride_vb + (head // group) * stride_vh
     made = mixtures(
         queries_at, keys_at, values_at, positions, rows, head, group, N, K, scale, window, softcap,
-        stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+        stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, ONE_BLOCK, BLOCK_Q, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = z + ((prompt * Q + row.to(tl.int64)) * H + head)[:, None] * K + d[None, :]
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
@@ -134,7 +161,7 @@ def attend_rows(
         moved = mixtures(
             queries_at + further * stride_qb, keys_at + further * stride_kb, values_at + further * stride_vb,
             positions, rows, head, group, N, K, scale, window, softcap,
-            stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+            stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, ONE_BLOCK, BLOCK_Q, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         at += further * Q * H * K
         tl.store(at, rounded(moved - made, ROUND).to(z.dtype.element_ty), mask=inside_out)
@@ -142,12 +169,14 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_grads(
-    q, k, v, dz, dq, sums, products, read,
+    q, k, v, dz, dq, dk, dv, sums, products, read,
     H, group, Q, N, K, before, scale, window, softcap,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt,
-    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt, stride_nb, stride_nh, stride_nt,
+    WITH_KEYS: tl.constexpr, HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     row = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -160,39 +189,69 @@ def query_grads(
     behind = load_rows(dz + prompt * stride_zb + head * stride_zh, rows, stride_zt, d, K, UPCAST)
     keys_at = k + prompt * stride_kb + (head // group) * stride_kh
     values_at = v + prompt * stride_vb + (head // group) * stride_vh
-    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    product = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+    if ONE_BLOCK:
+        n = tl.arange(0, BLOCK_N)
         inside = tl.minimum(n, N - 1)
         keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
-        s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
         values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
-        dp = tl.dot(behind, values.T, input_precision=PRECISION)
-        top = tl.maximum(largest, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp(s - base[:, None])
-        shrink = tl.exp(largest - base)
-        total = total * shrink + tl.sum(p, 1)
-        product = product * shrink + tl.sum(p * dp, 1)
-        largest = top
-    product = product / total
-    total = largest + tl.log(total)  # log Σ exp s
-    grad = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(n, N - 1)
-        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
         s, slope = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
         dp = tl.dot(behind, values.T, input_precision=PRECISION)
-        ds = tl.exp(s - total[:, None]) * (dp - product[:, None]) * slope * scale
-        grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, grad, input_precision=PRECISION)
-    at_row = (prompt * H + head) * Q + row.to(tl.int64)
-    tl.store(sums + at_row, total, mask=row < Q)
-    tl.store(products + at_row, product, mask=row < Q)
+        top = tl.max(s, 1)
+        total = top + tl.log(tl.sum(tl.exp(s - top[:, None]), 1))
+        p = tl.exp(s - total[:, None])
+        product = tl.sum(p * dp, 1)
+        ds = p * (dp - product[:, None]) * slope * scale
+        grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, input_precision=PRECISION)
+    else:
+        largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        product = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+        for start in range(first, last, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            inside = tl.minimum(n, N - 1)
+            keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+            s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+            values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
+            dp = tl.dot(behind, values.T, input_precision=PRECISION)
+            top = tl.maximum(largest, tl.max(s, 1))
+            base = tl.where(top == float("-inf"), 0.0, top)
+            p = tl.exp(s - base[:, None])
+            shrink = tl.exp(largest - base)
+            total = total * shrink + tl.sum(p, 1)
+            product = product * shrink + tl.sum(p * dp, 1)
+            largest = top
+        product = product / total
+        total = largest + tl.log(total)  # log Σ exp s
+        grad = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+        for start in range(first, last, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            inside = tl.minimum(n, N - 1)
+            keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+            s, slope = pattern_scores(
+                queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION
+            )
+            values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
+            dp = tl.dot(behind, values.T, input_precision=PRECISION)
+            ds = tl.exp(s - total[:, None]) * (dp - product[:, None]) * slope * scale
+            grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, grad, input_precision=PRECISION)
+    if WITH_KEYS:  # there is one block of queries and one of keys, and their products are at hand
+        token = n - before
+        seen_by = (row < Q)[:, None]
+        of_values = tl.dot(
+            rounded(tl.where(seen_by, p, 0.0), ROUND).to(behind.dtype).T, behind, input_precision=PRECISION
+        )
+        of_keys = tl.dot(
+            rounded(tl.where(seen_by, ds, 0.0), ROUND).to(queries.dtype).T, queries, input_precision=PRECISION
+        )
+        at_keys = (prompt * stride_nb + head * stride_nh + token.to(tl.int64) * stride_nt)[:, None] + d[None, :]
+        wanted = ((token >= 0) & (n < N))[:, None] & (d < K)[None, :]
+        tl.store(dk + at_keys, rounded(of_keys, ROUND).to(dk.dtype.element_ty), mask=wanted)
+        tl.store(dv + at_keys, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=wanted)
+    else:
+        at_row = (prompt * H + head) * Q + row.to(tl.int64)
+        tl.store(sums + at_row, total, mask=row < Q)
+        tl.store(products + at_row, product, mask=row < Q)
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
     at = dq + (prompt * stride_gb + head * stride_gh + row.to(tl.int64) * stride_gt)[:, None] + d[None, :]
     tl.store(at, rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
@@ -279,7 +338,8 @@ def attend_grad(
     if queries == 0 or batch * heads * d_head == 0:
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dz = (common.unit_inner_stride(x.detach()) for x in (q, k, v, dz))
-    sums, products = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    alone = one_block(queries, k.shape[2])
+    sums, products = (None if alone else q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     numbers, meta = _how(q, k, how, tokens, exact=q.dtype == torch.float32)
     precision = common.check_precision("auto", q.dtype, common.target(q.device))
     strides = [n for x in (q, k, v, dz) for n in x.stride()[:3]]
@@ -288,9 +348,11 @@ def attend_grad(
     meta |= {"HAS_READ": read is not None, "PRECISION": precision, "ROUND": rounds}
     common.launch(
         query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
-        q, k, v, dz, dq, sums, products, where, *numbers, *strides, *dq.stride()[:3], **meta, device=q.device,
+        q, k, v, dz, dq, dk, dv, sums, products, where, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],
+        WITH_KEYS=alone, **meta, device=q.device,
     )  # fmt: skip
-    if tokens:
+    if tokens and not alone:
+        del meta["ONE_BLOCK"]
         common.launch(
             key_grads, common.cdiv(tokens, meta["BLOCK_N"]) * batch * heads,
             q, k, v, dz, dk, dv, sums, products, where, *numbers, *strides, *dk.stride()[:3], **meta, device=q.device,
@@ -314,5 +376,6 @@ def _how(q: Tensor, k: Tensor, how: Causal, tokens: int, *, exact: bool) -> tupl
         "BLOCK_Q": 16 if queries <= 16 else 32 if queries <= 32 else block,
         "BLOCK_N": 16 if keys <= 16 else 32 if keys <= 32 else block,
         "BLOCK_K": block_k, "num_warps": 4, "num_stages": 2 if block_k <= 64 else 1,
+        "ONE_BLOCK": one_block(queries, keys),
     }  # fmt: skip
     return numbers, meta

@@ -209,7 +209,7 @@ def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
         count.add("receivers", 1, size_of(g, *tensors), 2 * g.numel() * weight.shape[1], g.dtype)
     elif op.startswith("attend"):
         q, k = tensors[:2]
-        products = {"attend": 2, "attend_grad, queries": 5, "attend_grad, keys": 4}[op]
+        products = {"attend": 2, "attend_grad": 5, "attend_grad, queries": 5, "attend_grad, keys": 4}[op]
         count.add("attention, fused", 1, size_of(*tensors), products * 2 * q.numel() * k.shape[2], q.dtype)
     else:
         count.add("steps", 1, size_of(*tensors))

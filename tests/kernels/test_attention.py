@@ -126,7 +126,7 @@ def test_scores_by_the_kernels(monkeypatch, limited):
         monkeypatch.setattr(f"eapcore.kernels.attention.{decides}", lambda *like: True)
     monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
     got = attribute(model, pairs, storage="dense").scores
-    assert seen == {"attend_rows", "query_grads", "key_grads"}
+    assert seen == {"attend_rows", "query_grads"}
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
     # All that a GPU does, in its layout and at a time.
     monkeypatch.setattr("eapcore.kernels.steps.takes_triton", lambda impl, x: x.dtype == torch.float32)
