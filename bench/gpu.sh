@@ -45,15 +45,15 @@ pipeline check 150 check &
 part tests 150 "$python" -m pytest -q -p no:cacheprovider -n "${EAPCORE_WORKERS:-6}" --benchmark-disable \
   "$top/tests/kernels" --ignore "$top/tests/kernels/test_triton_compile.py" &
 wait
-pipeline small-256 45 "GPT-2 small, B=256"
-pipeline xl 60 "GPT-2 XL"
+pipeline small-256 60 "GPT-2 small, B=256"
+pipeline xl 75 "GPT-2 XL"
 part tilings 90 "$python" "$top/bench/ops/tilings.py" --json "$out/tilings.jsonl"
 if command -v ncu >/dev/null; then
   part counters 60 ncu --clock-control none --kernel-name partial_scores --section SpeedOfLight \
     --section MemoryWorkloadAnalysis --section WarpStateStats --section Occupancy \
     "$python" "$top/bench/ops/tilings.py" --profile --only XL
 fi
-pipeline 13b 75 13B
+pipeline 13b 90 13B
 pipeline small-32 45 "GPT-2 small, B=32"
 pipeline small-1024 60 "GPT-2 small, B=1024"
 pipeline llama 60 Llama-3.1-8B

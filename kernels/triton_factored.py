@@ -39,6 +39,7 @@ from torch import Tensor
 from . import triton_common as common
 from . import triton_edge_scores, triton_receiver_grads
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
+from .constants import to_device
 from .triton_receiver_grads import Channels
 
 NO_NORM = Norm("none")
@@ -72,9 +73,7 @@ def _alignment(columns: Sequence[int], element_size: int) -> int:
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")  # whatever the default device is
-    # From pinned memory the host does not wait for the device.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)  # whatever the default device is
 
 
 def _part(

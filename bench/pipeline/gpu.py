@@ -1,8 +1,9 @@
 """The pipeline on a GPU: checked, then timed, within 8 minutes; a part that fails is printed, and the rest goes on.
 
     check       scores of a small model in float32 and bfloat16 against float64 on the CPU; nothing else is timed first
-    GPT-2 small B = 32, 256 and 1,024, XL, 13B, Llama-3.1-8B: the floor, dense in graphs and without, factored and our
-                tuned hooks: ms a batch, pairs a second, the device's time, kernels and launches, peak memory
+    GPT-2 small B = 32, 256 and 1,024, XL, 13B, Llama-3.1-8B: the floor, dense and factored in graphs and without, and
+                our tuned hooks: ms a batch, pairs a second, the device's time, kernels and launches, peak memory; and
+                whole calls of 4 and of 6 batches in graphs and without
     kernels     the device's time of a batch by kernel, beside what `--plan` predicts
     hooks       our tuned hooks at the largest batch that fits, beside ours at the same batch
 
@@ -181,8 +182,8 @@ class Bench:
         runs = [made(few), made(many)]
         runs[self.on.device == "cuda"]()  # compiles, and takes memory from the driver
         begin, found = time.monotonic(), []
-        rounds = 5 if self.on.device == "cuda" else 1
-        while len(found) < rounds and (not found or time.monotonic() < min(begin + 5, self.deadline)):
+        rounds = 3 if self.on.device == "cuda" else 1
+        while len(found) < rounds and (not found or time.monotonic() < min(begin + 4, self.deadline)):
             short, long = (self.on.ms(run) for run in runs)
             found.append((long - short) / (many - few))
         return statistics.median(found)
@@ -195,26 +196,28 @@ class Bench:
         def made(name: str, batches: int) -> Run:
             return implementation(name, model, work.pairs(batches), work.B)
 
-        names = ["floor", "dense, graphs", "dense, no graphs", "factored", "hooked"]
+        names = ["floor", "dense, graphs", "dense, no graphs", "factored, graphs", "factored, no graphs", "hooked"]
         if self.on.device != "cuda":
-            names.remove("dense, graphs")
+            names = [name for name in names if not name.endswith(", graphs")]
         floor = hooks = float("nan")
         failed = []
         for name in names:
-            few, many = {"floor": (2, 6), "dense, graphs": (4, 12), "hooked": (1, 2)}.get(name, (1, 4))
+            few, many = {"floor": (2, 6), "hooked": (1, 2)}.get(name, (4, 12) if name.endswith(", graphs") else (1, 4))
             try:
                 ms = self.pace(lambda n, name=name: made(name, n), few, many)
                 floor, hooks = (ms if name == "floor" else floor), (ms if name == "hooked" else hooks)
                 row = {"ms_a_batch": ms, "pairs_a_second": work.B / ms * 1e3, "of_floor": floor / ms}
                 if name != "floor":
                     row["peak_mib"] = self.on.peak(made(name, 2)) / MIB
-                if name in ("floor", "dense, no graphs", "factored"):
+                if name in ("floor", "dense, no graphs", "factored, no graphs"):
                     found = self.on.profile(made(name, 2))
                     row |= {"device_ms": sum(found.kernels.values()) / 2e3, "kernels_a_batch": found.count / 2}
                     row |= {"launches_a_batch": found.launches / 2}
                     row |= {"contraction": found.part(CONTRACTION), "making": found.part(MAKING)}
                     self.write(model=title, name=name, B=work.B, kernels=found.longest(60))
                 self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, **row)
+                if name == "dense, no graphs":
+                    self.calls(title, made)
             except Exception as error:
                 failed.append(name)
                 self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, failed=repr(error)[:200])
@@ -222,6 +225,20 @@ class Bench:
                 self.on.release()
         if failed:
             raise RuntimeError(f"{title}: {', '.join(failed)} failed")
+
+    def calls(self, title: str, made: Callable[[str, int], Run]) -> None:
+        """Milliseconds of whole calls of some batches: recorded from the second on, and not at all."""
+        names = ["dense, graphs", "dense, no graphs"] if self.on.device == "cuda" else ["dense"]
+        for batches in (4, 6):
+            found: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(3):
+                for name, times in found.items():
+                    times.append(self.on.ms(made(name, batches)))
+            self.add(
+                model=title,
+                name=f"a call of {batches}",
+                **{name: statistics.median(times) for name, times in found.items()},
+            )
 
     def kernels(self, title: str, work: Work, dtype: torch.dtype) -> None:
         """The device's time of a dense batch by kernel, the longest first, as it runs and as it is predicted."""

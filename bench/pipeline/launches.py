@@ -11,7 +11,7 @@ launch is theirs to say. A kernel takes
 with the rates that one H200 gave on 2026-11-27 (torch 2.11.0, triton 3.6.0): copies 4,270 GB/s, torch's matrix products
 784 TFLOP/s in half precision and 51 in float32. Parts that stayed below both have their own rate, as measured there on
 commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster. Behind the batches stands what the host
-takes on this machine where nothing is launched.
+takes on this machine, with the package's launches up to the driver, and where nothing is launched.
 """
 
 from __future__ import annotations
@@ -240,11 +240,38 @@ def count_batch(
     return count
 
 
-def host_ms(layers: int, *, fused: bool = True, repeats: int = 5) -> float:
+def launched_nowhere(how: contextlib.ExitStack) -> None:
+    """From here on the package's kernels are launched as on a GPU, up to where Triton hands them to the driver: nothing
+    is compiled, and what the driver does with a launch takes no time."""
+    import triton
+    from ops.triton_compile import MACHINES, driver
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    class Nothing(CompiledKernel):
+        function = packed_metadata = 0
+
+        def __init__(self) -> None:
+            pass
+
+        def run(self, *given: Any) -> None:
+            pass
+
+        def launch_metadata(self, grid: Any, stream: Any, *args: Any) -> None:
+            pass
+
+    def make(kernel: Any, key: Any, signature: Any, device: Any, *how: Any) -> CompiledKernel:
+        return kernel.device_caches[device][0].setdefault(key, Nothing())
+
+    how.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver(MACHINES["sm_90"])))
+    how.enter_context(mock.patch.object(JITFunction, "_do_compile", make))
+
+
+def host_ms(layers: int, *, fused: bool = True, launching: bool = False, repeats: int = 5) -> float:
     """CPU milliseconds that the host takes for a batch of a small model of GPT-2's architecture, where nothing is
     launched: torch's operations run on a few numbers, and the package's kernels not at all.
 
-    fused: as in `count_batch`.
+    fused: as in `count_batch`. launching: with the kernels' launches, see `launched_nowhere`; not in the interpreter.
     """
     from eapcore.kernels import triton_common
 
@@ -261,7 +288,12 @@ def host_ms(layers: int, *, fused: bool = True, repeats: int = 5) -> float:
         patch(attention, "fits", lambda q: True)
         patch(kernels, "_resolve", lambda *given: "triton")
         patch(triton_common, "target", lambda device: triton_common.ELSEWHERE)
-        patch(triton_common, "launch", lambda *given, **meta: None)
+        if launching:
+            if triton_common.interpreted():
+                raise RuntimeError("the interpreter's kernels are not launched: unset TRITON_INTERPRET")
+            launched_nowhere(how)
+        else:
+            patch(triton_common, "launch", lambda *given, **meta: None)
         patch(triton_common, "interpreted", lambda: False)
         if fused:
             patch(dense, "limits", lambda device: limits("cuda"))
@@ -314,7 +346,11 @@ def table() -> str:
         cells = f"{found.kernels:8}{found.bytes / 1e9:8.2f}{found.operations / 1e12:8.3f}"
         cells += f"{found.device * 1e3:15.2f}{found.launched * 1e3:12.2f}"
         lines.append(f"{name}, factored, as it runs\n    {'all':32}{cells}")
-    for fused, when in ((True, "as it runs"), (False, "step by step")):
-        found = [host_ms(layers, fused=fused) for layers in (12, 48)]
-        lines.append(f"host, nothing launched, {when}: {found[0]:.1f} ms a batch of 12 layers, {found[1]:.1f} of 48")
+    for fused, launching, when in (
+        (True, True, "all but the driver's calls, as it runs"),
+        (True, False, "nothing launched, as it runs"),
+        (False, False, "nothing launched, step by step"),
+    ):
+        found = [host_ms(layers, fused=fused, launching=launching) for layers in (12, 48)]
+        lines.append(f"host, {when}: {found[0]:.1f} ms a batch of 12 layers, {found[1]:.1f} of 48")
     return "\n".join(lines)

@@ -133,8 +133,8 @@ QWEN = Work(24, 14, 896, 151936, B=8, T=20, G=2, M=4864)  # Qwen2.5-0.5B
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Run:
     """A call that runs one implementation batch by batch, and gives its scores [S, R] (None for the floor)."""
-    if name in ("dense", "factored", "dense, graphs", "dense, no graphs", "dense, in halves"):
-        storage, _, how = name.partition(", ")
+    storage, _, how = name.partition(", ")
+    if storage in ("dense", "factored") and how in ("", "graphs", "no graphs", "in halves"):
         size = max(1, batch // 2) if how == "in halves" else batch
         graphs = {"graphs": True, "no graphs": False}.get(how, "auto")
         return lambda: attribute(model, pairs, storage=storage, batch_size=size, graphs=graphs).scores

@@ -184,10 +184,10 @@ def attribute(
             for which the memory does not suffice is halved, and a warning is logged.
         impl: the kernels' implementation, see `kernels`.
         graphs: on a GPU, whether batches of a shape that comes again are recorded as CUDA graphs and replayed, which
-            saves a small model's launches. "auto" where it suits: shapes that come often, a metric by name, and not
-            storage "factored" of edges; where recording fails it goes on without, and a warning is logged. True also
-            for a callable metric, which must not look at values on the host, and raises where it fails. The scores do
-            not depend on it.
+            saves a small model's launches. "auto" where it suits: shapes that come often, of so few tokens that the
+            device would wait for the host, and a metric by name; where recording fails it goes on without, and a
+            warning is logged. True also for a callable metric, which must not look at values on the host, and raises
+            where it fails. The scores do not depend on it.
         progress: called with (pairs done, pairs in all) after every batch.
         pairs_to: with reduce "pair", a folder to which each pair's scores are written as they come, instead of into the
             result; see `graph.pair_scores`.
@@ -444,9 +444,10 @@ class _Scoring:
         self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
         self.shapes, self.within = _shapes(model, how, passes), budget(model.device)
         self.by_node = how.by_ends or (level != "edge" and not how.by_edge)
-        recordable = (storage == "dense" or self.by_node) and len(model.devices) == 1 and model.stream is None
+        recordable = len(model.devices) == 1 and model.stream is None
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
         self.memory: list[torch.Tensor] = []
+        self.passes_reached: dict[str, Tensor] = {}
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
         self.n_pairs, self.statistics = n_pairs, over_pairs.shapes(model.graph) if passes.statistics else {}
 
@@ -513,8 +514,11 @@ class _Scoring:
             raise ValueError(f"{error} (counted from pair {first} of the task)" if first else str(error)) from error
 
     def reached(self, name: str) -> Tensor:
-        """`_reached` on the model's device."""
-        return _reached(self.experiment.model, self.how, name).to(self.experiment.model.device)
+        """`_reached` on the model's device, brought there once: a copy would wait for what is under way."""
+        if name not in self.passes_reached:
+            model = self.experiment.model
+            self.passes_reached[name] = _reached(model, self.how, name).to(model.device)
+        return self.passes_reached[name]
 
     def check_metric(self, order: list[int], tally: Tally) -> None:
         """ValueError where a callable gives other values on the first batch than it gave when that was scored."""
@@ -622,12 +626,11 @@ def _replays(model: Model, metric: Metric, graphs: bool | str, *, recordable: bo
         raise ValueError(f"graphs must be True, False or 'auto', got {graphs!r}")
     by = recorder(model.device) if graphs else None
     if graphs is True and (by is None or not recordable):
-        why = f"the model is on {model.where}" if by is None else "the storage of these edges is 'factored'"
-        why = f"the layers lie on {model.where}" if len(model.devices) > 1 or model.stream is not None else why
-        raise ValueError(f"graphs=True needs a GPU, and of edges storage='dense', but {why}: leave graphs at 'auto'")
+        why = f"the model is on {model.where}" if recordable else f"the layers lie on {model.where}"
+        raise ValueError(f"graphs=True needs the whole model on one GPU, but {why}: leave graphs at 'auto'")
     if graphs == "auto" and not (recordable and metric in OWN_METRICS.values()):
         by = None
-    return Replays(by, strict=graphs is True)
+    return Replays(by, strict=graphs is True, width=model.config.d_model)
 
 
 def _shapes(model: Model, how: Recipe, passes: Passes) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import torch
 import eapcore.execution.limits as limits
 from eapcore.execution.batch import Batch
 from eapcore.execution.prefetch import Tensors, tensors, with_tensors
+from eapcore.kernels.constants import recording
 
 _log = logging.getLogger("eapcore")
 Work = Callable[[Tensors], Tensors]
@@ -42,13 +43,16 @@ class CudaRecorder:
                     work(held)
                 main.wait_stream(self.side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side), recording() as constants:
                     results = work(held)
             finally:
                 torch.cuda.set_stream(main)  # `torch.cuda.graph` stays on the other where ending the capture fails
+        for to, x in constants:
+            to.copy_(x)
+        kept = [*held, *(to for to, _ in constants)]  # where the graph reads
 
         def replay(given: Tensors) -> Tensors:
-            for to, x in zip(held, given, strict=True):
+            for to, x in zip(kept[: len(held)], given, strict=True):
                 to.copy_(x, non_blocking=True)
             graph.replay()
             return results
@@ -67,11 +71,13 @@ class Replays:
     Args:
         by: None to run everything as it is.
         strict: record every shape that comes again, and raise what goes wrong. Else only shapes that come often enough
-            to gain. There, and where the memory does not suffice, work goes on without, and a warning is logged.
+            to gain, of so few tokens that the device waits for the host. There, and where the memory does not suffice,
+            work goes on without, and a warning is logged.
+        width: of the model's residual stream.
     """
 
-    def __init__(self, by: Recorder | None, *, strict: bool) -> None:
-        self.by, self.strict = by, strict
+    def __init__(self, by: Recorder | None, *, strict: bool, width: int = 1) -> None:
+        self.by, self.strict, self.width = by, strict, width
         self.seen: set[object] = set()
         self.recorded: dict[object, Work] = {}
 
@@ -90,7 +96,7 @@ class Replays:
         if (
             key not in self.seen
             or len(self.recorded) == limits.GRAPH_SHAPES
-            or not (self.strict or alike(batch) >= limits.GRAPH_WORTH)
+            or not (self.strict or self._worth(batch, alike(batch)))
         ):
             self.seen.add(key)
             return work(batch)
@@ -104,6 +110,10 @@ class Replays:
             return work(batch)
         self.recorded[key] = replay
         return replay(given)
+
+    def _worth(self, batch: Batch, to_come: int) -> bool:
+        pairs, tokens = batch.shape
+        return to_come >= limits.GRAPH_WORTH and pairs * tokens * self.width**2 <= limits.GRAPH_WORK
 
     def clear(self) -> None:
         """Forget what is recorded, as the memory that it works in goes."""

@@ -55,11 +55,15 @@ LEAST_CHUNK = 16  # token rows: for fewer a head's weights are read that are fou
 LOGITS = 1 << 24  # logits, in float64, that are held at once
 EVALUATED = 1 << 18  # of which a metric is made at once
 GRAPH_SHAPES = 16  # shapes of batches that are recorded as CUDA graphs: each keeps its results
-# Batches of one shape from which on recording is worth it. The host takes 12 ms to launch a batch of a 12-layer model,
-# and to record it twice that: 2 replays pay for it where the device needs no time at all, and 4 where it needs half of
-# the host's. The rest is room for what was not measured: recording waits for the device, gives its cached memory back
-# to the driver, which later batches ask for it again, and makes a graph of what was launched.
-GRAPH_WORTH = 16
+# Batches of one shape from which on recording is worth it. On one H200 (bfloat16, torch 2.11, 2026-11-27) the host took
+# 63 ms to launch a batch of GPT-2 small at 5,120 tokens, 142 of XL and 104 of a 13B, and a replay 13, 30 and 49. To
+# record takes the host two batches more, one that warms up and one that is captured, for which
+# 2 / (1 − replay / launched) batches pay: 2.5, 2.5 and 3.8.
+GRAPH_WORTH = 4
+# Multiply-adds of one [B·T, D] × [D, D] product up to which that holds. Beyond it the device needs longer than the host
+# takes to launch: at 1.2e10 (GPT-2 small, 20,480 tokens) a batch took 53 ms with and without, at 4.2e9 (the 13B) 49 and
+# 104.
+GRAPH_WORK = 1 << 33
 
 
 def limits(device: torch.device | str) -> Limits:

@@ -262,6 +262,13 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
     assert (long - short) / 6 <= 34  # a layer's own; what a batch asks for once comes to 3 of each of its 32
     assert all(launches.host_ms(1, fused=fused, repeats=1) > 0 for fused in (True, False))
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        launches.host_ms(1, launching=True)
+    code = "from pipeline.launches import host_ms; print(all(host_ms(1, launching=x, repeats=1) > 0 for x in (1, 0)))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT / "bench")
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
@@ -522,7 +529,9 @@ def test_a_part_of_the_gpu_bench_that_fails_is_printed_and_the_rest_goes_on(monk
     monkeypatch.setattr(hooked, "eap", None)
     with pytest.raises(RuntimeError, match="tiny: hooked failed"):
         bench.against("tiny", gpu.TINY, torch.float32)
-    assert [row["name"] for row in bench.rows if "failed" not in row] == ["floor", "dense, no graphs", "factored"]
+    calls = ["a call of 4", "a call of 6"]
+    expected = ["floor", "dense, no graphs", *calls, "factored, no graphs"]
+    assert [row["name"] for row in bench.rows if "failed" not in row] == expected
 
 
 def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import eapcore.kernels as kernels
 from accuracy import STORED, error_of
-from eapcore.kernels import Norm, reference
+from eapcore.kernels import Norm, constants, reference
 from eapcore.kernels import triton_common as common
 from eapcore.kernels import triton_edge_scores as scores
 from eapcore.kernels import triton_factored as factored
@@ -573,6 +573,22 @@ def test_factored_and_dense_agree():
     delta, made = reference.sender_deltas(senders), reference.all_receiver_grads(gradients)
     dense = scores.edge_scores(delta, made, mask, "pair", None)
     torch.testing.assert_close(split, dense, rtol=1e-5, atol=1e-4)
+
+
+def test_factored_is_recorded_before_its_tables_are_there(monkeypatch):
+    senders, gradients, size = model_case(torch.float32)
+    mask = torch.rand(size) < 0.5
+    expected = factored.edge_scores_factored(senders, gradients, mask, "all", 1000)
+    launched, launch = [], common.launch
+    monkeypatch.setattr(common, "launch", lambda *args, **meta: launched.append((args, meta)))
+    with constants.recording() as made:
+        found = factored.edge_scores_factored(senders, gradients, mask, "all", 1000)
+    for to, x in made:
+        to.copy_(x)
+    assert made and not found.any()
+    for args, meta in launched:
+        launch(*args, **meta)
+    assert torch.equal(found, expected)
 
 
 def test_factored_gives_the_same_bits_twice():
