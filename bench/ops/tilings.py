@@ -1,7 +1,8 @@
-"""The contraction and the receivers' gradients in every tiling on shapes of real models: what `Config`s to have.
+"""Contraction, receivers' gradients and attention in every tiling on shapes of real models: what `Config`s to have.
 
     python bench/ops/tilings.py                       on a GPU: a minute, most of it compiling
     python bench/ops/tilings.py --quick --device cpu  small shapes in Triton's interpreter, to see that it runs
+    python bench/ops/tilings.py --once                everything once, nothing timed: what is compiled is kept by Triton
     python bench/ops/tilings.py --profile             each layout once in the first tiling: for ncu to look at
 
 Layouts of the contraction's operands: "senders" [S, B, T, D] as the op's definition has it; "tokens" the same tensors,
@@ -20,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from eapcore.kernels import reference, triton_edge_scores, triton_receiver_grads
+from eapcore.kernels import attention, reference, triton_attention, triton_edge_scores, triton_receiver_grads
+from eapcore.kernels.causal import Causal
 
 from ops.work import B13, MEDIUM, SMALL, TINY, XL, Model, doubled, layer_tensors
 
@@ -81,7 +84,7 @@ class Bench:
         """work: operations or bytes of a call."""
         try:
             row["error"] = judge(run())
-            if not self.options.profile:
+            if not (self.options.profile or self.options.once):
                 row["ms"] = ms = statistics.median(self.clock(run) for _ in range(5))
                 row["per_second"] = work / ms * 1e3
         except Exception as error:
@@ -106,6 +109,33 @@ class Bench:
                 op="receiver_grads", shape=name, tiling=tiling,
             )  # fmt: skip
 
+    def attention(self, name: str, model: Model, prompts: int) -> None:
+        """Clean and corrupt prompts of 20 tokens, and their gradients, with other numbers of warps than are chosen."""
+        how, device, sizes = Causal(model.K**-0.5), self.options.device, (20, model.H, model.K)
+        q, k, v = torch.randn(3, 2 * prompts, *sizes, device=device).to(BFLOAT16).transpose(2, 3)
+        exact = attention.attend(*(x.double() for x in (q, k, v)), how, 20).transpose(1, 2)
+        exact[prompts:] -= exact[:prompts]
+        out, chosen = torch.empty_like(exact, dtype=BFLOAT16), triton_attention._how
+
+        def moved() -> Tensor:
+            attention.attend_moved(q, k, v, how, 20, None, out, impl="triton")
+            return out
+
+        def back() -> Tensor:
+            return attention.attend_grad(q[:prompts], k[:prompts], v[:prompts], v[:prompts], how, 20, impl="triton")[0]
+
+        for warps in (4, 2, 8):
+
+            def with_warps(*args: Any, warps: int = warps, **options: Any) -> Any:
+                numbers, meta = chosen(*args, **options)
+                return numbers, meta | {"num_warps": warps}
+
+            row = {"shape": name, "warps": warps}
+            with mock.patch.object(triton_attention, "_how", with_warps):
+                read = 4 * q.numel() * 2
+                self.line(moved, lambda got: float((got - exact).norm() / exact.norm()), read, op="attend_moved", **row)
+                self.line(back, lambda got: float(got.norm()), 7 * read / 8, op="attend_grad", **row)
+
     def contraction(self, name: str, model: Model, mask: Tensor, rows: int, layout: str) -> None:
         delta, grads = operands(model, mask.shape[1], rows, layout, self.options.device)
         first: list[Tensor] = []
@@ -114,7 +144,7 @@ class Bench:
             first.append(got)
             return float((got - first[0]).norm() / first[0].norm())
 
-        for tiling in TILINGS[:1] if self.options.profile else TILINGS:
+        for tiling in TILINGS[:1] if self.options.profile or layout != "tokens" else TILINGS:
             small = (64, 64, 32, *tiling[3:]) if self.options.quick else tiling
             config = replace(triton_edge_scores.Config(*small, rate=1.0), per_sm=2 if small[3] == 4 else 1)
             run = partial(triton_edge_scores.edge_scores, delta, grads, mask, "all", None, config=config)
@@ -126,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--once", action="store_true", help="time nothing")
     parser.add_argument("--profile", action="store_true", help="the contraction once in each layout, nothing timed")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows here, one JSON object a line")
@@ -134,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, model, rows in (("small", SMALL, 5120), ("XL", XL, 640), ("13B", B13, 160)):
         if options.only in name and not options.profile:
             bench.receivers(name, TINY if quick else model, 10 if quick else rows)
+            bench.attention(name, TINY if quick else model, 2 if quick else rows // 20)
     for name, model, layers, rows in SHAPES:
         model, rows, layers = (TINY, 10, min(layers, 1)) if quick else (model, rows, layers)
         mask = model.graph.edge_mask().to(options.device)

@@ -543,8 +543,8 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     done = subprocess.run([script, tmp_path / "out", "--quick"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "FAILED: " in done.stdout and "small-256 (3)" in done.stdout
     parts = [json.loads(line) for line in (tmp_path / "out/parts.jsonl").read_text().splitlines()]
-    assert {part["part"] for part in parts[1:4]} == {"check-kernels", "check", "tests"}
-    assert [part["part"] for part in parts[4:6]] == ["small-256", "xl"]
+    assert {part["part"] for part in parts[1:5]} == {"check-kernels", "check", "tests", "warm"}
+    assert [part["part"] for part in parts[5:7]] == ["small-256", "xl"]
     assert {part["part"] for part in parts[1:] if part["status"]} == {"small-256"}
     assert "--part GPT-2 XL" in (tmp_path / "out/xl.txt").read_text()
 
@@ -556,7 +556,8 @@ def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch
     monkeypatch.setattr(tilings, "TILINGS", ((128, 128, 64, 4, 3),))
     assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["receiver_grads", *["edge_scores"] * 3]
+    of_attention = ["attend_moved", "attend_grad"] * 3
+    assert [line.split()[1] for line in lines] == ["receiver_grads", *of_attention, *["edge_scores"] * 3]
     monkeypatch.setattr(tilings, "RECEIVERS", ((128, 48, 128, 8, 3),))  # no power of two
     assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 1
     lines = capsys.readouterr().out.splitlines()
