@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,16 +65,12 @@ def _distance(tensor: Tensor, base: Tensor) -> int:
     return (tensor.data_ptr() - base.data_ptr()) // base.element_size()
 
 
-def _alignment(columns: Sequence[int], element_size: int) -> int:
+def _alignment(offsets: Tensor, element_size: int) -> int:
     """The largest power of two up to 16 bytes that divides all offsets, in elements."""
     align = 16 // element_size
-    while any(offset % align for offset in columns):
+    while bool((offsets % align).any()):
         align //= 2
     return align
-
-
-def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)  # whatever the default device is
 
 
 def _part(
@@ -86,34 +83,35 @@ def _part(
     strides count. stride_row: elements between rows of the output.
     """
     weight, norm = groups[layers[0]][0], norms[layers[0]]
-    rows = []
+    shared, matrices = [], []
     for layer in layers:
         own = norms[layer]
-        shared = [0, 0, 0]
+        shared.append([0, 0, 0])
         if own.kind != "none":
             assert own.x_hat is not None and own.rstd is not None
             assert norm.x_hat is not None and norm.rstd is not None
             gamma = 0 if own.gamma is None or norm.gamma is None else _distance(own.gamma, norm.gamma)
-            shared = [_distance(own.x_hat, norm.x_hat), _distance(own.rstd, norm.rstd), gamma]
-        matrices = [matrix for group in groups[layer] for matrix in group]
-        for c, matrix in enumerate(matrices):
-            at_act = 0 if acts is None else layer * acts.stride(0) + c * acts.stride(1)
-            rows.append(
-                [
-                    layer * inputs.stride(0) + c * inputs.stride(1),
-                    at_act,
-                    _distance(matrix, weight),
-                    *shared,
-                    (layer * len(matrices) + c) * inputs.shape[-1],
-                    (first_row + layer * heights + c) * stride_row,
-                    first_row + layer * heights + c,
-                ]
-            )
+            shared[-1] = [_distance(own.x_hat, norm.x_hat), _distance(own.rstd, norm.rstd), gamma]
+        matrices.append(
+            [_distance(group, weight) + c * group.stride(0) for group in groups[layer] for c in range(len(group))]
+        )
+    ints: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the default device is
+    at, weights = torch.tensor(layers, **ints)[:, None], torch.tensor(matrices, **ints)  # [l, 1], [l, C]
+    c = torch.arange(weights.shape[1], **ints)
+    rows = first_row + at * heights + c
+    columns = [
+        at * inputs.stride(0) + c * inputs.stride(1),
+        torch.zeros_like(weights) if acts is None else at * acts.stride(0) + c * acts.stride(1),
+        weights,
+        *(x.expand_as(weights) for x in torch.tensor(shared, **ints).T[..., None]),
+        (at * len(c) + c) * inputs.shape[-1],
+        rows * stride_row,
+        rows,
+    ]
+    table = torch.stack(columns, -1).flatten(0, 1)
     # The offsets that wide loads and stores depend on: g, act, weight, x̂ and out.
-    wide = [row[column] for row in rows for column in (0, 1, 2, 3, 7)]
-    return Part(
-        tuple(layers), weight, norm, _table(rows, inputs.device), _alignment(wide, max(2, inputs.element_size()))
-    )
+    align = _alignment(table[:, [0, 1, 2, 3, 7]], max(2, inputs.element_size()))
+    return Part(tuple(layers), weight, norm, to_device(table, inputs.device), align)
 
 
 def _like(norm: Norm, groups: list[Tensor]) -> tuple[object, ...]:
