@@ -40,7 +40,7 @@ from eapcore.execution.experiment import (
 )
 from eapcore.execution.limits import PREFIX_SHARE, limits
 from eapcore.execution.memory import budget, free_bytes, out_of_memory
-from eapcore.execution.prefetch import Feed, Tensors, pinned_copy
+from eapcore.execution.prefetch import Feed, Tensors, pinned_copy, received
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.graph import Graph
@@ -582,16 +582,18 @@ def _check_options(others: dict[str, Any]) -> None:
 def _check_gradients(experiment: Experiment, largest: Tensor, scores: dict[str, Tensor]) -> None:
     """ValueError for gradients that are not finite, or zero everywhere; largest: max |∂metric/∂logits|."""
     name, dtype = experiment.metric_name, experiment.model.dtype
-    if not bool(largest.isfinite()):
+    looks = [x.isfinite().all() for x in (largest, *scores.values())] + [x.any() for x in scores.values()]
+    size, *seen = torch.stack([largest, *(x.to(largest.dtype) for x in looks)]).tolist()  # one wait for all
+    if not seen[0]:
         raise ValueError(f"the gradient of the metric {name} is NaN or infinite where its value is finite")
-    if not all(bool(x.isfinite().all()) for x in scores.values()):
+    if not all(seen[: 1 + len(scores)]):
         raise ValueError(f"the gradients overflow in {dtype}: use a wider dtype, e.g. float32")
-    if float(largest) <= _ZERO_GRADIENT:
+    if size <= _ZERO_GRADIENT:
         raise ValueError(
             f"the gradient of the metric {name} is zero on every pair, so every score would be: a divergence from the "
             "clean run has its minimum there; use another metric"
         )
-    if not any(bool(x.any()) for x in scores.values()):
+    if not any(seen[1 + len(scores) :]):
         _log.warning("every score is exactly 0: nothing that changes between the runs reaches the metric %s", name)
 
 
@@ -675,10 +677,11 @@ def _result(
     whole = {name: x / n_pairs for name, x in whole.items()}
     if how.pruning:
         whole, scores = pruned(model.graph, whole, scores, normalised=how.pruning == "normalised", by_ends=how.by_ends)
-    whole = {name: x.to(keep).cpu() for name, x in whole.items()}
+    whole = received({name: x.to(keep) for name, x in whole.items()}, model.device)
     parts: dict[str, Tensor] = {}
     if reduce != "all":
-        parts = {name: (x if reduce == "pair" else x / n_pairs).to(keep).cpu() for name, x in scores.items()}
+        made = {name: (x if reduce == "pair" else x / n_pairs).to(keep) for name, x in scores.items()}
+        parts = received(made, model.device)
     if level == "edge":
         part, exact = parts.get("scores"), None
         if how.exact:

@@ -54,6 +54,7 @@ PREFIX_SHARE = 0.25  # a shared prefix goes through one forward, what is behind 
 LEAST_CHUNK = 16  # token rows: for fewer a head's weights are read that are four times what is made
 LOGITS = 1 << 24  # logits, in float64, that are held at once
 EVALUATED = 1 << 18  # of which a metric is made at once
+PINNED = 1 << 26  # bytes of a result up to which it lies in pinned memory
 GRAPH_SHAPES = 16  # shapes of batches that are recorded as CUDA graphs: each keeps its results
 # Batches of one shape from which on recording is worth it. On one H200 (bfloat16, torch 2.11, 2026-11-27) the host took
 # 63 ms to launch a batch of GPT-2 small at 5,120 tokens, 142 of XL and 104 of a 13B, and a replay 13, 30 and 49. To

@@ -379,6 +379,9 @@ def events(monkeypatch):
         def wait_stream(self, other):
             found.append(f"{self.name} waits for {other.name}")
 
+        def synchronize(self):
+            found.append(f"the host waits for {self.name}")
+
     main = Stream()
     main.name = "main"
 
@@ -466,6 +469,21 @@ def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
     copy.finish(copied)
     assert events["events"][2:] == ["main waits for side", "kept for main", "kept for main"]
     assert [x.tolist() for x in copied] == [[1, 2], [3]]
+
+
+def test_results_are_received_with_one_wait_and_pinned_where_they_are_small(events, monkeypatch):
+    to, given = torch.Tensor.to, {"a": torch.ones(3), "b": torch.ones(4), "c": torch.ones(5)}
+
+    def copy(self, *args, non_blocking=False):
+        events["events"].append(f"copy of {len(self)}{' that is not waited for' if non_blocking else ''}")
+        return to(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    monkeypatch.setattr(prefetch, "PINNED", 16)
+    found = prefetch.received(given, torch.device("cuda"))
+    small = ["copy of 3 that is not waited for", "copy of 4 that is not waited for"]
+    assert events["events"] == [*small, "copy of 5", "the host waits for main"] and found.keys() == given.keys()
+    assert prefetch.received(given, CPU).keys() == given.keys() and len(events["events"]) == 4
 
 
 def test_only_a_gpu_gets_either(events):
