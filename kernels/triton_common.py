@@ -117,8 +117,9 @@ class _Call:
 
 
 # Triton binds and specialises every argument anew at each launch, which takes the host several times as long as the
-# launch itself. Of these versions it is known how kernels that were made before are launched.
-_DIRECT = triton.__version__.startswith(("3.6.", "3.7."))
+# launch itself. Of these versions it is known how kernels that were made before are launched, and what NVIDIA's backend
+# asks of a tensor: no more than whether its address is divisible by 16.
+_DIRECT = triton.__version__.startswith(("3.6.", "3.7.")) and not torch.version.hip
 _MOST_MADE = 4096  # of one call: each shape has its own
 _calls: dict[tuple[Any, ...], _Call] = {}
 

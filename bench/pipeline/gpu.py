@@ -41,21 +41,26 @@ LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one call: µs on the device by kernel, how many kernels ran, and how many calls of the host started them."""
+    """Of one call: µs on the device by kernel, how often each ran, and how many calls of the host started them."""
 
     kernels: dict[str, float]
-    count: int
+    counts: dict[str, int]
     launches: int
+
+    @property
+    def count(self) -> int:
+        """How many kernels ran."""
+        return sum(self.counts.values())
 
     def part(self, names: tuple[str, ...]) -> float:
         """The part of the device's time that kernels with one of these names took."""
         chosen = sum(us for kernel, us in self.kernels.items() if any(name in kernel for name in names))
         return chosen / max(sum(self.kernels.values()), 1e-9)
 
-    def longest(self, count: int) -> dict[str, float]:
-        """The kernels that took longest, by the first 90 letters of their names."""
+    def longest(self, count: int) -> dict[str, tuple[float, int]]:
+        """The kernels that took longest and how often they ran, by the first 90 letters of their names."""
         found = sorted(self.kernels.items(), key=lambda item: -item[1])[:count]
-        return {f"{number} {name[:90]}": us for number, (name, us) in enumerate(found)}
+        return {f"{number} {name[:90]}": (us, self.counts[name]) for number, (name, us) in enumerate(found)}
 
 
 class Instruments(Protocol):
@@ -103,14 +108,15 @@ class Cuda:
             run()
             torch.cuda.synchronize()
         kernels: dict[str, float] = {}
-        count = launches = 0
+        counts: dict[str, int] = {}
+        launches = 0
         for event in found.events():
             if event.device_type == DeviceType.CUDA:
-                count += 1
+                counts[event.name] = counts.get(event.name, 0) + 1
                 kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us()
             elif event.name.startswith("cu"):  # of the driver or the runtime
                 launches += any(name in event.name for name in LAUNCHES)
-        return Profile(kernels, count, launches)
+        return Profile(kernels, counts, launches)
 
     def release(self) -> None:
         gc.collect()
@@ -214,7 +220,7 @@ class Bench:
                     row |= {"device_ms": sum(found.kernels.values()) / 2e3, "kernels_a_batch": found.count / 2}
                     row |= {"launches_a_batch": found.launches / 2}
                     row |= {"contraction": found.part(CONTRACTION), "making": found.part(MAKING)}
-                    self.write(model=title, name=name, B=work.B, kernels=found.longest(60))
+                    self.write(model=title, name=name, B=work.B, kernels=found.longest(120))
                 self.add(model=title, name=name, dtype=str(dtype), B=work.B, T=work.T, **row)
                 if name == "dense, no graphs":
                     self.calls(title, made)

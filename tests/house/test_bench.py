@@ -479,7 +479,8 @@ class Host:
 
     def profile(self, run):
         run()
-        return gpu.Profile({"void partial_scores": 1.0, "channel_grads": 2.0, "gemm": 1.0}, 60, 80)
+        counts = {"void partial_scores": 10, "channel_grads": 20, "gemm": 30}
+        return gpu.Profile({"void partial_scores": 1.0, "channel_grads": 2.0, "gemm": 1.0}, counts, 80)
 
     def release(self):
         pass
@@ -494,6 +495,7 @@ def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys, monkeypa
     assert len([row for row in rows if "check" in row]) == 6
     kernels, dense = (row for row in rows if row.get("name") == "dense, no graphs")
     assert [name.split()[1] for name in kernels["kernels"]] == ["channel_grads", "void", "gemm"]
+    assert kernels["kernels"]["0 channel_grads"] == [2.0, 20]
     assert dense["ms_a_batch"] == 10 and dense["pairs_a_second"] == pytest.approx(300) and dense["of_floor"] == 0.75
     parts = (dense["contraction"], dense["making"], dense["kernels_a_batch"], dense["launches_a_batch"])
     assert parts == (0.25, 0.5, 30, 40) and dense["peak_mib"] == 3 and dense["device_ms"] == 2e-3
