@@ -238,7 +238,7 @@ def receiver_grads(
     """
     checks.receiver_grads(g, act, weight, norm, w_gamma, offset, out)
     if (run := dry.active.get()) is not None:
-        return dry.receiver_grads(run, g, weight, norm.kind != "none", out, partial(workspace_bytes, impl=impl))
+        return dry.receiver_grads(run, g, weight, norm.kind, out, partial(workspace_bytes, impl=impl))
     chosen = _resolve("receiver_grads", impl, g.device, g.dtype)
     share = checks.shared_by(len(g), len(weight))
     if share > 1 and chosen != "triton":
@@ -340,10 +340,10 @@ def workspace_bytes(
 
         return cpp.workspace_bytes(op, sizes, dtype, mask, reduce, chunk)
     if chosen == "triton":
-        from . import triton_edge_scores, triton_factored
+        from . import triton_edge_scores, triton_factored, triton_receiver_grads
 
-        if op == "receiver_grads":  # everything stays in registers
-            return 0
+        if op == "receiver_grads":
+            return triton_receiver_grads.workspace_bytes(sizes, dtype, torch.device(device))
         where = (sizes, dtype, torch.device(device), mask is not None, reduce)
         if op == "edge_scores":
             return triton_edge_scores.workspace_bytes(*where, precision)

@@ -36,7 +36,8 @@ class Sizes:
 
     batch, tokens, d_model: B, T, D. senders, receivers: S, R of `edge_scores`. channels, d_head: C, K of the others; of
     `edge_scores_factored` C for each layer. layers, heads, mlps: L, H, and whether MLPs send and receive, of
-    `edge_scores_factored`. normed: whether receivers read through a normalisation.
+    `edge_scores_factored`. normed: whether receivers read through a normalisation; centred: one that subtracts the
+    mean.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Sizes:
     heads: int = 0
     mlps: bool = True
     normed: bool = True
+    centred: bool = True
 
     @property
     def all_senders(self) -> int:
@@ -114,15 +116,20 @@ def token_stride(out: Tensor) -> int:
     return out.stride(2) if tokens > 1 else out.stride(1) if batch > 1 else d_model
 
 
-def _tokens_in_step(out: Tensor) -> bool:
+def tokens_in_step(x: Tensor) -> bool:
+    """Whether all tokens b·T + t of an [C, B, T, D] lie equally far apart."""
+    _, batch, tokens, _ = x.shape
+    return min(batch, tokens) <= 1 or x.stride(1) == tokens * x.stride(2)
+
+
+def _writable(out: Tensor) -> bool:
     """Whether the tokens of an [C, B, T, D] are one axis, d lies innermost, and no two elements share memory."""
     channels, batch, tokens, extent = out.shape
-    by_channel, by_pair, by_token, inner = out.stride()
     if not out.numel():
         return True
-    if (inner != 1 and extent > 1) or (min(batch, tokens) > 1 and by_pair != tokens * by_token):
+    if (out.stride(3) != 1 and extent > 1) or not tokens_in_step(out):
         return False
-    for stride, size in sorted([(by_channel, channels), (token_stride(out), batch * tokens)]):
+    for stride, size in sorted([(out.stride(0), channels), (token_stride(out), batch * tokens)]):
         if size > 1:
             if stride < extent:
                 return False
@@ -225,7 +232,7 @@ def receiver_grads(
             f"out must be [C, B, T, D] = {list(expected)} {g.dtype} on {g.device}, got {shape_text(out)} {out.dtype} "
             f"on {out.device}"
         )
-    if out is not None and not _tokens_in_step(out):
+    if out is not None and not _writable(out):
         raise ValueError(
             "out must have d innermost, its tokens b·T + t equally far apart and no element twice, got strides "
             f"{out.stride()} of {shape_text(out)}"

@@ -17,7 +17,8 @@ from . import checks
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
-    called with an op's name and the tensors that it would read and write; of factors with what holds them.
+    called with an op's name and the tensors that it would read and write, of `receiver_grads` its working memory too;
+    of factors with what holds them.
     """
 
     device: torch.device
@@ -52,13 +53,14 @@ def edge_scores(
 
 
 def receiver_grads(
-    run: DryRun, g: Tensor, weight: Tensor, normed: bool, out: Tensor | None, workspace: Callable[..., int]
+    run: DryRun, g: Tensor, weight: Tensor, kind: str, out: Tensor | None, workspace: Callable[..., int]
 ) -> Tensor:
     channels, batch, tokens, d_head = g.shape
-    sizes = checks.Sizes(batch, tokens, weight.shape[1], channels=channels, d_head=d_head, normed=normed)
-    _hold(workspace("receiver_grads", sizes, dtype=g.dtype, device=run.device))
+    read_through = {"normed": kind != "none", "centred": kind == "layernorm"}
+    sizes = checks.Sizes(batch, tokens, weight.shape[1], channels=channels, d_head=d_head, **read_through)
+    held = _hold(workspace("receiver_grads", sizes, dtype=g.dtype, device=run.device))
     made = g.new_empty((channels, batch, tokens, weight.shape[1])) if out is None else out
-    run.ran("receiver_grads", g, weight, made)
+    run.ran("receiver_grads", g, weight, made, held)
     return made
 
 
@@ -75,6 +77,6 @@ def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str)
     return scores
 
 
-def _hold(count: int) -> None:
+def _hold(count: int) -> Tensor:
     """Memory that is there while the op runs."""
-    torch.empty(count, dtype=torch.uint8, device="meta")
+    return torch.empty(count, dtype=torch.uint8, device="meta")

@@ -225,6 +225,17 @@ def describable(tensor: Tensor) -> bool:
     return aligned and max(tensor.shape) < 2**31
 
 
+def descriptor(view: Tensor, block: list[int]) -> TensorDescriptor:
+    """A descriptor of a tensor; an axis of size 1, whose stride is arbitrary, gets that of a packed tensor."""
+    unit = 16 // view.element_size()
+    strides = [1]
+    packed = cdiv(view.shape[-1], unit) * unit
+    for size, stride in zip(view.shape[-2::-1], view.stride()[-2::-1], strict=True):
+        strides.insert(0, packed if size == 1 else stride)
+        packed = strides[0] * size
+    return TensorDescriptor(view, list(view.shape), strides, block)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

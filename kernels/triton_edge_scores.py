@@ -491,17 +491,6 @@ def plan_of(
     return replace(found, units=units)
 
 
-def _descriptor(view: Tensor, block: list[int]) -> TensorDescriptor:
-    """A descriptor of [p, q, rows, k]; an axis of size 1, whose stride is arbitrary, gets that of a packed tensor."""
-    unit = 16 // view.element_size()
-    strides = [1]
-    packed = common.cdiv(view.shape[-1], unit) * unit
-    for size, stride in zip(view.shape[-2::-1], view.stride()[-2::-1], strict=True):
-        strides.insert(0, packed if size == 1 else stride)
-        packed = strides[0] * size
-    return TensorDescriptor(view, list(view.shape), strides, block)
-
-
 def contract(
     work: Layout,
     mask: Tensor | None,
@@ -528,9 +517,9 @@ def contract(
     operands: tuple[Tensor | TensorDescriptor | None, ...] = (delta, delta if more else None, grads)
     if chosen.descriptors:
         operands = (
-            _descriptor(delta, [1, 1, at_once, tile.block_k]),
-            _descriptor(delta, [1, 1, more, tile.block_k]) if more else None,
-            _descriptor(grads, [1, 1, tile.block_r, tile.block_k]),
+            common.descriptor(delta, [1, 1, at_once, tile.block_k]),
+            common.descriptor(delta, [1, 1, more, tile.block_k]) if more else None,
+            common.descriptor(grads, [1, 1, tile.block_r, tile.block_k]),
         )
     common.launch(
         partial_scores, units * chosen.splits,

@@ -6,14 +6,27 @@
 Bytes: C·N·D·element written, which is nearly all; g and act are D / 2K times smaller, x̂ C times; weight is C·D·K. N is
 B·T. Operations: 2·C·N·D·K. With K = 64 that is 64 operations a byte in bfloat16: the writes bound it.
 
-Why this tiling. One program instance computes BLOCK_N tokens of one channel over a run of d: it reads its rows of g and
-act once, takes both dot products of length K from them while they are in registers, and then walks along d with g
-kept; where K is too long for that, it reads g again, from L2, for every step of d. Neither reduction of the
-normalisation runs over D, so nothing is computed twice and the result is written once. weight and x̂ are read by all
-token tiles and by all channels: they come from L2.
+Why these tilings. Two kernels make the product; which one follows from shapes, strides, dtype, kind and device alone.
 
-Without a normalisation the same kernel is a plain projection, which is how `triton_factored` makes the senders. It can
-also take all layers in one launch: then `table` says where each channel's parts lie, relative to the base pointers.
+`tile_grads` (half precision, K up to 128, tensor descriptors): a program owns BLOCK_N tokens × BLOCK_D of d, reads x̂,
+γ and rstd of its tile once, and walks along the channels with them in registers. A step of its loop is one product of
+two tiles that TMA brings stages ahead, four operations an element, and a store that TMA finishes during the next step.
+From L2 it reads (BLOCK_N + BLOCK_D) · K elements for BLOCK_N · BLOCK_D written: with 128 × 64 and K = 64, 1.5 bytes for
+each. The channels are cut into groups where there are fewer tiles than the device holds programs. Consecutive programs
+share their weight, which so comes from memory once.
+
+c1 and c2 are made first, by `channel_sums`: that reads g and act once, 2K/D of the bytes that are written (a sixth at
+K = 64, D = 768). Made in the loop they would cost BLOCK_N · K elements more of each tile, one more byte for each
+written; a third more instructions; and a load that feeds no product, which the pipeline leaves out.
+
+`channel_grads` (everything else): a program computes BLOCK_N tokens of one channel over a run of d. It reads its rows
+of g and act once, takes both dot products of length K from them while they are in registers, and then walks along d
+with g kept; where K is too long for that, it reads g again, from L2, for every step of d. weight and x̂ are read by all
+token tiles and by all channels: they come from L2. Without a normalisation it is a plain projection, which is how
+`triton_factored` makes the senders. It can also take all layers in one launch: then `table` says where each channel's
+parts lie, relative to the base pointers.
+
+Neither reduction of the normalisation runs over D, so nothing is computed twice and the result is written once.
 """
 
 # Triton reads the annotations of its kernels' parameters, which leaves no room for types there.
@@ -29,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .checks import Norm, token_stride
+from .checks import Norm, Sizes, token_stride, tokens_in_step
 
 # Columns of `table`: offsets of a channel's g, act, weight, x̂, rstd, γ, constants, output; its row in `wanted`.
 COLUMNS = tl.constexpr(9)
@@ -63,6 +76,30 @@ EXACT = Config(64, 64, 32, 4, 2, unroll=2)
 NARROW = Config(64, 32, 32, 8, 2)
 # Both halves of float32 in registers, as Ampere's tf32x3 has them.
 HALVES = Config(64, 32, 16, 8, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """One tiling of `tile_grads`, which takes K at once."""
+
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def per_sm(self) -> int:
+        """Programs that are resident on one processor: the registers have room for 16K elements of tiles."""
+        return max(1, 2**14 // (self.block_n * self.block_d))
+
+
+# By the K that they reach to. 32 elements a thread, of product and x̂ each, leave two programs of 8 warps a processor.
+WALKS = {64: (Walk(128, 64, 8, 3), Walk(64, 128, 8, 3)), 128: (Walk(128, 64, 8, 2), Walk(64, 128, 8, 2))}
+WIDEST = max(WALKS)
+# What a program does before its first channel, in channels.
+OVERHEAD = 2
+# Tokens of one program of `channel_sums`.
+SUMMED = 64
 
 
 @triton.jit(do_not_specialize=["N", "T", "steps", "stride_rb"])
@@ -162,12 +199,97 @@ def channel_grads(
             x_at = x_hat + (batch * stride_xb + token * stride_xt)[:, None] + d[None, :]
             x = tl.load(x_at, mask=in_d[None, :], other=0.0).to(tl.float32)
             grad = (grad - c1[:, None] - c2[:, None] * x) * scale[:, None]
-        if UPCAST and out.dtype.element_ty == tl.bfloat16:
-            # The interpreter cuts bits off where a GPU rounds to the nearest.
-            bits = grad.to(tl.int32, bitcast=True)
-            grad = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         at = out + n.to(tl.int64)[:, None] * stride_on + d[None, :]
-        tl.store(at, grad.to(out.dtype.element_ty), mask=(n < N)[:, None] & in_d[None, :])
+        tl.store(at, rounded(grad, out.dtype.element_ty, UPCAST), mask=(n < N)[:, None] & in_d[None, :])
+
+
+@triton.jit
+def rounded(grad, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """grad in the output's dtype."""
+    if UPCAST and dtype == tl.bfloat16:
+        # The interpreter cuts bits off where a GPU rounds to the nearest.
+        bits = grad.to(tl.int32, bitcast=True)
+        grad = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return grad.to(dtype)
+
+
+@triton.jit(do_not_specialize=["C", "N", "T", "group", "stride_rb"])
+def tile_grads(
+    g, weight, x_hat, rstd, gamma, sums, out,
+    C, N, T, D, group, share, stride_xb, stride_xt, stride_rb, stride_rt,
+    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    program = tl.program_id(0)
+    row = (program % tiles_n) * BLOCK_N
+    column = (program // tiles_n) % tiles_d * BLOCK_D
+    first = program // tiles_n // tiles_d * group
+    last = tl.minimum(first + group, C)
+    if KIND != "none":
+        # Tokens past the end repeat the last one; they are never stored, and every load stays inside.
+        n = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1)
+        d = column + tl.arange(0, BLOCK_D)
+        batch = (n // T).to(tl.int64)
+        token = (n % T).to(tl.int64)
+        x_at = x_hat + (batch * stride_xb + token * stride_xt)[:, None] + d[None, :]
+        x = tl.load(x_at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
+        scale = tl.load(rstd + batch * stride_rb + token * stride_rt).to(tl.float32)
+        if HAS_GAMMA:
+            factor = tl.load(gamma + d, mask=d < D, other=0.0).to(tl.float32)
+        at = sums + first.to(tl.int64) * 2 * N + n
+        if KIND == "layernorm":
+            c1 = tl.load(at)
+        c2 = tl.load(at + N)
+    for c in range(first, last):
+        g_tile = g.load([c, row, 0]).reshape(BLOCK_N, BLOCK_K)
+        if TURNED:
+            w_tile = weight.load([c // share, 0, column]).reshape(BLOCK_K, BLOCK_D)
+        else:
+            w_tile = weight.load([c // share, column, 0]).reshape(BLOCK_D, BLOCK_K).T
+        if UPCAST:
+            g_tile = g_tile.to(tl.float32)
+            w_tile = w_tile.to(tl.float32)
+        grad = tl.dot(g_tile, w_tile)
+        if KIND != "none":
+            if HAS_GAMMA:
+                grad *= factor[None, :]
+            if KIND == "layernorm":
+                grad -= c1[:, None]
+            grad = tl.fma(-c2[:, None], x, grad) * scale[:, None]
+            # The next channel's are on their way while this one is stored.
+            at = sums + tl.minimum(c + 1, last - 1).to(tl.int64) * 2 * N + n
+            if KIND == "layernorm":
+                c1 = tl.load(at)
+            c2 = tl.load(at + N)
+        out.store([c, row, column], rounded(grad, out.dtype, UPCAST).reshape(1, BLOCK_N, BLOCK_D))
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def channel_sums(
+    g, act, w_gamma, offset, sums,
+    N, T, D, K, share, stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    channel = (tl.program_id(0) // tiles_n).to(tl.int64)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_in = tl.minimum(n, N - 1)
+    batch = (n_in // T).to(tl.int64)
+    token = (n_in % T).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    g_at = g + channel * stride_gc + (batch * stride_gb + token * stride_gt)[:, None] + k[None, :]
+    a_at = act + (channel // share) * stride_ac + (batch * stride_ab + token * stride_at)[:, None] + k[None, :]
+    part = tl.load(g_at, mask=inside[None, :], other=0.0).to(tl.float32)
+    a = tl.load(a_at, mask=inside[None, :], other=0.0).to(tl.float32)
+    b = tl.load(offset + channel * K + k, mask=inside, other=0.0).to(tl.float32)
+    at = sums + channel * 2 * N + n
+    if KIND == "layernorm":
+        w = tl.load(w_gamma + channel * K + k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, tl.sum(part * w[None, :], 1) / D, mask=n < N)
+    tl.store(at + N, tl.sum(part * (a - b[None, :]), 1) / D, mask=n < N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +383,84 @@ def project(work: Channels, out: Tensor, config: Config | None = None) -> None:
     )  # fmt: skip
 
 
+def as_tokens(x: Tensor) -> Tensor:
+    """[C, B·T, K] of an [C, B, T, K] whose tokens lie equally far apart."""
+    channels, batch, tokens, width = x.shape
+    return x.as_strided((channels, batch * tokens, width), (x.stride(0), token_stride(x), x.stride(3)))
+
+
+def walkable(work: Channels, out: Tensor, on: common.Target) -> bool:
+    """Whether `tile_grads` can make these: half precision, K up to 128, and tiles that TMA can address."""
+    g, weight = work.g, work.weight
+    if not on.descriptors or work.table is not None or g.dtype == torch.float32 or g.shape[3] > WIDEST:
+        return False
+    if 1 not in weight.stride()[1:] or not (tokens_in_step(g) and tokens_in_step(out)):
+        return False
+    turned = weight.transpose(1, 2) if weight.stride(2) != 1 else weight
+    return all(common.describable(x) for x in (as_tokens(g), turned, as_tokens(out)))
+
+
+def choose_walk(tokens: int, d_head: int) -> Walk:
+    """The tiling for a number of tokens: the token tile that pads them least, the first of equals."""
+    candidates = WALKS[64 if d_head <= 64 else 128]
+    return min(candidates, key=lambda walk: common.cdiv(tokens, walk.block_n) * walk.block_n)
+
+
+def channels_together(channels: int, tiles: int, slots: int) -> int:
+    """How many channels a program walks along, so that its processors, which hold `slots` programs, end together."""
+
+    def rounds(groups: int) -> int:
+        return common.cdiv(tiles * groups, slots) * (common.cdiv(channels, groups) + OVERHEAD)
+
+    return common.cdiv(channels, min(range(1, channels + 1), key=rounds))
+
+
+def workspace_bytes(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
+    """`eapcore.kernels.workspace_bytes` of `receiver_grads`: c1 and c2 of all channels and tokens."""
+    walks = common.target(device).descriptors and dtype != torch.float32 and sizes.normed and sizes.centred
+    whole = sizes.d_head % 8 == 0 and sizes.d_model % 8 == 0 and 0 < sizes.d_head <= WIDEST
+    return 8 * sizes.channels * sizes.batch * sizes.tokens if walks and whole and sizes.d_model else 0
+
+
+def walk(work: Channels, out: Tensor, tile: Walk) -> None:
+    """`project` by `tile_grads`, for what is `walkable`."""
+    g, weight, norm, act = work.g, work.weight, work.norm, work.act
+    on = common.target(g.device)
+    if not walkable(work, out, on):
+        raise ValueError(f"{tile} was asked for, but no tiles of it can be described here")
+    _, batch, tokens, d_head = g.shape
+    d_model, rows, share = weight.shape[1], batch * tokens, work.count // len(weight)
+    block_k = max(16, triton.next_power_of_2(d_head))
+    upcast = common.interpreted()  # which multiplies the bit patterns of bfloat16
+    sums = None
+    if norm.kind != "none":
+        assert act is not None
+        sums = out.new_empty(work.count, 2, rows, dtype=torch.float32)
+        common.launch(
+            channel_sums, work.count * common.cdiv(rows, SUMMED),
+            g, act, work.w_gamma, work.offset, sums,
+            rows, tokens, d_model, d_head, share, *g.stride()[:3], *act.stride()[:3],
+            KIND=norm.kind, BLOCK_N=SUMMED, BLOCK_K=block_k, num_warps=4, device=g.device,
+        )  # fmt: skip
+    turned = weight.stride(2) != 1
+    tiles = common.cdiv(rows, tile.block_n) * common.cdiv(d_model, tile.block_d)
+    group = channels_together(work.count, tiles, on.processors * tile.per_sm)
+    common.launch(
+        tile_grads, tiles * common.cdiv(work.count, group),
+        common.descriptor(as_tokens(g), [1, tile.block_n, block_k]),
+        common.descriptor(weight.transpose(1, 2), [1, block_k, tile.block_d])
+        if turned else common.descriptor(weight, [1, tile.block_d, block_k]),
+        norm.x_hat, norm.rstd, norm.gamma, sums,
+        common.descriptor(as_tokens(out), [1, tile.block_n, tile.block_d]),
+        work.count, rows, tokens, d_model, group, share,
+        *((0, 0) if norm.x_hat is None else norm.x_hat.stride()[:2]),
+        *((0, 0) if norm.rstd is None else norm.rstd.stride()),
+        KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, TURNED=turned, UPCAST=upcast,
+        BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, device=g.device,
+    )  # fmt: skip
+
+
 def ready(norm: Norm) -> Norm:
     """The norm as the kernel reads it: unit stride along d, no gradients; without tensors for kind "none"."""
     if norm.kind == "none":
@@ -279,16 +479,17 @@ def receiver_grads(
     offset: Tensor | None,
     out: Tensor | None = None,
     *,
-    config: Config | None = None,
+    config: Config | Walk | None = None,
 ) -> Tensor:
-    """`eapcore.kernels.receiver_grads` on the GPU; `config` takes one tiling instead of `choose_config`'s."""
-    common.check_precision("auto", g.dtype, common.target(g.device))
-    channels, batch, tokens, _ = g.shape
+    """`eapcore.kernels.receiver_grads` on the GPU; `config` takes one kernel and tiling instead of those chosen."""
+    on = common.target(g.device)
+    common.check_precision("auto", g.dtype, on)
+    channels, batch, tokens, d_head = g.shape
     if out is None:
         out = g.new_empty(channels, batch, tokens, weight.shape[1])
     if out.numel() == 0:
         return out
-    if g.shape[-1] == 0:
+    if d_head == 0:
         return out.zero_()
     work = Channels(
         g=common.unit_inner_stride(g.detach()),
@@ -299,5 +500,11 @@ def receiver_grads(
         offset=None if offset is None else offset.detach().contiguous(),
         count=channels,
     )
-    project(work, out, config)
+    # Models with RMSNorm keep q, k and v apart: sums for each of the three would be three launches more a layer.
+    if config is None and norm.kind != "rmsnorm" and walkable(work, out, on):
+        config = choose_walk(batch * tokens, d_head)
+    if isinstance(config, Walk):
+        walk(work, out, config)
+    else:
+        project(work, out, config)
     return out

@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 from eapcore.kernels import attention, reference, triton_attention, triton_edge_scores, triton_receiver_grads
 from eapcore.kernels.causal import Causal
+from eapcore.kernels.triton_receiver_grads import Config, Walk
 
 from ops.work import B13, MEDIUM, SMALL, TINY, XL, Model, doubled, layer_tensors
 
@@ -41,9 +42,10 @@ TILINGS = (
     (128, 256, 64, 8, 4), (192, 256, 64, 8, 4), (192, 256, 64, 8, 3), (384, 128, 64, 8, 3), (192, 128, 64, 8, 4),
     (96, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3),
 )  # fmt: skip
+# One of `channel_grads`, eight of `tile_grads`.
 RECEIVERS = (
-    (128, 64, 128, 8, 3), (64, 64, 128, 4, 3), (128, 64, 128, 4, 3), (128, 128, 128, 8, 2), (64, 128, 128, 8, 3),
-    (64, 128, 128, 4, 3), (128, 32, 128, 8, 4),
+    Config(64, 64, 128, 4, 3), Walk(128, 64, 8, 3), Walk(128, 64, 8, 2), Walk(64, 128, 8, 3), Walk(64, 128, 8, 2),
+    Walk(64, 64, 4, 3), Walk(128, 128, 16, 2), Walk(128, 128, 8, 2), Walk(64, 256, 16, 2),
 )  # fmt: skip
 BFLOAT16 = torch.bfloat16
 
@@ -101,12 +103,11 @@ class Bench:
         g, act, weight, norm, _, _ = layer
         exact = reference.receiver_grads(*doubled([g[:2], weight[:2], norm]))
         out = torch.empty(channels, 1, rows, model.D, dtype=BFLOAT16, device=device)
-        for tiling in RECEIVERS:
-            config = triton_receiver_grads.Config(*tiling)
+        for config in RECEIVERS:
             run = partial(triton_receiver_grads.receiver_grads, g, act, weight, norm, *layer[4:], out, config=config)
             self.line(
                 run, lambda got: float((got[:2] - exact).norm() / exact.norm()), out.numel() * 2,
-                op="receiver_grads", shape=name, tiling=tiling,
+                op="receiver_grads", shape=name, kernel=type(config).__name__, tiling=astuple(config),
             )  # fmt: skip
 
     def attention(self, name: str, model: Model, prompts: int) -> None:

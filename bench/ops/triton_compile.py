@@ -185,11 +185,13 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
 
     def receivers(
         case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any = None, cut: int = 0,
-        share: int = 1,
+        share: int = 1, turned: bool = False,
     ) -> None:  # fmt: skip
         c, b, t = 36, 8, 64
         g = empty(c, b, t, d_head + cut, dtype=dtype)[..., cut:]
         weight = empty(d_model, c, d_head + cut, dtype=dtype)[..., cut:].transpose(0, 1)
+        if turned:
+            weight = empty(c, d_head, d_model, dtype=dtype).transpose(1, 2)
         statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=dtype)
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
@@ -199,6 +201,13 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
 
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
+    if on.descriptors:
+        for d_head, walks in grads.WALKS.items():
+            for walk in walks:
+                receivers(f"receiver_grads bf16, layernorm, walked, K = {d_head}", half, "layernorm", d_head, 768, walk)
+        receivers("receiver_grads bf16, turned weights", half, "layernorm", 64, 768, turned=True)
+        receivers("receiver_grads bf16, rmsnorm, walked", half, "rmsnorm", 128, 5120, grads.WALKS[128][0], share=4)
+        receivers("receiver_grads f16, no norm", torch.float16, "none", 80, 2560)
     receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)
     receivers("receiver_grads f16, layernorm, K = 80", torch.float16, "layernorm", 80, 2560)
     for d_head in (256, 512):
@@ -322,6 +331,13 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
             g, constants = empty(c, b, t, k), empty(c, k)
             call = partial(grads.receiver_grads, g, g, empty(c, d, k), norm, constants, constants)
             calls.append((f"receiver_grads, {named}, {kind}", "", call))
+    for named, (c, b, t) in sizes("CBT"):
+        for kind in ("layernorm", "none"):
+            half = partial(empty, dtype=torch.bfloat16)
+            norm = Norm("none") if kind == "none" else Norm(kind, half(b, t, 48), empty(b, t), half(48))
+            g, constants = half(c, b, t, 16), half(c, 16)
+            call = partial(grads.receiver_grads, g, g, half(c, 48, 16), norm, constants, constants)
+            calls.append((f"receiver_grads in half precision, {named}, {kind}", "", call))
     for named, (b, t, d) in sizes("BTD"):
         x, statistics = empty(1, 2 * b * t, d), empty(1, 2 * b * t, 1)
         for call in (
@@ -405,7 +421,7 @@ def compile_target(name: str) -> list[Row]:
         stages = f" s{meta['num_stages']}" if "num_stages" in meta else ""
         registers, spills, tensor, fma = _measure(compiled.asm, machine)
         config = f"{blocks} w{meta['num_warps']}{stages} {' '.join(flags)}"
-        judged = expects if kernel.__name__ in ("partial_scores", "channel_grads") else ""
+        judged = expects if kernel.__name__ in ("partial_scores", "channel_grads", "tile_grads") else ""
         size = (compiled.metadata.shared, machine.shared_limit)
         measured = (registers, *size, spills, tensor, fma, round(seconds, 2))
         rows.append(Row(name, case, kernel.__name__, config, judged, *measured))

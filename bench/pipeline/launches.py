@@ -199,14 +199,16 @@ def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
     if op == "edge_scores_factored":
         count_factored(count, graph, *tensors[:2])
         return
-    if not all(x.numel() for x in tensors):
+    if not all(x.numel() for x in tensors[:3]):
         return
     if op == "edge_scores":
         delta, grads, _ = tensors
         count.add("contraction", 2, size_of(*tensors), 2 * delta.numel() * len(grads), delta.dtype)
     elif op == "receiver_grads":
-        g, weight, _ = tensors
-        count.add("receivers", 1, size_of(g, *tensors), 2 * g.numel() * weight.shape[1], g.dtype)
+        g, weight, _, sums = tensors  # g is read twice where sums are made first, act once
+        again = (g, sums) if sums.numel() else ()
+        moved = size_of(g, *again, *tensors)
+        count.add("receivers", 2 if again else 1, moved, 2 * g.numel() * weight.shape[1], g.dtype)
     elif op.startswith("attend"):
         q, k = tensors[:2]
         products = {"attend": 2, "attend_grad": 5, "attend_grad, queries": 5, "attend_grad, keys": 4}[op]
@@ -228,7 +230,10 @@ def count_batch(
     model.closed_forms  # noqa: B018 - constants of the weights, made once for a call
     with contextlib.ExitStack() as how:
         if not fused:
+            from eapcore.kernels import triton_receiver_grads
+
             how.enter_context(mock.patch.object(dense, "_layers_at_once", lambda store, runs: 0))
+            how.enter_context(mock.patch.object(triton_receiver_grads, "workspace_bytes", lambda *given: 0))
             for module in (steps, attention, paired):
                 how.enter_context(mock.patch.object(module, "takes_triton", lambda impl, x: False))
         how.enter_context(Attention(count))

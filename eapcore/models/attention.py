@@ -420,12 +420,12 @@ class Attention:
         dq, dk, dv = self.grads(saved, dz, past, read, rules, out)
         dk, dv = self._of_channels(dk), self._of_channels(dv)
         if read is None:
-            g = torch.cat([dq, dk, dv], 1).transpose(1, 2) if out is None else out
+            g = torch.cat([x.transpose(1, 2) for x in (dq, dk, dv)], 2) if out is None else out
             del dq, dk, dv
             yield piece(slice(0, of_v.stop), saved.qkv[0], g)
             return
         yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
-        g = torch.cat([dk, dv], 1).transpose(1, 2)
+        g = torch.cat([x.transpose(1, 2) for x in (dk, dv)], 2)
         del dq, dk, dv
         yield piece(slice(of_k.start, of_v.stop), saved.kv, g)
 

@@ -161,7 +161,7 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     for check in ("check_edge_scores", "check_receiver_grads", "check_factored"):
         monkeypatch.setattr(op_checks, check, lambda *args: None)
     message = r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm by table, .*"
-    with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, zero_non_edges did not"):
+    with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, .*zero_non_edges did not"):
         op_checks.check_every_kernel("cuda", "cpu")
 
 
@@ -274,7 +274,7 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
 def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
     pytest.importorskip("triton")
     found = first_batch.in_child("GPT-2 small, bfloat16, eap", "standardise_rows")
-    assert found.batches[0] <= 20 and found.batches[-1] <= 21, found
+    assert found.batches[0] <= 21 and found.batches[-1] <= 22, found
     assert found.logged.count("compiling the GPU's kernels") == 1
 
 
@@ -560,7 +560,7 @@ def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch
     lines = capsys.readouterr().out.splitlines()
     of_attention = ["attend_moved", "attend_grad"] * 3
     assert [line.split()[1] for line in lines] == ["receiver_grads", *of_attention, *["edge_scores"] * 3]
-    monkeypatch.setattr(tilings, "RECEIVERS", ((128, 48, 128, 8, 3),))  # no power of two
+    monkeypatch.setattr(tilings, "RECEIVERS", (tilings.Walk(128, 48, 8, 3),))  # no power of two
     assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "failed" in lines[0] and all("failed" not in line for line in lines[1:])

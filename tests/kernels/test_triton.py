@@ -3,6 +3,7 @@
 Tiles are large and loops short, because the interpreter takes a millisecond an operation whatever its size.
 """
 
+import itertools
 import mmap
 import os
 import sys
@@ -448,7 +449,10 @@ def test_channels_that_follow_one_another_may_share_a_weight(impl):
 @pytest.mark.parametrize("d_head", [1, 80, 256])
 def test_receiver_grads_of_any_head_size(d_head, launches):
     check_receivers(*receivers("layernorm", 2, 1, 5, 48, d_head, torch.float16))
-    assert launches[0][1]["K_CHUNKS"] == (4 if d_head == 256 else 1)
+    if d_head == 80:
+        assert [kernel for kernel, _ in launches] == ["channel_sums", "tile_grads"] and launches[1][1]["BLOCK_K"] == 128
+    else:
+        assert launches[0][1]["K_CHUNKS"] == (4 if d_head == 256 else 1)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "none"])
@@ -478,6 +482,7 @@ def test_only_rows_at_16_bytes_are_aligned():
 def test_receiver_grads_tiles_follow_the_tokens(launches):
     for tokens, block in ((50, 64), (100, 128), (300, 64), (500, 128)):
         assert grads.choose_config(tokens, 64, torch.bfloat16, HOPPER).block_n == block
+        assert grads.choose_walk(tokens, 64).block_n == grads.choose_walk(tokens, 128).block_n == block
     check_receivers(*receivers("rmsnorm", 1, 3, 43, 70, 8, torch.float16))
     assert launches[0][0] == "channel_grads" and launches[0][1]["BLOCK_N"] == 64
 
@@ -488,6 +493,52 @@ def test_receiver_grads_tiles_follow_the_tokens(launches):
 )
 def test_receiver_grads_in_every_tiling(config):
     check_receivers(*receivers("layernorm", 2, 2, 9, 70, 96, torch.float32), config=config)
+
+
+@pytest.mark.parametrize("walk", sorted({*itertools.chain(*grads.WALKS.values()), grads.Walk(64, 64, 4, 2)}, key=str))
+@pytest.mark.parametrize(("kind", "d_head"), [("layernorm", 128), ("rmsnorm", 24), ("none", 16)])
+def test_receiver_grads_in_every_walk(kind, d_head, walk, launches):
+    g, act, weight, *rest = receivers(kind, 5, 1, 80, 104, d_head, torch.bfloat16 if d_head > 16 else torch.float16)
+    check_receivers(g, act, weight, *rest, config=walk)
+    sums = [] if kind == "none" else ["channel_sums"]
+    assert [kernel for kernel, _ in launches] == [*sums, "tile_grads"] and launches[-1][1]["programs"] > 4
+
+
+def test_a_walk_takes_any_layout_that_can_be_described(launches):
+    g, act, weight, *rest = receivers("layernorm", 6, 2, 5, 72, 16, torch.bfloat16)
+    g = g.contiguous()
+    expected = grads.receiver_grads(g, act, weight, *rest)
+    assert_layer_good(expected, (g, act, weight, *rest))
+    turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    beside = torch.full((2, 5, 9, 72), float("nan"), dtype=torch.bfloat16)
+    by_token = g.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    out = beside.permute(2, 0, 1, 3)[2:8]
+    grads.receiver_grads(by_token, act, turned, *rest, out)
+    assert torch.equal(out, expected) and expected.abs().max() > 0
+    assert bool(beside[:, :, :2].isnan().all()) and bool(beside[:, :, 8:].isnan().all())
+    some, each = act[:2], act[:2].repeat_interleave(3, 0)
+    shared = grads.receiver_grads(g, some, weight[:2], *rest)
+    assert torch.equal(shared, grads.receiver_grads(g, each, weight[:2].repeat_interleave(3, 0), *rest))
+    assert [kernel for kernel, _ in launches] == ["channel_sums", "tile_grads"] * 4
+    assert launches[3][1]["TURNED"] and not launches[1][1]["TURNED"]
+    launches.clear()
+    later = torch.cat([g, g], 2)[:, :, 5:]  # whose tokens are not one axis
+    torch.testing.assert_close(grads.receiver_grads(later, act, weight, *rest), expected, rtol=1e-2, atol=1e-3)
+    unaligned = torch.cat([g, g], 3)[..., 1:17]
+    grads.receiver_grads(unaligned, act, weight, *rest)
+    assert [kernel for kernel, _ in launches] == ["channel_grads"] * 2
+    refused(
+        "no tiles of it can be described", grads.receiver_grads, later, act, weight, *rest, config=grads.WALKS[64][0]
+    )
+
+
+def test_channels_are_walked_in_groups_that_fill_the_device():
+    assert grads.channels_together(36, 240, 264) == 36  # GPT-2 small, 5,120 tokens
+    assert grads.channels_together(75, 65, 264) == 19  # XL, 640
+    for channels, tiles in ((36, 140), (1, 1), (7, 1000), (120, 2), (3, 90)):
+        group = grads.channels_together(channels, tiles, 264)
+        assert 1 <= group <= channels
+        assert tiles > 132 or -(-channels // group) * tiles <= 264 or group == channels
 
 
 def test_weights_stored_the_other_way_round():

@@ -26,7 +26,8 @@ def test_every_target_and_kernel_is_there(rows):
     kernels |= {"key_grads", "unit_rows", "gated_grads", "sum_rows", "turn_rows", "normalise_rows", "standardise_rows"}
     kernels |= {"normalise_grad_rows"}
     for target in TARGETS:
-        assert {row.kernel for row in rows if row.target == target} == kernels, target
+        walked = {"tile_grads", "channel_sums"} if target in ("sm_90", "sm_100") else set()
+        assert {row.kernel for row in rows if row.target == target} == kernels | walked, target
 
 
 def test_no_register_spills(rows):

@@ -174,6 +174,22 @@ def test_edge_scores_on_a_gpu_allocates_what_it_says(gpu, shape, dtype):
     assert said > 1 << 20 or shape[1] == 3649  # a layer's few tiles are split
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm", "none"])
+def test_receiver_grads_on_a_gpu_allocates_what_it_says(gpu, kind, dtype):
+    for d_model, d_head in ((768, 64), (771, 64), (768, 60), (768, 256)):
+        with torch.device("meta"):
+            g, weight = torch.empty(36, 4, 20, d_head, dtype=dtype), torch.empty(36, d_model, d_head, dtype=dtype)
+            norm = Norm(kind, torch.empty(4, 20, d_model, dtype=dtype), torch.empty(4, 20))
+            constants = {"w_gamma": torch.empty(36, d_head), "offset": torch.empty(36, d_head)}
+        read_through = {"normed": kind != "none", "centred": kind == "layernorm"}
+        sizes = Sizes(4, 20, d_model, channels=36, d_head=d_head, **read_through)
+        said = kernels.workspace_bytes("receiver_grads", sizes, dtype=dtype, impl="triton")
+        took = beside_the_result(lambda: kernels.receiver_grads(g, g, weight, norm=norm, **constants, impl="triton"))  # noqa: B023
+        two_sums = kind == "layernorm" and dtype == torch.bfloat16 and (d_model, d_head) == (768, 64)
+        assert took == said == (2 * 36 * 80 * 4 if two_sums else 0)
+
+
 @pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("chunk", [None, 40])
 @pytest.mark.parametrize("shape", [(12, 12, 16, 20, 64, 768), (48, 25, 16, 32, 64, 1600)])
