@@ -99,15 +99,14 @@ def on_device(what: str, device: torch.device, tensors: dict[str, Tensor | None]
             raise ValueError(f"{name} must be on {device} as {what} is, got {tensor.device}")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether memory from the first to the last element of one lies within the other's."""
-    if a.is_meta or b.is_meta or not a.numel() or not b.numel():
-        return False
-    ends = []
-    for x in (a, b):
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        ends.append((x.data_ptr(), x.data_ptr() + x.itemsize * (1 + last)))
-    return a.device == b.device and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+def _span(x: Tensor) -> tuple[int, int]:
+    """The address of a tensor's first element, and that behind its last; equal ones of a tensor without memory."""
+    if x.is_meta or not x.numel():
+        return 0, 0
+    first, last = x.data_ptr(), 0
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        last += (size - 1) * stride
+    return first, first + x.itemsize * (1 + last)
 
 
 def token_stride(out: Tensor) -> int:
@@ -242,8 +241,10 @@ def receiver_grads(
     if out is not None:
         read = {"g": g, "act": act, "weight": weight, "w_gamma": w_gamma, "offset": offset}
         read |= {"norm.x_hat": norm.x_hat, "norm.rstd": norm.rstd, "norm.gamma": norm.gamma}
+        first, end = _span(out)
         for name, tensor in read.items():
-            if tensor is not None and _overlap(out, tensor):
+            here, behind = (0, 0) if tensor is None or tensor.device != out.device else _span(tensor)
+            if first < behind and here < end:
                 raise ValueError(f"out must have memory of its own, but overlaps {name}, which is read meanwhile")
     if norm.kind == "none":
         return

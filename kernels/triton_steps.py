@@ -265,7 +265,7 @@ def normalise(
     rows, n = _rows(x), x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty((*lead, 1), dtype=torch.float32) for _ in range(2))
     if rows.numel():
-        block = triton.next_power_of_2(width)
+        block = common.next_power_of_2(width)
         common.launch(
             normalise_rows, len(rows),
             rows, None if gamma is None else gamma.contiguous(), None if beta is None else beta.contiguous(),
@@ -281,7 +281,7 @@ def standardise(x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype
     common.check_precision("auto", x.dtype, common.target(x.device))
     width, rows, out = x.shape[-1], _rows(x), x.new_empty(x.shape, dtype=dtype)
     if rows.numel():
-        block = triton.next_power_of_2(width)
+        block = common.next_power_of_2(width)
         common.launch(
             standardise_rows, len(rows),
             rows, None if mean is None else mean.contiguous(), rstd.contiguous(), out, width, rows.stride(0),
@@ -308,7 +308,7 @@ def normalise_grad(
         total, summed = total.contiguous(), total.new_empty(grad.shape)
         made = summed, summed if grad.dtype == torch.float32 else grad.new_empty(grad.shape)
     if rows.numel():
-        block = triton.next_power_of_2(width)
+        block = common.next_power_of_2(width)
         common.launch(
             normalise_grad_rows, len(rows),
             grads, rows, None if mean is None else mean.contiguous(), rstd.contiguous(),
@@ -376,15 +376,15 @@ def turn(
     batch, channels, tokens, size = x.shape
     x, half = common.unit_inner_stride(x.detach()), len(frequencies)
     if x.numel():
-        pairs = triton.next_power_of_2(max(1, half))
+        pairs = common.next_power_of_2(max(1, half))
         common.launch(
             turn_rows, batch * tokens,
             x, _kept(tuple(frequencies.tolist()), x.device) if frequencies.device.type == "cpu" else frequencies,
             None if read is None else read.contiguous(), out,
             tokens, channels, size, half, before, sign, *x.stride()[:3], *out.stride()[:3],
             ADJACENT=adjacent, HAS_READ=read is not None, ROUND=_rounds(x),
-            BLOCK_C=max(1, min(triton.next_power_of_2(channels), 2048 // pairs)), BLOCK_F=pairs,
-            BLOCK_K=0 if 2 * half == size else triton.next_power_of_2(size), num_warps=WARPS, device=x.device,
+            BLOCK_C=max(1, min(common.next_power_of_2(channels), 2048 // pairs)), BLOCK_F=pairs,
+            BLOCK_K=0 if 2 * half == size else common.next_power_of_2(size), num_warps=WARPS, device=x.device,
         )  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def moved_sum(
     width, rows, count = x.shape[-1], math.prod(x.shape[:-1]), math.prod(difference.shape[:-1])
     gamma, beta, eps, centred = norm or (None, None, 0.0, False)
     if x.numel():
-        block = triton.next_power_of_2(width)
+        block = common.next_power_of_2(width)
         common.launch(
             sum_rows, rows,
             x, sent, difference, bias, out, kept, None if gamma is None else gamma.contiguous(),
