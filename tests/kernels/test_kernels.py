@@ -746,3 +746,16 @@ def test_receiver_grads_writes_where_it_is_told_to(impl):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"out must have d innermost.*got strides"):
             kernels.receiver_grads(g, act, weight, norm=norm, **constants, out=strided, impl=impl)
+    # What is read may end where `out` begins, and begin where it ends, but not lie in it.
+    memory = torch.zeros(480 + 960 + 480)
+    before, out, behind = memory[:480].view(3, 2, 5, 16), memory[480:1440].view(3, 2, 5, 32), memory[1440:]
+    before.copy_(act)
+    found = kernels.receiver_grads(g, before, weight, norm=norm, **constants, out=out, impl=impl)
+    behind.view(3, 2, 5, 16).copy_(g)
+    again = kernels.receiver_grads(behind.view(g.shape), act, weight, norm=norm, **constants, out=out, impl=impl)
+    assert torch.equal(found, expected) and torch.equal(again, expected)
+    for first in (1, 480, 1439):
+        inside = memory[first : first + 480].view(g.shape)
+        for given, name in (((inside, act), "g"), ((g, inside), "act")):
+            with pytest.raises(ValueError, match=f"overlaps {name}, which is read meanwhile"):
+                kernels.receiver_grads(*given, weight, norm=norm, **constants, out=out, impl=impl)
