@@ -8,6 +8,7 @@
 Layouts of the contraction's operands: "senders" [S, B, T, D] as the op's definition has it; "tokens" the same tensors,
 whose memory has B, T, S, D in this order, so that a program's rows of one position lie beside one another; "cached"
 [S, 1, N, D] whose positions overlap but for eight elements, so that all of it stays in L2: what products alone allow.
+Of the receivers' gradients: "tokens" has the channels of a token beside one another, and those of a row of W.
 """
 
 from __future__ import annotations
@@ -103,12 +104,22 @@ class Bench:
         g, act, weight, norm, _, _ = layer
         exact = reference.receiver_grads(*doubled([g[:2], weight[:2], norm]))
         out = torch.empty(channels, 1, rows, model.D, dtype=BFLOAT16, device=device)
-        for config in RECEIVERS:
-            run = partial(triton_receiver_grads.receiver_grads, g, act, weight, norm, *layer[4:], out, config=config)
-            self.line(
-                run, lambda got: float((got[:2] - exact).norm() / exact.norm()), out.numel() * 2,
-                op="receiver_grads", shape=name, kernel=type(config).__name__, tiling=astuple(config),
-            )  # fmt: skip
+
+        def by_token(x: Tensor) -> Tensor:
+            return x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+
+        for layout in LAYOUTS[:2]:
+            if layout == "tokens":
+                g, act, out = by_token(g), by_token(act), by_token(out)
+                weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+            for config in RECEIVERS:
+                given = (g, act, weight, norm, *layer[4:], out)
+                self.line(
+                    partial(triton_receiver_grads.receiver_grads, *given, config=config),
+                    lambda got: float((got[:2] - exact).norm() / exact.norm()), out.numel() * 2,
+                    op="receiver_grads", shape=name, layout=layout, kernel=type(config).__name__,
+                    tiling=astuple(config),
+                )  # fmt: skip
 
     def attention(self, name: str, model: Model, prompts: int) -> None:
         """Clean and corrupt prompts of 20 tokens, and their gradients, with other numbers of warps than are chosen."""

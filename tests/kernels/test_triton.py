@@ -495,30 +495,36 @@ def test_receiver_grads_in_every_tiling(config):
     check_receivers(*receivers("layernorm", 2, 2, 9, 70, 96, torch.float32), config=config)
 
 
-@pytest.mark.parametrize("walk", sorted({*itertools.chain(*grads.WALKS.values()), grads.Walk(64, 64, 4, 2)}, key=str))
-@pytest.mark.parametrize(("kind", "d_head"), [("layernorm", 128), ("rmsnorm", 24), ("none", 16)])
+SMALL_WALK = grads.Walk(64, 64, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "d_head", "walk"),
+    [("rmsnorm", 24, SMALL_WALK), ("none", 16, SMALL_WALK)]
+    + [("layernorm", 128, walk) for walk in sorted({*itertools.chain(*grads.WALKS.values())}, key=str)],
+)
 def test_receiver_grads_in_every_walk(kind, d_head, walk, launches):
-    g, act, weight, *rest = receivers(kind, 5, 1, 80, 104, d_head, torch.bfloat16 if d_head > 16 else torch.float16)
-    check_receivers(g, act, weight, *rest, config=walk)
+    case = receivers(kind, 4, 1, 80, 104, d_head, torch.bfloat16 if d_head > 16 else torch.float16)
+    check_receivers(*case, config=walk)
     sums = [] if kind == "none" else ["channel_sums"]
-    assert [kernel for kernel, _ in launches] == [*sums, "tile_grads"] and launches[-1][1]["programs"] > 4
+    assert [kernel for kernel, _ in launches] == [*sums, "tile_grads"] and launches[-1][1]["programs"] > 1
 
 
 def test_a_walk_takes_any_layout_that_can_be_described(launches):
-    g, act, weight, *rest = receivers("layernorm", 6, 2, 5, 72, 16, torch.bfloat16)
+    g, act, weight, *rest = receivers("layernorm", 4, 2, 5, 72, 16, torch.bfloat16)
     g = g.contiguous()
     expected = grads.receiver_grads(g, act, weight, *rest)
     assert_layer_good(expected, (g, act, weight, *rest))
     turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    beside = torch.full((2, 5, 9, 72), float("nan"), dtype=torch.bfloat16)
+    beside = torch.full((2, 5, 7, 72), float("nan"), dtype=torch.bfloat16)
     by_token = g.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
-    out = beside.permute(2, 0, 1, 3)[2:8]
+    out = beside.permute(2, 0, 1, 3)[2:6]
     grads.receiver_grads(by_token, act, turned, *rest, out)
     assert torch.equal(out, expected) and expected.abs().max() > 0
-    assert bool(beside[:, :, :2].isnan().all()) and bool(beside[:, :, 8:].isnan().all())
-    some, each = act[:2], act[:2].repeat_interleave(3, 0)
+    assert bool(beside[:, :, :2].isnan().all()) and bool(beside[:, :, 6:].isnan().all())
+    some, each = act[:2], act[:2].repeat_interleave(2, 0)
     shared = grads.receiver_grads(g, some, weight[:2], *rest)
-    assert torch.equal(shared, grads.receiver_grads(g, each, weight[:2].repeat_interleave(3, 0), *rest))
+    assert torch.equal(shared, grads.receiver_grads(g, each, weight[:2].repeat_interleave(2, 0), *rest))
     assert [kernel for kernel, _ in launches] == ["channel_sums", "tile_grads"] * 4
     assert launches[3][1]["TURNED"] and not launches[1][1]["TURNED"]
     launches.clear()
