@@ -5,6 +5,7 @@
     python bench/bench_truth.py --pairs 2 --edges 50      fewer pairs; of a large model 50 top and 50 random edges
     python bench/bench_truth.py --all                     each model's table, not only the summary
     python bench/bench_truth.py --rows eap,gim            these combinations alone, eap among them
+    python bench/bench_truth.py --oracle                  also what a budget could reach if all errors were known
     python bench/bench_truth.py --compiled                instead: every method's AUROC on the circuits of programs
 
 Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
@@ -18,6 +19,9 @@ MIB has them, of models all of whose edges are patched. Time is CPU seconds over
 for each combination its worst and its mean over models, of means over draws; what is chosen by the first draws is to be
 read off the others.
 
+An oracle's row begins at the gradient at 0.75 and patches the edges by their true square error over the operations of
+patching them, as many as the budget allows: no choice of single edges by what is known beforehand does much better.
+
 With --compiled the true edges are those that the programs use, whatever a method says. Two areas each: over all edges,
 where those that carry positions or constants alone count as true and score 0 even exactly, since other tokens leave
 them as they are; and without these. In the second table what an edge carries is set to zero, which reaches all.
@@ -26,11 +30,12 @@ them as they are; and without these. In the second table what an edge carries is
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +55,9 @@ from truth.compiled import PROGRAMS, Compiled
 from eapcore.attribution import METHODS
 from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import mib
-from eapcore.evaluation.screened import FLOW, attribute
+from eapcore.evaluation.screened import FLOW, attribute, cost_of
 from eapcore.execution.ablation import Ablation
+from eapcore.execution.experiment import Experiment
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import NO_SIGN, EdgeScores
 from eapcore.models.model import Model
@@ -79,6 +85,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "eap at optimal constants": {"ablation": "optimal"},
     "gauss 4 at optimal constants": {"ablation": "optimal", "method": "eap-ig"},
 }
+ORACLES = (2.0, 3.0, 4.0, 6.0)
 COLUMNS = ("R²", "fit", "rank", "tenth", "CPR", "CMD")
 Row = dict[str, float]
 
@@ -111,8 +118,22 @@ def scored(model: Model, task: PromptPairs, how: dict[str, Any]) -> EdgeScores:
     return scores
 
 
-def draw(case: Case, seed: int, pairs: int | None, repeats: int) -> dict[str, Row]:
-    """Each combination's row on one draw of a case."""
+def oracle(model: Model, task: PromptPairs, known: EdgeScores, exact: EdgeScores, budget: float) -> EdgeScores:
+    """What patching comes to that knows the errors of a gradient at 0.75, of the edges that were patched."""
+    cost = cost_of(Experiment.of(model, task))
+    left = budget * cost.eap - cost.first_order(1, 1, torch.zeros_like(cost.edge))
+    worth = (exact.scores - known.scores).double().square() * (exact.scores != 0) / cost.edge
+    scores, costs = known.scores.clone(), cost.edge.tolist()
+    for flat in worth.flatten().sort(descending=True).indices[: int((worth > 0).sum())].tolist():
+        sender, receiver = divmod(flat, worth.shape[1])
+        if costs[receiver] <= left:
+            left -= costs[receiver]
+            scores[sender, receiver] = exact.scores[sender, receiver]
+    return replace(known, scores=scores)
+
+
+def draw(case: Case, seed: int, pairs: int | None, repeats: int, oracles: Sequence[float] = ()) -> dict[str, Row]:
+    """Each combination's row on one draw of a case; oracles: budgets of theirs."""
     model, task = case.model, case.draw(pairs or case.pairs, seed)
     found: dict[str, tuple[float, EdgeScores]] = {}
     optimal: Ablation | None = None
@@ -137,12 +158,14 @@ def draw(case: Case, seed: int, pairs: int | None, repeats: int) -> dict[str, Ro
     start = time.process_time()
     exact = patch_edges(model, task, edges=Circuit(edges, model.graph))
     found["exact"] = time.process_time() - start, exact
+    for budget in oracles:
+        found[f"oracle {budget}"] = math.nan, oracle(model, task, found["at 0.75"][1], exact, budget)
     base, rows = found["eap"][0], {}
     of_constants = exact if optimal is None else patch_edges(model, task, ablation=optimal)
     for name, (seconds, scores) in found.items():
         same = "ablation" not in COMBINATIONS.get(name, {})
         rows[name] = judge(scores, exact if same else of_constants, edges) | {"time": seconds / base}
-        if case.edges is None:
+        if case.edges is None and not math.isnan(seconds):
             judged = mib(model, task, "logit_diff", scores, ablation="corrupt" if same or not optimal else optimal)
             rows[name] |= {"CPR": judged.cpr, "CMD": judged.cmd}
     return rows
@@ -167,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, help="of a draw")
     parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
     parser.add_argument("--rows", help="combinations, with commas in between, eap among them")
+    parser.add_argument("--oracle", action="store_true", help="rows of patching that knows the errors beforehand")
     parser.add_argument("--compiled", action="store_true", help="AUROC on the circuits of compiled programs")
     parser.add_argument("--all", action="store_true", help="every model's table")
     args = parser.parse_args(argv)
@@ -177,11 +201,14 @@ def main(argv: list[str] | None = None) -> int:
     for name in [] if args.rows is None else [*COMBINATIONS]:
         if name not in args.rows.replace(", ", ",").split(","):
             del COMBINATIONS[name]
+    if args.oracle and "at 0.75" not in COMBINATIONS:
+        parser.error("--oracle begins at 0.75: give that among the --rows")
     kinds = {"chosen by": range(args.draws), "confirmed on": range(args.draws, 2 * args.draws)}
     tables: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in kinds}
     for case in cases(args.only, args.edges):
         for kind, seeds in kinds.items():
-            rows = [draw(case, seed, args.pairs, 2 if case.edges is None else 1) for seed in seeds]
+            repeats, budgets = 2 if case.edges is None else 1, ORACLES if args.oracle else ()
+            rows = [draw(case, seed, args.pairs, repeats, budgets) for seed in seeds]
             tables[kind][case.name] = {name: mean([row[name] for row in rows]) for name in rows[0]}
             if args.all:
                 title = f"{case.name}, {case.model.graph.n_edges} edges, {kind} draws {seeds[0]} to {seeds[-1]}"
@@ -189,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     if not tables["chosen by"]:
         raise SystemExit(f"no model that is here has {args.only!r} in its name")
     for kind, found in tables.items():
-        names = [name for name in COMBINATIONS if all(name in rows for rows in found.values())]
+        names = [*COMBINATIONS, *(f"oracle {budget}" for budget in ORACLES)]
+        names = [name for name in names if all(name in rows for rows in found.values())]
         summary(f"{kind} draws {kinds[kind][0]} to {kinds[kind][-1]}, {len(found)} models", found, names)
     return 0
 

@@ -21,7 +21,7 @@ from eapcore.attribution.methods import Options, Passes, Points, Recipe, recipe
 from eapcore.attribution.nodes import NodeStore
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.pruning import EndStore, pruned
-from eapcore.attribution.score_batch import score_batch
+from eapcore.attribution.score_batch import Runs, score_batch
 from eapcore.attribution.spread import SpreadPlan, spread_over
 from eapcore.attribution.sums import Store, Sums
 from eapcore.attribution.tally import Tally
@@ -109,6 +109,7 @@ def attribute(
     resume: str | Path | None = None,
     distributed: bool = False,
     devices: str | Sequence[str | torch.device] | None = None,
+    runs: Runs | None = None,
     **others: Any,
 ) -> EdgeScores | NodeScores:
     """Score every edge, node or neuron of a model for one behaviour.
@@ -201,6 +202,9 @@ def attribute(
             where it is made, and receivers' gradients travel there, or what they are made of, whichever is fewer bytes.
             To a single one that has no room for the weights the layers are streamed from the host's memory. The scores
             have the bits of one such device. None leaves the model where it lies.
+        runs: called with each batch, gives its clean and corrupt forward, see `score_batch.Runs`, for what goes on from
+            them; of edges ablated by "corrupt" of a model in float32 or float64 on one device, without graphs. None
+            makes them here.
 
     Returns:
         EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
@@ -267,7 +271,7 @@ def attribute(
     storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
     asked = batch_size if isinstance(batch_size, int) else None
 
-    scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs, n_pairs)
+    scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs, n_pairs, runs)
     shapes = _shapes(model, how, passes)
     lead: tuple[int, ...] = (int(pairs.positions.max()) + 1,) if reduce == "position" else ()
     rows = _rows(experiment, kept) if stream is None else {lane: [] for lane in kept.mine}
@@ -438,10 +442,11 @@ class _Scoring:
         impl: str,
         graphs: bool | str,
         n_pairs: int,
+        runs: Runs | None = None,
     ) -> None:
         model = experiment.model
         self.experiment, self.how, self.passes, self.plan = experiment, how, passes, plan
-        self.level, self.reduce, self.storage, self.impl = level, reduce, storage, impl
+        self.level, self.reduce, self.storage, self.impl, self.runs = level, reduce, storage, impl, runs
         self.shapes, self.within = _shapes(model, how, passes), budget(model.device)
         self.by_node = how.by_ends or (level != "edge" and not how.by_edge)
         recordable = len(model.devices) == 1 and model.stream is None
@@ -546,7 +551,8 @@ class _Scoring:
         together = self.plan.steps_together
         groups = self.passes.grouped(lambda n: together(*batch.shape, n, self.within) if store.steps else 1)
         what = (experiment.model, batch, experiment.metric, store, sums, self.passes, groups)
-        found = score_batch(*what, values=experiment.ablation.values, units=self.level == "neuron", check=self.check)
+        units, values = self.level == "neuron", experiment.ablation.values
+        found = score_batch(*what, values=values, units=units, check=self.check, runs=self.runs)
         return [found.values, found.largest, *sums.result().values()]
 
     def _store(self, batch: Batch) -> Store:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from eapcore.attribution.methods import Pass, Passes
 from eapcore.attribution.sums import Store, Sums
 from eapcore.execution.ablation import Values
 from eapcore.execution.batch import Batch
+from eapcore.models.attention import AttentionSaved
 from eapcore.models.backward import logits_grad
 from eapcore.models.backward_rules import Rules
 from eapcore.models.forward import StageRun, StageSaved, embed, embed_tokens, run_stages, unembed
@@ -21,8 +23,21 @@ from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
 from eapcore.models.paired import makes_differences, run_paired
-from eapcore.models.tensors import accumulate_dtype, on
+from eapcore.models.tensors import accumulate_dtype, at_positions, on
 from eapcore.tasks.metrics import Metric, MetricBatch, check_apart, evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """What each stage made of a batch's clean and of its corrupt prompts, at all positions that run, and each layer's k
+    and v heads of the tokens before."""
+
+    clean: Sequence[StageRun]
+    corrupt: Sequence[StageRun]
+    past: list[Annotated[Tensor, "B P 2G K"]] | None
+
+
+Runs = Callable[[Batch], Both]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +70,7 @@ def score_batch(
     values: Values | None = None,
     units: bool = False,
     check: str | None = None,
+    runs: Runs | None = None,
 ) -> Measured:
     """Add a batch's scores to sums.
 
@@ -67,6 +83,7 @@ def score_batch(
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
         check: the metric's name, where its pairs are to be checked not to hang on each other.
+        runs: gives the clean and the corrupt forward, in a wide dtype; None makes them here.
     """
     read, pairs = batch.read, batch.pairs
     # Of half precision the rounding of the residual stream is the largest part of the scores' error, so it is float32.
@@ -93,10 +110,19 @@ def score_batch(
     pasts: list[Tensor] = []
     last: list[StageSaved] = []  # of the clean run
     out = read.new_empty(0)
+    made = None if runs is None else runs(batch)
+    if made is not None:
+        pasts = made.past or []
+        out = torch.cat([at_positions(side[-1].out, read) for side in (made.clean, made.corrupt)])
+        _set_differences(made, read, store)
+        for alpha, side in ((1.0, made.clean), (0.0, made.corrupt)):
+            if alpha in kept:
+                kept[alpha] = [_saved(run, read) for run in side]
+        last = [_saved(run, read) for run in made.clean if run.stage.last] if plan.exact else []
     shared = embed(model, pairs.clean[:, : batch.start], dtype=wide)
-    runs = run_paired(model, shared, start[1.0], start[0.0], read, moved, differences, keep)
-    for _ in model.stages:  # enumerate would hold each stage's run while the next is made
-        run, before = next(runs)
+    paired = run_paired(model, shared, start[1.0], start[0.0], read, moved, differences, keep)
+    for _ in model.stages if made is None else ():  # enumerate would hold each stage's run while the next is made
+        run, before = next(paired)
         if before is not None:
             pasts.append(held(before))
         if differences is None or run.stage.index not in differences.placed:
@@ -111,7 +137,7 @@ def score_batch(
             last.append(kept[1.0][-1] if 1.0 in kept else run.saved.of(lambda x, rows=clean: held(x[rows])))  # type: ignore[misc]
         out = run.out
         del run, before  # before the next stage runs, and before the gradients are made
-    del shared, runs
+    del shared, paired, made
     past = pasts or None
 
     reads = batch.logits_read(metric, model.config.n_logits)  # the metric reads no other logits
@@ -168,6 +194,29 @@ def score_batch(
             _end_pass(model, sums, exact, step.rules.cut)
         del at, grad  # which would still be there while the next pass makes its own
     return Measured(measured, largest)
+
+
+def _set_differences(made: Both, read: Tensor, store: Store) -> None:
+    """Give the store Δ of what the senders send."""
+    for here, there in zip(made.clean, made.corrupt, strict=True):
+        at = read if here.stage.last else None
+        if here.attention is not None and there.attention is not None:
+            store.set_heads(here.stage.index, at_positions(there.attention.z, at) - at_positions(here.attention.z, at))
+        if here.mlp is not None and there.mlp is not None:
+            delta = at_positions(there.mlp.sent, at) - at_positions(here.mlp.sent, at)
+            store.set_mlp(here.stage.index, delta, None)
+
+
+def _saved(run: StageRun, read: Tensor) -> StageSaved:
+    """What a run at all positions saved, in the last layer as one that is wanted where the metric reads alone."""
+    if not run.stage.last:
+        return run.saved
+    attention, mlp = run.saved.attention, run.saved.mlp
+    if attention is not None:
+        post_in = None if attention.post_in is None else attention.post_in.at(read)
+        qkv = at_positions(attention.q, read), attention.kv
+        attention = AttentionSaved(attention.norm_in, qkv, attention.n_heads, post_in)
+    return StageSaved(attention, None if mlp is None else mlp.of(lambda x: at_positions(x, read)))
 
 
 class _Differences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -14,24 +15,28 @@ from torch import Tensor
 from eapcore.attribution.attribute import attribute as first_order
 from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS, exact_receivers
+from eapcore.attribution.score_batch import Both
 from eapcore.execution.ablation import Ablation
-from eapcore.execution.batch import spans
+from eapcore.execution.batch import Batch, spans
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task
+from eapcore.execution.limits import limits
+from eapcore.execution.memory import free_bytes
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.kernels.checks import short_repr
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
+from eapcore.models.tensors import accumulate_dtype
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.edges import measure_edges
+from eapcore.patching.record import Recording
 from eapcore.tasks.metrics import Metric, find_metric, tokens_read
 from eapcore.tasks.pairs import PromptPairs
 
 BUDGET = 3.0
 FLOW = {"flow-routes": "threshold", "flow-sum": "flow"}  # methods, and how their routes add up
-TWO = ((0.75, 0.9), (1.0, 0.1))  # nearly the same scores, and how far they are from those at the clean run
 CHEAP = METHODS["hybrid"].exact
 LITTLE = 0.15  # of eap's operations, which those edges may take in a method that costs little more than eap
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,9 +59,12 @@ class Operations:
         width, heads, size = c.d_model, c.n_heads, c.d_head
         attention = 2 * width * size * (heads + c.n_kv) + tokens * heads * size
         mlp = 0 if c.attn_only or c.d_mlp is None else (2 + c.gated) * width * c.d_mlp
-        forward = graph.n_layers * (attention + mlp) * tokens
+        at_read = 2 * width * size * heads + tokens * heads * size + mlp  # of the last layer, but its k and v
+        forward = (graph.n_layers - 1) * (attention + mlp) * tokens + 2 * width * size * c.n_kv * tokens + at_read
         head = width * logits
-        contraction = width * tokens * graph.n_edges
+        into = graph.edge_mask().sum(0).double()
+        few = [graph.logits, *exact_receivers(graph, ("mlp", "q")[not graph.has_mlp :])]  # receivers at what is read
+        contraction = width * (tokens * graph.n_edges - (tokens - 1) * float(into[few].sum()))
         edge = torch.zeros(graph.n_receivers, dtype=torch.float64, device="cpu")
         last = 2 * tokens * heads * width + 2 * width * size * heads + mlp  # at the position that is read alone
         for layer in range(graph.n_layers):
@@ -116,15 +124,21 @@ def screened(
 ) -> EdgeScores:
     """Score every edge by first order, and patch as many exactly as a budget allows.
 
-    The edges into the logits and into the last layer's MLP are patched with the first order, see
-    `attribution.exact_edges`. Of the others those are patched, in forwards of the model, for which
+    The edges into the logits and into the last layer's MLP are patched with the first order where that takes little,
+    see `attribution.exact_edges`. Of the others those are patched, in forwards of the model, for which
 
-        (score² + spread²) / operations of patching the edge
+        mean over pairs of (the pair's own score)² / √(operations of patching the edge)
 
-    is largest: spread is how far the estimate at 0.75 is from the one at the clean run, and is known where the budget
-    is large enough for both. An edge's operations fall from the bottom of the model to the top. The edge from the
-    embedding into the first MLP goes before all others: what it carries is most of what that MLP reads, and on trained
-    language models it is where first order is farthest off.
+    is largest: scores that differ from pair to pair add up to little where first order is as much in doubt as where
+    they agree, and the more operations lie behind an edge, the more bends its way. The edge from the embedding into the
+    first MLP is where first order is farthest off on trained language models: what it carries is most of what that MLP
+    reads. So it is patched on every sixteenth pair first, and its effect there takes the score's place where it is
+    larger; of fewer pairs it goes before all others.
+
+    Patching starts from the clean and corrupt runs that first order was made of. They are made again, which takes 0.6
+    of `eap`'s operations, of a model in half precision, on several devices or with another ablation, and what is left
+    of the budget is that much less; and, beyond the budget, where all of them do not fit in the memory, with `resume`
+    and where processes share the work, so that what is patched does not hang on these.
 
     Args:
         model, task, metric, ablation, reference, batch_size: as `attribute`.
@@ -164,43 +178,68 @@ def screened(
     cheap = torch.zeros_like(into)
     receivers = list(exact_receivers(graph, CHEAP))
     cheap[receivers] = into[receivers]
-    one, two = (cost.first_order(points, 1, cheap) for points in (1, 2))
-    kinds = [kind for kind in CHEAP if exact_receivers(graph, [kind])]
-    how: dict[str, Any] = {"gradient_at": 0.75, "exact": kinds}
-    spent = one
-    if allowed < one:
+    how: dict[str, Any] = {"gradient_at": 0.75}
+    spent, with_cheap = (cost.first_order(1, 1, edges) for edges in (0 * cheap, cheap))
+    if with_cheap - spent <= min(LITTLE * cost.eap, allowed - spent):
+        how["exact"], spent = [kind for kind in CHEAP if exact_receivers(graph, [kind])], with_cheap
+    elif allowed < spent:
         how, spent = {}, cost.eap
-    elif allowed - one - cost.record > 4 * (two - one):  # the second gradient takes at most a quarter of what is left
-        how, spent = {"points": TWO, "spread": True, "exact": kinds}, two
+    alike = _go_together(experiment)
+    left = allowed - spent - (0 if alike else cost.record)
+    runs = None
+    enough = left >= float(cost.edge.min())
+    if alike and enough and resume is None and not distributed and options.get("graphs") is not True:
+        runs = Runs(experiment) if _fit(experiment) else None
     count = Count(progress, n_pairs)
     scores = first_order(
-        model, experiment.pairs, experiment.metric, ablation=experiment.ablation, batch_size=batch_size,
-        progress=count.stage(n_pairs), resume=resume, distributed=distributed, **how, **options,
+        model, experiment.pairs, experiment.metric, ablation=experiment.ablation, batch_size=batch_size, runs=runs,
+        progress=count.stage(n_pairs), resume=resume, distributed=distributed, uncertainty="auto",
+        **how, **options | ({} if runs is None else {"graphs": False}),
     )  # fmt: skip
     assert isinstance(scores, EdgeScores)
     values, exact = scores.scores, torch.zeros_like(mask) if scores.exact is None else scores.exact
-    chosen, used = _chosen(scores, exact, cost.edge, allowed - spent - cost.record)
-    n = int(chosen.sum())
+    doubt = scores.scores.double().square()
+    if scores.standard_error is not None:  # the mean of the pairs' squares
+        doubt = doubt + (n_pairs - 1) * scores.standard_error.double().square()
+    chosen, used = _chosen(scores, doubt, exact, cost.edge, left)
+    n, first = int(chosen.sum()), (0, graph.mlp_receiver(0) if graph.has_mlp and graph.n_layers else graph.logits)
+    if n and not bool((chosen | exact)[first]):
+        doubt[first], tried = _tried(experiment, first, float(doubt[first]), cost)
+        spent += tried
+        chosen, used = _chosen(scores, doubt, exact, cost.edge, left - tried)
+        n = int(chosen.sum())
     if n:
-        spent += cost.record + used
+        spent += used + (cost.record if runs is None else 0)
         count.total += n_pairs * n
         stage = count.stage(n_pairs * n)
         edges = Circuit(chosen, graph)
-        patched = measure_edges(experiment, edges, batch_size=batch_size, progress=stage, resume=resume)
+        ready = () if runs is None else runs.recordings
+        patched = measure_edges(
+            experiment, edges, batch_size=batch_size, progress=stage, resume=resume, recordings=ready
+        )
         values, exact = patched.scores.where(chosen, values), exact | chosen
     method = {**scores.meta["method"], **name, "spent": spent / cost.eap, "n_exact": int(exact.sum()), "n_patched": n}
     meta = {**scores.meta, "method": method, "metric": {**scores.meta["metric"], "name": experiment.metric_name}}
+    scores = replace(scores, standard_error=None, sign_consistency=None, jaccard=None)  # of scores that are none now
     return replace(scores, scores=values, exact=exact if bool(exact.any()) else None, meta=meta)
 
 
-def _chosen(scores: EdgeScores, exact: Tensor, cost: Tensor, left: float) -> tuple[Tensor, float]:
+def _tried(experiment: Experiment, edge: tuple[int, int], doubt: float, cost: Operations) -> tuple[float, float]:
+    """An edge's square effect on every sixteenth pair where that is more than its doubt, infinite for fewer pairs, and
+    the operations for a pair of all."""
+    n, mask = len(experiment), experiment.model.graph.edge_mask().zero_()
+    if not (tries := n // 16):
+        return math.inf, 0.0
+    mask[edge] = True
+    some = replace(experiment, pairs=experiment.pairs.select(torch.arange(tries, device="cpu") * 16))
+    effect = float(measure_edges(some, Circuit(mask, experiment.model.graph)).scores[edge])
+    return max(doubt, effect**2), tries / n * (cost.record + float(cost.edge[edge[1]]))
+
+
+def _chosen(scores: EdgeScores, doubt: Tensor, exact: Tensor, cost: Tensor, left: float) -> tuple[Tensor, float]:
     """The edges bool [S, R] that are patched for so many operations, and what they take; one that is too much is left
     out, and a cheaper one behind it taken."""
-    doubt = scores.scores.double().square()
-    doubt = doubt if scores.spread is None else doubt + scores.spread.double().square()
-    if scores.graph.has_mlp and scores.graph.n_layers:
-        doubt[0, scores.graph.mlp_receiver(0)] = torch.inf
-    worth = (doubt / cost).where(scores.mask & ~exact, -1.0).flatten()
+    worth = (doubt / cost.sqrt()).where(scores.mask & ~exact, -1.0).flatten()
     order = worth.sort(descending=True, stable=True).indices
     order = order[worth[order] >= 0]
     costs = cost.expand_as(doubt).flatten()[order].tolist()
@@ -212,6 +251,35 @@ def _chosen(scores: EdgeScores, exact: Tensor, cost: Tensor, left: float) -> tup
     mask = torch.zeros_like(scores.mask)
     mask.view(-1)[chosen] = True
     return mask, used
+
+
+class Runs:
+    """The clean and corrupt runs of first order's batches, recorded, and kept for patching."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.recordings = experiment, list[Recording]()
+
+    def __call__(self, batch: Batch) -> Both:
+        index = batch.index.tolist()
+        # A batch that was too much comes again in halves.
+        self.recordings = [made for made in self.recordings if not set(made.batch.index.tolist()) & set(index)]
+        made = Recording.of(self.experiment, index, short=True)
+        self.recordings.append(replace(made, ablated=replace(made.ablated, stages=[])))
+        return Both(made.clean.stages, made.ablated.stages, made.past)
+
+
+def _go_together(experiment: Experiment) -> bool:
+    """Whether first order and patching may start from the same runs."""
+    model = experiment.model
+    wide = model.dtype == accumulate_dtype(model.dtype)  # first order's residual stream is
+    return wide and len(model.devices) == 1 and model.stream is None and experiment.shared
+
+
+def _fit(experiment: Experiment) -> bool:
+    """Whether there is memory for the recordings of all pairs."""
+    model, (first, stop) = experiment.model, spans(experiment.pairs, shared=True)
+    numbers = 4 * model.graph.n_senders * model.config.d_model * int((stop - first).sum())  # as `Recordings` counts
+    return numbers * model.dtype.itemsize <= limits(model.device).record_share * free_bytes(model.device)
 
 
 def _cost(model: Model, pairs: PromptPairs, metric: Metric, *, shared: bool) -> Operations:

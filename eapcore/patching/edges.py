@@ -88,8 +88,9 @@ def measure_edges(
     batch_size: int | str = "auto",
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    recordings: Sequence[Recording] = (),
 ) -> EdgeScores:
-    """`patch_edges` for an experiment."""
+    """`patch_edges` for an experiment; recordings: of some of its pairs, which are not recorded again."""
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     graph, mask = model.graph, _edge_set(model.graph, edges)
     n_edges, alone = int(mask.sum()), replace(experiment, ranks=ALONE)  # every process runs all pairs, for its edges
@@ -107,7 +108,7 @@ def measure_edges(
     if seen:
         count.add(0)
     for lane in lanes:
-        _measure(alone, lane, size, count)
+        _measure(alone, lane, size, count, recordings)
     nothing = (
         torch.zeros(mask.shape, dtype=torch.float64, device="cpu"),
         torch.zeros(2, len(pairs), dtype=torch.float64, device="cpu"),
@@ -125,15 +126,20 @@ def measure_edges(
     return EdgeScores(effects.to(result_dtype(model.dtype)), graph, meta)
 
 
-def _measure(experiment: Experiment, lane: Partial, size: int, count: Count) -> None:
+def _measure(experiment: Experiment, lane: Partial, size: int, count: Count, recordings: Sequence[Recording]) -> None:
     """What is left of a lane's edges."""
     done, mask = lane.done, lane.mask
     left = done.pairs.logical_not()
     left[list(done.batch)] = False
+    ready: dict[tuple[int, ...], Recording] = {}
+    for made in recordings:
+        index = made.batch.index.tolist()
+        if bool(left[index].all()):
+            ready[tuple(index)], left[index] = made, False
     groups = experiment.groups(size, 1 + lane.n_edges // experiment.model.graph.n_layers, left)
     try:
-        for group in [done.batch, *groups] if done.batch else groups:
-            recording = Recording.of(experiment, group)
+        for group in [*([list(done.batch)] if done.batch else []), *map(list, ready), *groups]:
+            recording = ready.get(tuple(group)) or Recording.of(experiment, group, short=True)
             ends = experiment.ends(recording.reference)
             lane.done = lane.done.begin(group, ends)
             delta = recording.ablated.senders - recording.clean.senders
@@ -171,7 +177,7 @@ def _ends(experiment: Experiment, size: int, pairs: Tensor) -> Tensor:
     """The metric on the clean and corrupt runs of some pairs, bool [N]: float64 [2, N], 0 for the others."""
     values = torch.zeros(2, len(experiment), dtype=torch.float64, device="cpu")
     for group in experiment.groups(size, 1, pairs):
-        values[:, group] = experiment.ends(Recording.of(experiment, group).reference).cpu()
+        values[:, group] = experiment.ends(Recording.of(experiment, group, short=True).reference).cpu()
     return values
 
 

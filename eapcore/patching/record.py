@@ -14,9 +14,11 @@ from eapcore.execution.batch import Batch
 from eapcore.execution.experiment import Experiment, check_batch_size
 from eapcore.execution.memory import free_bytes
 from eapcore.graph.show import short
+from eapcore.models.attention import AttentionRun, AttentionSaved
 from eapcore.models.forward import StageRun, prefix, run_stages, unembed
+from eapcore.models.mlp import MlpRun
 from eapcore.models.model import Model
-from eapcore.models.tensors import at_positions, on
+from eapcore.models.tensors import at_positions, on, spread
 from eapcore.tasks.metrics import MetricBatch
 
 
@@ -35,11 +37,17 @@ class Run:
     stages: list[StageRun]
 
     @staticmethod
-    def of(model: Model, x: Annotated[Tensor, "B T D"], past: Sequence[Tensor] | None) -> Run:
-        """Run the model from what `embed` made, and keep everything."""
+    def of(
+        model: Model,
+        x: Annotated[Tensor, "B T D"],
+        past: Sequence[Tensor] | None,
+        read: Annotated[Tensor, "int64 B Q"] | None = None,
+    ) -> Run:
+        """Run the model from what `embed` made, and keep everything; read: where alone the last layer's queries and
+        what comes behind them is wanted, and is not zero."""
         senders = x.new_empty(model.graph.n_senders, *x.shape)
         senders[0] = x
-        stages = list(run_stages(model, x, past=past))
+        stages = [_everywhere(run, read, x.shape[1]) for run in run_stages(model, x, past=past, read=read)]
         for run in stages:
             run.write(senders)
         return Run([x, *(on(run.out, model.device) for run in stages)], senders, stages)
@@ -58,6 +66,26 @@ class Run:
                 x = x + senders[stage.mlp.senders.start]
             streams.append(x)
         return Run(streams, senders, [])
+
+
+def _everywhere(run: StageRun, read: Tensor | None, tokens: int) -> StageRun:
+    """What a stage made at the positions read, among zeros at the others; the run itself where it made everything."""
+    if read is None or not run.stage.last:
+        return run
+    where = on(read, run.out.device)
+
+    def among(x: Tensor) -> Tensor:
+        return spread(x, where, tokens)
+
+    attention, mlp = run.attention, run.mlp
+    if attention is not None:
+        saved = attention.saved
+        post_in = None if saved.post_in is None else saved.post_in.of(among)
+        qkv = torch.cat([among(saved.q), saved.kv], 2)
+        attention = AttentionRun(AttentionSaved(saved.norm_in, (qkv,), saved.n_heads, post_in), among(attention.z))
+    if mlp is not None:
+        mlp = MlpRun(mlp.saved.of(among), among(mlp.sent))
+    return StageRun(run.stage, attention, mlp, among(run.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +109,14 @@ class Recording:
 
     @staticmethod
     @torch.no_grad()
-    def of(experiment: Experiment, index: Sequence[int]) -> Recording:
-        """Run the clean and the corrupt prompts of some pairs."""
+    def of(experiment: Experiment, index: Sequence[int], *, short: bool = False) -> Recording:
+        """Run the clean and the corrupt prompts of some pairs; short: the last layer where the metric reads, see
+        `Run.of`."""
         model, batch = experiment.model, experiment.batch(index)
         pairs, read = batch.pairs, batch.read
         past = prefix(model, pairs.clean[:, : batch.start])
-        runs = [Run.of(model, batch.embed(model, prompts), past) for prompts in (pairs.clean, pairs.corrupt)]
+        prompts, where = (pairs.clean, pairs.corrupt), read if short else None
+        runs = [Run.of(model, batch.embed(model, tokens), past, where) for tokens in prompts]
         reads = batch.logits_read(experiment.metric, model.config.n_logits)
         ends = torch.stack([at_positions(run.streams[-1], read)[:, 0] for run in runs])
         clean, corrupt = _logits(model, ends, reads.tokens)

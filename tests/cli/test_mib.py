@@ -56,7 +56,7 @@ def test_what_cannot_be_submitted_is_refused(eapcore, tmp_path, options, message
 
 def test_an_interrupted_table_goes_on_where_it_was(eapcore, tmp_path, monkeypatch):
     asked = ["--methods", "eap,screened", "--resume", "kept"]
-    assert eapcore("mib", *asked[:2], out="whole")[0] == 0
+    assert eapcore("mib", *asked[:3], "apart", out="whole")[0] == 0
     real, runs = circuits.circuit_logits, []
 
     def interrupted(recording, masks, count=None):

@@ -54,7 +54,7 @@ def test_more_of_a_budget_is_no_worse_in_the_mean_and_three_are_nearly_exact(nam
         worst = min(worst, curves[-1][3])
     means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
     assert all(more >= less - 0.003 for less, more in pairwise(means))
-    assert means[0] < 0.9 and worst > 0.95
+    assert means[0] < 0.9 and worst > 0.985
 
 
 def test_operations_are_those_that_are_done():
@@ -76,6 +76,8 @@ def test_operations_are_those_that_are_done():
         if edge != "m1->logits":
             assert 0.6 < float(cost.edge[model.graph.edge(edge)[1]]) / (one - none) < 1.7, edge
     assert 0.6 < cost.record / none < 1.5
+    for budget in (2, 3):  # with one forward of clean and corrupt for both
+        assert 0.8 < counted(lambda b=budget: screened(model, pairs, budget=b, impl="reference")) / (budget * eap) < 1.1
 
 
 def test_the_public_function_takes_the_method_and_its_budget():

@@ -636,14 +636,16 @@ def test_the_table_of_methods_has_every_method_and_judges(capsys):
 
 
 def test_the_table_of_truth_judges_each_combination_on_two_kinds_of_draws(monkeypatch, capsys):
-    some = {name: bench_truth.COMBINATIONS[name] for name in ("eap", "hybrid", "screened 3.0")}
+    some = {name: bench_truth.COMBINATIONS[name] for name in ("eap", "at 0.75", "screened 3.0")}
     monkeypatch.setattr(bench_truth, "COMBINATIONS", some)
-    assert bench_truth.main(["--only", "toy-induction", "--draws", "1", "--pairs", "3", "--all"]) == 0
+    assert bench_truth.main(["--only", "toy-induction", "--draws", "1", "--pairs", "3", "--all", "--oracle"]) == 0
     out = capsys.readouterr().out
     assert "chosen by draws 0 to 0" in out and "confirmed on draws 1 to 1" in out
     rows = [line.split() for line in out.splitlines() if line.startswith("  exact")]
     assert len(rows) == 2 and all(row[1:5] == ["1.000"] * 4 for row in rows)
     assert all(any(line.startswith(f"  {name}") for line in out.splitlines()) for name in some)
+    first = {line[2:14].strip(): float(line.split()[-7]) for line in out.splitlines()[4:] if line.count(".") > 3}
+    assert first["at 0.75"] < first["oracle 2.0"] <= first["oracle 4.0"] and first["oracle 6.0"] > 0.999
 
 
 def test_a_circuit_must_be_better_by_kl_and_by_the_metric(induction, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.positions import attention_edges
+from eapcore.evaluation.screened import Runs
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
 from eapcore.models.families import layout_of
@@ -31,7 +32,7 @@ from eapcore.models.forward import embed, forward, run_stages, run_with_senders,
 from eapcore.models.load import load
 from eapcore.models.placed import placed
 from eapcore.patching.circuits import metric_on, run_circuit
-from eapcore.patching.edges import patch_edges
+from eapcore.patching.edges import measure_edges, patch_edges
 from eapcore.patching.interpolate import interpolate
 from eapcore.patching.masked import Changes, run_masked
 from eapcore.patching.nodes import patch_nodes
@@ -397,6 +398,24 @@ def test_importances_of_queries_keys_and_values_are_their_gradients_times_what_t
     for layer in range(graph.n_layers):
         for r in range(graph.qkv(layer).start, graph.qkv(layer).stop):  # the embedding is never taken away
             torch.testing.assert_close(found.scores[0, r], values[r], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
+def test_first_order_and_patching_from_one_recording_are_those_from_their_own_runs(name):
+    ways = [{"gradient_at": 0.75, "exact": "last"}]
+    ways += [{"storage": "factored"}, {"method": "clean-corrupt", "exact": "mlp"}]
+    for kv, how in zip(("each", "grouped", "each"), ways, strict=True):
+        model = ours(name, kv)
+        experiment = Experiment.of(model, pairs_for(model))
+        kept = Runs(experiment)
+        found = eapcore.attribute(model, experiment.pairs, batch_size=2, runs=kept, **how)
+        expected = eapcore.attribute(model, experiment.pairs, batch_size=2, **how)
+        assert len(kept.recordings) > 1 and expected.scores.abs().max() > 1e-3
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-11)
+    edges = found.top_n(12)
+    again = [measure_edges(experiment, edges, recordings=made) for made in ((), kept.recordings, kept.recordings[1:])]
+    for other in again[1:]:
+        torch.testing.assert_close(other.scores, again[0].scores, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
