@@ -44,7 +44,8 @@ kernels check-kernels 150 --check-only &
 pipeline check 150 check &
 part tests 150 "$python" -m pytest -q -p no:cacheprovider -n "${EAPCORE_WORKERS:-6}" --benchmark-disable \
   "$top/tests/kernels" --ignore "$top/tests/kernels/test_triton_compile.py" &
-part warm 150 "$python" "$top/bench/ops/tilings.py" --once &
+part compile-tilings 150 "$python" "$top/bench/ops/tilings.py" --once &
+pipeline compile 150 warm &
 wait
 pipeline small-256 60 "GPT-2 small, B=256"
 pipeline xl 75 "GPT-2 XL"

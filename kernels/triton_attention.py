@@ -311,6 +311,8 @@ def attend(
 ) -> Tensor:
     """`eapcore.kernels.attention.attend` on the GPU, or with `paired` its `attend_moved`, into z [B, Q, H, K]."""
     common.check_precision("auto", q.dtype, common.target(q.device))
+    if not z.is_contiguous():
+        raise ValueError(f"z [B, Q, H, K] must be contiguous, got strides {z.stride()} of {list(z.shape)}")
     if z.numel() == 0:
         return z
     q, k, v = (common.unit_inner_stride(x.detach()) for x in (q, k, v))

@@ -94,7 +94,7 @@ class Walk:
 
 
 # By the K that they reach to. 32 elements a thread, of product and x̂ each, leave two programs of 8 warps a processor.
-WALKS = {64: (Walk(128, 64, 8, 3), Walk(64, 128, 8, 3)), 128: (Walk(128, 64, 8, 2), Walk(64, 128, 8, 2))}
+WALKS = {64: (Walk(64, 128, 8, 3),), 128: (Walk(64, 64, 4, 3),)}
 WIDEST = max(WALKS)
 # What a program does before its first channel, in channels.
 OVERHEAD = 2

@@ -192,16 +192,17 @@ def check_steps(device: str, dtype: torch.dtype) -> None:
 
 def check_attention(device: str, dtype: torch.dtype) -> None:
     read = torch.tensor([[0, 4], [0, 4]], device=device)  # two prompts
-    for past, where, how in ((3, None, Causal(0.4, window=4)), (2, read, Causal(0.4, softcap=2.0))):
-        q, dz = (torch.randn(2, 2, 5 if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
-        k, v = (torch.randn(2, 1, past + 5, 20, device=device).to(dtype) for _ in range(2))
+    windowed, capped = Causal(0.4, window=4), Causal(0.4, softcap=2.0)
+    for tokens, past, where, how in ((5, 3, None, windowed), (5, 2, read, capped), (70, 3, None, windowed)):
+        q, dz = (torch.randn(2, 2, tokens if where is None else 2, 20, device=device).to(dtype) for _ in range(2))
+        k, v = (torch.randn(2, 1, past + tokens, 20, device=device).to(dtype) for _ in range(2))
         wide = [x.double() for x in (q, k, v, dz)]
-        got = attend(q, k, v, how, 5, where, impl="triton")
-        judge(f"attend {dtype} {how}", got, attend(*wide[:3], how, 5, where), 1e-5)
+        got = attend(q, k, v, how, tokens, where, impl="triton")
+        judge(f"attend {dtype} {how}", got, attend(*wide[:3], how, tokens, where), 1e-5)
         paired, there = (torch.empty_like(got.transpose(1, 2), dtype=kind) for kind in (dtype, torch.float64))
-        attend_moved(q, k, v, how, 5, where, paired, impl="triton")
-        attend_moved(*wide[:3], how, 5, where, there)
+        attend_moved(q, k, v, how, tokens, where, paired, impl="triton")
+        attend_moved(*wide[:3], how, tokens, where, there)
         judge(f"attend_moved {dtype} {how}", paired, there, STORED[dtype])
-        made = attend_grad(q, k, v, dz, how, 5, where, impl="triton")
-        for got, exact in zip(made, attend_grad(*wide, how, 5, where), strict=True):
+        made = attend_grad(q, k, v, dz, how, tokens, where, impl="triton")
+        for got, exact in zip(made, attend_grad(*wide, how, tokens, where), strict=True):
             judge(f"attend_grad {dtype} {how}", got, exact, 2 * STORED[dtype])

@@ -127,7 +127,7 @@ class Bench:
         q, k, v = torch.randn(3, 2 * prompts, *sizes, device=device).to(BFLOAT16).transpose(2, 3)
         exact = attention.attend(*(x.double() for x in (q, k, v)), how, 20).transpose(1, 2)
         exact[prompts:] -= exact[:prompts]
-        out, chosen = torch.empty_like(exact, dtype=BFLOAT16), triton_attention._how
+        out, chosen = torch.empty(exact.shape, dtype=BFLOAT16, device=device), triton_attention._how
 
         def moved() -> Tensor:
             attention.attend_moved(q, k, v, how, 20, None, out, impl="triton")

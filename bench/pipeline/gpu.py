@@ -4,6 +4,7 @@
     GPT-2 small B = 32, 256 and 1,024, XL, 13B, Llama-3.1-8B: the floor, dense and factored in graphs and without, and
                 our tuned hooks: ms a batch, pairs a second, the device's time, kernels and launches, peak memory; and
                 whole calls of 4 and of 6 batches in graphs and without
+    warm        nothing timed: kernels compiled that the parts below take, beside the checks
     kernels     the device's time of a batch by kernel, beside what `--plan` predicts
     hooks       our tuned hooks at the largest batch that fits, beside ours at the same batch
 
@@ -183,6 +184,15 @@ class Bench:
                 if not error <= limit:
                     raise RuntimeError(f"{name} in {dtype} is off by {error:.1e} of the largest score")
 
+    def warm(self, works: list[Work]) -> None:
+        """Compile what models of these shapes take in bfloat16, two layers and few pairs of each."""
+        for work in works:
+            here = replace(work, L=2, V=1000, B=8)
+            model = here.model(dtype=torch.bfloat16, device=self.on.device)
+            for name in ("dense", "factored"):
+                implementation(name, model, here.pairs(), here.B)()
+            self.add(warm=f"D={work.D}")
+
     def pace(self, made: Callable[[int], Run], few: int, many: int) -> float:
         """Milliseconds of a batch more, from calls of few and of many: compiling and recording are not among them."""
         runs = [made(few), made(many)]
@@ -314,8 +324,11 @@ def main(
     most = 2 * TINY.B if quick else 4096
     for title, work in (("GPT-2 small", replace(small, B=single.B)), ("GPT-2 XL", replace(xl, B=min(xl.B, 4)))):
         parts[f"hooks at their largest batch, {title}"] = lambda t=title, w=work: bench.largest(t, w, most)
-    if part and not any(part in name for name in ("check", *parts)):
-        raise SystemExit(f"--part must be in one of: check, {', '.join(parts)}; got {part!r}")
+    if part and not any(part in name for name in ("check", "warm", *parts)):
+        raise SystemExit(f"--part must be in one of: check, warm, {', '.join(parts)}; got {part!r}")
+    if part == "warm":
+        bench.run("warm", lambda: bench.warm([small, xl, b13, llama]))
+        return int(bool(bench.failures))
     # Nothing is timed before it is right; a part that is asked for by name has been checked by a call of its own.
     if (part and part not in "check") or bench.run("check", lambda: bench.check(TINY)):
         for name, run in parts.items():

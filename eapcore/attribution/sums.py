@@ -171,6 +171,7 @@ def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
 def rows_at(x: Tensor, read: Tensor) -> Tensor:
     """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D], in memory in the order of x."""
     pairs = torch.arange(x.shape[1], device=x.device)[:, None]
-    if x.stride(0) < x.stride(2):  # the senders of a position beside each other
-        return x.permute(1, 2, 0, 3)[pairs, read].permute(2, 0, 1, 3)
+    if x.stride(0) < x.stride(2):  # the senders of a position beside each other: one row of memory
+        rows = x.permute(1, 2, 0, 3).flatten(0, 1)
+        return rows[(pairs * x.shape[2] + read).flatten()].unflatten(0, read.shape).permute(2, 0, 1, 3)
     return x[:, pairs, read]

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from eapcore.kernels.constants import recording, to_device
+from eapcore.kernels.constants import to_device
 from models import joined, random_case, random_model, random_pairs
 from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -431,18 +431,26 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
     assert used[1].tolist() == [5.0, 6.0] and results.tolist() == [2.0, 4.0]  # what the graph would overwrite
 
 
-def test_numbers_of_the_host_are_copied_behind_the_recording(events):
-    found = []
+def test_numbers_of_the_host_lie_in_memory_that_no_recording_uses_again(events):
+    """What a recording allocates may lie where it, or another of its pool, has put something else before."""
+    found, calls = [], []
 
     def work(held):
-        found.append(to_device(torch.tensor([3, 4]), CPU))
-        return [held[0] + found[-1] if events["streams"][-1] == "side" else held[0]]
+        calls.append(events["streams"][-1])
+        found.append(to_device(torch.tensor([3, len(calls)]), CPU))
+        return [held[0] + found[-1]]
 
-    cuda_graphs.CudaRecorder(CPU).capture(work, [torch.ones(2)])
-    assert [x.tolist() for x in found] == [[3, 4], [3, 4]]
-    with recording() as made:
-        to_device(torch.tensor([5]), CPU)
-    assert [(to.shape, x.tolist()) for to, x in made] == [((1,), [5])]
+    replay = cuda_graphs.CudaRecorder(CPU).capture(work, [torch.ones(2)])
+    assert calls == ["side", "captured"] and found[1] is found[0]  # made while the work warmed up
+    assert found[1].tolist() == [3, 2]  # the numbers of what is recorded
+    again = to_device(torch.tensor([5, 6]), CPU)
+    assert again is not found[1] and replay([torch.ones(2)])[0].tolist() == [4, 2]
+
+    sizes = iter((2, 3))
+    refused(
+        "must ask for the numbers for which it did", cuda_graphs.CudaRecorder(CPU).capture,
+        lambda held: [to_device(torch.arange(next(sizes)), CPU)], [torch.ones(2)], error=RuntimeError,
+    )  # fmt: skip
 
 
 def test_recordings_share_a_stream_and_with_it_their_memory(events):

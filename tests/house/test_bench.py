@@ -489,7 +489,7 @@ class Host:
 def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys, monkeypatch):
     lines = tmp_path / "rows.jsonl"
     monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, L=2, T=5))
-    for part in ("check", "GPT-2 small, B=3", "kernels", "hooks"):
+    for part in ("check", "warm", "GPT-2 small, B=3", "kernels", "hooks"):
         assert gpu.main(quick=True, json_file=lines, on=Host(), part=part) == 0
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len([row for row in rows if "check" in row]) == 6
@@ -507,7 +507,7 @@ def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys, monkeypa
     assert largest == [("GPT-2 small", 6), ("GPT-2 XL", 6)]
     assert "all parts measured" in capsys.readouterr().out
     refused(
-        "--part must be in one of: check, GPT-2",
+        "--part must be in one of: check, warm, GPT-2",
         gpu.main,
         quick=True,
         json_file=None,
@@ -536,6 +536,9 @@ def test_a_part_of_the_gpu_bench_that_fails_is_printed_and_the_rest_goes_on(monk
     assert [row["name"] for row in bench.rows if "failed" not in row] == expected
 
 
+COMPILED = ("compile-tilings", "compile")
+
+
 def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     script = Path(bench_pipeline.__file__).parent / "gpu.sh"
     stub = tmp_path / "python"
@@ -545,8 +548,8 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     done = subprocess.run([script, tmp_path / "out", "--quick"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "FAILED: " in done.stdout and "small-256 (3)" in done.stdout
     parts = [json.loads(line) for line in (tmp_path / "out/parts.jsonl").read_text().splitlines()]
-    assert {part["part"] for part in parts[1:5]} == {"check-kernels", "check", "tests", "warm"}
-    assert [part["part"] for part in parts[5:7]] == ["small-256", "xl"]
+    assert {part["part"] for part in parts[1:6]} == {"check-kernels", "check", "tests", *COMPILED}
+    assert [part["part"] for part in parts[6:8]] == ["small-256", "xl"]
     assert {part["part"] for part in parts[1:] if part["status"]} == {"small-256"}
     assert "--part GPT-2 XL" in (tmp_path / "out/xl.txt").read_text()
 
