@@ -98,8 +98,8 @@ WALKS = {64: (Walk(64, 128, 8, 3),), 128: (Walk(64, 64, 4, 3),)}
 WIDEST = max(WALKS)
 # What a program does before its first channel, in channels.
 OVERHEAD = 2
-# Tokens of one program of `channel_sums`.
-SUMMED = 64
+# Elements of g of one program of `channel_sums`: where K is no multiple of 16, each has an address in registers.
+SUMMED = 4096
 
 
 @triton.jit(do_not_specialize=["N", "T", "steps", "stride_rb"])
@@ -436,11 +436,12 @@ def walk(work: Channels, out: Tensor, tile: Walk) -> None:
     if norm.kind != "none":
         assert act is not None
         sums = out.new_empty(work.count, 2, rows, dtype=torch.float32)
+        block_n = min(64, SUMMED // block_k)
         common.launch(
-            channel_sums, work.count * common.cdiv(rows, SUMMED),
+            channel_sums, work.count * common.cdiv(rows, block_n),
             g, act, work.w_gamma, work.offset, sums,
             rows, tokens, d_model, d_head, share, *g.stride()[:3], *act.stride()[:3],
-            KIND=norm.kind, BLOCK_N=SUMMED, BLOCK_K=block_k, num_warps=4, device=g.device,
+            KIND=norm.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, device=g.device,
         )  # fmt: skip
     turned = weight.stride(2) != 1
     tiles = common.cdiv(rows, tile.block_n) * common.cdiv(d_model, tile.block_d)

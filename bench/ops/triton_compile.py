@@ -207,6 +207,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
                 receivers(f"receiver_grads bf16, layernorm, walked, K = {d_head}", half, "layernorm", d_head, 768, walk)
         receivers("receiver_grads bf16, turned weights", half, "layernorm", 64, 768, turned=True)
         receivers("receiver_grads bf16, rmsnorm, walked", half, "rmsnorm", 128, 5120, grads.WALKS[128][0], share=4)
+        receivers("receiver_grads bf16, layernorm, K = 120", half, "layernorm", 120, 2560)
         receivers("receiver_grads f16, no norm", torch.float16, "none", 80, 2560)
     receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)
     receivers("receiver_grads f16, layernorm, K = 80", torch.float16, "layernorm", 80, 2560)
