@@ -87,10 +87,12 @@ class Walk:
     num_warps: int
     num_stages: int
 
-    @property
-    def per_sm(self) -> int:
-        """Programs that are resident on one processor: the registers have room for 16K elements of tiles."""
-        return max(1, 2**14 // (self.block_n * self.block_d))
+    def per_sm(self, block_k: int) -> int:
+        """Programs that are resident on one processor, whose registers have room for 16K elements of tiles and whose
+        shared memory, 227 KB, for the stages of g and weight and a tile to store."""
+        tile = self.block_n * self.block_d
+        shared = 2 * (self.num_stages * (self.block_n + self.block_d) * block_k + tile) + 2**10
+        return max(1, min(2**14 // tile, 227 * 2**10 // shared))
 
 
 # By the K that they reach to. 32 elements a thread, of product and x̂ each, leave two programs of 8 warps a processor.
@@ -445,7 +447,7 @@ def walk(work: Channels, out: Tensor, tile: Walk) -> None:
         )  # fmt: skip
     turned = weight.stride(2) != 1
     tiles = common.cdiv(rows, tile.block_n) * common.cdiv(d_model, tile.block_d)
-    group = channels_together(work.count, tiles, on.processors * tile.per_sm)
+    group = channels_together(work.count, tiles, on.processors * tile.per_sm(block_k))
     common.launch(
         tile_grads, tiles * common.cdiv(work.count, group),
         common.descriptor(as_tokens(g), [1, tile.block_n, block_k]),

@@ -45,8 +45,8 @@ TILINGS = (
 )  # fmt: skip
 # One of `channel_grads`, eight of `tile_grads`.
 RECEIVERS = (
-    Config(64, 64, 128, 4, 3), Walk(128, 64, 8, 3), Walk(128, 64, 8, 2), Walk(64, 128, 8, 3), Walk(64, 128, 8, 2),
-    Walk(64, 64, 4, 3), Walk(128, 128, 16, 2), Walk(128, 128, 8, 2), Walk(64, 256, 16, 2),
+    Config(64, 64, 128, 4, 3), Walk(64, 128, 8, 3), Walk(64, 128, 8, 4), Walk(128, 64, 8, 4), Walk(64, 64, 4, 3),
+    Walk(64, 64, 4, 4), Walk(64, 64, 4, 5), Walk(128, 128, 8, 3), Walk(128, 128, 16, 3),
 )  # fmt: skip
 BFLOAT16 = torch.bfloat16
 
