@@ -32,9 +32,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import triton_common as common
@@ -65,10 +66,10 @@ def _distance(tensor: Tensor, base: Tensor) -> int:
     return (tensor.data_ptr() - base.data_ptr()) // base.element_size()
 
 
-def _alignment(offsets: Tensor, element_size: int) -> int:
+def _alignment(offsets: NDArray[np.int64], element_size: int) -> int:
     """The largest power of two up to 16 bytes that divides all offsets, in elements."""
     align = 16 // element_size
-    while bool((offsets % align).any()):
+    while (offsets % align).any():
         align //= 2
     return align
 
@@ -95,22 +96,23 @@ def _part(
         matrices.append(
             [_distance(group, weight) + c * group.stride(0) for group in groups[layer] for c in range(len(group))]
         )
-    ints: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the default device is
-    at, weights = torch.tensor(layers, **ints)[:, None], torch.tensor(matrices, **ints)  # [l, 1], [l, C]
-    c = torch.arange(weights.shape[1], **ints)
+    at, weights = np.array(layers)[:, None], np.array(matrices)  # [l, 1], [l, C]
+    c = np.arange(weights.shape[1])
     rows = first_row + at * heights + c
     columns = [
         at * inputs.stride(0) + c * inputs.stride(1),
-        torch.zeros_like(weights) if acts is None else at * acts.stride(0) + c * acts.stride(1),
+        np.zeros_like(weights) if acts is None else at * acts.stride(0) + c * acts.stride(1),
         weights,
-        *(x.expand_as(weights) for x in torch.tensor(shared, **ints).T[..., None]),
+        *(np.broadcast_to(x, weights.shape) for x in np.array(shared).T[..., None]),
         (at * len(c) + c) * inputs.shape[-1],
         rows * stride_row,
         rows,
     ]
-    table = torch.stack(columns, -1).flatten(0, 1)
+    offsets = np.stack(columns, -1).reshape(-1, len(columns))
+    table = torch.empty(offsets.shape, dtype=torch.int64, device="cpu")  # whatever the default device is
+    table.numpy()[:] = offsets
     # The offsets that wide loads and stores depend on: g, act, weight, x̂ and out.
-    align = _alignment(table[:, [0, 1, 2, 3, 7]], max(2, inputs.element_size()))
+    align = _alignment(offsets[:, [0, 1, 2, 3, 7]], max(2, inputs.element_size()))
     return Part(tuple(layers), weight, norm, to_device(table, inputs.device), align)
 
 
