@@ -254,7 +254,7 @@ def test_a_counted_batch_is_the_one_that_was_profiled():
 
 def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     counted = launches.count_batch(launches.works()["GPT-2 small, B=256"]).total
-    assert counted.kernels <= 334
+    assert counted.kernels <= 336
     assert counted.bytes <= 23.8e9
     factored = launches.count_batch(launches.works()["GPT-2 small, B=256"], storage="factored").total
     assert factored.kernels <= 596 and factored.bytes <= 27e9
