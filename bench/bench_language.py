@@ -8,8 +8,9 @@
 Exact: the edges that EAP ranks highest by |score| and a random draw of all others, each patched alone on the same
 pairs.
 R² is the squared correlation with the effects, fit 1 − Σ(effect − score)² / Σ(effect − mean effect)², which also sees
-scale and offset, rank Spearman's correlation, sign the share of edges with the same sign. Time is CPU seconds over
-EAP's, one thread.
+scale and offset, rank Spearman's correlation, sign the share of edges with the same sign. Scores without a sign are
+compared with |effect|. Subnetwork probing takes --steps of its steps, which is most of the time. Time is CPU seconds
+over EAP's, one thread.
 
 Circuits: each method's top edges by |score| from pairs of the task's training names; faithfulness on these pairs, and
 on as many pairs of names that are in none of them, with every other edge carrying the corrupt prompt's activation.
@@ -21,6 +22,7 @@ pair, and of the mean scores, on each of the tasks that the model's tokenizer ca
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 import time
@@ -37,15 +39,16 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import faithfulness
+from eapcore.evaluation.screened import attribute
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.families.names import assemble
 from eapcore.models.load import load
 from eapcore.models.model import Model
 from eapcore.patching.edges import patch_edges
+from eapcore.search.subnetwork_probing import subnetwork_probing
 from eapcore.tasks import TASKS, PromptPairs
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -59,7 +62,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "qk-fix": {"method": "qk-fix"},
     "qk-fix at 0.75": {"method": "qk-fix", "gradient_at": 0.75},
     "eap at 0.75, exact logits, mlp": {"gradient_at": 0.75, "exact": ["logits", "mlp"]},
+    "screened, budget 3": {"method": "screened"},
+    "gim": {"method": "gim"},
+    "hisp": {"method": "hisp"},
+    "flow-routes": {"method": "flow-routes"},
+    "flow-sum": {"method": "flow-sum"},
+    "subnetwork probing, edges": {"probing": "edge"},
+    "subnetwork probing, nodes": {"probing": "node"},
 }
+STEPS = 30  # of subnetwork probing
 LANGUAGE = ("ioi", "agreement", "capitals", "docstring")
 CIRCUITS = ("eap", "eap-ig, gauss 4", "qk-fix", "relp")
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -73,11 +84,13 @@ def drawn(model: Model, task: str, corruption: str | None, n: int, split: str) -
 
 
 def judged(scores: EdgeScores, exact: EdgeScores, edges: Tensor) -> tuple[float, float, float, float]:
-    """R², fit, rank correlation and the share of equal signs over some edges, bool [S, R]."""
+    """R², fit, rank correlation and the share of equal signs over some edges, bool [S, R], NaN without signs."""
+    if scores.unsigned:
+        exact = replace(exact, scores=exact.scores.abs())
     found, effect = scores.scores[edges].double(), exact.scores[edges].double()
     fit = 1 - float((effect - found).square().sum() / (effect - effect.mean()).square().sum())
     agreed = agreement(scores, exact, edges)
-    return agreed.r2, fit, agreed.spearman, agreed.signs
+    return agreed.r2, fit, agreed.spearman, math.nan if scores.unsigned else agreed.signs
 
 
 def others(edges: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -100,14 +113,19 @@ def shown(what: str) -> Any:
     return progress
 
 
-def truth(model: Model, pairs: PromptPairs, metric: str, top: int, random: int) -> dict[str, EdgeScores]:
+def truth(
+    model: Model, pairs: PromptPairs, metric: str, top: int, random: int, steps: int = STEPS
+) -> dict[str, EdgeScores]:
     """Each method's scores; prints how near they are to the exact effects."""
     found, seconds = {}, {}
     for name, how in METHODS.items():
         if not model.graph.has_mlp and "exact" in how:
             continue
         start = time.process_time()
-        found[name] = attribute(model, pairs, metric, **how)
+        if "probing" in how:
+            found[name] = subnetwork_probing(model, pairs, level=how["probing"], steps=steps, progress=shown(name))
+        else:
+            found[name] = attribute(model, pairs, metric, **how)
         seconds[name] = time.process_time() - start
     edges = model.graph.edge_mask()
     first = found["eap"].top_n(min(top, model.graph.n_edges)).mask
@@ -168,6 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--edges", type=int, default=1000, help="the top edges that are patched")
     parser.add_argument("--random", type=int, default=1000, help="the other edges that are patched")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of subnetwork probing")
+    parser.add_argument("--no-circuits", action="store_true", help="the table of scores alone")
     parser.add_argument("--dtypes", action="store_true", help="half precision instead")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -184,7 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     details = "".join(f", {what} {said}" for what, said in first.details.items())
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     print(f"{model.name}, {model.graph.n_edges} edges; {first.name}: {len(first)} pairs, seed 0{details}; {metric}")
-    circuits(model, metric, truth(model, first, metric, args.edges, args.random), pairs)
+    found = truth(model, first, metric, args.edges, args.random, args.steps)
+    if not args.no_circuits:
+        circuits(model, metric, found, pairs)
     return 0
 
 

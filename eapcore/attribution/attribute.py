@@ -15,6 +15,7 @@ from torch import Tensor
 import eapcore.attribution.statistics as over_pairs
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
+from eapcore.attribution.exact_patterns import place_for_products
 from eapcore.attribution.factored import FactoredStore
 from eapcore.attribution.methods import OPTIONS as OTHER_OPTIONS
 from eapcore.attribution.methods import Options, Passes, Points, Recipe, recipe
@@ -23,7 +24,7 @@ from eapcore.attribution.plan import Plan
 from eapcore.attribution.pruning import EndStore, pruned
 from eapcore.attribution.score_batch import Runs, score_batch
 from eapcore.attribution.spread import SpreadPlan, spread_over
-from eapcore.attribution.sums import Store, Sums
+from eapcore.attribution.sums import Products, Store, Sums
 from eapcore.attribution.tally import Tally
 from eapcore.execution.ablation import FROM_REFERENCE, Ablation
 from eapcore.execution.batch import Batch, in_order, spans
@@ -452,6 +453,7 @@ class _Scoring:
         recordable = len(model.devices) == 1 and model.stream is None
         self.replays = _replays(model, experiment.metric, graphs, recordable=recordable)
         self.memory: list[torch.Tensor] = []
+        self.products: Products | None = None
         self.passes_reached: dict[str, Tensor] = {}
         self.check = experiment.metric_name if graphs is not True else None  # of the first batch
         self.n_pairs, self.statistics = n_pairs, over_pairs.shapes(model.graph) if passes.statistics else {}
@@ -460,6 +462,8 @@ class _Scoring:
         """Score what is left of some of a lane's pairs, in order, and keep what is done; first: the task's pair 0."""
         experiment, device = self.experiment, self.experiment.model.device
         left = order[tally.here :]
+        if self.how.exact_softmax and self.products is None and len(left) > tally.size:
+            self.products = place_for_products(experiment.model)
         feed = Feed(experiment.pairs, left, device, shared=experiment.shared, copy=pinned_copy(device))
         try:
             while feed.left:
@@ -548,6 +552,7 @@ class _Scoring:
         reduce = self.passes.reduce
         sums = Sums(made, batch, reduce, self.impl, absolute=how.absolute, by_sender=by_sender, pairs=beside)
         store = self._store(batch)
+        store.products = self.products
         together = self.plan.steps_together
         groups = self.passes.grouped(lambda n: together(*batch.shape, n, self.within) if store.steps else 1)
         what = (experiment.model, batch, experiment.metric, store, sums, self.passes, groups)

@@ -14,7 +14,7 @@ from torch import Tensor
 import eapcore.kernels as kernels
 from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
-from eapcore.attribution.sums import Sums, over_steps, rows_at
+from eapcore.attribution.sums import Products, Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import limits
 from eapcore.models.attention import Attention, Channels
@@ -51,6 +51,7 @@ class DenseStore:
 
     steps = True
     channels = False
+    products: Products | None = None
 
     def __init__(
         self,

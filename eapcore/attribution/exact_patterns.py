@@ -14,12 +14,27 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from eapcore.attribution.sums import Store, Sums
+from eapcore.attribution.sums import Products, Store, Sums
 from eapcore.execution.limits import limits
+from eapcore.execution.memory import budget
 from eapcore.kernels.causal import by_group
 from eapcore.models.attention import Attention, Channels
 from eapcore.models.matmul import product
+from eapcore.models.model import Model
 from eapcore.models.tensors import accumulate_dtype
+
+_SHARE = 8  # of the memory for a batch, the part that may go to products of weights
+
+
+def place_for_products(model: Model) -> Products | None:
+    """Where W_O W′ of all pairs of layers is kept from batch to batch, None where it would take too much memory, or of
+    a model whose layers are not all on the CPU, where batches may be recorded."""
+    if model.stream is not None or any(device.type != "cpu" for device in model.devices):
+        return None
+    size = model.config.d_head
+    channels = [attention.channels[1].stop for attention in model.attentions]  # of q and k
+    numbers = sum(model.config.n_heads * layer * size * count * size for layer, count in enumerate(channels))
+    return {} if numbers * model.dtype.itemsize <= budget(model.device) // _SHARE else None
 
 
 def add_exact(
@@ -57,7 +72,7 @@ def _add_exact(
                 made[delta.device] = [_Pattern(there, kind, reduce) for kind in mine]
             patterns = made[delta.device]
             factors = None if part.attention.joint else store.factors(senders, at_read)
-            projected = [pattern.through_factors(delta, factors) for pattern in patterns]
+            projected = [pattern.through_factors(delta, factors, store.products, senders.start) for pattern in patterns]
             for some in patterns[0].parts(delta):
                 here = slice(senders.start + some.start, senders.start + some.stop)
                 rstd = patterns[0].rstd(delta[some])
@@ -121,18 +136,25 @@ class _Pattern:
         at_once = max(1, limits(delta.device).exact_numbers // size)
         yield from (slice(start, min(start + at_once, len(delta))) for start in range(0, len(delta), at_once))
 
-    def through_factors(self, delta: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    def through_factors(
+        self, delta: Tensor, factors: tuple[Tensor, Tensor] | None, kept: Products | None, first: int
+    ) -> tuple[Tensor, Tensor] | None:
         """Δz [S', B·T, K] and W_O W′ [S', K, C·K], where products through them are fewer operations; factors: of heads
-        their Δz [B, T, S', K] and what makes Δ of it, [S', K, D]."""
+        their Δz [B, T, S', K] and what makes Δ of it, [S', K, D]. kept: where W_O W′ is kept. first: the first of these
+        senders."""
         if factors is None:
             return None
         dz, w_send = factors
         rows, (size, width) = delta[0].numel() // delta.shape[-1], w_send.shape[1:]
         if size * (width + rows) >= rows * width:
             return None
-        return dz.flatten(0, 1).transpose(0, 1), product(w_send.flatten(0, 1), self.weight).unflatten(
-            0, w_send.shape[:2]
-        )
+        place = first, self.part.receivers.start + self.channels.start
+        through = None if kept is None else kept.get(place)
+        if through is None:
+            through = product(w_send.flatten(0, 1), self.weight).unflatten(0, w_send.shape[:2])
+            if kept is not None:
+                kept[place] = through
+        return dz.flatten(0, 1).transpose(0, 1), through
 
     def rstd(self, delta: Tensor) -> Tensor | None:
         """1/σ_s [S', B, T, 1] of the norm's input with some senders' differences; None without a norm."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 import eapcore.kernels as kernels
 from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
-from eapcore.attribution.sums import Sums, rows_at
+from eapcore.attribution.sums import Products, Sums, rows_at
 from eapcore.execution.batch import Batch
 from eapcore.models.attention import Channels
 from eapcore.models.backward import Sink, backward
@@ -27,6 +27,7 @@ class FactoredStore:
 
     steps = False
     channels = False
+    products: Products | None = None
 
     def __init__(self, model: Model, batch: Batch, chunk: int | None = None) -> None:
         self.model, self.read, self.chunk = model, batch.read, chunk

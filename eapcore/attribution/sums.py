@@ -117,13 +117,19 @@ class Sums:
         return {name: x.sum(0) if self.reduce == "all" else x for name, x in self.total.items()}
 
 
+Products = dict[tuple[int, int], Tensor]
+"""W_O W′ of the exact patterns, by the first sender and the first receiver, which all batches have alike."""
+
+
 class Store(Protocol):
     """Where a batch's differences e_corrupt − e_clean are kept until gradients meet them: where they are made.
 
     steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up. channels:
-    whether it takes the differences of q, k and v.
+    whether it takes the differences of q, k and v. products: where exact patterns keep what is the same for the next
+    batch, None for nowhere.
     """
 
+    products: Products | None
     steps: bool
     channels: bool
     model: Model

@@ -19,6 +19,7 @@ from refusal import refused
 from safetensors import safe_open
 
 import eapcore.attribution.dense as dense
+import eapcore.attribution.exact_patterns as exact_patterns
 import eapcore.attribution.score_batch as scoring
 import eapcore.evaluation.precision as precision
 from eapcore.attribution.attribute import attribute
@@ -153,6 +154,28 @@ def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options, 
     assert_equal(scores.scores, expected)
     assert bool((scores.scores >= 0).all())
     assert scores.meta["method"]["sign"].startswith("absolute")
+
+
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+def test_products_of_weights_are_made_once_for_all_batches(monkeypatch, storage):
+    model, made = random_model(n_layers=3), []
+    pairs = random_pairs(model, [12] * 6)
+    product, w_sends = exact_patterns.product, [a.w_send.flatten(0, 1).data_ptr() for a in model.attentions]
+
+    def counted(a, b):
+        made.append(a.data_ptr() in w_sends)
+        return product(a, b)
+
+    monkeypatch.setattr(exact_patterns, "product", counted)
+    kept = attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage)
+    assert sum(made) == 4  # q and k of layer 1, and k of the last behind both; its q is of few positions
+    model.attentions[0].w_o.mul_(2)  # a call begins with the weights as they are
+    changed = attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage)
+    model.attentions[0].w_o.div_(2)
+    made.clear()
+    monkeypatch.setattr(exact_patterns, "_SHARE", 10**15)
+    assert torch.equal(attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage).scores, kept.scores)
+    assert sum(made) == 12 and not torch.equal(changed.scores, kept.scores)
 
 
 def test_atp_star_drops_layers_from_exact_patterns():

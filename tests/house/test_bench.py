@@ -709,15 +709,18 @@ def test_the_rules_of_integrated_gradients_are_compared_on_both_toys(capsys):
 
 
 def test_a_model_s_edges_are_held_against_exact_ones_and_its_circuits_against_other_names(monkeypatch, capsys):
-    monkeypatch.setattr(bench_language, "METHODS", {name: bench_language.METHODS[name] for name in ("eap", "qk-fix")})
+    names = ("eap", "flow-sum", "subnetwork probing, nodes")
+    monkeypatch.setattr(bench_language, "METHODS", {name: bench_language.METHODS[name] for name in names})
     monkeypatch.setattr(bench_language, "CIRCUITS", ("eap",))
     monkeypatch.setattr(bench_language, "SIZES", (0.001, 0.5, 1.0))  # the first is no edge of so small a model
     argv = ["--model", "toy-induction", "--task", "toy-induction", "--pairs", "3", "--edges", "6", "--random", "9"]
     assert bench_language.main([*argv, "--dtypes"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "float16" in line]
     assert len(rows) == 2 and all(0 < float(cell.strip(" |%")) < 5 for row in rows for cell in row[2:])
-    assert bench_language.main(argv) == 0
+    assert bench_language.main([*argv, "--steps", "2"]) == 0
     out = capsys.readouterr().out
+    rows = {name: line[len(name) :].split() for line in out.splitlines() for name in names if line.startswith(name)}
+    assert [rows[name][3] for name in names[1:]] == ["nan"] * 2 and float(rows["flow-sum"][0]) > 0
     assert "15 edges patched" in out and "top 6" in out and "random 9" in out and "both" in out
     kept = [line.split() for line in out.splitlines() if "names" in line and line.startswith("eap")]
     assert [row[-2] for row in kept] == ["1.000", "1.000"]  # every edge is the model, on both sets of names
