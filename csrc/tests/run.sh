@@ -9,6 +9,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 CXX=${CXX:-g++}
 PYTHON=${PYTHON:-python3}
+export OMP_WAIT_POLICY=passive  # threads beyond the processors' number would only wait, busily
 flags="-std=c++17 -fopenmp -ffp-contract=fast -Wall -Wextra -Werror"
 
 aarch64() {
@@ -27,12 +28,12 @@ aarch64() {
     return
   fi
   # shellcheck disable=SC2086
-  $compile $flags -O1 -c -o "$build/aarch64.o" "$here/test_csrc.cpp"
+  $compile $flags -O0 -c -o "$build/aarch64.o" "$here/test_csrc.cpp"
   echo "AArch64: the tests compile, with $with"
   if nanobind=$("$PYTHON" -m nanobind --include_dir 2>/dev/null); then
     headers=$("$PYTHON" -c "import sysconfig; print(sysconfig.get_paths()['include'])")
     # shellcheck disable=SC2086
-    $compile $flags -O1 -c -o "$build/aarch64.o" -isystem "$nanobind" -isystem "$headers" "$here/../module.cpp"
+    $compile $flags -O0 -c -o "$build/aarch64.o" -isystem "$nanobind" -isystem "$headers" "$here/../module.cpp"
     echo "AArch64: the binding compiles"
   else
     echo "AArch64: the binding is NOT compiled, as $PYTHON has no nanobind"
@@ -49,9 +50,9 @@ plain() {
 plain >"$build/plain.txt" 2>&1 &
 beside=$!
 # shellcheck disable=SC2086
-"$CXX" $flags -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -o "$build/sanitized" "$here/test_csrc.cpp"
+"$CXX" $flags -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -o "$build/sanitized" "$here/test_csrc.cpp"
 echo "address and undefined-behaviour sanitizers"
-"$build/sanitized"
+"$build/sanitized" brief
 status=0
 wait "$beside" || status=$?
 echo "plain"
