@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import eapcore.kernels as kernels
 import pytest
@@ -51,9 +52,16 @@ def every_logit(logits, batch):
     return METRICS["logit_diff"](logits, batch)
 
 
+@cache
+def named_case(shape):
+    return case(SHAPES[shape])
+
+
 def case(shape):
     """A model, its pairs, and how many pairs and tokens they are."""
-    options, batch, tokens = SHAPES[shape] if isinstance(shape, str) else shape
+    if isinstance(shape, str):
+        return named_case(shape)
+    options, batch, tokens = shape
     model = random_model(**{"dtype": torch.float32} | options)
     return model, random_pairs(model, [tokens] * batch), batch, tokens
 
@@ -65,12 +73,8 @@ def plan_of(model, impl="auto", passes=ONE_GRADIENT, **sizes):
 
 def measured(model, pairs, metric=every_logit, storage="dense", **how):
     """Peak bytes of a task scored as one batch; what is computed once for a model belongs to the model."""
-
-    def call():
-        return attribute(model, pairs, metric, storage=storage, batch_size=len(pairs), **how)
-
-    call()
-    return peak_bytes(call)
+    attribute(model, pairs.select(torch.arange(1)), storage=storage)
+    return peak_bytes(lambda: attribute(model, pairs, metric, storage=storage, batch_size=len(pairs), **how))
 
 
 def assert_within(planned, measured, low=0.95, high=1.05):
@@ -115,11 +119,12 @@ METHODS = {
     **{method: {"method": method} for method in ("qk-fix", "grad-drop", "atp-star", "relp")},
 }
 SOME = ("attention-only", "a large vocabulary", "many heads", "bfloat16")
+MORE = (*SOME, "long prompts", "no LayerNorm")
 
 
 @pytest.mark.parametrize(
     ("shape", "method"),
-    [(shape, method) for method in METHODS for shape in (SHAPES if method == "gauss" else SOME)],
+    [(shape, method) for method in METHODS for shape in (MORE if method == "gauss" else SOME)],
 )
 def test_the_planned_memory_of_every_method_is_the_measured_peak(shape, method):
     assert_within(*planned_and_measured(shape, **METHODS[method]))
@@ -217,7 +222,7 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
 ):
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     pairs = many_pairs(1000, length)
-    plan = Plan(GPT2, dtype, CPU)
+    plan = Plan(replace(GPT2, n_layers=3), dtype, CPU)
     size = plan.batch_size(pairs)
     assert 1 <= size <= 1000
     useful = max(1, 512 // length)
@@ -229,7 +234,7 @@ def test_an_automatic_batch_keeps_within_half_of_the_free_memory_and_has_at_leas
 
 
 def test_steps_run_together_up_to_a_number_of_tokens_and_of_bytes():
-    plan = replace(GPT2_PLAN, config=replace(GPT2, n_layers=4))
+    plan = replace(GPT2_PLAN, config=replace(GPT2, n_layers=2))
     between = (Pass(0.5, 1.0),)  # a pass that makes all of its own activations
 
     def together(batch, tokens, steps, budget=1 << 40):
@@ -330,7 +335,7 @@ def test_the_chunk_that_is_planned_is_the_one_that_is_taken_and_changes_no_score
 PROCESSES = {
     "small": (SMALL | {"n_layers": 4}, 64, 20),
     "the width of GPT-2 small": (
-        SMALL | {"n_layers": 6, "n_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072}, 8, 20,
+        SMALL | {"n_layers": 3, "n_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072}, 8, 20,
     ),
 }  # fmt: skip
 # Of resident memory that no plan has: pages that are begun, allocations of less than a page, what Python makes.
