@@ -183,7 +183,7 @@ def screened(
     if with_cheap - spent <= min(LITTLE * cost.eap, allowed - spent):
         how["exact"], spent = [kind for kind in CHEAP if exact_receivers(graph, [kind])], with_cheap
     elif allowed < spent:
-        how, spent = {}, cost.eap
+        how, spent, allowed = {}, cost.eap, cost.eap
     alike = _go_together(experiment)
     left = allowed - spent - (0 if alike else cost.record)
     runs = None
