@@ -202,11 +202,10 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
     if on.descriptors:
-        for d_head, walks in grads.WALKS.items():
-            for walk in walks:
-                receivers(f"receiver_grads bf16, layernorm, walked, K = {d_head}", half, "layernorm", d_head, 768, walk)
+        for d_head in (64, grads.WIDEST):
+            receivers(f"receiver_grads bf16, layernorm, walked, K = {d_head}", half, "layernorm", d_head, 768)
         receivers("receiver_grads bf16, turned weights", half, "layernorm", 64, 768, turned=True)
-        receivers("receiver_grads bf16, rmsnorm, walked", half, "rmsnorm", 128, 5120, grads.WALKS[128][0], share=4)
+        receivers("receiver_grads bf16, rmsnorm, walked", half, "rmsnorm", 128, 5120, grads.WALK, share=4)
         receivers("receiver_grads bf16, layernorm, K = 120", half, "layernorm", 120, 2560)
         receivers("receiver_grads f16, no norm", torch.float16, "none", 80, 2560)
     receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)

@@ -56,10 +56,10 @@ LOGITS = 1 << 24  # logits, in float64, that are held at once
 EVALUATED = 1 << 18  # of which a metric is made at once
 PINNED = 1 << 26  # bytes of a result up to which it lies in pinned memory
 GRAPH_SHAPES = 16  # shapes of batches that are recorded as CUDA graphs: each keeps its results
-# Batches of one shape from which on recording is worth it. On one H200 (GPT-2 small, 5,120 tokens, bfloat16, torch
-# 2.11, 2026-11-27) the host took 28 ms to launch a batch, a replay 11, recording 74: whole calls of 4 and 6 batches
-# took 137 and 160 ms recorded from the second on, 127 and 180 not.
-GRAPH_WORTH = 6
+# Batches of one shape from which on recording is worth it. On one H200 (bfloat16, torch 2.11, 2026-11-27) whole calls
+# of 4 and of 6 batches, recorded from the second on, took 137 and 160 ms for GPT-2 small at 5,120 tokens (not recorded
+# 127 and 180), 764 and 762 for XL (829 and 1,281), 529 and 759 for a 13B (503 and 923).
+GRAPH_WORTH = 5
 # Multiply-adds of one [B·T, D] × [D, D] product up to which that holds. Beyond it the device needs longer than the host
 # takes to launch: at 1.2e10 (GPT-2 small, 20,480 tokens) a batch took 53 ms with and without, at 4.2e9 (the 13B) 49 and
 # 104.
