@@ -43,6 +43,8 @@ TIMED = [
     if not reason and (name != "triton" or os.environ.get("TRITON_INTERPRET") != "1")
 ]
 
+DTYPELESS = ("steps", "attention")
+
 needs_peaks = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="this system keeps no high-water mark that can be set back"
 )
@@ -158,8 +160,9 @@ def test_no_case_begins_after_the_minutes_are_over(stand_in, capsys):
 def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
-    for check in ("check_edge_scores", "check_receiver_grads", "check_factored"):
-        monkeypatch.setattr(op_checks, check, lambda *args: None)
+    monkeypatch.setattr(op_checks, "VARIANTS", op_checks.VARIANTS - op_checks.STEPS)
+    for check in ("edge_scores", "receiver_grads", "factored", *DTYPELESS):
+        monkeypatch.setattr(op_checks, f"check_{check}", lambda *args: None)
     message = r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm by table, .*"
     with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, .*zero_non_edges did not"):
         op_checks.check_every_kernel("cuda", "cpu")
@@ -167,7 +170,7 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
 
 def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
     pytest.importorskip("triton")
-    from eapcore.kernels import triton_common
+    from eapcore.kernels import triton_common, triton_factored
 
     device = "cuda"
     if triton_common.interpreted():  # which is slow
@@ -176,9 +179,13 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
         monkeypatch.setattr(triton_common, "target", lambda device: on)
         monkeypatch.setattr(op_checks, "FACTORED", op_work.Model("K = 64", 3, 1, 64))
         monkeypatch.setattr(op_checks.checks, "REDUCE", ("all",))
-        scores = op_checks.check_edge_scores
-        chosen = (torch.bfloat16, 37)
-        monkeypatch.setattr(op_checks, "check_edge_scores", lambda *args: args[2:] == chosen and scores(*args))
+        monkeypatch.setattr(triton_factored, "choose_chunk", lambda *args: 10)  # all of them, beside the chunks of 4
+        monkeypatch.setattr(op_checks, "CHANNELS", (*op_checks.CHANNELS[:3], *op_checks.CHANNELS[5:]))
+        # What is not told apart by dtype, in one.
+        for name, chosen in (("edge_scores", (torch.bfloat16, 37)), *((x, (torch.bfloat16,)) for x in DTYPELESS)):
+            check = getattr(op_checks, f"check_{name}")
+            only = lambda *args, check=check, chosen=chosen: args[-len(chosen) :] == chosen and check(*args)  # noqa: E731
+            monkeypatch.setattr(op_checks, f"check_{name}", only)
     monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
     op_checks.check_every_kernel("cuda", device)
 
@@ -323,7 +330,7 @@ def case(**changes):
 
 @pytest.fixture
 def timed_here(monkeypatch):
-    """Times taken in this process, as starting one for each case takes seconds."""
+    """Times and peaks taken in this process, as starting one for each case takes seconds; a peak of at least a MiB."""
 
     def seconds(work, names, batches, repeats):
         model, pairs = work.model(), work.pairs(batches)
@@ -331,8 +338,12 @@ def timed_here(monkeypatch):
             [pipeline_work.implementation(name, model, pairs, work.B) for name in names], repeats
         )
 
-    monkeypatch.setattr(bench_pipeline, "seconds", seconds)
-    monkeypatch.setattr(scaling, "seconds", seconds)
+    def memories(jobs):
+        return [max(pipeline_work.MIB, pipeline_work.peak_memory(work, name)) for work, name in jobs]
+
+    for module in (bench_pipeline, scaling):
+        monkeypatch.setattr(module, "seconds", seconds)
+        monkeypatch.setattr(module, "memories", memories)
 
 
 @needs_peaks
@@ -557,6 +568,7 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
 def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch, capsys):
     import ops.tilings as tilings
 
+    monkeypatch.setattr(bench_kernels, "Clock", lambda device: lambda run: 1.0)
     monkeypatch.setattr(tilings, "RECEIVERS", tilings.RECEIVERS[:1])
     monkeypatch.setattr(tilings, "TILINGS", ((128, 128, 64, 4, 3),))
     assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 0
@@ -569,7 +581,7 @@ def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch
         *["edge_scores"] * 3,
     ]
     monkeypatch.setattr(tilings, "RECEIVERS", (tilings.Walk(128, 48, 8, 3),))  # no power of two
-    assert tilings.main(["--quick", "--device", "cpu", "--only", "XL"]) == 1
+    assert tilings.main(["--quick", "--once", "--device", "cpu", "--only", "XL"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert ["failed" in line for line in lines] == [True, True] + [False] * (len(lines) - 2)
 

@@ -32,6 +32,8 @@ CASES = {
     "a window of one": (1, 1, 2, 6, 3, None, Causal(0.9, window=1)),
 }
 
+HALF = ("one of everything", "a past, grouped", "read, a past", "a cap", "read, blocks, a window, a cap")
+
 
 def case(name, dtype):
     torch.manual_seed(0)
@@ -81,8 +83,14 @@ def test_torchs_operations_are_the_literal_ones(name):
         torch.testing.assert_close(summed, whole[:, :, past:], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CASES),
+        # A dtype changes what is loaded, stored and multiplied, and no branch of the others.
+        *((name, dtype) for name in HALF for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
 def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
     q, k, v, dz, how, tokens, read = case(name, dtype)
     z = attend(q, k, v, how, tokens, read, impl="triton")
