@@ -53,18 +53,18 @@ def literal(pair, points=POINTS, qk="gradient", rules=None, ablated=None, **how)
 
 
 @models
-@pytest.mark.parametrize("storage", ["dense", "factored"])
-def test_points_rules_and_exact_patterns_go_together(options, storage):
+def test_points_rules_and_exact_patterns_go_together(options):
     model, pairs = case(options)
     for chosen in CHOICES:
         expected = mean_of(model, pairs, lambda pair, chosen=chosen: literal(pair, **chosen))
-        how = {"points": POINTS, "storage": storage, "batch_size": 2} | chosen
-        near(attribute(model, pairs, **how).scores, expected)
-        parts = [attribute(model, pairs, reduce=reduce, **how) for reduce in ("pair", "position")]
-        near(parts[0].per_pair.mean(0), expected)
-        near(parts[1].per_position.sum(0), expected)
-        if storage == "factored" or "qk" in chosen:  # nodes without exact edges keep no sender buffer
-            near(attribute(model, pairs, level="node", **how).scores, expected.sum(1))
+        for storage in ("dense", "factored"):
+            how = {"points": POINTS, "storage": storage, "batch_size": 2} | chosen
+            near(attribute(model, pairs, **how).scores, expected)
+            parts = [attribute(model, pairs, reduce=reduce, **how) for reduce in ("pair", "position")]
+            near(parts[0].per_pair.mean(0), expected)
+            near(parts[1].per_position.sum(0), expected)
+            if storage == "factored" or "qk" in chosen:  # nodes without exact edges keep no sender buffer
+                near(attribute(model, pairs, level="node", **how).scores, expected.sum(1))
 
 
 def test_one_point_is_a_number_and_every_preset_takes_it():

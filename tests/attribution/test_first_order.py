@@ -41,7 +41,8 @@ MODELS = {
 }
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 families = pytest.mark.parametrize("options", list(MODELS.values())[:2], ids=list(MODELS)[:2])
-storages = pytest.mark.parametrize("storage", ["dense", "factored"])
+STORAGES = ("dense", "factored")
+storages = pytest.mark.parametrize("storage", STORAGES)
 RELP = {"norms": "frozen", "activation": "identity", "attention": "frozen"}
 LENGTHS = [6, 3, 8]
 
@@ -59,7 +60,6 @@ def assert_equal(scores, expected, *, largest=1e-3):
 # Methods
 
 
-@storages
 @families
 @pytest.mark.parametrize("method", [
     {"method": "eap", "gradient_at": "corrupt"},
@@ -68,13 +68,14 @@ def assert_equal(scores, expected, *, largest=1e-3):
     *({"method": "eap-ig", "steps": 2, "points": points} for points in ("right", "midpoint", "gauss")),
     {"method": "eap-ig", "points": [(0.75, 1.0)]},
 ], ids=lambda m: " ".join(str(v) for v in m.values()))  # fmt: skip
-def test_gradients_at_interpolated_inputs_equal_a_literal_oracle(method, options, storage):
+def test_gradients_at_interpolated_inputs_equal_a_literal_oracle(method, options):
     model, pairs = case(options, first=2)
     passes = recipe(method["method"], model.graph, Options(**{k: v for k, v in method.items() if k != "method"})).passes
     expected = oracle.eap(model, pairs, points=[(step.alpha, step.weight) for step in passes])
-    scores = attribute(model, pairs, **method, storage=storage, batch_size=2)
-    assert_equal(scores.scores, expected)
-    assert scores.meta["method"]["name"] == method["method"]
+    for storage in STORAGES:
+        scores = attribute(model, pairs, **method, storage=storage, batch_size=2)
+        assert_equal(scores.scores, expected)
+        assert scores.meta["method"]["name"] == method["method"]
 
 
 def test_kl_has_scores_away_from_the_clean_run():
@@ -93,10 +94,9 @@ def test_the_points_of_each_rule_are_as_stated():
         assert np.dot(weights, np.power(nodes, power)) == pytest.approx(1 / (power + 1), abs=1e-14)
 
 
-@storages
 @models
 @pytest.mark.parametrize("points", [{"points": "left", "steps": 2}, {"points": [(0.3, 0.4), (0.9, 0.6)]}, {"steps": 1}])
-def test_eap_ig_activations_interpolates_one_component_at_a_time(options, storage, points):
+def test_eap_ig_activations_interpolates_one_component_at_a_time(options, points):
     model, pairs = case(options)
     at = {"left": [(0.0, 0.5), (0.5, 0.5)], None: [(1.0, 1.0)]}
     rule = points.get("points")
@@ -108,14 +108,14 @@ def test_eap_ig_activations_interpolates_one_component_at_a_time(options, storag
         return sum(weight * oracle.one_pass(pair, deltas, **how) for _, weight, how in steps)
 
     expected = mean_of(model, pairs, score)
-    scores = attribute(model, pairs, method="eap-ig-activations", **points, storage=storage, batch_size=2)
-    assert_equal(scores.scores, expected)
+    for storage in STORAGES:
+        scores = attribute(model, pairs, method="eap-ig-activations", **points, storage=storage, batch_size=2)
+        assert_equal(scores.scores, expected)
 
 
-@storages
 @models
 @pytest.mark.parametrize("rules", ["relp", "frozen norm", "identity", "gradient through attention", "gim", "flat"])
-def test_relp_goes_back_by_the_rules(options, storage, rules):
+def test_relp_goes_back_by_the_rules(options, rules):
     model, pairs = case(options)
     how, ours = {
         "relp": (RELP, None),
@@ -126,10 +126,11 @@ def test_relp_goes_back_by_the_rules(options, storage, rules):
         "flat": ({"activation": "identity", "temperature": 0.7}, Rules(activation="identity", temperature=0.7)),
     }[rules]
     expected = mean_of(model, pairs, lambda pair: oracle.one_pass(pair, pair.deltas(), **how))
-    scores = attribute(model, pairs, method="relp", rules=ours, storage=storage, batch_size=2)
-    assert_equal(scores.scores, expected)
-    queries_keys = [r for r, name in enumerate(model.graph.receiver_names) if name[-3:] in ("<q>", "<k>")]
-    assert bool((scores.scores[:, queries_keys] == 0).all()) == (rules == "relp")
+    for storage in STORAGES:
+        scores = attribute(model, pairs, method="relp", rules=ours, storage=storage, batch_size=2)
+        assert_equal(scores.scores, expected)
+        queries_keys = [r for r, name in enumerate(model.graph.receiver_names) if name[-3:] in ("<q>", "<k>")]
+        assert bool((scores.scores[:, queries_keys] == 0).all()) == (rules == "relp")
 
 
 @models
@@ -145,15 +146,15 @@ def test_qk_fix_recomputes_the_softmax_for_every_edge_into_q_and_k(options, firs
     assert receivers == {"<q>", "<k>"}
 
 
-@storages
 @models
-def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options, storage):
+def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options):
     model, pairs = case(options)
     expected = mean_of(model, pairs, lambda pair: oracle.dropped(pair, pair.deltas()))
-    scores = attribute(model, pairs, method="grad-drop", storage=storage, batch_size=2)
-    assert_equal(scores.scores, expected)
-    assert bool((scores.scores >= 0).all())
-    assert scores.meta["method"]["sign"].startswith("absolute")
+    for storage in STORAGES:
+        scores = attribute(model, pairs, method="grad-drop", storage=storage, batch_size=2)
+        assert_equal(scores.scores, expected)
+        assert bool((scores.scores >= 0).all())
+        assert scores.meta["method"]["sign"].startswith("absolute")
 
 
 @pytest.mark.parametrize("storage", ["dense", "factored"])
@@ -195,19 +196,19 @@ def ablated_values(model, reference, kind):
     return lambda s, t: means[s] if kind == "mean" else means[s, t]
 
 
-@storages
 @pytest.mark.parametrize("own", [True, False], ids=["own prompts", "a reference"])
 @pytest.mark.parametrize("kind", ["zero", "mean", "mean-positional"])
 @families
-def test_ablations_send_zero_or_a_mean_over_prompts(options, kind, own, storage):
+def test_ablations_send_zero_or_a_mean_over_prompts(options, kind, own):
     model, pairs = case(options, first=2)
     other = random_pairs(model, [9, 5, 4, 8], seed=7)
     used = {} if own or kind == "zero" else {"reference": other}
     value = ablated_values(model, pairs if own else other, kind)
     expected = mean_of(model, pairs, lambda pair: oracle.one_pass(pair, pair.deltas(value)))
-    scores = attribute(model, pairs, ablation=kind, **used, storage=storage, batch_size=2)
-    assert_equal(scores.scores, expected)
-    assert scores.meta["method"]["ablation"]["name"] == kind
+    for storage in STORAGES:
+        scores = attribute(model, pairs, ablation=kind, **used, storage=storage, batch_size=2)
+        assert_equal(scores.scores, expected)
+        assert scores.meta["method"]["ablation"]["name"] == kind
 
 
 @families
@@ -582,18 +583,18 @@ def test_steps_that_run_together_give_the_scores_of_one_after_another(options, h
 
 @storages
 def test_eap_ig_activations_holds_no_more_with_more_steps(storage, limited):
-    model, pairs = random_case([16] * 16, n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
+    model, pairs = random_case([16] * 8, n_heads=4, d_model=64, d_head=16, d_mlp=256, scale=0.1)
     limited(step_tokens=0)  # steps run one after another, as they do in larger batches
 
     def peak(steps):
         return peak_bytes(
-            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=16)
+            lambda: attribute(model, pairs, method="eap-ig-activations", steps=steps, storage=storage, batch_size=8)
         )
 
     peak(1)  # what is computed once for a model belongs to the model
-    two, eight = peak(2), peak(8)
+    two, five = peak(2), peak(5)
     assert two > 2**20
-    assert eight <= 1.01 * two
+    assert five <= 1.01 * two
 
 
 @pytest.mark.parametrize(("bad", "message"), [

@@ -44,8 +44,8 @@ def everything(rank, size, folder):
     for name, call in {**EVERYTHING, "screened": lambda m, p, **o: screened(m, p, budget=5.0, **o).scores}.items():
         if name == "circuits":  # one batch
             continue
-        alone = number(call(model, pairs))
         shared = number(call(model, pairs, distributed=True))
+        alone = number(call(model, pairs)) if rank == 0 else shared  # one process compares
         twice = name in ("eap-ig", "by pair, factored", "edges", "faithfulness")
         again = number(call(model, pairs, distributed=True)) if twice else shared
         scale = float(alone.abs().max())

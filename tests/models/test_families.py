@@ -561,9 +561,15 @@ def _widened(model):
     return assemble(model.config, {name: tensor.double() for name, tensor in model.weights.named()})
 
 
-@pytest.mark.parametrize("kv", ["each", "grouped"])
-@pytest.mark.parametrize("storage", ["dense", "factored"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "olmo2", "neox"])
+@pytest.mark.parametrize(
+    ("name", "storage", "kv"),
+    [
+        *((name, "dense", "each") for name in ("llama", "gemma2", "neox")),
+        *((name, "dense", "grouped") for name in ("qwen2", "olmo2")),
+        *((name, "factored", "grouped") for name in ("llama", "gemma2", "neox")),
+        *((name, "factored", "each") for name in ("qwen2", "olmo2")),
+    ],
+)
 def test_the_planned_memory_is_within_a_tenth_of_the_measured_peak(name, storage, kv):
     kind, given = CASES[name]
     width = 16 * given["num_attention_heads"]
