@@ -28,13 +28,12 @@ class Target:
     """The device as far as tiles and splits depend on it.
 
     backend: "cuda", "hip" or "interpreter". arch: compute capability times ten (90), 0 elsewhere. processors: streaming
-    multiprocessors or compute units. l2_bytes, memory_bytes: the sizes of its L2 cache and of its memory.
+    multiprocessors or compute units. memory_bytes: the size of its memory.
     """
 
     backend: str
     arch: int
     processors: int
-    l2_bytes: int
     memory_bytes: int
 
     @property
@@ -48,7 +47,7 @@ class Target:
 
 
 # What is planned for a GPU where there is none is planned for an H100 (SXM).
-ELSEWHERE = Target("cuda", 90, processors=132, l2_bytes=50 << 20, memory_bytes=80 << 30)
+ELSEWHERE = Target("cuda", 90, processors=132, memory_bytes=80 << 30)
 
 
 # Triton decides this where a kernel is defined; asking the environment in every step would take longer than some do.
@@ -68,7 +67,6 @@ def _device_target(index: int) -> Target:
         backend=backend,
         arch=properties.major * 10 + properties.minor if backend == "cuda" else 0,
         processors=properties.multi_processor_count,
-        l2_bytes=properties.L2_cache_size,
         memory_bytes=properties.total_memory,
     )
 
@@ -77,7 +75,7 @@ def target(device: torch.device) -> Target:
     """The target that kernels on tensors of this device are made for."""
     if interpreted():
         # Few processors keep the interpreter's grids small; still more than one split for most shapes.
-        return Target("interpreter", 0, processors=4, l2_bytes=1 << 20, memory_bytes=1 << 30)
+        return Target("interpreter", 0, processors=4, memory_bytes=1 << 30)
     if device.type != "cuda":
         raise RuntimeError(f"Triton kernels need tensors on a GPU, got {device}: use impl='cpp' or impl='reference'")
     if not torch.cuda.is_available():

@@ -42,16 +42,15 @@ class Machine:
     warp: int
     shared_limit: int
     processors: int
-    l2_bytes: int
     memory_bytes: int
     tensor: str
 
 
 MACHINES = {
-    "sm_80": Machine("cuda", 80, 32, 166_912, 108, 40 << 20, 80 << 30, r"\bmma\.sync"),
-    "sm_90": Machine("cuda", 90, 32, 232_448, 132, 50 << 20, 141 << 30, r"\bwgmma\.mma_async"),
-    "sm_100": Machine("cuda", 100, 32, 232_448, 148, 126 << 20, 180 << 30, r"\btcgen05\.mma"),
-    "gfx942": Machine("hip", "gfx942", 64, 65_536, 304, 4 << 20, 192 << 30, r"\bv_mfma"),
+    "sm_80": Machine("cuda", 80, 32, 166_912, 108, 80 << 30, r"\bmma\.sync"),
+    "sm_90": Machine("cuda", 90, 32, 232_448, 132, 141 << 30, r"\bwgmma\.mma_async"),
+    "sm_100": Machine("cuda", 100, 32, 232_448, 148, 180 << 30, r"\btcgen05\.mma"),
+    "gfx942": Machine("hip", "gfx942", 64, 65_536, 304, 192 << 30, r"\bv_mfma"),
 }
 
 
@@ -404,7 +403,7 @@ def compile_target(name: str) -> list[Row]:
     machine = MACHINES[name]
     triton.runtime.driver.set_active(driver(machine))
     arch = machine.arch if isinstance(machine.arch, int) else 0
-    on = triton_common.Target(machine.backend, arch, machine.processors, machine.l2_bytes, machine.memory_bytes)
+    on = triton_common.Target(machine.backend, arch, machine.processors, machine.memory_bytes)
     rows: list[Row] = []
     seen: set[str] = set()
     case = expects = ""

@@ -88,7 +88,7 @@ def on_a_gpu(compiler: Compiler, target: str = "sm_90") -> Iterator[None]:
 
     machine = MACHINES[target]
     triton.runtime.driver.set_active(driver(machine))
-    on = triton_common.Target("cuda", int(machine.arch), machine.processors, machine.l2_bytes, machine.memory_bytes)
+    on = triton_common.Target("cuda", int(machine.arch), machine.processors, machine.memory_bytes)
     original = steps.takes_triton
 
     def takes(impl: str, x: torch.Tensor) -> bool:

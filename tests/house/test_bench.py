@@ -221,7 +221,7 @@ def test_a_triton_case_is_allowed_the_error_of_its_plan(monkeypatch):
     pytest.importorskip("triton")
     from eapcore.kernels import triton_common
 
-    one_processor = triton_common.Target("cuda", 90, 1, 50 << 20, 141 << 30)
+    one_processor = triton_common.Target("cuda", 90, 1, 141 << 30)
     monkeypatch.setattr(triton_common, "target", lambda device: one_processor)
     case = op_work.Case("edge_scores", op_work.TINY, 0, 2, 5, torch.bfloat16)
     for batch, limit in ((2, 1e-5), (1024, 5e-8 * 1024)):  # the longest chain that there is

@@ -151,7 +151,7 @@ def test_triton_edge_scores_factored_allocates_what_it_says(interpreter, reduce,
 def gpu(monkeypatch):
     """A GPU as far as plans go: tensors are on the meta device, and nothing is launched."""
     common = pytest.importorskip("eapcore.kernels.triton_common")
-    target = common.Target("cuda", 90, 132, 50 << 20, 141 << 30)
+    target = common.Target("cuda", 90, 132, 141 << 30)
     monkeypatch.setattr(common, "target", lambda device: target)
     monkeypatch.setattr(common, "interpreted", lambda: False)
     monkeypatch.setattr(common, "launch", lambda *args, **options: None)
