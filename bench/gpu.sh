@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a GPU is asked, in order and within about six minutes: bench/gpu.sh FOLDER
+# Everything that a GPU is asked, in order, in some ten minutes: bench/gpu.sh FOLDER
 #
 # For a source tree on a machine with Python, torch, triton and a C++ compiler, without a network. Each part has a time
 # limit, prints a table and writes FOLDER/PART.txt and, line by line, FOLDER/PART.jsonl; one that fails or takes too long
 # costs only itself. EAPCORE_PYTHON chooses the interpreter. --quick: small models, on a machine without a GPU to see
-# which parts begin. No part begins after EAPCORE_SECONDS.
+# which parts begin. No part begins after EAPCORE_SECONDS;
+# EAPCORE_PARTS='check llama' asks for these alone.
 #
 # The tests of the kernels run on the GPU too, in EAPCORE_WORKERS processes of pytest-xdist.
 set -u
@@ -19,6 +20,7 @@ began=$SECONDS
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 since=$SECONDS status
   shift 2
+  [[ -z ${EAPCORE_PARTS:-} || " $EAPCORE_PARTS " == *" $name "* ]] || return 0
   if ((since - began > ${EAPCORE_SECONDS:-900})); then
     printf '{"part": "%s", "status": 124, "seconds": 0}\n' "$name" >>"$out/parts.jsonl"
     return

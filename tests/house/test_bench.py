@@ -563,6 +563,10 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     assert [part["part"] for part in parts[6:8]] == ["small-256", "xl"]
     assert {part["part"] for part in parts[1:] if part["status"]} == {"small-256"}
     assert "--part GPT-2 XL" in (tmp_path / "out/xl.txt").read_text()
+    some = environment | {"EAPCORE_PARTS": "check llama"}
+    done = subprocess.run([script, tmp_path / "some", "--quick"], capture_output=True, text=True, env=some)
+    parts = [json.loads(line)["part"] for line in (tmp_path / "some/parts.jsonl").read_text().splitlines()]
+    assert done.returncode == 0 and parts == ["check", "llama"]
 
 
 def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch, capsys):
