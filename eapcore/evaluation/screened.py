@@ -71,13 +71,14 @@ class Operations:
             behind = (graph.n_layers - 2 - layer) * (attention + mlp) * tokens + last
             own = 4 * width * size * tokens + tokens**2 * size
             if graph.is_last(layer):
-                behind, own = mlp * (not graph.parallel), own / 2
+                behind, own = mlp * (not graph.parallel), width * size * (tokens + 1) + 2 * tokens * size
             elif mlp and not graph.parallel:
                 own += mlp * tokens
             edge[graph.qkv(layer)] = behind + own + head
             if graph.has_mlp:
                 here = mlp * (1 if graph.is_last(layer) else tokens)
                 edge[graph.mlp_receiver(layer)] = here + (0 if graph.is_last(layer) else behind) + head
+        edge[list(exact_receivers(graph, ["q"]))] -= width * size * (tokens - 1)  # a query alone, at what is read
         edge[graph.logits] = width + head
         return Operations(3 * forward + contraction, 2 * forward + contraction, 2 * forward, edge)
 
