@@ -159,4 +159,4 @@ def test_the_hub_out_of_reach_is_said_at_once(refused, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         start = time.monotonic()
         said = refused("attribute", "--model", "nobody/nothing-that-is-cached", "--task", "sort")
-        assert "the Hub cannot be reached" in said and time.monotonic() - start < 10
+        assert "the Hub cannot be reached" in said and time.monotonic() - start < 20  # with its own retries 23

@@ -328,7 +328,7 @@ def test_another_python_thread_runs_meanwhile(impl):
     delta, grads = pair(40 if cpp.isa() == "portable" else 400, 400, 2, 40, 768)
     torch.set_num_threads(1)
     kernels.edge_scores(delta, grads, impl=impl)
-    ticks, over = [], threading.Event()
+    ticks, over, inside = [], threading.Event(), []
 
     def tick():
         while not over.wait(0.002):
@@ -336,14 +336,18 @@ def test_another_python_thread_runs_meanwhile(impl):
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    begin = time.perf_counter()
-    kernels.edge_scores(delta, grads, impl=impl)
-    end = time.perf_counter()
-    over.set()
-    ticker.join()
-    assert end - begin > 0.03
-    # The interpreter would change threads behind the call, not inside it: only then were there none.
-    assert sum(begin + 0.005 < at < end - 0.005 for at in ticks) >= 3
+    try:
+        while len(inside) < 20 and max(inside, default=0) < 3:  # on a busy machine it may come to nothing at first
+            begin = time.perf_counter()
+            kernels.edge_scores(delta, grads, impl=impl)
+            end = time.perf_counter()
+            assert end - begin > 0.03
+            # The interpreter would change threads behind the call, not inside it: only then were there none.
+            inside.append(sum(begin + 0.005 < at < end - 0.005 for at in ticks))
+    finally:
+        over.set()
+        ticker.join()
+    assert max(inside) >= 3
 
 
 STRIDED = {
