@@ -32,7 +32,7 @@ from ops import checks as op_checks
 from ops import work as op_work
 from peers import hooked, published
 from peers.plain import plain_forward
-from pipeline import first_batch, gpu, launches, scaling
+from pipeline import first_batch, gpu, launches, memory, scaling
 from pipeline import work as pipeline_work
 
 # What pytest-benchmark times, Triton where it does not interpret.
@@ -343,6 +343,7 @@ def timed_here(monkeypatch):
 
     for module in (bench_pipeline, scaling):
         monkeypatch.setattr(module, "seconds", seconds)
+    for module in (bench_pipeline, memory, scaling):
         monkeypatch.setattr(module, "memories", memories)
 
 
@@ -376,8 +377,8 @@ def test_the_verdicts_of_made_up_numbers():
         "1/4": 250,
         "1/6": 1000 / 6,
     }
-    for memory, bound in bounds.items():
-        one = case(memory=memory)
+    for kind, bound in bounds.items():
+        one = case(memory=kind)
         assert bench_pipeline.memory_bound(one, 1000, 70) == bound
         assert bench_pipeline.memory_line(one, int(bound), 1000, 70).endswith(": holds")
         assert bench_pipeline.memory_line(one, int(bound) + 1, 1000, 70).endswith(": FALLS SHORT")
@@ -388,6 +389,7 @@ def test_the_verdicts_of_made_up_numbers():
 
 
 @needs_peaks
+@pytest.mark.usefixtures("timed_here")
 def test_the_memory_s_table_sets_what_was_planned_beside_what_was_resident(capsys):
     assert bench_pipeline.main(["--quick", "--only", "memory"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-2:]
