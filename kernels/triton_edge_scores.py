@@ -71,10 +71,10 @@ class Config:
     per_sm: int = 1
 
 
-# Hopper and data-centre Blackwell: 227 KB of shared memory a processor. What binds large tiles there is L2, which all
-# processors read at 6 to 7 TB/s: 192 × 256 pairs need a fifth fewer bytes for a product than 128 × 256, and their sums
-# still fit in the registers of two warp groups. On one H200 (bfloat16, positions in front) they took 0.94 × the time at
-# XL's shape, 0.80 × at a 13B's, and 1.05 × at GPT-2 medium's, where they are padded by an eighth more.
+# Hopper and data-centre Blackwell: 227 KB of shared memory a processor. What binds large tiles on Hopper is L2, which
+# all processors read at 6 to 7 TB/s: 192 × 256 pairs need a fifth fewer bytes for a product than 128 × 256, and their
+# sums still fit in the registers of two warp groups. On one H200 (bfloat16, positions in front) they took 0.94 × the
+# time at XL's shape, 0.80 × at a 13B's, and 1.05 × at GPT-2 medium's, where they are padded by an eighth more.
 TENSOR_SM90 = (
     Config(192, 256, 64, 8, 3, rate=1.1),
     Config(128, 256, 64, 8, 4, rate=1.0),
@@ -83,6 +83,8 @@ TENSOR_SM90 = (
     Config(64, 128, 64, 4, 4, rate=0.6, per_sm=2),
     Config(64, 64, 128, 4, 3, rate=0.4, per_sm=2),
 )
+# There the sums of two products at once do not stay in tensor memory.
+TENSOR_SM100 = TENSOR_SM90[1:]
 # Ampere, Ada and consumer Blackwell: 99 KB is the least of them.
 TENSOR_SM80 = (
     Config(128, 256, 32, 8, 3, rate=1.0),
@@ -386,7 +388,9 @@ def configs(dtype: torch.dtype, precision: str, on: common.Target, aligned: bool
             return UNALIGNED
         if on.backend == "hip":
             return TENSOR_HIP
-        return TENSOR_SM90 if on.descriptors else TENSOR_SM80
+        if not on.descriptors:
+            return TENSOR_SM80
+        return TENSOR_SM100 if on.arch >= 100 else TENSOR_SM90
     if precision == "tf32x3":
         if not aligned:
             return TF32X3_UNALIGNED

@@ -391,9 +391,9 @@ def counted(monkeypatch):
     calls = {"recorded": 0, "means": 0}
     of, means = Recording.of, ablations.means
 
-    def record(experiment, index):
+    def record(experiment, index, **options):
         calls["recorded"] += len(index)
-        return of(experiment, index)
+        return of(experiment, index, **options)
 
     def average(*args, **options):
         calls["means"] += 1
