@@ -35,7 +35,10 @@ def told(tmp_path_factory):
         ("sharing:gone_on", 2),
         ("sharing:survivor", 1),
     ]
-    found = ranks.start(*groups, folder=tmp_path_factory.mktemp("ranks"))
+    beside = ("sharing:faults", "sharing:killed", "sharing:lonely", "sharing:killed_command"), (
+        "sharing:undisturbed", "sharing:begun", "sharing:gone_on", "sharing:survivor",
+    )  # fmt: skip
+    found = ranks.start(*groups, folder=tmp_path_factory.mktemp("ranks"), beside=beside)
     return {name.split(":")[1]: results for (name, _), results in zip(groups, found, strict=True)}
 
 

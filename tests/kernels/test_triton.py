@@ -133,7 +133,7 @@ def test_every_tiling_of_every_target_is_right(launches):
 
 
 def test_senders_in_two_parts(launches):
-    delta, gradients, mask = torch.randn(130, 4, 8, 72), torch.randn(70, 4, 8, 72), torch.rand(130, 70) < 0.5
+    delta, gradients, mask = torch.randn(130, 2, 3, 72), torch.randn(70, 2, 3, 72), torch.rand(130, 70) < 0.5
     config = replace(SMALL, block_s=96)
     for d, g in ((delta, gradients), (delta[:90, :, :, 1:], gradients[:40, :, :, 1:]), (delta[:90], gradients[:40])):
         for reduce in ("all", "pair", "position"):
