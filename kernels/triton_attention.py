@@ -367,7 +367,7 @@ def _how(q: Tensor, k: Tensor, how: Causal, tokens: int, *, exact: bool) -> tupl
     common.check_precision("auto", q.dtype, common.target(q.device))
     _, heads, queries, d_head = q.shape
     keys = k.shape[2]
-    block_k = max(16, triton.next_power_of_2(d_head))
+    block_k = max(16, common.next_power_of_2(d_head))
     block = 64 if block_k <= 64 and not exact else 32  # as far as registers go
     numbers = [
         heads, heads // k.shape[1], queries, keys, d_head, keys - tokens, how.scale, how.window or 0, how.softcap or 1.0

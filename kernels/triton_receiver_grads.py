@@ -11,7 +11,7 @@ Why these tilings. Two kernels make the product; which one follows from shapes, 
 `tile_grads` (half precision, K up to 128, tensor descriptors): a program owns BLOCK_N tokens × BLOCK_D of d, reads x̂,
 γ and rstd of its tile once, and walks along the channels with them in registers. A step of its loop is one product of
 two tiles that TMA brings stages ahead, four operations an element, and a store that TMA finishes during the next step.
-From L2 it reads (BLOCK_N + BLOCK_D) · K elements for BLOCK_N · BLOCK_D written: with 128 × 64 and K = 64, 1.5 bytes for
+From L2 it reads (BLOCK_N + BLOCK_D) · K elements for BLOCK_N · BLOCK_D written: with 64 × 128 and K = 64, 1.5 bytes for
 each. The channels are cut into groups where there are fewer tiles than the device holds programs. Consecutive programs
 share their weight, which so comes from memory once.
 
@@ -43,6 +43,7 @@ from torch import Tensor
 
 from . import triton_common as common
 from .checks import Norm, Sizes, token_stride, tokens_in_step
+from .triton_steps import rounded
 
 # Columns of `table`: offsets of a channel's g, act, weight, x̂, rstd, γ, constants, output; its row in `wanted`.
 COLUMNS = tl.constexpr(9)
@@ -203,17 +204,8 @@ def channel_grads(
             x = tl.load(x_at, mask=in_d[None, :], other=0.0).to(tl.float32)
             grad = (grad - c1[:, None] - c2[:, None] * x) * scale[:, None]
         at = out + n.to(tl.int64)[:, None] * stride_on + d[None, :]
-        tl.store(at, rounded(grad, out.dtype.element_ty, UPCAST), mask=(n < N)[:, None] & in_d[None, :])
-
-
-@triton.jit
-def rounded(grad, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """grad in the output's dtype."""
-    if UPCAST and dtype == tl.bfloat16:
-        # The interpreter cuts bits off where a GPU rounds to the nearest.
-        bits = grad.to(tl.int32, bitcast=True)
-        grad = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return grad.to(dtype)
+        kept = rounded(grad, UPCAST and out.dtype.element_ty == tl.bfloat16).to(out.dtype.element_ty)
+        tl.store(at, kept, mask=(n < N)[:, None] & in_d[None, :])
 
 
 @triton.jit(do_not_specialize=["C", "N", "T", "group", "stride_rb"])
@@ -266,7 +258,8 @@ def tile_grads(
             if KIND == "layernorm":
                 c1 = tl.load(at)
             c2 = tl.load(at + N)
-        out.store([c, row, column], rounded(grad, out.dtype, UPCAST).reshape(1, BLOCK_N, BLOCK_D))
+        kept = rounded(grad, UPCAST and out.dtype == tl.bfloat16).to(out.dtype)
+        out.store([c, row, column], kept.reshape(1, BLOCK_N, BLOCK_D))
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -359,7 +352,7 @@ def project(work: Channels, out: Tensor, config: Config | None = None) -> None:
     d_model = weight.shape[1]
     rows = batch * tokens
     tile = config or choose_config(rows, d_head, g.dtype, on, aligned(work, out))
-    block_k = min(tile.block_k, max(16, triton.next_power_of_2(d_head)))
+    block_k = min(tile.block_k, max(16, common.next_power_of_2(d_head)))
     chunks = common.cdiv(d_head, block_k)
     units = common.cdiv(rows, tile.block_n) * work.count
     # A program walks along all of d unless that leaves processors idle.
@@ -427,7 +420,7 @@ def walk(work: Channels, out: Tensor, tile: Walk) -> None:
         raise ValueError(f"{tile} was asked for, but no tiles of it can be described here")
     _, batch, tokens, d_head = g.shape
     d_model, rows, share = weight.shape[1], batch * tokens, work.count // len(weight)
-    block_k = max(16, triton.next_power_of_2(d_head))
+    block_k = max(16, common.next_power_of_2(d_head))
     upcast = common.interpreted()  # which multiplies the bit patterns of bfloat16
     sums = None
     if norm.kind != "none":
