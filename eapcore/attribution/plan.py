@@ -51,9 +51,16 @@ class _Memory(TorchDispatchMode):
         self.known: set[int] = set()
         self.now = self.peak = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, so that torch need not keep its compiler out at every call."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        out = _made(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 key = storage._cdata
@@ -79,6 +86,61 @@ class _Memory(TorchDispatchMode):
         """Forget what was freed."""
         for key in [key for key, (storage, _) in self.held.items() if storage.expired()]:
             self.now -= self.held.pop(key)[1]
+
+
+def _broadcast(x: torch.Size, y: torch.Size) -> list[int] | torch.Size:
+    if x == y:
+        return x
+    long, short = (x, y) if len(x) >= len(y) else (y, x)
+    start = len(long) - len(short)
+    return [*long[:start], *(b if a == 1 else a for a, b in zip(long[start:], short, strict=True))]
+
+
+def _layer_norm(x: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, ...]:
+    statistics = [x.new_empty((*x.shape[: -len(shape)], *[1] * len(shape))) for _ in range(2)]
+    return x.new_empty(x.shape), *statistics
+
+
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    *_, wanted = rest
+    return tuple(
+        grad.new_empty(size) if want else None for want, size in zip(wanted, (x.shape, shape, shape), strict=True)
+    )
+
+
+_aten = torch.ops.aten
+_MADE: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((_aten.gelu.default, _aten.silu.default), lambda x: x.new_empty(x.shape)),
+    **dict.fromkeys(
+        (_aten.gelu_backward.default, _aten.silu_backward.default, _aten._softmax_backward_data.default),
+        lambda grad, x, *_: grad.new_empty(x.shape),
+    ),
+    **dict.fromkeys(
+        (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor),
+        lambda x, y: x.new_empty(_broadcast(x.shape, y.shape) if isinstance(y, Tensor) else x.shape),
+    ),
+    _aten.addmm.default: lambda bias, x, y: x.new_empty((len(x), y.shape[1])),
+    _aten.bmm.default: lambda x, y: x.new_empty((len(x), x.shape[1], y.shape[2])),
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
+
+
+def _made(func: Any, args: tuple[Any, ...]) -> Any:
+    """What an operation makes of contiguous tensors of one dtype, without torch's own finding it: that is written in
+    Python for these and would take most of the dry run's time. None for any other operation or kind of tensors."""
+    make = _MADE.get(func)
+    if make is None:
+        return None
+    dtype = args[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return None
+    for x in args:
+        if isinstance(x, Tensor) and not (x.dtype == dtype and x.is_contiguous()):
+            return None
+    return make(*args)
 
 
 class _Attention(TorchFunctionMode):

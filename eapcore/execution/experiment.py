@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -179,17 +180,21 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()[:16]
 
 
+@cache
+def _own_version() -> str:
+    try:
+        return version("eapcore")
+    except PackageNotFoundError:
+        return "source tree"
+
+
 def describe(model: Model, pairs: PromptPairs) -> dict[str, Any]:
     """What a file says of the model, the task, and what ran: the part of `meta` that all methods share."""
-    try:
-        own = version("eapcore")
-    except PackageNotFoundError:
-        own = "source tree"
     return {
         "model": {"name": model.name, "content_hash": model.content_hash},
         "task": {"name": pairs.name, "n_pairs": len(pairs), "seed": pairs.seed, **pairs.details},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {"eapcore": own, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"eapcore": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
     }
 
 

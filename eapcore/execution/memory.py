@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -42,21 +43,29 @@ def _group_bytes(root: Path = Path("/")) -> list[int]:
     root: where the system's files lie, for tests. Pages of files that are not in use count as free, as they do for the
     machine.
     """
-    own = [line.split(":", 2)[1:] for line in _lines(root / "proc/self/cgroup")]  # controllers, group
+    own = "\n".join(_lines(root / "proc/self/cgroup"))
+    left = [_left(group, files) for group, files in _groups(root, own)]
+    return [number for number in left if number is not None]
+
+
+@lru_cache(maxsize=4)
+def _groups(root: Path, own: str) -> list[tuple[Path, _GroupFiles]]:
+    """The folders of the control groups that a process is in, from its lines "id:controllers:group"."""
+    named = [line.split(":", 2)[1:] for line in own.splitlines()]
     found = []
     for line in _lines(root / "proc/self/mountinfo"):
         mounted, kind = line.split()[3:5], line.partition(" - ")[2].split()
         if kind[:1] == ["cgroup2"]:
-            files, paths = _VERSION_2, [group for controllers, group in own if not controllers]
+            files, paths = _VERSION_2, [group for controllers, group in named if not controllers]
         elif kind[:1] == ["cgroup"] and "memory" in kind[-1].split(","):
-            files, paths = _VERSION_1, [group for controllers, group in own if "memory" in controllers.split(",")]
+            files, paths = _VERSION_1, [group for controllers, group in named if "memory" in controllers.split(",")]
         else:
             continue
         top = root / mounted[1].lstrip("/")
         for path in map(Path, paths):  # a container may see its own group as the top, but not the path to it
             folder = top / path.relative_to(mounted[0]) if path.is_relative_to(mounted[0]) else top
-            found += [_left(group, files) for group in (folder, *folder.parents) if group.is_relative_to(top)]
-    return [left for left in found if left is not None]
+            found += [(group, files) for group in (folder, *folder.parents) if group.is_relative_to(top)]
+    return found
 
 
 def _left(group: Path, files: _GroupFiles) -> int | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory import clear_peak, in_forks, needs_peak, peak_bytes, resident
 from models import random_case, random_model, random_pairs
+from torch.utils._pytree import tree_leaves
 
 import eapcore.attribution.plan as planning
 import eapcore.execution.memory as memory
@@ -128,6 +129,32 @@ MORE = (*SOME, "long prompts", "no LayerNorm")
 )
 def test_the_planned_memory_of_every_method_is_the_measured_peak(shape, method):
     assert_within(*planned_and_measured(shape, **METHODS[method]))
+
+
+def test_what_a_dry_run_says_that_operations_make_is_what_torch_says(monkeypatch):
+    seen, short_cut = set(), planning._made
+
+    def described(tensor):
+        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+        return tensor.shape, tensor.dtype, strides
+
+    def compared(func, args):
+        made = short_cut(func, args)
+        if made is not None:
+            seen.add(func)
+            for ours, theirs in zip(*map(tree_leaves, (made, func(*args))), strict=True):
+                assert (ours is None) == (theirs is None)
+                assert ours is None or described(ours) == described(theirs), func
+        return made
+
+    monkeypatch.setattr(planning, "_made", compared)
+    gated = replace(
+        GPT2, n_layers=2, normalization="rmsnorm", gated=True, act_fn="silu", rotary_frequencies=(1.0,) * 32
+    )
+    for config in (replace(GPT2, n_layers=2, act_fn="gelu"), gated):
+        for storage in ("dense", "factored"):
+            planning._run_dry.__wrapped__(Plan(config, torch.float32, CPU), 3, 7, storage, 1, 1)
+    assert seen == set(planning._MADE)
 
 
 @shapes

@@ -88,6 +88,10 @@ class on_accel(TorchDispatchMode):
         self.waits, self.travelled, self.given, self.watch = Counter(), Counter(), Counter(), watch
         self.held, self.now, self.peaks = {}, Counter(), Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled
+
     def made(self, raw, device):
         """A tensor on a device."""
         if self.watch:
