@@ -256,6 +256,14 @@ class _Edges:
         made = self.masks[:stop, place].T @ self.pool(short)[:stop].flatten(1)
         return base + made.unflatten(1, base.shape)
 
+    def streams(self, place: Place[Any], number: int) -> Callable[[list[int], bool], Tensor]:
+        """`stream` for a component's receivers, in one pass over the senders where all read the same positions."""
+        if self.model.stages[number].last:
+            return partial(self.stream, number)
+        first = place.receivers.start
+        every = self.stream(number, list(range(first, place.receivers.stop)), False)
+        return lambda receivers, short: every[receivers[0] - first : receivers[-1] - first + 1]
+
     def sends(self, place: Place[Any], number: int, streams: Callable[[list[int], bool], Tensor]) -> Tensor:
         """What a component's senders send, [n, B, Q, D]."""
         stage = self.model.stages[number]
@@ -273,7 +281,7 @@ class _Edges:
                 self.at_read[: len(self.everywhere)] = self.recording.at_read(self.everywhere)
             for place in (stage.attention, stage.mlp):
                 if place is not None:
-                    sent = self.sends(place, number, partial(self.stream, number))
+                    sent = self.sends(place, number, self.streams(place, number))
                     base = self.recording.at_read(self.recording.ablated.senders[place.senders], stage.last)
                     self.pool(stage.last)[place.senders] = sent - base
 
@@ -301,26 +309,35 @@ class _Edges:
     def through(self, place: Place[Any], number: int) -> None:
         """Go back through a component, which is run once more."""
         leaves: list[tuple[Tensor, list[int], bool]] = []
+        made = self.streams(place, number)
 
         def streams(receivers: list[int], short: bool) -> Tensor:
-            leaf = self.stream(number, receivers, short).requires_grad_()
+            leaf = made(receivers, short).detach().requires_grad_()
             leaves.append((leaf, receivers, short))
             return leaf
 
-        behind = self.slopes[self.model.stages[number].last][place.senders]
+        last = self.model.stages[number].last
+        behind = self.slopes[last][place.senders]
         with torch.enable_grad():
             sent = self.sends(place, number, streams)
             grads = torch.autograd.grad(sent, [leaf for leaf, _, _ in leaves], behind.to(sent.dtype))
-        del sent
-        for grad, (_, receivers, short) in zip(grads, leaves, strict=True):
+        read = [(receivers, short) for _, receivers, short in leaves]
+        leaves.clear()
+        del sent, made
+        if not last:
+            grads, read = (torch.cat(grads),), [([r for receivers, _ in read for r in receivers], False)]
+        for grad, (receivers, short) in zip(grads, read, strict=True):
             self.take(grad, receivers, short)
 
     def take(self, grad: Tensor, receivers: list[int], short: bool) -> None:
         """Some receivers' gradients [R', B, T, D]: the masks' part, and the senders'."""
         stop, place = self.model.graph.senders_before(receivers[0]), slice(receivers[0], receivers[-1] + 1)
         self.slope[:stop, place] += kernels.edge_scores(self.pool(short)[:stop], grad)
-        slopes = self.slopes[short][:stop]
-        slopes += (self.masks[:stop, place] @ grad.flatten(1)).unflatten(1, grad.shape[1:])
+        slopes = self.slopes[short][:stop].flatten(1)
+        if slopes.dtype == grad.dtype:  # in place: what is added is as large as all of the senders
+            slopes.addmm_(self.masks[:stop, place], grad.flatten(1))
+        else:
+            slopes += self.masks[:stop, place] @ grad.flatten(1)
 
 
 def _by_nodes(experiment: Experiment, recording: Recording, mask: Tensor) -> tuple[Tensor, Tensor]:
