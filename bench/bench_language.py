@@ -4,6 +4,7 @@
     python bench/bench_language.py --edges 100 --random 100   fewer edges
     python bench/bench_language.py --model toy-ioi --task toy-ioi    another model and a task that holds names back
     python bench/bench_language.py --rows "eap;gim"           these methods' scores and circuits alone, eap among them
+    python bench/bench_language.py --keep FOLDER              goes on with what an earlier call of this setting made
     python bench/bench_language.py --dtypes                   half precision against float32 of the same rounded weights
 
 Exact: the edges that EAP ranks highest by |score| and a random draw of all others, each patched alone on the same
@@ -11,10 +12,14 @@ pairs.
 R² is the squared correlation with the effects, fit 1 − Σ(effect − score)² / Σ(effect − mean effect)², which also sees
 scale and offset, rank Spearman's correlation, sign the share of edges with the same sign. Scores without a sign are
 compared with |effect|. Subnetwork probing takes --steps of its steps, which is most of the time. Time is CPU seconds
-over EAP's, one thread.
+over EAP's, one thread, the less of two; probing is timed once.
 
-Circuits: each method's top edges by |score| from pairs of the task's training names; faithfulness on these pairs, and
-on as many pairs of names that are in none of them, with every other edge carrying the corrupt prompt's activation.
+Circuits: each method's top edges by |score| from pairs of the task's training names; faithfulness on these pairs / on
+as many pairs of names that are in none of them, with every other edge carrying the corrupt prompt's activation.
+
+With --keep all scores, exact effects, circuits and seconds stay in a folder, of which a later call with the same
+model, task, pairs, edges and steps makes only what is missing: an interrupted call goes on, and further --rows cost
+their own time alone. What was made by other code is not noticed: delete the folder.
 
 Dtypes: ‖scores − scores in float32‖ / ‖scores in float32‖ of `eap`, of all pairs' own scores together, of the worst
 pair, and of the mean scores, on each of the tasks that the model's tokenizer can write.
@@ -23,12 +28,13 @@ pair, and of the mean scores, on each of the tasks that the model's tokenizer ca
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +47,16 @@ except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eapcore.evaluation.agreement import agreement
-from eapcore.evaluation.faithfulness import faithfulness
+from eapcore.evaluation.faithfulness import Curve, faithfulness
 from eapcore.evaluation.screened import attribute
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.files import replacing, write_text
 from eapcore.graph.scores import EdgeScores
 from eapcore.models.families.names import assemble
 from eapcore.models.load import load
 from eapcore.models.model import Model
 from eapcore.patching.edges import patch_edges
-from eapcore.search.subnetwork_probing import subnetwork_probing
+from eapcore.search.subnetwork_probing import STEPS, subnetwork_probing
 from eapcore.tasks import TASKS, PromptPairs
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,9 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "subnetwork probing, edges": {"probing": "edge"},
     "subnetwork probing, nodes": {"probing": "node"},
 }
-STEPS = 30  # of subnetwork probing
 LANGUAGE = ("ioi", "agreement", "capitals", "docstring")
-CIRCUITS = ("eap", "eap-ig, gauss 4", "qk-fix", "relp")
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -114,51 +119,134 @@ def shown(what: str) -> Any:
     return progress
 
 
-def truth(
-    model: Model, pairs: PromptPairs, metric: str, top: int, random: int, steps: int, methods: Sequence[str]
-) -> dict[str, EdgeScores]:
-    """Each method's scores; prints how near they are to the exact effects."""
-    found, seconds = {}, {}
+@dataclass(frozen=True)
+class Kept:
+    """What was made so far, in a folder; None keeps nothing."""
+
+    folder: Path | None
+
+    @staticmethod
+    def of(folder: Path | None, setting: dict[str, Any]) -> Kept:
+        """A folder of one setting, made where there is none.
+
+        Raises:
+            ValueError: it belongs to another setting.
+        """
+        if folder is not None:
+            file = folder / "setting.json"
+            folder.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                with replacing(file) as part:
+                    write_text(part, setting)
+            elif (found := json.loads(file.read_text())) != setting:
+                other = [f"{name} {found.get(name)}" for name, value in setting.items() if found.get(name) != value]
+                raise ValueError(f"{folder} was made with {', '.join(other)}: choose another folder, or delete it")
+        return Kept(folder)
+
+    def scores(self, name: str, make: Callable[[], EdgeScores], repeats: int = 2) -> tuple[EdgeScores, float]:
+        """Scores, and the CPU seconds that making them took, the least of some repeats."""
+        file = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if file is not None and file.exists():
+            found = EdgeScores.load(file)
+        else:
+            seconds = []
+            for _ in range(repeats):
+                start = time.process_time()
+                found = make()
+                seconds.append(time.process_time() - start)
+            found = replace(found, meta={**found.meta, "seconds": min(seconds)})
+            if file is not None:
+                found.save(file)
+            print(f"  {name}: {min(seconds):.1f} s", file=sys.stderr, flush=True)
+        return found, found.meta["seconds"]
+
+    def curve(self, name: str, make: Callable[[], Curve]) -> tuple[list[float], float]:
+        """Faithfulness at all sizes, and CMD."""
+        file = None if self.folder is None else self.folder / "circuits.json"
+        known = json.loads(file.read_text()) if file is not None and file.exists() else {}
+        if name not in known:
+            curve = make()
+            known[name] = list(curve.faithfulness), curve.cmd
+            if file is not None:
+                with replacing(file) as part:
+                    write_text(part, known)
+        values, cmd = known[name]
+        return values, cmd
+
+
+def scored(
+    model: Model, pairs: PromptPairs, metric: str, steps: int, methods: Sequence[str], kept: Kept
+) -> dict[str, tuple[EdgeScores, float]]:
+    """Each method's scores and seconds."""
+    found = {}
     for name in methods:
         how = METHODS[name]
-        if not model.graph.has_mlp and "exact" in how:
-            continue
-        start = time.process_time()
         if "probing" in how:
-            found[name] = subnetwork_probing(model, pairs, level=how["probing"], steps=steps, progress=shown(name))
-        else:
-            found[name] = attribute(model, pairs, metric, **how)
-        seconds[name] = time.process_time() - start
+
+            def make(name: str = name, level: str = how["probing"]) -> EdgeScores:
+                return subnetwork_probing(model, pairs, level=level, steps=steps, progress=shown(name))
+
+            found[name] = kept.scores(name, make, repeats=1)
+        elif model.graph.has_mlp or "exact" not in how:
+            found[name] = kept.scores(name, lambda how=how: attribute(model, pairs, metric, **how))  # type: ignore[misc]
+    return found
+
+
+def truth(
+    model: Model,
+    pairs: PromptPairs,
+    metric: str,
+    top: int,
+    random: int,
+    found: dict[str, tuple[EdgeScores, float]],
+    kept: Kept,
+) -> None:
+    """Prints how near each method's scores are to the exact effects."""
     edges = model.graph.edge_mask()
-    first = found["eap"].top_n(min(top, model.graph.n_edges)).mask
+    eap, base = found["eap"]
+    first = eap.top_n(min(top, model.graph.n_edges)).mask
     sets = {f"top {int(first.sum())}": first}
     if bool((second := others(edges, first, random)).any()):
         sets |= {f"random {int(second.sum())}": second, "both": first | second}
     chosen = first | second
-    start = time.process_time()
-    exact = patch_edges(model, pairs, metric, Circuit(chosen, model.graph), progress=shown("patching"))
-    seconds["exact"] = time.process_time() - start
-    print(f"\n{int(chosen.sum())} edges patched in {seconds['exact']:.0f} s of CPU time, eap {seconds['eap']:.1f} s")
-    print(f"\n{'':<32}" + "".join(f"{name:^30}" for name in sets))
-    print(f"{'method':<32}" + f"{'R²':>7}{'fit':>8}{'rank':>7}{'sign':>7} " * len(sets) + f"{'time':>7}")
-    for name, scores in found.items():
-        rows = [judged(scores, exact, some) for some in sets.values()]
-        cells = "".join(f"{a:>7.3f}{b:>8.3f}{c:>7.3f}{d:>7.3f} " for a, b, c, d in rows)
-        print(f"{name:<32}{cells}{seconds[name] / seconds['eap']:>7.2f}", flush=True)
-    return found
+    resume = None if kept.folder is None else kept.folder / "patching"
+
+    def patch() -> EdgeScores:
+        circuit = Circuit(chosen, model.graph)
+        return patch_edges(model, pairs, metric, circuit, progress=shown("patching"), resume=resume)
+
+    exact, seconds = kept.scores("exact", patch, repeats=1)
+    print(f"\n{int(chosen.sum())} edges patched in {seconds:.0f} s of CPU time, eap {base:.1f} s\n")
+    print(f"| method | {' | '.join(f'{name}: R² | fit | rank | sign' for name in sets)} | time |")
+    print("|---" * (2 + 4 * len(sets)) + "|")
+    for name, (scores, seconds) in found.items():
+        cells = [f"{x:.3f}" for some in sets.values() for x in judged(scores, exact, some)]
+        print(f"| {name} | {' | '.join(cells).replace('nan', '–')} | {seconds / base:.2f} |", flush=True)
 
 
 def circuits(
-    model: Model, metric: str, found: dict[str, EdgeScores], pairs: dict[str, PromptPairs], methods: Sequence[str]
+    model: Model,
+    metric: str,
+    found: dict[str, tuple[EdgeScores, float]],
+    pairs: dict[str, PromptPairs],
+    kept: Kept,
 ) -> None:
     """Prints the faithfulness of each method's circuits on each set of pairs."""
     sizes = [size for size in SIZES if int(size * model.graph.n_edges)]
-    print("\nfaithfulness" + " " * 38 + "".join(f"{100 * size:>8g} %" for size in sizes) + "     CMD")
-    for name in methods:
+    print(f"\n| faithfulness on {' / on '.join(pairs)} | {' | '.join(f'{100 * x:g} %' for x in sizes)} | CMD |")
+    print("|---" * (2 + len(sizes)) + "|")
+    for name, (scores, _) in found.items():
+        columns = []
         for where, some in pairs.items():
-            curve = faithfulness(model, some, metric, found[name], sizes=sizes, progress=shown(f"{name}, {where}"))
-            cells = "".join(f"{value:>10.3f}" for value in curve.faithfulness)
-            print(f"{name:<26}{where:<24}{cells}{curve.cmd:>8.3f}", flush=True)
+
+            def make(
+                scores: EdgeScores = scores, some: PromptPairs = some, what: str = f"circuits of {name}, {where}"
+            ) -> Curve:
+                return faithfulness(model, some, metric, scores, sizes=sizes, progress=shown(what))
+
+            values, cmd = kept.curve(f"{name}, {where}", make)
+            columns.append([f"{round(value, 2) + 0.0:.2f}" for value in values] + [f"{cmd:.3f}"])
+        print(f"| {name} | {' | '.join(' / '.join(cells) for cells in zip(*columns, strict=True))} |", flush=True)
 
 
 def dtypes(model: Model, tasks: Sequence[str], n: int) -> None:
@@ -192,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--random", type=int, default=1000, help="the other edges that are patched")
     parser.add_argument("--steps", type=int, default=STEPS, help="of subnetwork probing")
     parser.add_argument("--rows", help="methods, with semicolons in between")
+    parser.add_argument("--keep", type=Path, help="a folder for what is made, from which a later call goes on")
     parser.add_argument("--no-circuits", action="store_true", help="the table of scores alone")
     parser.add_argument("--dtypes", action="store_true", help="half precision instead")
     args = parser.parse_args(argv)
@@ -210,11 +299,20 @@ def main(argv: list[str] | None = None) -> int:
     }
     first = next(iter(pairs.values()))
     details = "".join(f", {what} {said}" for what, said in first.details.items())
+    setting = {
+        "model": model.content_hash, "task": args.task, "corruption": corruption, "pairs": args.pairs,
+        "edges": args.edges, "random": args.random, "steps": args.steps,
+    }  # fmt: skip
+    try:
+        kept = Kept.of(args.keep, setting)
+    except ValueError as error:
+        parser.error(f"--keep: {error}")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     print(f"{model.name}, {model.graph.n_edges} edges; {first.name}: {len(first)} pairs, seed 0{details}; {metric}")
-    found = truth(model, first, metric, args.edges, args.random, args.steps, methods)
+    found = scored(model, first, metric, args.steps, methods, kept)
+    truth(model, first, metric, args.edges, args.random, found, kept)
     if not args.no_circuits:
-        circuits(model, metric, found, pairs, CIRCUITS if args.rows is None else methods)
+        circuits(model, metric, found, pairs, kept)
     return 0
 
 

