@@ -307,7 +307,16 @@ class _Edges:
         return values.detach(), self.slope
 
     def through(self, place: Place[Any], number: int) -> None:
-        """Go back through a component, which is run once more."""
+        """Go back through a component."""
+        found = self.gradients(place, number)
+        if not self.model.stages[number].last:
+            found = [(torch.cat([grad for grad, _, _ in found]), [r for _, some, _ in found for r in some], False)]
+        for grad, receivers, short in found:
+            self.take(grad, receivers, short)
+
+    def gradients(self, place: Place[Any], number: int) -> list[tuple[Tensor, list[int], bool]]:
+        """Of a component, which is run once more, the gradients of what some of its receivers read, which, and whether
+        at the answers alone, see `stream`."""
         leaves: list[tuple[Tensor, list[int], bool]] = []
         made = self.streams(place, number)
 
@@ -316,18 +325,11 @@ class _Edges:
             leaves.append((leaf, receivers, short))
             return leaf
 
-        last = self.model.stages[number].last
-        behind = self.slopes[last][place.senders]
+        behind = self.slopes[self.model.stages[number].last][place.senders]
         with torch.enable_grad():
             sent = self.sends(place, number, streams)
             grads = torch.autograd.grad(sent, [leaf for leaf, _, _ in leaves], behind.to(sent.dtype))
-        read = [(receivers, short) for _, receivers, short in leaves]
-        leaves.clear()
-        del sent, made
-        if not last:
-            grads, read = (torch.cat(grads),), [([r for receivers, _ in read for r in receivers], False)]
-        for grad, (receivers, short) in zip(grads, read, strict=True):
-            self.take(grad, receivers, short)
+        return [(grad, receivers, short) for grad, (_, receivers, short) in zip(grads, leaves, strict=True)]
 
     def take(self, grad: Tensor, receivers: list[int], short: bool) -> None:
         """Some receivers' gradients [R', B, T, D]: the masks' part, and the senders'."""
