@@ -8,6 +8,7 @@
     python bench/bench_truth.py --oracle                  also what a budget could reach if all errors were known
     python bench/bench_truth.py --seeds 2,20-25           these draws instead, each with its own R²
     python bench/bench_truth.py --more                    also models on which nothing was chosen
+    python bench/bench_truth.py --cost                    instead: every method's time at GPT-2 small's size
     python bench/bench_truth.py --compiled                instead: every method's AUROC on the circuits of programs
 
 Models: both toys; gpt-nano-sort where EAPCORE_SHARED has it; addition modulo 23, trained here once to generalisation
@@ -24,6 +25,10 @@ read off the others.
 
 An oracle's row begins at the gradient at 0.75 and patches the edges by their true square error over the operations of
 patching them, as many as the budget allows: no choice of single edges by what is known beforehand does much better.
+
+With --cost the model has random weights and prompts of 20 tokens that differ from the first on, 8 of them or --pairs:
+medians of CPU seconds over eap's in the same of three turns, with the least and the most, and seconds. Probing is timed
+by its steps: the seconds of three less those of one, halved.
 
 With --compiled the true edges are those that the programs use, whatever a method says. Two areas each: over all edges,
 where those that carry positions or constants alone count as true and score 0 even exactly, since other tokens leave
@@ -51,12 +56,15 @@ try:
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.work import SMALL, Work
 from truth.areas import areas, unreached
 from truth.areas import show as show_areas
 from truth.cases import Case, cases
 from truth.compiled import PROGRAMS, Compiled
 
 from eapcore.attribution import METHODS
+from eapcore.attribution.positions import METHODS as POSITIONS
+from eapcore.attribution.positions import attention_edges
 from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.faithfulness import mib
 from eapcore.evaluation.screened import FLOW, attribute, cost_of
@@ -69,6 +77,23 @@ from eapcore.patching.edges import patch_edges
 from eapcore.search.subnetwork_probing import subnetwork_probing
 from eapcore.tasks.pairs import PromptPairs
 
+COSTS: dict[str, dict[str, Any]] = {
+    "eap": {},
+    "at 0.75": {"gradient_at": 0.75},
+    "hybrid": {"method": "hybrid"},
+    "eap-ig": {"method": "eap-ig"},
+    "relp": {"method": "relp"},
+    "gim": {"method": "gim"},
+    "qk-fix": {"method": "qk-fix"},
+    **{f"exact {kind}": {"exact": kind} for kind in ("logits", "logits,mlp", "q", "k", "v", "last")},
+    **{f"screened {budget}": {"method": "screened", "budget": budget} for budget in (2.0, 3.0)},
+    **{f"hisp of {level}s": {"method": "hisp", "level": level} for level in ("edge", "node")},
+    "flow-routes": {"method": "flow-routes"},
+    "uncertainty": {"uncertainty": True},
+    "reduced by position": {"reduce": "position"},
+    **{f"attention's positions, {method}": {"positions": method} for method in POSITIONS},
+    **{f"a step of probing {level}s": {"probing": level} for level in ("edge", "node")},
+}
 SLOW = ("grad-drop", "atp-star")  # a backward pass a layer
 AT = {"gradient_at": 0.75}
 CHEAP = {"exact": "logits,mlp"}
@@ -89,6 +114,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "eap at optimal constants": {"ablation": "optimal"},
     "gauss 4 at optimal constants": {"ablation": "optimal", "method": "eap-ig"},
 }
+TURNS = 3  # in which costs are measured
 ORACLES = (2.0, 3.0, 4.0, 6.0)
 COLUMNS = ("R²", "fit", "rank", "tenth", "CPR", "CMD")
 Row = dict[str, float]
@@ -217,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--edges", type=int, default=1000, help="of a large model, half of them random")
     parser.add_argument("--rows", help="combinations, with commas or semicolons in between, eap among them")
     parser.add_argument("--oracle", action="store_true", help="rows of patching that knows the errors beforehand")
+    parser.add_argument("--cost", action="store_true", help="what methods cost at GPT-2 small's size")
     parser.add_argument("--compiled", action="store_true", help="AUROC on the circuits of compiled programs")
     parser.add_argument("--all", action="store_true", help="every model's table")
     args = parser.parse_args(argv)
@@ -224,14 +251,18 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {platform.machine()}")
     if args.compiled:
         return known_circuits(args.only, args.pairs or 32, args.draws)
+    known = COSTS if args.cost else COMBINATIONS
     if args.rows is not None:
         asked = [name.strip() for name in args.rows.split(";" if ";" in args.rows else ",")]
-        if unknown := [name for name in asked if name not in COMBINATIONS]:
-            parser.error(f"--rows must be some of {'; '.join(COMBINATIONS)}, got {unknown[0]!r}")
+        if unknown := [name for name in asked if name not in known]:
+            parser.error(f"--rows must be some of {'; '.join(known)}, got {unknown[0]!r}")
         if "eap" not in asked:
             parser.error("--rows must have eap, whose time is the unit")
-        for name in COMBINATIONS.keys() - asked:
-            del COMBINATIONS[name]
+        for name in known.keys() - asked:
+            del known[name]
+    if args.cost:
+        costs(replace(SMALL, B=args.pairs or 8), TURNS)
+        return 0
     if args.oracle and "at 0.75" not in COMBINATIONS:
         parser.error("--oracle begins at 0.75: give that among the --rows")
     n = args.draws
@@ -262,6 +293,35 @@ def main(argv: list[str] | None = None) -> int:
         names = [name for name in names if all(name in rows for rows in found.values())]
         summary(f"{kind}, {len(found)} models", found, names)
     return 0
+
+
+def costs(work: Work, turns: int) -> None:
+    """Prints what each method costs beside eap on a model with random weights."""
+    model, pairs = work.model(), work.pairs()
+
+    def seconds(how: dict[str, Any], steps: int = 1) -> float:
+        start = time.process_time()
+        if "probing" in how:
+            subnetwork_probing(model, pairs, level=how["probing"], steps=steps)
+        elif "positions" in how:
+            attention_edges(model, pairs, method=how["positions"])
+        else:
+            attribute(model, pairs, **how)
+        return time.process_time() - start
+
+    times: dict[str, list[float]] = {name: [] for name in COSTS}
+    for turn in range(turns + 1):
+        for name, how in COSTS.items():
+            took = (seconds(how, 3) - seconds(how)) / 2 if "probing" in how else seconds(how)
+            if turn:  # the first warms up
+                times[name].append(took)
+        print(f"  turn {turn} of {turns}", file=sys.stderr, flush=True)
+    print(f"\n{model.graph.n_edges} edges, random weights, {work.B} pairs of {work.T} tokens; medians of {turns} turns")
+    print("\n| method | × eap | from | to | seconds |\n|---|---|---|---|---|")
+    for name, found in times.items():
+        ratios = [took / base for took, base in zip(found, times["eap"], strict=True)]
+        values = [statistics.median(ratios), min(ratios), max(ratios), statistics.median(found)]
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
 
 
 def known_circuits(only: str, pairs: int, draws: int) -> int:

@@ -693,6 +693,26 @@ def test_draws_that_are_named_are_shown_each_with_its_own_r2(induction, monkeypa
     assert "--rows must be some of eap; " in (said := capsys.readouterr().err) and "got 'gym'" in said
 
 
+def test_costs_of_methods_are_medians_over_turns_and_of_probing_those_of_one_step(monkeypatch, capsys):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench_truth, "SMALL", pipeline_work.Work(1, 2, 8, 20, B=2, T=4))
+    monkeypatch.setattr(bench_truth.time, "process_time", lambda: next(clock))  # a call takes one second
+    some = ("eap", "screened 2.0", "a step of probing nodes")
+    monkeypatch.setattr(bench_truth, "COSTS", {name: bench_truth.COSTS[name] for name in (*some, "qk-fix")})
+    steps = []
+    monkeypatch.setattr(bench_truth, "subnetwork_probing", lambda *args, steps, **how: said(steps))
+
+    def said(n):
+        steps.append(n)
+        for _ in range(3 * n):
+            next(clock)
+
+    assert bench_truth.main(["--cost", "--pairs", "2", "--rows", ";".join(some)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0][2:] for row in rows] == list(some) and steps == [3, 1] * 4
+    assert [[float(cell.strip(" |")) for cell in row[1:]] for row in rows] == [[1.0] * 4, [1.0] * 4, [3.0] * 4]
+
+
 def test_further_trainings_and_tasks_are_left_out_unless_they_are_asked_for(monkeypatch):
     from truth import cases
 
