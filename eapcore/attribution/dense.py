@@ -147,6 +147,9 @@ class DenseStore:
                 rows = [x if device is None else on(x, device) for _, x in self.rows(at_read, some)]
                 yield some, rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def of_pairs(self, at_read: bool, count: int, pairs: slice) -> Iterator[tuple[slice, Tensor]]:
+        yield from ((some, rows[:, pairs]) for some, rows in self.rows(at_read, slice(0, count)))
+
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
         for index, dz in (self.dz or {}).items():
             if senders == self.model.graph.heads(index):

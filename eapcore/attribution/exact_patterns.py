@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from eapcore.attribution.score_windows import Windows, pays
 from eapcore.attribution.sums import Products, Store, Sums
 from eapcore.execution.limits import limits
 from eapcore.execution.memory import budget
@@ -64,6 +65,9 @@ def _add_exact(
     short = part.read is not None  # where q is made at the positions read alone
     for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
         name, reduce = sums.targets(at_read)[which]
+        if pays(part, mine):
+            _add_by_windows(store, sums, part, mine, weight, reader, at_read, (name, reduce))
+            continue
         made: dict[torch.device, list[_Pattern]] = {}
         for senders, delta in store.deltas(at_read, graph.senders_before(first)):
             if delta.device not in made:
@@ -80,6 +84,35 @@ def _add_exact(
                     place = slice(first + pattern.channels.start, first + pattern.channels.stop)
                     block = pattern.scores(delta[some], None if through is None else [x[some] for x in through], rstd)
                     sums.add(name, block, (here, place), weight, at_read)
+
+
+def _add_by_windows(
+    store: Store,
+    sums: Sums,
+    part: Channels,
+    kinds: tuple[slice, ...],
+    weight: float,
+    reader: Callable[[torch.device], Attention] | None,
+    at_read: bool,
+    target: tuple[str, str],
+) -> None:
+    """Add the scores of all edges into some kinds of a layer's channels as `score_windows` has them."""
+    first, (name, reduce) = part.receivers.start - part.channels.start, target
+    over = {"all": [0, 1], "pair": [1], "position": [0]}[reduce]
+    count, n = store.model.graph.senders_before(first), len(part.dz)
+    made: dict[torch.device, Windows] = {}
+    own = made[part.act.device] = Windows(part, kinds)
+    at_once = max(1, limits(part.act.device).exact_numbers // own.numbers(count))
+    for pairs in (slice(start, min(start + at_once, n)) for start in range(0, n, at_once)):
+        for senders, delta in store.of_pairs(at_read, count, pairs):
+            if delta.device not in made and reader is not None:
+                made[delta.device] = Windows(part.on(delta.device, reader(delta.device), whole=True), kinds)
+            for channels, found in made[delta.device].changes(delta, pairs, reduce == "position"):
+                block = found.sum(over)  # [S, H], [b, S, H] or [T, S, H]
+                if channels.stop - channels.start < block.shape[-1]:
+                    block = block.unflatten(-1, (-1, part.attention.group)).sum(-1)
+                place = slice(first + channels.start, first + channels.stop)
+                sums.add(name, block, (senders, place), weight, at_read, pairs)
 
 
 class _Pattern:

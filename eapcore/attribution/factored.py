@@ -80,17 +80,20 @@ class FactoredStore:
                 start = senders.start + first * (at_once or 0)
                 yield slice(start, start + len(some)), some
 
-    def _each(self, at_read: bool, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """What each component sends by itself."""
+    def of_pairs(self, at_read: bool, count: int, pairs: slice) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, count), torch.cat([delta for _, delta in self._each(at_read, count, pairs)])
+
+    def _each(self, at_read: bool, count: int, pairs: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
+        """What each component sends by itself, of some pairs."""
         graph = self.model.graph
-        yield slice(0, 1), at_positions(self.embed, self.read if at_read else None)[None]
+        yield slice(0, 1), at_positions(self.embed[pairs], self.read[pairs] if at_read else None)[None]
         for index, attention in enumerate(self.model.attentions):
-            heads, mlp, read = graph.heads(index), graph.mlp(index), self._read(index) if at_read else None
+            heads, mlp, read = graph.heads(index), graph.mlp(index), self._read(index)[pairs] if at_read else None
             if heads.start >= count:
                 return
-            yield heads, attention.send(at_positions(self.dz[index], read))
+            yield heads, attention.send(at_positions(self.dz[index][pairs], read))
             if self.mlp is not None and mlp < count:
-                yield slice(mlp, mlp + 1), at_positions(self.mlp[index], read)[None]
+                yield slice(mlp, mlp + 1), at_positions(self.mlp[index][pairs], read)[None]
 
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
         for index, attention in enumerate(self.model.attentions):

@@ -157,6 +157,10 @@ class Store(Protocol):
         [S', B, Q, D] at the positions that are read. The last layer's are there at those alone. device: where they are
         wanted; None leaves those of each component where they are."""
 
+    def of_pairs(self, at_read: bool, count: int, pairs: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Of some pairs the first so many senders' Δ, [S', b, T, D] or at the positions that are read, all those on one
+        device together: which they are, and Δ."""
+
     def factors(self, senders: slice, at_read: bool) -> tuple[Tensor, Tensor] | None:
         """Of some heads their Δz [B, T, h, K] and what makes Δ of it, [h, K, D]; None for other senders, or unknown."""
 

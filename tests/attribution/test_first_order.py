@@ -135,15 +135,39 @@ def test_relp_goes_back_by_the_rules(options, rules):
 
 @models
 @pytest.mark.parametrize("first", [0, 2])
-def test_qk_fix_recomputes_the_softmax_for_every_edge_into_q_and_k(options, first):
+def test_qk_fix_recomputes_the_softmax_for_every_edge_into_q_and_k(options, first, monkeypatch):
     model, pairs = case(options, first=first)
     expected = mean_of(model, pairs, lambda pair: oracle.exact_softmax(pair, pair.deltas()))
-    scores = attribute(model, pairs, method="qk-fix", batch_size=2)
-    assert_equal(scores.scores, expected)
+    pays, asked, by_position = exact_patterns.pays, [], []
+    for wanted in (True, False):  # by windows of positions, and by the q and k that edges make
+
+        def answer(*args, wanted=wanted):
+            asked.append(pays(*args))
+            return wanted and asked[-1]
+
+        monkeypatch.setattr(exact_patterns, "pays", answer)
+        scores = attribute(model, pairs, method="qk-fix", batch_size=2)
+        assert_equal(scores.scores, expected)
+        by_position.append(attribute(model, pairs, method="qk-fix", reduce="position").per_position)
+    assert all(asked)
+    assert_equal(*by_position)
     linear = attribute(model, pairs).scores
     different = (scores.scores - linear).abs() > 1e-6
     receivers = {name[-3:] for r, name in enumerate(model.graph.receiver_names) if different[:, r].any()}
     assert receivers == {"<q>", "<k>"}
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_windows_take_grouped_queries_and_short_sights(grouped, monkeypatch):
+    model = random_model(n_heads=4)
+    config = dataclasses.replace(model.config, n_key_value_heads=2, kv_grouped=grouped, windows=(3, None))
+    few = {name: x[:8] for name, x in model.weights.named() if name.endswith(("w_qkv.0", "b_qkv"))}
+    model, found = with_weights(model, few, config), []
+    pairs = random_pairs(model, [7, 4, 6], first_difference=2)
+    for pays in (exact_patterns.pays, lambda part, kinds: False):
+        monkeypatch.setattr(exact_patterns, "pays", pays)
+        found.append(attribute(model, pairs, method="qk-fix", reduce="pair").per_pair)
+    assert_equal(*found)
 
 
 @models
@@ -159,7 +183,7 @@ def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options):
 
 @pytest.mark.parametrize("storage", ["dense", "factored"])
 def test_products_of_weights_are_made_once_for_all_batches(monkeypatch, storage):
-    model, made = random_model(n_layers=3), []
+    model, made = random_model(n_layers=3, d_model=96), []
     pairs = random_pairs(model, [12] * 6)
     product, w_sends = exact_patterns.product, [a.w_send.flatten(0, 1).data_ptr() for a in model.attentions]
 
@@ -169,14 +193,14 @@ def test_products_of_weights_are_made_once_for_all_batches(monkeypatch, storage)
 
     monkeypatch.setattr(exact_patterns, "product", counted)
     kept = attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage)
-    assert sum(made) == 4  # q and k of layer 1, and k of the last behind both; its q is of few positions
+    assert sum(made) == 2  # q and k of layer 1; those of the last are of few positions, or meet few
     model.attentions[0].w_o.mul_(2)  # a call begins with the weights as they are
     changed = attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage)
     model.attentions[0].w_o.div_(2)
     made.clear()
     monkeypatch.setattr(exact_patterns, "_SHARE", 10**15)
     assert torch.equal(attribute(model, pairs, method="qk-fix", batch_size=2, storage=storage).scores, kept.scores)
-    assert sum(made) == 12 and not torch.equal(changed.scores, kept.scores)
+    assert sum(made) == 6 and not torch.equal(changed.scores, kept.scores)
 
 
 def test_atp_star_drops_layers_from_exact_patterns():

@@ -1,0 +1,187 @@
+"""Exact patterns of short prompts: what an edge adds to attention's scores, without the q or k that it would make.
+
+With σ that of the norm's input x, σ_s that of x + Δ_s, and n the part of a score that the norm divides,
+
+    q(x + Δ_s)_t · k_u = q_t · k_u + Δ_s,t · (W′_q k_u)/σ_s,t + (σ_t/σ_s,t − 1) n_tu,    n_tu = (q_t − b − Wᵀβ) · k_u
+
+and an edge into k alike, W′ as in `exact_patterns`. A position t of q meets the keys up to t, one of k the queries from
+there on: W′_k q_t, …, W′_k q_T, W′_q k_1, …, W′_q k_t lie beside each other where all queries lie in front of all keys.
+So each position has a window of the same T + 1 rows for each head, and what all senders add to all scores that they can
+change is one product for each position, of D · (T + 1) multiply-adds a head where q and k are 2 K · K and their scores
+2 K · T, which are more of them for short prompts, and in worse shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eapcore.kernels.causal import by_group
+from eapcore.models.attention import Channels
+from eapcore.models.tensors import accumulate_dtype
+
+
+def pays(part: Channels, kinds: tuple[slice, ...]) -> bool:
+    """Whether windows are the faster way to edges into all q heads, all k heads or both of a layer."""
+    attention, saved = part.attention, part.saved
+    plain = attention.q_norm.kind == attention.k_norm.kind == "none"
+    if not plain or attention.rotary is not None or attention.softcap is not None:
+        return False
+    _, size, width = attention.w_o.shape
+    tokens, reads = saved.kv.shape[1], saved.q.shape[1]
+    keys = tokens + (0 if part.past is None else part.past.shape[1])
+    others = keys + 1 if len(kinds) == 2 else keys if kinds[0].start == 0 else reads
+    # Scores of q or k that are made are thin products, and what is made is passed over several times.
+    return width * others <= len(kinds) * size * (size + 4 * keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What changes of q, or of k, do: all [B, T, N, H], T the positions that change and N those that they meet.
+
+    known: the scores, −∞ where a query does not see a key. normed: the part of them that the norm divides. values:
+    ∂metric/∂pattern less its mean over the pattern.
+    """
+
+    known: Tensor
+    normed: Tensor
+    values: Tensor
+
+
+class Windows:
+    """A layer's pattern, and what edges into its q heads, its k heads or both change in it.
+
+    part: what the backward pass made of the layer. kinds: its q channels, its k channels, or both where all positions
+    are read.
+    """
+
+    def __init__(self, part: Channels, kinds: tuple[slice, ...]) -> None:
+        attention, saved, read = part.attention, part.saved, part.read
+        self.attention, self.kinds, self.heads = attention, kinds, attention.n_heads
+        wide = accumulate_dtype(part.dz.dtype)
+        q, k, v = attention.heads(saved.q, saved.kv, part.past, read)  # [B, H, Q, K], [B, G, P + T, K]
+        before = k.shape[2] - saved.kv.shape[1]
+        of_q, of_k = kinds[0].start == 0, kinds[-1].start != 0
+        self.norm_in = saved.norm_in if of_k else saved.norm_in.at(read)
+        known = attention.causal.scores(q, k, before, read)  # [B, H, Q, P + T]
+        pattern = known.softmax(-1)
+        values = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(wide)
+        values = values - (pattern * values).sum(-1, keepdim=True)
+        offset = part.constants[1].to(wide)[:, None]
+
+        def normed(q: Tensor, k: Tensor) -> Tensor:
+            return by_group(q, k.transpose(-1, -2)) * attention.scale
+
+        self.of_q = self.of_k = self.past = None
+        self.rows: list[tuple[Tensor, Tensor]] = []  # [B, H, N, K] whose products with [H, K, D] they are
+        if of_k:
+            here, keys = k[:, :, before:].to(wide), offset[attention.channels[1]]
+            keys = keys if attention.grouped else keys[:: attention.group]
+            along = normed(q.to(wide), here - keys)
+            self.of_k = _Side(*(x.permute(0, 3, 2, 1) for x in (known[..., before:], along, values[..., before:])))
+            self.rows.append((q, self._weight(slice(self.heads, self.heads + attention.n_kv))))
+            if before:
+                earlier = known[..., :before].logsumexp(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
+                mean = ((known[..., :before] - earlier).exp() * values[..., :before]).sum(-1)
+                self.past = earlier[..., 0].transpose(1, 2), mean.transpose(1, 2)  # [B, Q, H]
+        if of_q:
+            along = normed(q.to(wide) - offset[attention.channels[0]], k.to(wide))
+            self.of_q = _Side(*(x.permute(0, 2, 3, 1) for x in (known, along, values)))
+            self.rows.append((k.repeat_interleave(attention.group, 1), self._weight(slice(0, self.heads))))
+
+    def numbers(self, senders: int) -> int:
+        """The most that is held at once of a pair."""
+        rows = sum(x.shape[2] for x, _ in self.rows) * self.heads
+        tokens, width = self.norm_in.x.shape[1:]
+        return max(rows * width, tokens * senders * (rows - (tokens - 1) * self.heads * (len(self.rows) - 1)))
+
+    def _weight(self, projections: slice) -> Tensor:
+        """W′ᵀ · scale of some projections, one for each query head, [H, K, D]."""
+        attention = self.attention
+        weight = torch.cat([attention.norm.frozen_weight(w) for w in attention.weights(projections)]) * attention.scale
+        return weight.repeat_interleave(self.heads // len(weight), 0).transpose(1, 2)
+
+    def changes(self, delta: Tensor, pairs: slice, apart: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Of each kind of channels, ⟨pattern′ − pattern, ∂metric/∂pattern⟩ of some pairs' queries [b, T, S, H], or of
+        their keys [b, 1, S, H]; apart: keys' by their positions, [b, T, S, H].
+
+        delta: [S, b, T, D] of some senders, at the positions of the queries where there are no keys.
+        """
+        here = self.norm_in.of(lambda x: x[pairs])
+        rstd = moved = None
+        if here.rstd is not None:
+            found = self.attention.norm.rstd(here.x + delta)[..., 0].permute(1, 2, 0)  # [b, T, S]
+            rstd, moved = found[..., None, None], (found / here.rstd - 1)[..., None, None]
+        windows, heads = self._windows(pairs), self.heads
+        senders, n, tokens, _ = delta.shape
+        width = windows.shape[2]
+        raw = delta.new_empty(n, tokens, senders, width)
+        for one, window, to in zip(delta.unbind(1), windows, raw, strict=True):
+            torch.bmm(one.transpose(0, 1), window.expand(tokens, -1, -1).transpose(1, 2), out=to)
+        q_raw = k_raw = raw
+        if self.of_q is not None and self.of_k is not None:
+            # Position t's queries are T − t, and its keys lie behind them. What lies in front of the former or behind
+            # the latter is another position's, or another sender's, and hidden.
+            strides = (raw.stride(0), senders * width - heads, width, 1)
+            k_raw = raw.as_strided((n, tokens, senders, tokens * heads), strides)
+            q_raw = raw.as_strided((n, tokens, senders, width - heads), strides, tokens * heads)
+        for kind, side, made in ((0, self.of_q, q_raw), (1, self.of_k, k_raw)):
+            if side is not None:
+                some = _Side(side.known[pairs], side.normed[pairs], side.values[pairs])
+                past = None if self.past is None or kind == 0 else [x[pairs] for x in self.past]
+                changed = _changed(
+                    made.unflatten(-1, (-1, heads)), rstd, moved, some, past, of_keys=kind == 1, apart=apart
+                )
+                yield self.attention.channels[kind], changed
+
+    def _windows(self, pairs: slice) -> Tensor:
+        """What the positions of some pairs meet, [b, T or 1, W, D]."""
+        counts = [x.shape[2] for x, _ in self.rows]
+        first, weight = self.rows[0]
+        n, width = len(first[pairs]), weight.shape[2]
+        room = first.new_empty(n, sum(counts), self.heads, width)
+        for (x, weight), part in zip(self.rows, room.split(counts, 1), strict=True):
+            for one, to in zip(x[pairs], part, strict=True):
+                torch.bmm(one, weight, out=to.transpose(0, 1))
+        if len(counts) == 1:
+            return room.flatten(1, 2)[:, None]
+        shape = (n, counts[0], (counts[1] + 1) * self.heads, width)
+        return room.as_strided(shape, (room.stride(0), self.heads * width, width, 1))
+
+
+def _changed(
+    raw: Tensor,
+    rstd: Tensor | None,
+    moved: Tensor | None,
+    side: _Side,
+    past: Sequence[Tensor] | None,
+    *,
+    of_keys: bool,
+    apart: bool,
+) -> Tensor:
+    """What `Windows.changes` gives of one kind.
+
+    raw: [b, T, S, N, H] what Δ adds to scores without σ. rstd, moved: 1/σ_s and σ/σ_s − 1, [b, T, S, 1, 1]. past: of
+    queries, the log of the sum of exp(score) of the keys before, and their share of the mean of values, [b, N, H].
+    """
+    known, normed, values = (x[:, :, None] for x in (side.known, side.normed, side.values))
+    scores = raw.to(known.dtype)
+    if rstd is not None and moved is not None:
+        scores = (scores * rstd).addcmul_(moved, normed)
+    scores = scores + known
+    if not of_keys:
+        return ((scores.softmax(3) - known.softmax(3)) * values).sum(3)
+    before, after = known.logsumexp(1, keepdim=True), scores.logsumexp(1, keepdim=True)  # [b, 1, S or 1, N, H]
+    if past is not None:
+        earlier, mean = (x[:, None, None] for x in past)
+        before, after = before.logaddexp(earlier), after.logaddexp(earlier)
+    pattern = (known - before).exp()
+    if apart:
+        return (((scores - after).exp() - pattern * (before - after).exp()) * values).sum(3)
+    change = (((scores - after).exp() - pattern) * values).sum((1, 3))
+    if past is not None:
+        change += (((earlier - after).exp() - (earlier - before).exp()) * mean).sum((1, 3))
+    return change[:, None]
