@@ -90,7 +90,7 @@ COSTS: dict[str, dict[str, Any]] = {
     **{f"hisp of {level}s": {"method": "hisp", "level": level} for level in ("edge", "node")},
     "flow-routes": {"method": "flow-routes"},
     "uncertainty": {"uncertainty": True},
-    "reduced by position": {"reduce": "position"},
+    "uncertainty, by position": {"uncertainty": True, "reduce": "position"},
     **{f"attention's positions, {method}": {"positions": method} for method in POSITIONS},
     **{f"a step of probing {level}s": {"probing": level} for level in ("edge", "node")},
 }
@@ -111,6 +111,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     **{f"screened {budget}": {"method": "screened", "budget": budget} for budget in (2.0, 3.0, 4.0, 6.0)},
     **{name: {"method": name} for name in FLOW},
     **{f"probing {level}s": {"probing": level} for level in ("edge", "node")},
+    "probing edges, penalty 1": {"probing": "edge", "penalty": 1.0},
     "eap at optimal constants": {"ablation": "optimal"},
     "gauss 4 at optimal constants": {"ablation": "optimal", "method": "eap-ig"},
 }
@@ -143,7 +144,7 @@ def least(run: Callable[[], EdgeScores], repeats: int) -> tuple[float, EdgeScore
 def scored(model: Model, task: PromptPairs, how: dict[str, Any]) -> EdgeScores:
     """The scores of a combination."""
     if "probing" in how:
-        return subnetwork_probing(model, task, level=how["probing"])
+        return subnetwork_probing(model, task, level=how["probing"], penalty=how.get("penalty"))
     scores: EdgeScores = attribute(model, task, **how)
     return scores
 
