@@ -204,6 +204,7 @@ def receiver_grads(
     norm: Norm,
     w_gamma: Annotated[Tensor, "C K"] | None = None,
     offset: Annotated[Tensor, "C K"] | None = None,
+    sums: Annotated[Tensor, "float32 C 2 B·T"] | None = None,
     out: Annotated[Tensor, "C B T D"] | None = None,
     impl: str = "auto",
 ) -> Annotated[Tensor, "C B T D"]:
@@ -222,6 +223,8 @@ def receiver_grads(
             the query heads of a group do those of its keys and values.
         norm: the normalisation that all C channels read through.
         w_gamma, offset: [C, K] from `receiver_constants`; not needed without a norm (w_gamma not for RMSNorm).
+        sums: c1 (not read for RMSNorm) and c2 of every channel and token b·T + t, where they are known already; only
+            "triton" has use for them.
         out: [C, B, T, D] in g's dtype to write to, d innermost and the stride of b T times that of t: contiguous, or
             channels that lie side by side for each token; "cpp" copies to all but the former. None makes one. Memory
             that is used again costs no page faults, which on a CPU take as long as the arithmetic.
@@ -236,10 +239,18 @@ def receiver_grads(
 
     Source: the LayerNorm derivative with both reductions moved to d_head; README, "The closed form".
     """
-    checks.receiver_grads(g, act, weight, norm, w_gamma, offset, out)
-    if (run := dry.active.get()) is not None:
-        return dry.receiver_grads(run, g, weight, norm.kind, out, partial(workspace_bytes, impl=impl))
-    chosen = _resolve("receiver_grads", impl, g.device, g.dtype)
+    checks.receiver_grads(g, act, weight, norm, w_gamma, offset, out, sums)
+    run = dry.active.get()
+    chosen = _resolve("receiver_grads", impl, g.device if run is None else run.device, g.dtype)
+    if norm.x is not None and norm.rstd is not None:
+        from . import steps
+
+        if chosen != "triton" or not _walks(g, weight, norm, sums, out, g.device if run is None else run.device):
+            mean = None if norm.mean is None else norm.mean[..., None]
+            made = steps.standardise(norm.x, mean, norm.rstd[..., None], dtype=g.dtype)
+            norm = Norm(norm.kind, made, norm.rstd, norm.gamma)
+    if run is not None:
+        return dry.receiver_grads(run, g, act, weight, norm, sums, out, partial(workspace_bytes, impl=impl))
     share = checks.shared_by(len(g), len(weight))
     if share > 1 and chosen != "triton":
         act, weight = (x.repeat_interleave(share, 0) for x in (act, weight))
@@ -252,9 +263,17 @@ def receiver_grads(
     if chosen == "triton":
         from . import triton_receiver_grads
 
-        return triton_receiver_grads.receiver_grads(g, act, weight, norm, w_gamma, offset, out)
+        return triton_receiver_grads.receiver_grads(g, act, weight, norm, w_gamma, offset, out, sums)
     made = reference.receiver_grads(g, weight, norm)
     return made if out is None else out.copy_(made)
+
+
+def _walks(
+    g: Tensor, weight: Tensor, norm: Norm, sums: Tensor | None, out: Tensor | None, device: torch.device
+) -> bool:
+    from . import triton_common, triton_receiver_grads
+
+    return triton_receiver_grads.walks(g, weight, norm, sums, out, triton_common.target(device))
 
 
 def edge_scores_factored(

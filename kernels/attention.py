@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dry_run as dry
-from .causal import Causal, by_group, empty_mixtures, grads_in, one_block, wide_dtype
+from .causal import Causal, ReceiverSums, by_group, empty_mixtures, grads_in, one_block, wide_dtype
 from .steps import takes_triton
 
 
@@ -97,11 +97,13 @@ def attend_grad(
     read: Annotated[Tensor, "int64 B Q"] | None = None,
     out: Annotated[Tensor, "B T 3H K"] | None = None,
     *,
+    sums: ReceiverSums | None = None,
     temperature: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
     """∂metric/∂q, ∂metric/∂k and ∂metric/∂v of `attend` from dz = ∂metric/∂z, in dz's dtype; k and v of the T tokens,
     for each query head. out: where they go beside each other, where queries are those of all tokens; see `empty_grads`.
+    sums: there what is made of them beside.
 
     With P the pattern: dv = Pᵀ dz, dP = dz vᵀ, dS = P∘(dP − rowsum(dP∘P)) · scale, dq = dS k, dk = dSᵀ q. The pattern
     is computed again, so that no [B, H, Q, T] outlives its layer. With another temperature, which torch's operations
@@ -111,16 +113,17 @@ def attend_grad(
     if temperature == 1 and takes_triton(impl, q) and (impl == "triton" or fits(q)):
         if (run := dry.active.get()) is not None:
             dq, dk, dv = grads_in(out, q, dz, tokens)
+            beside = [] if sums is None else [sums.out]
             if one_block(q.shape[2], k.shape[2]):
-                run.ran("attend_grad", q, k, v, dz, dq, dk, dv)
+                run.ran("attend_grad", q, k, v, dz, dq, dk, dv, *beside)
                 return dq, dk, dv
             rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
-            run.ran("attend_grad, queries", q, k, v, dz, dq, *rows)
-            run.ran("attend_grad, keys", q, k, v, dz, dk, dv, *rows)
+            run.ran("attend_grad, queries", q, k, v, dz, dq, *rows, *(x[: q.shape[1]] for x in beside))
+            run.ran("attend_grad, keys", q, k, v, dz, dk, dv, *rows, *(x[q.shape[1] :] for x in beside))
             return dq, dk, dv
         from . import triton_attention
 
-        return triton_attention.attend_grad(q, k, v, dz, how, tokens, read, out)
+        return triton_attention.attend_grad(q, k, v, dz, how, tokens, read, out, sums)
     wide = wide_dtype(q)
     scores = how.scores(q, k, before, read)
     pattern = scores.softmax(-1)
@@ -135,6 +138,8 @@ def attend_grad(
         ds = ds * (1 - tanh**2)
     ds = ds.to(dz.dtype)
     made = by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv
+    if sums is not None:
+        sums.fill(made, (q, k[:, :, before:], v[:, :, before:]))
     if out is None:
         return made
     for to, x in zip(grads_in(out, q, dz, tokens), made, strict=True):
@@ -148,6 +153,44 @@ def empty_grads(q: Annotated[Tensor, "B T H K"], dz: Annotated[Tensor, "B T H K"
         return None
     batch, tokens, heads, d_head = dz.shape
     return dz.new_empty(batch, tokens, 3 * heads, d_head)
+
+
+def empty_sums(g: Annotated[Tensor, "B T 3H K"], d_model: int) -> Tensor | None:
+    """Room for `ReceiverSums.out` of gradients like these; None where no kernel of `receiver_grads` would read them."""
+    from . import triton_common
+
+    run = dry.active.get()
+    on = triton_common.target(g.device if run is None else run.device)
+    if not on.descriptors or not fits(g) or g.shape[3] % 8 or d_model % 8 or not g.numel():
+        return None
+    return g.new_empty(g.shape[2], 2, g.shape[0] * g.shape[1], dtype=torch.float32)
+
+
+def receiver_sums(
+    g: Annotated[Tensor, "B T C K"],
+    act: Annotated[Tensor, "B T C' K"],
+    w_gamma: Annotated[Tensor, "C K"] | None,
+    offset: Annotated[Tensor, "C K"],
+    d_model: int,
+    alone: int,
+    group: int,
+) -> Annotated[Tensor, "C 2 B·T"] | None:
+    """What `ReceiverSums` is of gradients that are there already; None where no kernel would read it.
+
+    The first `alone` channels have an activation each, `group` each of the others one together.
+    """
+    sums = empty_sums(g, d_model) if takes_triton("auto", g) else None
+    if sums is None:
+        return None
+    if (run := dry.active.get()) is not None:
+        run.ran("receiver_sums", g, act, sums)
+        return sums
+    from . import triton_receiver_grads
+
+    views = (x.permute(2, 0, 1, 3) for x in (g, act))
+    constants = (None if x is None else x.contiguous() for x in (w_gamma, offset))
+    triton_receiver_grads.fill_sums(*views, *constants, sums, d_model, alone, group)
+    return sums
 
 
 def fits(q: Tensor) -> bool:

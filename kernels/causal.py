@@ -41,6 +41,40 @@ class Causal:
         return self.scores(q, k, before, read).softmax(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class ReceiverSums:
+    """What `receiver_grads` reads beside the gradients of q, k and v, made together with them.
+
+        out[c, 0, n] = ⟨g[c, n], w_gamma[c]⟩ / D        out[c, 1, n] = ⟨g[c, n], act[c, n] − offset[c]⟩ / D
+
+    Channels c are all q, then all k, then all v, one each for every query head; n = b·T + t; act are q, k and v as
+    attention reads them, g their gradients as they are stored.
+
+    out: float32 [3H, 2, B·T]. w_gamma, offset: [3H, K] in the gradients' dtype; without the former out[:, 0] is left as
+    it is. d_model: D.
+    """
+
+    out: Annotated[Tensor, "3H 2 B·T"]
+    w_gamma: Annotated[Tensor, "3H K"] | None
+    offset: Annotated[Tensor, "3H K"]
+    d_model: int
+
+    def fill(
+        self,
+        grads: tuple[Annotated[Tensor, "B H T K"], ...],
+        acts: tuple[Annotated[Tensor, "B G T K"], ...],
+    ) -> None:
+        """By torch's operations."""
+        g = torch.cat([x.to(wide_dtype(x)) for x in grads], 1)
+        heads = len(self.out) // 3
+        act = torch.cat([x.to(g.dtype).repeat_interleave(heads // x.shape[1], 1) for x in acts], 1)  # [B, 3H, T, K]
+        pairs = [(1, act - self.offset[:, None].to(g.dtype))]
+        if self.w_gamma is not None:
+            pairs.append((0, self.w_gamma[:, None].to(g.dtype).expand_as(g)))
+        for place, x in pairs:
+            self.out[:, place] = ((g * x).sum(-1) / self.d_model).transpose(0, 1).flatten(1)
+
+
 def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q K"]:
     """Room for z, a token's heads beside each other, as their projection reads them."""
     batch, heads, queries, d_head = q.shape

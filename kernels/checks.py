@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated
 
@@ -22,12 +22,17 @@ class Norm:
 
     kind: "layernorm", "rmsnorm" (μ = 0) or "none" (n = x; the three tensors are None then).
     x_hat: [B, T, D] normalised residual stream. rstd: [B, T] float, 1/σ with eps. gamma: [D], or None for ones.
+
+    For `receiver_grads` x [B, T, D], the stream itself in any float dtype, and mean [B, T], μ (None for "rmsnorm"), may
+    stand in x_hat's place.
     """
 
     kind: str
     x_hat: Annotated[Tensor, "B T D"] | None = None
     rstd: Annotated[Tensor, "B T"] | None = None
     gamma: Annotated[Tensor, "D"] | None = None
+    x: Annotated[Tensor, "B T D"] | None = None
+    mean: Annotated[Tensor, "B T"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Sizes:
     batch, tokens, d_model: B, T, D. senders, receivers: S, R of `edge_scores`. channels, d_head: C, K of the others; of
     `edge_scores_factored` C for each layer. layers, heads, mlps: L, H, and whether MLPs send and receive, of
     `edge_scores_factored`. normed: whether receivers read through a normalisation; centred: one that subtracts the
-    mean.
+    mean; summed: whether `receiver_grads` is given `sums`.
     """
 
     batch: int
@@ -52,6 +57,7 @@ class Sizes:
     mlps: bool = True
     normed: bool = True
     centred: bool = True
+    summed: bool = False
 
     @property
     def all_senders(self) -> int:
@@ -213,6 +219,7 @@ def receiver_grads(
     w_gamma: Tensor | None,
     offset: Tensor | None,
     out: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Check the arguments of `receiver_grads`; its docstring states what they are."""
     one_of("norm.kind", norm.kind, NORMS)
@@ -241,6 +248,7 @@ def receiver_grads(
     if out is not None:
         read = {"g": g, "act": act, "weight": weight, "w_gamma": w_gamma, "offset": offset}
         read |= {"norm.x_hat": norm.x_hat, "norm.rstd": norm.rstd, "norm.gamma": norm.gamma}
+        read |= {"norm.x": norm.x, "norm.mean": norm.mean, "sums": sums}
         first, end = _span(out)
         for name, tensor in read.items():
             here, behind = (0, 0) if tensor is None or tensor.device != out.device else _span(tensor)
@@ -248,7 +256,24 @@ def receiver_grads(
                 raise ValueError(f"out must have memory of its own, but overlaps {name}, which is read meanwhile")
     if norm.kind == "none":
         return
+    if norm.x is not None:
+        given = norm.x.shape == (batch, tokens, weight.shape[1]) and norm.x.dtype in FLOATS and norm.x_hat is None
+        if not given or (None if norm.mean is None else norm.mean.shape) != (
+            (batch, tokens) if norm.kind == "layernorm" else None
+        ):
+            raise ValueError(
+                f"norm.x must be [B, T, D] = [{batch}, {tokens}, {weight.shape[1]}] in x_hat's place, with a mean "
+                f"[B, T] for layernorm alone, got {shape_text(norm.x)}"
+            )
+        on_device("g", g.device, {"norm.x": norm.x, "norm.mean": norm.mean})
+        norm = replace(norm, x_hat=norm.x)
     statistics("norm", norm, batch, tokens, weight.shape[1], "g", g.device)
+    if sums is not None and (
+        sums.shape != (channels, 2, batch * tokens) or sums.dtype != torch.float32 or not sums.is_contiguous()
+    ):
+        expected = [channels, 2, batch * tokens]
+        raise ValueError(f"sums must be float32 [C, 2, B·T] = {expected}, got {sums.dtype} {shape_text(sums)}")
+    on_device("g", g.device, {"sums": sums})
     needed = {"offset": offset} | ({"w_gamma": w_gamma} if norm.kind == "layernorm" else {})
     for name, value in needed.items():
         if value is None or value.shape != (channels, d_head):

@@ -17,8 +17,8 @@ from . import checks
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
-    called with an op's name and the tensors that it would read and write, of `receiver_grads` its working memory too;
-    of factors with what holds them.
+    called with an op's name and the tensors that it would read and write, of `receiver_grads` its working memory too,
+    of which some may be None; of factors with what holds them.
     """
 
     device: torch.device
@@ -53,14 +53,20 @@ def edge_scores(
 
 
 def receiver_grads(
-    run: DryRun, g: Tensor, weight: Tensor, kind: str, out: Tensor | None, workspace: Callable[..., int]
-) -> Tensor:
+    run: DryRun, g: Tensor, act: Tensor, weight: Tensor, norm: checks.Norm, sums: Tensor | None, out: Tensor | None,
+    workspace: Callable[..., int],
+) -> Tensor:  # fmt: skip
     channels, batch, tokens, d_head = g.shape
-    read_through = {"normed": kind != "none", "centred": kind == "layernorm"}
+    read_through = {
+        "normed": norm.kind != "none",
+        "centred": norm.kind == "layernorm",
+        "summed": sums is not None,
+    }
     sizes = checks.Sizes(batch, tokens, weight.shape[1], channels=channels, d_head=d_head, **read_through)
     held = _hold(workspace("receiver_grads", sizes, dtype=g.dtype, device=run.device))
     made = g.new_empty((channels, batch, tokens, weight.shape[1])) if out is None else out
-    run.ran("receiver_grads", g, weight, made, held)
+    stream = norm.x if norm.x_hat is None else norm.x_hat
+    run.ran("receiver_grads", g, act, weight, stream, made, sums, held)
     return made
 
 

@@ -28,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_common as common
-from .causal import Causal, grads_in, one_block
+from .causal import Causal, ReceiverSums, grads_in, one_block
 from .triton_steps import rounded
 
 # Sizes that change from batch to batch and no address's alignment follows from: a kernel for each would be compiled.
-SIZES = ["H", "group", "Q", "N", "before", "apart"]
+SIZES = ["H", "group", "Q", "N", "before", "apart", "D", "tokens_in_all"]
 
 
 @triton.jit
@@ -129,6 +129,21 @@ def mixtures(
     return mixed / total[:, None]
 
 
+@triton.jit
+def store_sums(
+    grad, act, receiver_sums, w_gamma, offset, channel, at, inside, d, K, D, tokens_in_all,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    # c1 and c2 of the rows of a channel's gradient, see `causal.ReceiverSums`.
+    g = grad.to(tl.float32)
+    to = receiver_sums + channel.to(tl.int64) * 2 * tokens_in_all + at
+    if CENTRED:
+        w = tl.load(w_gamma + channel * K + d, mask=d < K, other=0.0).to(tl.float32)
+        tl.store(to, tl.sum(g * w[None, :], 1) / D, mask=inside)
+    b = tl.load(offset + channel * K + d, mask=d < K, other=0.0).to(tl.float32)
+    tl.store(to + tokens_in_all, tl.sum(g * (act.to(tl.float32) - b[None, :]), 1) / D, mask=inside)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attend_rows(
     q, k, v, z, read,
@@ -169,11 +184,12 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_grads(
-    q, k, v, dz, dq, dk, dv, sums, products, read,
-    H, group, Q, N, K, before, scale, window, softcap,
+    q, k, v, dz, dq, dk, dv, sums, products, read, receiver_sums, w_gamma, offset,
+    H, group, Q, N, K, before, scale, window, softcap, D, tokens_in_all,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt, stride_nb, stride_nh, stride_nt,
-    WITH_KEYS: tl.constexpr, HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WITH_KEYS: tl.constexpr, HAS_SUMS: tl.constexpr, CENTRED: tl.constexpr,
+    HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr, ROUND: tl.constexpr,
     PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -246,23 +262,41 @@ def query_grads(
         )
         at_keys = (prompt * stride_nb + head * stride_nh + token.to(tl.int64) * stride_nt)[:, None] + d[None, :]
         wanted = ((token >= 0) & (n < N))[:, None] & (d < K)[None, :]
-        tl.store(dk + at_keys, rounded(of_keys, ROUND).to(dk.dtype.element_ty), mask=wanted)
-        tl.store(dv + at_keys, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=wanted)
+        of_keys = rounded(of_keys, ROUND).to(dk.dtype.element_ty)
+        of_values = rounded(of_values, ROUND).to(dv.dtype.element_ty)
+        tl.store(dk + at_keys, of_keys, mask=wanted)
+        tl.store(dv + at_keys, of_values, mask=wanted)
+        if HAS_SUMS:
+            at_token, here = prompt * (N - before) + token, (token >= 0) & (n < N)
+            store_sums(
+                of_keys, keys, receiver_sums, w_gamma, offset, H + head, at_token, here, d, K, D, tokens_in_all, CENTRED
+            )
+            store_sums(
+                of_values, values, receiver_sums, w_gamma, offset, 2 * H + head, at_token, here, d, K, D,
+                tokens_in_all, CENTRED,
+            )  # fmt: skip
     else:
         at_row = (prompt * H + head) * Q + row.to(tl.int64)
         tl.store(sums + at_row, total, mask=row < Q)
         tl.store(products + at_row, product, mask=row < Q)
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
     at = dq + (prompt * stride_gb + head * stride_gh + row.to(tl.int64) * stride_gt)[:, None] + d[None, :]
-    tl.store(at, rounded(grad, ROUND).to(dq.dtype.element_ty), mask=inside_out)
+    grad = rounded(grad, ROUND).to(dq.dtype.element_ty)
+    tl.store(at, grad, mask=inside_out)
+    if HAS_SUMS:  # queries are those of all tokens
+        store_sums(
+            grad, queries, receiver_sums, w_gamma, offset, head, prompt * Q + row, row < Q, d, K, D, tokens_in_all,
+            CENTRED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_grads(
-    q, k, v, dz, dk, dv, sums, products, read,
-    H, group, Q, N, K, before, scale, window, softcap,
+    q, k, v, dz, dk, dv, sums, products, read, receiver_sums, w_gamma, offset,
+    H, group, Q, N, K, before, scale, window, softcap, D, tokens_in_all,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt,
+    HAS_SUMS: tl.constexpr, CENTRED: tl.constexpr,
     HAS_READ: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -302,8 +336,19 @@ def key_grads(
         of_keys = tl.dot(rounded(ds, ROUND).to(queries.dtype).T, queries, of_keys, input_precision=PRECISION)
     at = (prompt * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt)[:, None] + d[None, :]
     inside_out = (token < tokens)[:, None] & (d < K)[None, :]
-    tl.store(dk + at, rounded(of_keys, ROUND).to(dk.dtype.element_ty), mask=inside_out)
-    tl.store(dv + at, rounded(of_values, ROUND).to(dv.dtype.element_ty), mask=inside_out)
+    of_keys = rounded(of_keys, ROUND).to(dk.dtype.element_ty)
+    of_values = rounded(of_values, ROUND).to(dv.dtype.element_ty)
+    tl.store(dk + at, of_keys, mask=inside_out)
+    tl.store(dv + at, of_values, mask=inside_out)
+    if HAS_SUMS:
+        at_token, here = prompt * tokens + token, token < tokens
+        store_sums(
+            of_keys, keys, receiver_sums, w_gamma, offset, H + head, at_token, here, d, K, D, tokens_in_all, CENTRED
+        )
+        store_sums(
+            of_values, values, receiver_sums, w_gamma, offset, 2 * H + head, at_token, here, d, K, D, tokens_in_all,
+            CENTRED,
+        )  # fmt: skip
 
 
 def attend(
@@ -332,8 +377,9 @@ def attend(
 
 
 def attend_grad(
-    q: Tensor, k: Tensor, v: Tensor, dz: Tensor, how: Causal, tokens: int, read: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dz: Tensor, how: Causal, tokens: int, read: Tensor | None, out: Tensor | None,
+    made: ReceiverSums | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`eapcore.kernels.attention.attend_grad` on the GPU."""
     batch, heads, queries, d_head = q.shape
     dq, dk, dv = grads_in(out, q, dz, tokens)
@@ -348,16 +394,22 @@ def attend_grad(
     where = None if read is None else read.contiguous()
     rounds = common.interpreted() and dz.dtype == torch.bfloat16
     meta |= {"HAS_READ": read is not None, "PRECISION": precision, "ROUND": rounds}
+    meta |= {"HAS_SUMS": made is not None, "CENTRED": made is not None and made.w_gamma is not None}
+    beside = (None, None, None)
+    if made is not None:
+        beside = made.out, None if made.w_gamma is None else made.w_gamma.contiguous(), made.offset.contiguous()
+    numbers += [0, 0] if made is None else [made.d_model, made.out.shape[2]]
     common.launch(
         query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
-        q, k, v, dz, dq, dk, dv, sums, products, where, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],
+        q, k, v, dz, dq, dk, dv, sums, products, where, *beside, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],
         WITH_KEYS=alone, **meta, device=q.device,
     )  # fmt: skip
     if tokens and not alone:
         del meta["ONE_BLOCK"]
         common.launch(
             key_grads, common.cdiv(tokens, meta["BLOCK_N"]) * batch * heads,
-            q, k, v, dz, dk, dv, sums, products, where, *numbers, *strides, *dk.stride()[:3], **meta, device=q.device,
+            q, k, v, dz, dk, dv, sums, products, where, *beside, *numbers, *strides, *dk.stride()[:3], **meta,
+            device=q.device,
         )  # fmt: skip
     return dq, dk, dv
 

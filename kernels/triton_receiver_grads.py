@@ -15,7 +15,8 @@ From L2 it reads (BLOCK_N + BLOCK_D) · K elements for BLOCK_N · BLOCK_D writte
 each. The channels are cut into groups where there are fewer tiles than the device holds programs. Consecutive programs
 share their weight, which so comes from memory once.
 
-c1 and c2 are made first, by `channel_sums`: that reads g and act once, 2K/D of the bytes that are written (a sixth at
+x̂ of a tile may be made of the stream itself and its statistics. c1 and c2 are given, where what made g has made them
+too; else `channel_sums` makes them first: that reads g and act once, 2K/D of the bytes that are written (a sixth at
 K = 64, D = 768). Made in the loop they would cost BLOCK_N · K elements more of each tile, one more byte for each
 written; a third more instructions; and a load that feeds no product, which the pipeline leaves out.
 
@@ -210,9 +211,9 @@ def channel_grads(
 
 @triton.jit(do_not_specialize=["C", "N", "T", "group", "stride_rb"])
 def tile_grads(
-    g, weight, x_hat, rstd, gamma, sums, out,
+    g, weight, x_hat, mean, rstd, gamma, sums, out,
     C, N, T, D, group, share, stride_xb, stride_xt, stride_rb, stride_rt,
-    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, RAW: tl.constexpr, HAS_GAMMA: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -230,7 +231,12 @@ def tile_grads(
         token = (n % T).to(tl.int64)
         x_at = x_hat + (batch * stride_xb + token * stride_xt)[:, None] + d[None, :]
         x = tl.load(x_at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
-        scale = tl.load(rstd + batch * stride_rb + token * stride_rt).to(tl.float32)
+        at_row = batch * stride_rb + token * stride_rt
+        scale = tl.load(rstd + at_row).to(tl.float32)
+        if RAW:  # x_hat is the stream itself
+            if KIND == "layernorm":
+                x -= tl.load(mean + at_row).to(tl.float32)[:, None]
+            x *= scale[:, None]
         if HAS_GAMMA:
             factor = tl.load(gamma + d, mask=d < D, other=0.0).to(tl.float32)
         at = sums + first.to(tl.int64) * 2 * N + n
@@ -262,10 +268,10 @@ def tile_grads(
         out.store([c, row, column], kept.reshape(1, BLOCK_N, BLOCK_D))
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "alone"])
 def channel_sums(
     g, act, w_gamma, offset, sums,
-    N, T, D, K, share, stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at,
+    N, T, D, K, alone, share, stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at,
     KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -277,7 +283,8 @@ def channel_sums(
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     g_at = g + channel * stride_gc + (batch * stride_gb + token * stride_gt)[:, None] + k[None, :]
-    a_at = act + (channel // share) * stride_ac + (batch * stride_ab + token * stride_at)[:, None] + k[None, :]
+    of_act = tl.where(channel < alone, channel, alone + (channel - alone) // share)
+    a_at = act + of_act * stride_ac + (batch * stride_ab + token * stride_at)[:, None] + k[None, :]
     part = tl.load(g_at, mask=inside[None, :], other=0.0).to(tl.float32)
     a = tl.load(a_at, mask=inside[None, :], other=0.0).to(tl.float32)
     b = tl.load(offset + channel * K + k, mask=inside, other=0.0).to(tl.float32)
@@ -385,15 +392,24 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.as_strided((channels, batch * tokens, width), (x.stride(0), token_stride(x), x.stride(3)))
 
 
-def walkable(work: Channels, out: Tensor, on: common.Target) -> bool:
-    """Whether `tile_grads` can make these: half precision, K up to 128, and tiles that TMA can address."""
-    g, weight = work.g, work.weight
-    if not on.descriptors or work.table is not None or g.dtype == torch.float32 or g.shape[3] > WIDEST:
+def walkable(g: Tensor, weight: Tensor, out: Tensor | None, on: common.Target) -> bool:
+    """Whether `tile_grads` can make these: half precision, K up to 128, and tiles that TMA can address; out: None for
+    a packed one."""
+    if not on.descriptors or g.dtype == torch.float32 or not 0 < g.shape[3] <= WIDEST or not g.numel():
         return False
-    if 1 not in weight.stride()[1:] or not (tokens_in_step(g) and tokens_in_step(out)):
+    if 1 not in weight.stride()[1:] or not tokens_in_step(g) or not (out is None or tokens_in_step(out)):
         return False
     turned = weight.transpose(1, 2) if weight.stride(2) != 1 else weight
-    return all(common.describable(x) for x in (as_tokens(g), turned, as_tokens(out)))
+    written = weight.shape[1] * g.itemsize % 16 == 0 if out is None else common.describable(as_tokens(out))
+    return written and all(common.describable(x) for x in (as_tokens(g), turned))
+
+
+def walks(g: Tensor, weight: Tensor, norm: Norm, sums: Tensor | None, out: Tensor | None, on: common.Target) -> bool:
+    """Whether `tile_grads` is what makes these.
+
+    RMSNorm's q, k and v come apart: where their c2 are not given, they would be three launches more a layer.
+    """
+    return (sums is not None or norm.kind != "rmsnorm") and walkable(g, weight, out, on)
 
 
 def channels_together(channels: int, tiles: int, slots: int) -> int:
@@ -408,32 +424,45 @@ def channels_together(channels: int, tiles: int, slots: int) -> int:
 def workspace_bytes(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
     """`eapcore.kernels.workspace_bytes` of `receiver_grads`: c1 and c2 of all channels and tokens."""
     walks = common.target(device).descriptors and dtype != torch.float32 and sizes.normed and sizes.centred
+    walks = walks and not sizes.summed
     whole = sizes.d_head % 8 == 0 and sizes.d_model % 8 == 0 and 0 < sizes.d_head <= WIDEST
     return 8 * sizes.channels * sizes.batch * sizes.tokens if walks and whole and sizes.d_model else 0
 
 
-def walk(work: Channels, out: Tensor, tile: Walk) -> None:
-    """`project` by `tile_grads`, for what is `walkable`."""
+def fill_sums(
+    g: Tensor, act: Tensor, w_gamma: Tensor | None, offset: Tensor | None, sums: Tensor, d_model: int, alone: int,
+    share: int,
+) -> None:  # fmt: skip
+    """c1 (with a w_gamma) and c2 of [C, B, T, K] into sums [C, 2, B·T]; the first `alone` channels have an activation
+    each, `share` each of the others one together."""
+    channels, batch, tokens, d_head = g.shape
+    g, act = common.unit_inner_stride(g.detach()), common.unit_inner_stride(act.detach())
+    block_k = max(16, common.next_power_of_2(d_head))
+    block_n = min(64, SUMMED // block_k)
+    common.launch(
+        channel_sums, channels * common.cdiv(batch * tokens, block_n),
+        g, act, w_gamma, offset, sums,
+        batch * tokens, tokens, d_model, d_head, alone, share, *g.stride()[:3], *act.stride()[:3],
+        KIND="rmsnorm" if w_gamma is None else "layernorm", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+        device=g.device,
+    )  # fmt: skip
+
+
+def walk(work: Channels, out: Tensor, tile: Walk, sums: Tensor | None = None) -> None:
+    """`project` by `tile_grads`, for what is `walkable`; sums: c1 and c2, made here where they are not given."""
     g, weight, norm, act = work.g, work.weight, work.norm, work.act
     on = common.target(g.device)
-    if not walkable(work, out, on):
+    if not walkable(g, weight, out, on):
         raise ValueError(f"{tile} was asked for, but no tiles of it can be described here")
     _, batch, tokens, d_head = g.shape
     d_model, rows, share = weight.shape[1], batch * tokens, work.count // len(weight)
     block_k = max(16, common.next_power_of_2(d_head))
     upcast = common.interpreted()  # which multiplies the bit patterns of bfloat16
-    sums = None
-    if norm.kind != "none":
+    if norm.kind != "none" and sums is None:
         assert act is not None
         sums = out.new_empty(work.count, 2, rows, dtype=torch.float32)
-        block_n = min(64, SUMMED // block_k)
-        common.launch(
-            channel_sums, work.count * common.cdiv(rows, block_n),
-            g, act, work.w_gamma, work.offset, sums,
-            rows, tokens, d_model, d_head, share, *g.stride()[:3], *act.stride()[:3],
-            KIND=norm.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, device=g.device,
-        )  # fmt: skip
-    turned = weight.stride(2) != 1
+        fill_sums(g, act, work.w_gamma if norm.kind == "layernorm" else None, work.offset, sums, d_model, 0, share)
+    turned, stream = weight.stride(2) != 1, norm.x_hat if norm.x is None else norm.x
     tiles = common.cdiv(rows, tile.block_n) * common.cdiv(d_model, tile.block_d)
     group = channels_together(work.count, tiles, on.processors * tile.per_sm(block_k))
     common.launch(
@@ -441,12 +470,12 @@ def walk(work: Channels, out: Tensor, tile: Walk) -> None:
         common.descriptor(as_tokens(g), [1, tile.block_n, block_k]),
         common.descriptor(weight.transpose(1, 2), [1, block_k, tile.block_d])
         if turned else common.descriptor(weight, [1, tile.block_d, block_k]),
-        norm.x_hat, norm.rstd, norm.gamma, sums,
+        stream, norm.mean, norm.rstd, norm.gamma, sums,
         common.descriptor(as_tokens(out), [1, tile.block_n, tile.block_d]),
         work.count, rows, tokens, d_model, group, share,
-        *((0, 0) if norm.x_hat is None else norm.x_hat.stride()[:2]),
+        *((0, 0) if stream is None else stream.stride()[:2]),
         *((0, 0) if norm.rstd is None else norm.rstd.stride()),
-        KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, TURNED=turned, UPCAST=upcast,
+        KIND=norm.kind, RAW=norm.x is not None, HAS_GAMMA=norm.gamma is not None, TURNED=turned, UPCAST=upcast,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, device=g.device,
     )  # fmt: skip
@@ -456,9 +485,13 @@ def ready(norm: Norm) -> Norm:
     """The norm as the kernel reads it: unit stride along d, no gradients; without tensors for kind "none"."""
     if norm.kind == "none":
         return Norm("none")
-    assert norm.x_hat is not None and norm.rstd is not None
+    assert norm.rstd is not None
     gamma = None if norm.gamma is None else norm.gamma.detach().contiguous()
-    return Norm(norm.kind, common.unit_inner_stride(norm.x_hat.detach()), norm.rstd.detach(), gamma)
+    x_hat, x = (None if x is None else common.unit_inner_stride(x.detach()) for x in (norm.x_hat, norm.x))
+    rstd, mean = norm.rstd.detach(), None if norm.mean is None else norm.mean.detach()
+    if mean is not None and mean.stride() != rstd.stride():
+        rstd, mean = rstd.contiguous(), mean.contiguous()
+    return Norm(norm.kind, x_hat, rstd, gamma, x, mean)
 
 
 def receiver_grads(
@@ -469,6 +502,7 @@ def receiver_grads(
     w_gamma: Tensor | None,
     offset: Tensor | None,
     out: Tensor | None = None,
+    sums: Tensor | None = None,
     *,
     config: Config | Walk | None = None,
 ) -> Tensor:
@@ -491,11 +525,10 @@ def receiver_grads(
         offset=None if offset is None else offset.detach().contiguous(),
         count=channels,
     )
-    # Models with RMSNorm keep q, k and v apart: sums for each of the three would be three launches more a layer.
-    if config is None and norm.kind != "rmsnorm" and walkable(work, out, on):
+    if config is None and walks(work.g, work.weight, norm, sums, out, on):
         config = WALK
     if isinstance(config, Walk):
-        walk(work, out, config)
+        walk(work, out, config, sums)
     else:
         project(work, out, config)
     return out

@@ -8,7 +8,7 @@ import eapcore.kernels as kernels
 import torch
 from eapcore.kernels import checks, cpp, reference, steps
 from eapcore.kernels.attention import attend, attend_grad, attend_moved
-from eapcore.kernels.causal import Causal
+from eapcore.kernels.causal import Causal, ReceiverSums
 from torch import Tensor
 
 from ops import work
@@ -46,9 +46,7 @@ VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges", *STEPS} | {
     for table in ("", " by table")
 }
 # Where there are tensor descriptors.
-WALKED = {"channel_sums"} | {
-    f"tile_grads {dtype} {kind}" for dtype in ("bfloat16", "float16") for kind in ("layernorm", "none")
-}
+WALKED = {"channel_sums"} | {f"tile_grads {dtype} {kind}" for dtype in ("bfloat16", "float16") for kind in checks.NORMS}
 
 
 def check_every_kernel(kind: str, device: str) -> None:
@@ -125,6 +123,15 @@ def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, 
     exact = reference.receiver_grads(*doubled([g, weight, norm]))
     got = kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=fast)
     judge(f"receiver_grads {fast} {dtype} {kind} K={d_head} D={d_model}", got, exact, STORED[dtype])
+    if fast == "triton" and kind != "none":  # of the stream itself, with sums that are there already
+        assert norm.x_hat is not None and norm.rstd is not None
+        wide, w, a, b = doubled([g, w_gamma[:, None, None], act, offset[:, None, None]])
+        sums = torch.stack([(wide * w).sum(-1), (wide * (a - b)).sum(-1)], 1).flatten(2).float() / d_model
+        mean = torch.randn(2, 37, device=device) if kind == "layernorm" else None
+        x = norm.x_hat.float() / norm.rstd[..., None] + (0 if mean is None else mean[..., None])
+        raw = kernels.Norm(kind, None, norm.rstd, norm.gamma, x, mean)
+        got = kernels.receiver_grads(g, act, weight, norm=raw, w_gamma=w_gamma, offset=offset, sums=sums, impl=fast)
+        judge(f"receiver_grads {dtype} {kind} K={d_head} D={d_model}, sums given", got, exact, STORED[dtype])
 
 
 def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> None:
@@ -206,3 +213,10 @@ def check_attention(device: str, dtype: torch.dtype) -> None:
         made = attend_grad(q, k, v, dz, how, tokens, where, impl="triton")
         for got, exact in zip(made, attend_grad(*wide, how, tokens, where), strict=True):
             judge(f"attend_grad {dtype} {how}", got, exact, 2 * STORED[dtype])
+        if where is None:
+            constants = torch.randn(2, 6, 20, device=device).to(dtype)
+            rooms = [torch.empty(6, 2, 2 * tokens, dtype=x, device=device) for x in (torch.float32, torch.float64)]
+            sums, there = (ReceiverSums(x, *constants, 7) for x in rooms)
+            made = attend_grad(q, k, v, dz, how, tokens, sums=sums, impl="triton")
+            there.fill(doubled(made), doubled((q, k[:, :, past:], v[:, :, past:])))
+            judge(f"attend_grad {dtype} {how}, sums", sums.out, there.out, 1e-5)

@@ -139,7 +139,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
     from eapcore.kernels.attention import attend, attend_grad, attend_moved
-    from eapcore.kernels.causal import Causal
+    from eapcore.kernels.causal import Causal, ReceiverSums
 
     on = triton_common.target(torch.device("meta"))
 
@@ -184,7 +184,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
 
     def receivers(
         case: str, dtype: torch.dtype, kind: str, d_head: int, d_model: int, config: Any = None, cut: int = 0,
-        share: int = 1, turned: bool = False,
+        share: int = 1, turned: bool = False, ready: bool = False,
     ) -> None:  # fmt: skip
         c, b, t = 36, 8, 64
         g = empty(c, b, t, d_head + cut, dtype=dtype)[..., cut:]
@@ -194,17 +194,22 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=dtype)
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
+        sums = None
+        if ready:  # the sums are there, and the stream is read as it is
+            sums = empty(c, 2, b * t, dtype=single)
+            mean = statistics[1] if kind == "layernorm" else None
+            norm = Norm(kind, None, *statistics[1:], statistics[0], mean)
         act, weight = g[: c // share], weight[: c // share]
-        call = lambda: grads.receiver_grads(g, act, weight, norm, constants, constants, config=config)  # noqa: E731
-        calls.append((case, "tensor", call))
+        given = (g, act, weight, norm, constants, constants, None, sums)
+        calls.append((case, "tensor", lambda: grads.receiver_grads(*given, config=config)))
 
     for config in grads.TENSOR_HIP if machine.backend == "hip" else grads.TENSOR:
         receivers("receiver_grads bf16, layernorm", half, "layernorm", 64, 768, config)
     if on.descriptors:
-        for d_head in (64, grads.WIDEST):
-            receivers(f"receiver_grads bf16, layernorm, walked, K = {d_head}", half, "layernorm", d_head, 768)
-        receivers("receiver_grads bf16, turned weights", half, "layernorm", 64, 768, turned=True)
-        receivers("receiver_grads bf16, rmsnorm, walked", half, "rmsnorm", 128, 5120, grads.WALK, share=4)
+        receivers("receiver_grads bf16, layernorm, sums given, K = 64", half, "layernorm", 64, 768, ready=True)
+        receivers("receiver_grads bf16, layernorm, walked, K = 128", half, "layernorm", grads.WIDEST, 768)
+        receivers("receiver_grads bf16, turned weights", half, "layernorm", 64, 768, turned=True, ready=True)
+        receivers("receiver_grads bf16, rmsnorm, sums given", half, "rmsnorm", 128, 5120, share=4, ready=True)
         receivers("receiver_grads bf16, layernorm, K = 120", half, "layernorm", 120, 2560)
         receivers("receiver_grads f16, no norm", torch.float16, "none", 80, 2560)
     receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)
@@ -273,12 +278,17 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         q, kv = empty(8, tokens, 12, d_head, dtype=dtype), empty(8, past + tokens, 4, d_head, dtype=dtype)
         k = v = kv.transpose(1, 2)
         where = empty(8, 2, dtype=torch.int64) if read else None
-        q = (q[:, :2] if read else q).transpose(1, 2)
+        every = q.transpose(1, 2)
+        q = every[:, :, :2] if read else every
         if read:
             calls.append((case, "", lambda: attend(q, k, v, how, tokens, where, impl="triton")))
-        z = q.new_empty(8, q.shape[2], 12, d_head)
+        z, sums = q.new_empty(8, q.shape[2], 12, d_head), None
+        if on.descriptors:  # as where they are used
+            constants = empty(36, d_head, dtype=dtype)
+            room = empty(36, 2, 8 * tokens, dtype=single)
+            sums = ReceiverSums(room, None if how.window else constants, constants, 12 * d_head)
         calls.append((case, "", lambda: attend_moved(q, k, v, how, tokens, where, z, impl="triton")))
-        calls.append((case, "", lambda: attend_grad(q, k, v, q, how, tokens, where, impl="triton")))
+        calls.append((case, "", lambda: attend_grad(every, k, v, every, how, tokens, sums=sums, impl="triton")))
 
     attention("attention bf16, K = 64", half, 64, 512, 0, False, Causal(0.1))
     attention("attention bf16, K = 128, a past", half, 128, 512, 8, False, Causal(0.1))

@@ -205,10 +205,14 @@ def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
         delta, grads, _ = tensors
         count.add("contraction", 2, size_of(*tensors), 2 * delta.numel() * len(grads), delta.dtype)
     elif op == "receiver_grads":
-        g, weight, _, sums = tensors  # g is read twice where sums are made first, act once
-        again = (g, sums) if sums.numel() else ()
-        moved = size_of(g, *again, *tensors)
-        count.add("receivers", 2 if again else 1, moved, 2 * g.numel() * weight.shape[1], g.dtype)
+        g, act, weight, stream, made, given, held = tensors
+        moved = size_of(g, weight, stream, made)
+        if given is not None:
+            moved += size_of(given)
+        elif stream is not None:  # in one kernel, or sums first, for which g is read twice
+            moved += size_of(act) + (size_of(g, held, held) if held.numel() else 0)
+        kernels = 2 if held.numel() else 1
+        count.add("receivers", kernels, moved, 2 * g.numel() * weight.shape[1], g.dtype)
     elif op.startswith("attend"):
         q, k = tensors[:2]
         products = {"attend": 2, "attend_grad": 5, "attend_grad, queries": 5, "attend_grad, keys": 4}[op]

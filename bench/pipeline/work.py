@@ -42,8 +42,8 @@ class Unhashed(Model):
 class Work:
     """A model's dimensions and a batch of prompt pairs, by DESIGN's letters; V vocabulary, P the first difference.
 
-    G: key and value heads of a model of Qwen2's architecture, with M units in each MLP; 0 for one of GPT-2's, which has
-    4·D of them. dtype: of its weights.
+    G: key and value heads of a model of Llama's architecture, with M units in each MLP; 0 for one of GPT-2's, which has
+    4·D of them. biased: its q, k and v have biases, which makes it Qwen2's. dtype: of its weights.
     """
 
     L: int
@@ -55,6 +55,7 @@ class Work:
     P: int = 0
     G: int = 0
     M: int = 0
+    biased: bool = False
     dtype: str = "float32"
 
     @property
@@ -113,7 +114,8 @@ class Work:
                 tensors[f"{at}w_qkv.{place}"] = draw(heads * K, D).view(heads, K, D).transpose(1, 2)
             tensors |= {at + name: draw(D) + 1 for name in ("ln1.0", "ln2.0")}
             tensors |= {at + name: draw(M, D).T for name in ("w_in", "w_up")}
-            tensors |= {f"{at}b_qkv": draw(H + 2 * G, K), f"{at}w_out": draw(D, M).T}
+            tensors[f"{at}w_out"] = draw(D, M).T
+            tensors |= {f"{at}b_qkv": draw(H + 2 * G, K)} if self.biased else {}
             tensors[f"{at}w_o"] = draw(D, H * K).T.unflatten(0, (H, K))
         return Unhashed(self.config, assemble(self.config, tensors), "random")
 
@@ -128,7 +130,7 @@ class Work:
 
 SMALL = Work(12, 12, 768, 50257, B=16, T=20)  # GPT-2 small
 LLAMA = Work(16, 32, 2048, 128256, B=4, T=20, G=8, M=8192, dtype="bfloat16")  # Llama-3.2-1B
-QWEN = Work(24, 14, 896, 151936, B=8, T=20, G=2, M=4864)  # Qwen2.5-0.5B
+QWEN = Work(24, 14, 896, 151936, B=8, T=20, G=2, M=4864, biased=True)  # Qwen2.5-0.5B
 
 
 def implementation(name: str, model: Model, pairs: PromptPairs, batch: int) -> Run:

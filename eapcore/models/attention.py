@@ -17,8 +17,16 @@ from torch import Tensor
 
 import eapcore.kernels as kernels
 from eapcore.graph.show import short
-from eapcore.kernels.attention import attend, attend_grad, attend_moved, empty_grads, value_grad
-from eapcore.kernels.causal import Causal
+from eapcore.kernels.attention import (
+    attend,
+    attend_grad,
+    attend_moved,
+    empty_grads,
+    empty_sums,
+    receiver_sums,
+    value_grad,
+)
+from eapcore.kernels.causal import Causal, ReceiverSums
 from eapcore.kernels.steps import takes_triton
 from eapcore.models.backward_rules import GRADIENT, Rules
 from eapcore.models.matmul import product, product_added
@@ -399,11 +407,13 @@ class Attention:
         del grad  # which its caller has done with
         of_q, of_k, of_v = self.channels
 
-        def piece(channels: slice, act: Tensor, g: Tensor, at_read: bool = False) -> Channels:
+        def piece(
+            channels: slice, act: Tensor, g: Tensor, at_read: bool = False, sums: Tensor | None = None
+        ) -> Channels:
             norm_in = saved.norm_in.at(read) if at_read else saved.norm_in
             place = slice(receivers.start + channels.start, receivers.start + channels.stop)
             return Channels(
-                self, constants, index, channels, place, norm_in, act, g, at_read, rules, saved, dz, past, read
+                self, constants, index, channels, place, norm_in, act, g, at_read, rules, saved, dz, past, read, sums
             )
 
         if rules.attention == "frozen":
@@ -414,20 +424,37 @@ class Attention:
             del pattern, q, k, v
             yield piece(of_v, saved.kv[:, :, self.n_kv :], dv)
             return
-        out = None
+        out, sums = None, None
         if read is None and of_v.stop == 3 * self.n_heads:
             out = empty_grads(saved.q, dz)
-        dq, dk, dv = self.grads(saved, dz, past, read, rules, out)
+        if out is not None and self._sums_with_grads(rules):
+            room, (w_gamma, offset) = empty_sums(out, self.w_o.shape[2]), constants
+            centred = self.norm.kind == "layernorm"
+            if room is not None:
+                sums = ReceiverSums(room, w_gamma if centred else None, offset, self.w_o.shape[2])
+        dq, dk, dv = self.grads(saved, dz, past, read, rules, out, sums)
         dk, dv = self._of_channels(dk), self._of_channels(dv)
         if read is None:
             g = torch.cat([x.transpose(1, 2) for x in (dq, dk, dv)], 2) if out is None else out
             del dq, dk, dv
-            yield piece(slice(0, of_v.stop), saved.qkv[0], g)
+            yield piece(slice(0, of_v.stop), saved.qkv[0], g, sums=None if sums is None else sums.out)
             return
         yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
         g = torch.cat([x.transpose(1, 2) for x in (dk, dv)], 2)
         del dq, dk, dv
         yield piece(slice(of_k.start, of_v.stop), saved.kv, g)
+
+    def _sums_with_grads(self, rules: Rules) -> bool:
+        """Whether c1 and c2 of the receivers follow from q and k as attention reads them.
+
+        Turning q and k and their gradients together leaves ⟨g, act⟩ as it is, and neither ⟨g, w_gamma⟩ nor ⟨g, offset⟩.
+        """
+        if self.norm.kind == "none" or not self.q_norm.kind == self.k_norm.kind == "none":
+            return False
+        if rules.norm != "gradient" or rules.temperature != 1 or rules.products != "gradient":
+            return False
+        nothing_added = self.norm.kind == "rmsnorm" and self.norm.beta is None and self.b_qkv is None
+        return self.rotary is None or nothing_added
 
     def _of_channels(self, grad: Annotated[Tensor, "B H T K"]) -> Annotated[Tensor, "B C' T K"]:
         """Gradients of k or v for each query head as those of the receivers."""
@@ -445,13 +472,14 @@ class Attention:
         read: Tensor | None,
         rules: Rules = GRADIENT,
         out: Annotated[Tensor, "B T 3H K"] | None = None,
+        sums: ReceiverSums | None = None,
     ) -> tuple[Annotated[Tensor, "B H Q K"], Annotated[Tensor, "B H T K"], Annotated[Tensor, "B H T K"]]:
         """∂metric/∂q, ∂metric/∂k and ∂metric/∂v before the norms and the turn, k and v for each query head; dz is
-        ∂metric/∂z. out: where they go, beside each other."""
+        ∂metric/∂z. out: where they go, beside each other; sums: what the receivers read beside them."""
         q, k, v = self.heads(saved.q, saved.kv, past, read)
         dz = dz.transpose(1, 2)  # [B, H, Q, K]
         tokens = saved.kv.shape[1]
-        made = attend_grad(q, k, v, dz, self.causal, tokens, read, out, temperature=rules.temperature)
+        made = attend_grad(q, k, v, dz, self.causal, tokens, read, out, sums=sums, temperature=rules.temperature)
         if rules.products == "halved":  # of q and k twice: theirs, and the pattern's with v
             for x, share in zip(made, (0.25, 0.25, 0.5), strict=True):
                 x.mul_(share)
@@ -638,7 +666,7 @@ class Channels:
     read through, one for each group of query heads. g: [B, T, C', K] ∂metric/∂ of their activations. With
     at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
     layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past: [B, P, 2G, K] or None; read: [B, Q] or
-    None, see `Attention.forward`.
+    None, see `Attention.forward`. sums: [C', 2, B·T] of `kernels.receiver_grads`, where they were made with g.
     """
 
     attention: Attention
@@ -655,10 +683,13 @@ class Channels:
     dz: Tensor
     past: Tensor | None
     read: Tensor | None
+    sums: Tensor | None = None
 
     def of(self, pairs: slice | Tensor) -> Channels:
-        """The same of some of the batch's pairs, of a slice as views; saved, dz, past and read stay those of all."""
-        return replace(self, norm_in=self.norm_in.of(lambda x: x[pairs]), act=self.act[pairs], g=self.g[pairs])
+        """The same of some of the batch's pairs, of a slice as views, without sums; saved, dz, past and read stay those
+        of all."""
+        norm_in = self.norm_in.of(lambda x: x[pairs])
+        return replace(self, norm_in=norm_in, act=self.act[pairs], g=self.g[pairs], sums=None)
 
     def on(self, device: torch.device, attention: Attention, *, whole: bool = False) -> Channels:
         """The same on another device, with the attention as `reading_on` it; whole: also what `grads` does not need."""
@@ -673,6 +704,7 @@ class Channels:
             norm_in=self.norm_in.of(there),
             act=there(self.act),
             g=there(self.g),
+            sums=None if self.sums is None else there(self.sums),
         )
         if not whole:
             return part
@@ -691,7 +723,18 @@ class Channels:
         attention, channels = self.attention, self.channels
         shared = attention.group > 1 and not attention.grouped and takes_triton("auto", self.g)
         act = self.act if shared else self.each_act
-        g, norm, groups = self.factors(attention.shared_groups(channels) if shared else attention.groups(channels))
+        groups = attention.shared_groups(channels) if shared else attention.groups(channels)
+        sums = self.sums
+        if attention.norm.kind == "none" or self.rules.norm == "frozen":
+            sums = None
+        elif sums is None:
+            alone = max(0, attention.n_heads - channels.start) if shared else self.g.shape[2]
+            w_gamma, offset = (constant[channels] for constant in self.constants)
+            centred = attention.norm.kind == "layernorm"
+            how = (self.norm_in.x.shape[-1], alone, attention.group)
+            sums = receiver_sums(self.g, act, w_gamma if centred else None, offset, *how)
+        # The kernel that takes the sums makes x̂ of a tile by itself.
+        g, norm, groups = self.factors(groups, standardised=sums is None)
         shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
         grads = g.new_empty(shape) if out is None else out
         start = place = 0
@@ -702,7 +745,9 @@ class Channels:
             w_gamma, offset = (constant[inside] for constant in self.constants)
             # [B, T, C, K] → [C, B, T, K]
             views = (g[:, :, part].permute(2, 0, 1, 3), act[:, :, read].permute(2, 0, 1, 3))
-            kernels.receiver_grads(*views, w, norm=norm, w_gamma=w_gamma, offset=offset, out=grads[part], impl=impl)
+            beside = None if sums is None else sums[part]
+            how = {"w_gamma": w_gamma, "offset": offset, "sums": beside, "out": grads[part]}
+            kernels.receiver_grads(*views, w, norm=norm, **how, impl=impl)
             start, place = part.stop, read.stop
         return grads
 
@@ -758,12 +803,13 @@ class Channels:
             yield self.g[:, :, :queries], slice(first, first + queries)
 
     def factors(
-        self, groups: list[Annotated[Tensor, "C'' D K"]]
+        self, groups: list[Annotated[Tensor, "C'' D K"]], *, standardised: bool = True
     ) -> tuple[Annotated[Tensor, "B T C' K"], kernels.Norm, list[Annotated[Tensor, "C'' D K"]]]:
-        """(g, norm, channel groups) from which the kernels make the gradients; groups: their weights."""
+        """(g, norm, channel groups) from which the kernels make the gradients; groups: their weights. standardised: see
+        `Norm.for_kernels`."""
         norm = self.attention.norm
         if norm.kind == "none" or self.rules.norm != "frozen":
-            return self.g, norm.for_kernels(self.norm_in, self.g.dtype), groups
+            return self.g, norm.for_kernels(self.norm_in, self.g.dtype, standardised=standardised), groups
         assert self.norm_in.rstd is not None
         scaled = (self.g * self.norm_in.rstd[..., None]).to(self.g.dtype)
         return scaled, kernels.Norm("none"), [norm.frozen_weight(w) for w in groups]

@@ -143,11 +143,14 @@ class Norm:
             scaled = scaled * self.gamma.to(scaled.dtype)[:, None]
         return (scaled - scaled.mean(1, keepdim=True) if self.kind == "layernorm" else scaled).to(w.dtype)
 
-    def for_kernels(self, norm_in: NormInput, dtype: torch.dtype) -> kernels.Norm:
-        """What `kernels.receiver_grads` reads of it, in the gradients' dtype."""
+    def for_kernels(self, norm_in: NormInput, dtype: torch.dtype, *, standardised: bool = True) -> kernels.Norm:
+        """What `kernels.receiver_grads` reads of it, in the gradients' dtype; else of the stream itself."""
         if self.kind == "none":
             return kernels.Norm("none")
         assert norm_in.rstd is not None
+        if not standardised:
+            mean = None if norm_in.mean is None else norm_in.mean.squeeze(-1)
+            return kernels.Norm(self.kind, None, norm_in.rstd.squeeze(-1), self.gamma, norm_in.x, mean)
         return kernels.Norm(self.kind, norm_in.x_hat(dtype), norm_in.rstd.squeeze(-1), self.gamma)
 
 

@@ -12,8 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from accuracy import STORED
 from eapcore.kernels import steps
 from eapcore.kernels import triton_common as common
-from eapcore.kernels.attention import attend, attend_grad, attend_moved, fits
-from eapcore.kernels.causal import Causal, by_group
+from eapcore.kernels.attention import attend, attend_grad, attend_moved, fits, receiver_sums
+from eapcore.kernels.causal import Causal, ReceiverSums, by_group
 from models import random_model, random_pairs
 from refusal import refused
 
@@ -110,13 +110,53 @@ def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
     for got, there in zip(made, attend_grad(*doubled(q, k, v, dz), how, tokens, read), strict=True):
         assert got.dtype == dtype and got.shape == there.shape and not got.isnan().any()
         assert (got.double() - there).norm() <= (2 * STORED[dtype] + 1e-6) * there.norm() + 1e-6
-    if read is None:  # beside each other
+    if read is None:  # beside each other, with what their receivers' sums are
+        heads, d_head = q.shape[1], q.shape[3]
+        constants = torch.randn(2, 3 * heads, d_head).to(dtype)
+        acts = (q, k[:, :, -tokens:], v[:, :, -tokens:])
+        for w_gamma in (constants[0], None):
+            rooms = [
+                torch.full((3 * heads, 2, 2 * tokens), float("nan"), dtype=x) for x in (torch.float32, torch.float64)
+            ]
+            exact, room = (ReceiverSums(x, w_gamma, constants[1], 7) for x in (rooms[1], rooms[0]))
+            assert all(map(torch.equal, attend_grad(q, k, v, dz, how, tokens, sums=room, impl="triton"), made))
+            exact.fill(doubled(*made), doubled(*acts))  # of the gradients as they are stored
+            first = 0 if w_gamma is not None else 1
+            assert bool(room.out[:, :first].isnan().all()) and exact.out[:, first:].abs().max() > 0
+            torch.testing.assert_close(room.out[:, first:].double(), exact.out[:, first:], rtol=1e-5, atol=1e-5)
+            attend_grad(*doubled(q, k, v, dz), how, tokens, sums=exact, impl="reference")
+            torch.testing.assert_close(
+                room.out[:, first:].double(), exact.out[:, first:], rtol=0, atol=16 * STORED[dtype] + 1e-5
+            )
         out = torch.full((2, tokens, 3 * q.shape[1], q.shape[3]), float("nan"), dtype=dtype)
         assert all(map(torch.equal, attend_grad(q, k, v, dz, how, tokens, None, out, impl="triton"), made))
         assert torch.equal(out.transpose(1, 2), torch.cat(made, 1))
         apart = attend_grad(q, k, v, dz, how, tokens, impl="reference")
         attend_grad(q, k, v, dz, how, tokens, None, out, impl="reference")
         assert torch.equal(out.transpose(1, 2), torch.cat(apart, 1))
+
+
+def test_what_receivers_read_beside_gradients_that_are_there(monkeypatch):
+    monkeypatch.setattr("eapcore.kernels.attention.takes_triton", lambda impl, x: True)
+    g, act = torch.randn(2, 35, 6, 24).bfloat16(), torch.randn(2, 35, 4, 24).bfloat16()
+    constants = torch.randn(2, 6, 24).bfloat16()
+    for alone, group, of_channel in (
+        (2, 2, [0, 1, 2, 2, 3, 3]),
+        (6, 1, [0, 1, 2, 3, 1, 0]),
+        (0, 3, [0, 0, 0, 1, 1, 1]),
+    ):
+        shared = act if alone < 6 else act[:, :, of_channel]
+        each = act[:, :, of_channel]
+        for w_gamma in (constants[0], None):
+            got = receiver_sums(g, shared, w_gamma, constants[1], 40, alone, group)
+            exact = (g.double() * (each.double() - constants[1].double())).sum(-1) / 40
+            torch.testing.assert_close(got[:, 1].double(), exact.permute(2, 0, 1).flatten(1), rtol=1e-5, atol=1e-5)
+            if w_gamma is not None:
+                exact = (g.double() * w_gamma.double()).sum(-1) / 40
+                torch.testing.assert_close(got[:, 0].double(), exact.permute(2, 0, 1).flatten(1), rtol=1e-5, atol=1e-5)
+    for d_head, d_model in ((20, 40), (24, 41), (136, 40)):
+        g = torch.randn(1, 2, 3, d_head).bfloat16()
+        assert receiver_sums(g, g, None, g[0, 0], d_model, 3, 1) is None  # which no kernel of theirs would read
 
 
 def test_scores_by_the_kernels(monkeypatch, limited):
@@ -134,7 +174,7 @@ def test_scores_by_the_kernels(monkeypatch, limited):
         monkeypatch.setattr(f"eapcore.kernels.attention.{decides}", lambda *like: True)
     monkeypatch.setattr("eapcore.attribution.score_batch.makes_differences", lambda model: True)
     got = attribute(model, pairs, storage="dense").scores
-    assert seen == {"attend_rows", "query_grads"}
+    assert seen == {"attend_rows", "query_grads", "channel_sums"}
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
     # All that a GPU does, in its layout and at a time.
     monkeypatch.setattr("eapcore.kernels.steps.takes_triton", lambda impl, x: x.dtype == torch.float32)

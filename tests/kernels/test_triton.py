@@ -411,8 +411,12 @@ def receivers(kind, channels, batch, tokens, d_model, d_head, dtype, gamma=True)
     return g, act, weight, Norm(kind, x_hat, rstd, scale), *constants
 
 
-def check_receivers(g, act, weight, norm, w_gamma, offset, **options):
-    got = grads.receiver_grads(g, act, weight, norm, w_gamma, offset, **options)
+def check_receivers(*case, **options):
+    check_layer(grads.receiver_grads(*case, **options), case)
+
+
+def check_layer(got, case):
+    g, act, weight, norm, w_gamma, offset = case
     assert got.dtype == g.dtype
     definition = reference.receiver_grads(g.double(), weight.double(), doubled(norm))
     torch_error = error_of(reference.receiver_grads(g, weight, norm), definition)
@@ -503,6 +507,21 @@ def test_receiver_grads_in_every_walk(kind, d_head, walk, launches):
     check_receivers(*case, config=walk)
     sums = [] if kind == "none" else ["channel_sums"]
     assert [kernel for kernel, _ in launches] == [*sums, "tile_grads"] and launches[-1][1]["programs"] > 1
+    if kind == "none":
+        return
+    g, act, weight, norm, w_gamma, offset = case  # again of the stream itself, with sums that are there already
+    beside = torch.stack([(g * w_gamma[:, None, None]).sum(-1), (g * (act - offset[:, None, None])).sum(-1)], 1)
+    mean = torch.randn(1, 80) if kind == "layernorm" else None
+    x = norm.x_hat / norm.rstd[..., None].float() + (0 if mean is None else mean[..., None])
+    raw = Norm(kind, None, norm.rstd, norm.gamma, x, mean)
+    options = {"w_gamma": w_gamma, "offset": offset, "sums": beside.flatten(2).float() / 104}
+    if kind == "rmsnorm":
+        options["sums"][:, 0] = float("nan")
+    got = kernels.receiver_grads(g, act, weight, norm=raw, **options, impl="triton")
+    assert [kernel for kernel, _ in launches[2:]] == ["tile_grads"] and launches[-1][1]["RAW"]
+    check_layer(got, case)
+    by_torch = kernels.receiver_grads(g, act, weight, norm=raw, **options, impl="reference")
+    torch.testing.assert_close(by_torch, got, rtol=0, atol=4 * STORED[g.dtype] * float(got.abs().max()))
 
 
 def test_a_walk_takes_any_layout_that_can_be_described(launches):
