@@ -204,7 +204,7 @@ def receiver_grads(
     norm: Norm,
     w_gamma: Annotated[Tensor, "C K"] | None = None,
     offset: Annotated[Tensor, "C K"] | None = None,
-    sums: Annotated[Tensor, "float32 C 2 B·T"] | None = None,
+    sums: Annotated[Tensor, "C 2 B T"] | None = None,
     out: Annotated[Tensor, "C B T D"] | None = None,
     impl: str = "auto",
 ) -> Annotated[Tensor, "C B T D"]:
@@ -223,7 +223,7 @@ def receiver_grads(
             the query heads of a group do those of its keys and values.
         norm: the normalisation that all C channels read through.
         w_gamma, offset: [C, K] from `receiver_constants`; not needed without a norm (w_gamma not for RMSNorm).
-        sums: c1 (not read for RMSNorm) and c2 of every channel and token b·T + t, where they are known already; only
+        sums: c1 (not read for RMSNorm) and c2 of every channel and token, float32, where they are known already; only
             "triton" has use for them.
         out: [C, B, T, D] in g's dtype to write to, d innermost and the stride of b T times that of t: contiguous, or
             channels that lie side by side for each token; "cpp" copies to all but the former. None makes one. Memory

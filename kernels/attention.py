@@ -163,7 +163,7 @@ def empty_sums(g: Annotated[Tensor, "B T 3H K"], d_model: int) -> Tensor | None:
     on = triton_common.target(g.device if run is None else run.device)
     if not on.descriptors or not fits(g) or g.shape[3] % 8 or d_model % 8 or not g.numel():
         return None
-    return g.new_empty(g.shape[2], 2, g.shape[0] * g.shape[1], dtype=torch.float32)
+    return g.new_empty(g.shape[2], 2, *g.shape[:2], dtype=torch.float32)
 
 
 def receiver_sums(
@@ -174,7 +174,7 @@ def receiver_sums(
     d_model: int,
     alone: int,
     group: int,
-) -> Annotated[Tensor, "C 2 B·T"] | None:
+) -> Annotated[Tensor, "C 2 B T"] | None:
     """What `ReceiverSums` is of gradients that are there already; None where no kernel would read it.
 
     The first `alone` channels have an activation each, `group` each of the others one together.
@@ -187,9 +187,9 @@ def receiver_sums(
         return sums
     from . import triton_receiver_grads
 
-    views = (x.permute(2, 0, 1, 3) for x in (g, act))
-    constants = (None if x is None else x.contiguous() for x in (w_gamma, offset))
-    triton_receiver_grads.fill_sums(*views, *constants, sums, d_model, alone, group)
+    of_channels, acts = g.permute(2, 0, 1, 3), act.permute(2, 0, 1, 3)
+    w_gamma = None if w_gamma is None else w_gamma.contiguous()
+    triton_receiver_grads.fill_sums(of_channels, acts, w_gamma, offset.contiguous(), sums, d_model, alone, group)
     return sums
 
 

@@ -45,16 +45,17 @@ class Causal:
 class ReceiverSums:
     """What `receiver_grads` reads beside the gradients of q, k and v, made together with them.
 
-        out[c, 0, n] = ⟨g[c, n], w_gamma[c]⟩ / D        out[c, 1, n] = ⟨g[c, n], act[c, n] − offset[c]⟩ / D
+        out[c, 0, b, t] = ⟨g[c, b, t], w_gamma[c]⟩ / D
+        out[c, 1, b, t] = ⟨g[c, b, t], act[c, b, t] − offset[c]⟩ / D
 
-    Channels c are all q, then all k, then all v, one each for every query head; n = b·T + t; act are q, k and v as
-    attention reads them, g their gradients as they are stored.
+    Channels c are all q, then all k, then all v, one each for every query head; act are q, k and v as attention reads
+    them, g their gradients as they are stored.
 
-    out: float32 [3H, 2, B·T]. w_gamma, offset: [3H, K] in the gradients' dtype; without the former out[:, 0] is left as
-    it is. d_model: D.
+    out: float32 [3H, 2, B, T], packed. w_gamma, offset: [3H, K] in the gradients' dtype; without the former out[:, 0]
+    is left as it is. d_model: D.
     """
 
-    out: Annotated[Tensor, "3H 2 B·T"]
+    out: Annotated[Tensor, "3H 2 B T"]
     w_gamma: Annotated[Tensor, "3H K"] | None
     offset: Annotated[Tensor, "3H K"]
     d_model: int
@@ -72,7 +73,7 @@ class ReceiverSums:
         if self.w_gamma is not None:
             pairs.append((0, self.w_gamma[:, None].to(g.dtype).expand_as(g)))
         for place, x in pairs:
-            self.out[:, place] = ((g * x).sum(-1) / self.d_model).transpose(0, 1).flatten(1)
+            self.out[:, place] = ((g * x).sum(-1) / self.d_model).transpose(0, 1)
 
 
 def empty_mixtures(q: Annotated[Tensor, "B H Q K"]) -> Annotated[Tensor, "B H Q K"]:

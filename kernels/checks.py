@@ -269,10 +269,10 @@ def receiver_grads(
         norm = replace(norm, x_hat=norm.x)
     statistics("norm", norm, batch, tokens, weight.shape[1], "g", g.device)
     if sums is not None and (
-        sums.shape != (channels, 2, batch * tokens) or sums.dtype != torch.float32 or not sums.is_contiguous()
+        sums.shape != (channels, 2, batch, tokens) or sums.dtype != torch.float32 or not sums.is_contiguous()
     ):
-        expected = [channels, 2, batch * tokens]
-        raise ValueError(f"sums must be float32 [C, 2, B·T] = {expected}, got {sums.dtype} {shape_text(sums)}")
+        shape = [channels, 2, batch, tokens]
+        raise ValueError(f"sums must be float32 [C, 2, B, T] = {shape}, packed, got {sums.dtype} {shape_text(sums)}")
     on_device("g", g.device, {"sums": sums})
     needed = {"offset": offset} | ({"w_gamma": w_gamma} if norm.kind == "layernorm" else {})
     for name, value in needed.items():

@@ -395,10 +395,10 @@ def attend_grad(
     rounds = common.interpreted() and dz.dtype == torch.bfloat16
     meta |= {"HAS_READ": read is not None, "PRECISION": precision, "ROUND": rounds}
     meta |= {"HAS_SUMS": made is not None, "CENTRED": made is not None and made.w_gamma is not None}
-    beside = (None, None, None)
+    beside: tuple[Tensor | None, ...] = (None, None, None)
     if made is not None:
         beside = made.out, None if made.w_gamma is None else made.w_gamma.contiguous(), made.offset.contiguous()
-    numbers += [0, 0] if made is None else [made.d_model, made.out.shape[2]]
+    numbers += [0, 0] if made is None else [made.d_model, made.out[0, 0].numel()]
     common.launch(
         query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
         q, k, v, dz, dq, dk, dv, sums, products, where, *beside, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],

@@ -433,7 +433,7 @@ def fill_sums(
     g: Tensor, act: Tensor, w_gamma: Tensor | None, offset: Tensor | None, sums: Tensor, d_model: int, alone: int,
     share: int,
 ) -> None:  # fmt: skip
-    """c1 (with a w_gamma) and c2 of [C, B, T, K] into sums [C, 2, B·T]; the first `alone` channels have an activation
+    """c1 (with a w_gamma) and c2 of [C, B, T, K] into sums [C, 2, B, T]; the first `alone` channels have an activation
     each, `share` each of the others one together."""
     channels, batch, tokens, d_head = g.shape
     g, act = common.unit_inner_stride(g.detach()), common.unit_inner_stride(act.detach())
@@ -460,7 +460,7 @@ def walk(work: Channels, out: Tensor, tile: Walk, sums: Tensor | None = None) ->
     upcast = common.interpreted()  # which multiplies the bit patterns of bfloat16
     if norm.kind != "none" and sums is None:
         assert act is not None
-        sums = out.new_empty(work.count, 2, rows, dtype=torch.float32)
+        sums = out.new_empty(work.count, 2, batch, tokens, dtype=torch.float32)
         fill_sums(g, act, work.w_gamma if norm.kind == "layernorm" else None, work.offset, sums, d_model, 0, share)
     turned, stream = weight.stride(2) != 1, norm.x_hat if norm.x is None else norm.x
     tiles = common.cdiv(rows, tile.block_n) * common.cdiv(d_model, tile.block_d)

@@ -126,7 +126,7 @@ def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, 
     if fast == "triton" and kind != "none":  # of the stream itself, with sums that are there already
         assert norm.x_hat is not None and norm.rstd is not None
         wide, w, a, b = doubled([g, w_gamma[:, None, None], act, offset[:, None, None]])
-        sums = torch.stack([(wide * w).sum(-1), (wide * (a - b)).sum(-1)], 1).flatten(2).float() / d_model
+        sums = torch.stack([(wide * w).sum(-1), (wide * (a - b)).sum(-1)], 1).float() / d_model
         mean = torch.randn(2, 37, device=device) if kind == "layernorm" else None
         x = norm.x_hat.float() / norm.rstd[..., None] + (0 if mean is None else mean[..., None])
         raw = kernels.Norm(kind, None, norm.rstd, norm.gamma, x, mean)
@@ -215,7 +215,7 @@ def check_attention(device: str, dtype: torch.dtype) -> None:
             judge(f"attend_grad {dtype} {how}", got, exact, 2 * STORED[dtype])
         if where is None:
             constants = torch.randn(2, 6, 20, device=device).to(dtype)
-            rooms = [torch.empty(6, 2, 2 * tokens, dtype=x, device=device) for x in (torch.float32, torch.float64)]
+            rooms = [torch.empty(6, 2, 2, tokens, dtype=x, device=device) for x in (torch.float32, torch.float64)]
             sums, there = (ReceiverSums(x, *constants, 7) for x in rooms)
             made = attend_grad(q, k, v, dz, how, tokens, sums=sums, impl="triton")
             there.fill(doubled(made), doubled((q, k[:, :, past:], v[:, :, past:])))

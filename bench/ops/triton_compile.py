@@ -196,7 +196,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
         sums = None
         if ready:  # the sums are there, and the stream is read as it is
-            sums = empty(c, 2, b * t, dtype=single)
+            sums = empty(c, 2, b, t, dtype=single)
             mean = statistics[1] if kind == "layernorm" else None
             norm = Norm(kind, None, *statistics[1:], statistics[0], mean)
         act, weight = g[: c // share], weight[: c // share]
@@ -285,7 +285,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         z, sums = q.new_empty(8, q.shape[2], 12, d_head), None
         if on.descriptors:  # as where they are used
             constants = empty(36, d_head, dtype=dtype)
-            room = empty(36, 2, 8 * tokens, dtype=single)
+            room = empty(36, 2, 8, tokens, dtype=single)
             sums = ReceiverSums(room, None if how.window else constants, constants, 12 * d_head)
         calls.append((case, "", lambda: attend_moved(q, k, v, how, tokens, where, z, impl="triton")))
         calls.append((case, "", lambda: attend_grad(every, k, v, every, how, tokens, sums=sums, impl="triton")))

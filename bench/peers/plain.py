@@ -65,10 +65,12 @@ def plain_forward_grouped(model: Model, x: Tensor) -> Tensor:
 
     for (heads,), (mlp,) in model.weights.layers:
         n, parts = normed(x, heads.norm), []
-        biases = heads.b_qkv.split([len(w) for w in heads.w_qkv])
+        biases = [None] * 3 if heads.b_qkv is None else heads.b_qkv.split([len(w) for w in heads.w_qkv])
         for w, b in zip(heads.w_qkv, biases, strict=True):
             weight = w.transpose(1, 2).reshape(-1, width)  # [C·K, D], as it is stored
-            parts.append(F.linear(n, weight, b.flatten()).view(batch, tokens, len(w), -1).transpose(1, 2))
+            parts.append(
+                F.linear(n, weight, None if b is None else b.flatten()).view(batch, tokens, len(w), -1).transpose(1, 2)
+            )
         q, k, v = parts
         z = F.scaled_dot_product_attention(
             turned(q), turned(k), v, is_causal=True, scale=heads.scale, enable_gqa=heads.group > 1

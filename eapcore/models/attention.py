@@ -666,7 +666,7 @@ class Channels:
     read through, one for each group of query heads. g: [B, T, C', K] ∂metric/∂ of their activations. With
     at_read T is Q: the gradient is zero but at the positions that are read. saved: what the forward pass kept of the
     layer. dz: [B, Q, H, K] ∂metric/∂(the heads' mixtures of v). past: [B, P, 2G, K] or None; read: [B, Q] or
-    None, see `Attention.forward`. sums: [C', 2, B·T] of `kernels.receiver_grads`, where they were made with g.
+    None, see `Attention.forward`. sums: [C', 2, B, T] of `kernels.receiver_grads`, where they were made with g.
     """
 
     attention: Attention
@@ -731,8 +731,8 @@ class Channels:
             alone = max(0, attention.n_heads - channels.start) if shared else self.g.shape[2]
             w_gamma, offset = (constant[channels] for constant in self.constants)
             centred = attention.norm.kind == "layernorm"
-            how = (self.norm_in.x.shape[-1], alone, attention.group)
-            sums = receiver_sums(self.g, act, w_gamma if centred else None, offset, *how)
+            width = self.norm_in.x.shape[-1]
+            sums = receiver_sums(self.g, act, w_gamma if centred else None, offset, width, alone, attention.group)
         # The kernel that takes the sums makes x̂ of a tile by itself.
         g, norm, groups = self.factors(groups, standardised=sums is None)
         shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
@@ -746,8 +746,9 @@ class Channels:
             # [B, T, C, K] → [C, B, T, K]
             views = (g[:, :, part].permute(2, 0, 1, 3), act[:, :, read].permute(2, 0, 1, 3))
             beside = None if sums is None else sums[part]
-            how = {"w_gamma": w_gamma, "offset": offset, "sums": beside, "out": grads[part]}
-            kernels.receiver_grads(*views, w, norm=norm, **how, impl=impl)
+            kernels.receiver_grads(
+                *views, w, norm=norm, w_gamma=w_gamma, offset=offset, sums=beside, out=grads[part], impl=impl
+            )
             start, place = part.stop, read.stop
         return grads
 

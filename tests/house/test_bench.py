@@ -280,8 +280,8 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
 
 def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
     pytest.importorskip("triton")
-    found = first_batch.in_child("GPT-2 small, bfloat16, eap", "standardise_rows")
-    assert found.batches[0] <= 21 and found.batches[-1] <= 22, found
+    found = first_batch.in_child("GPT-2 small, bfloat16, eap", "unit_rows")
+    assert found.batches[0] <= 20 and found.batches[-1] <= 21, found
     assert found.logged.count("compiling the GPU's kernels") == 1
 
 
@@ -420,7 +420,7 @@ def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
         pipeline_work.memories([(small, "fast")])
 
 
-@pytest.mark.parametrize("grouped", [{}, {"G": 2, "M": 27}])
+@pytest.mark.parametrize("grouped", [{}, {"G": 2, "M": 27}, {"G": 2, "M": 27, "biased": True}])
 def test_the_floor_is_two_forwards_of_the_model_and_a_backward(grouped):
     work = pipeline_work.Work(3, 4, 24, 50, B=3, T=7, **grouped)
     model, pairs = work.model(dtype=torch.float64), work.pairs()

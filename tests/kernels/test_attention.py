@@ -116,7 +116,7 @@ def test_kernels_give_torchs_mixtures_and_gradients(name, dtype):
         acts = (q, k[:, :, -tokens:], v[:, :, -tokens:])
         for w_gamma in (constants[0], None):
             rooms = [
-                torch.full((3 * heads, 2, 2 * tokens), float("nan"), dtype=x) for x in (torch.float32, torch.float64)
+                torch.full((3 * heads, 2, 2, tokens), float("nan"), dtype=x) for x in (torch.float32, torch.float64)
             ]
             exact, room = (ReceiverSums(x, w_gamma, constants[1], 7) for x in (rooms[1], rooms[0]))
             assert all(map(torch.equal, attend_grad(q, k, v, dz, how, tokens, sums=room, impl="triton"), made))
@@ -150,10 +150,10 @@ def test_what_receivers_read_beside_gradients_that_are_there(monkeypatch):
         for w_gamma in (constants[0], None):
             got = receiver_sums(g, shared, w_gamma, constants[1], 40, alone, group)
             exact = (g.double() * (each.double() - constants[1].double())).sum(-1) / 40
-            torch.testing.assert_close(got[:, 1].double(), exact.permute(2, 0, 1).flatten(1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[:, 1].double(), exact.permute(2, 0, 1), rtol=1e-5, atol=1e-5)
             if w_gamma is not None:
                 exact = (g.double() * w_gamma.double()).sum(-1) / 40
-                torch.testing.assert_close(got[:, 0].double(), exact.permute(2, 0, 1).flatten(1), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(got[:, 0].double(), exact.permute(2, 0, 1), rtol=1e-5, atol=1e-5)
     for d_head, d_model in ((20, 40), (24, 41), (136, 40)):
         g = torch.randn(1, 2, 3, d_head).bfloat16()
         assert receiver_sums(g, g, None, g[0, 0], d_model, 3, 1) is None  # which no kernel of theirs would read

@@ -274,7 +274,7 @@ def test_the_way_that_a_gpu_takes_gives_the_same_scores(name, kv, monkeypatch, l
         if sums is not None:
             each = act.repeat_interleave(len(g) // len(act), 0)
             c1, c2 = (g * w_gamma[:, None, None]).sum(-1), (g * (each - offset[:, None, None])).sum(-1)
-            made = torch.stack([c1, c2], 1).flatten(2).float() / weight.shape[1]
+            made = torch.stack([c1, c2], 1).float() / weight.shape[1]
             first = 0 if norm.kind == "layernorm" else 1
             torch.testing.assert_close(sums[:, first:], made[:, first:], rtol=1e-4, atol=1e-6 * float(made.abs().max()))
             given.append(made)
@@ -284,7 +284,7 @@ def test_the_way_that_a_gpu_takes_gives_the_same_scores(name, kv, monkeypatch, l
     rooms = []
 
     def empty_sums(g, d_model):
-        rooms.append(g.new_empty(g.shape[2], 2, g.shape[0] * g.shape[1], dtype=torch.float32))
+        rooms.append(g.new_empty(g.shape[2], 2, *g.shape[:2], dtype=torch.float32))
         return rooms[-1]
 
     monkeypatch.setattr("eapcore.models.attention.empty_sums", empty_sums)
@@ -296,15 +296,15 @@ def test_the_way_that_a_gpu_takes_gives_the_same_scores(name, kv, monkeypatch, l
         places = [c if c < alone else alone + (c - alone) // group for c in range(g.shape[2])]
         made = [g * (act[:, :, places] - offset)]
         made = [g * (made[0] * 0 if w_gamma is None else w_gamma), *made]
-        return torch.stack([x.sum(-1).permute(2, 0, 1).flatten(1) for x in made], 1).float() / d_model
+        return torch.stack([x.sum(-1).permute(2, 0, 1) for x in made], 1).float() / d_model
 
     monkeypatch.setattr("eapcore.models.attention.receiver_sums", receiver_sums)
     limited(receivers=1 << 10, workspace=1 << 30)
     for (task, method), scores in zip(cases, expected, strict=True):
         found = eapcore.attribute(model, task, method=method, storage="dense").scores
         torch.testing.assert_close(found, scores, rtol=0, atol=1e-11 * float(scores.abs().max()))
-    # Of rotated q and k the sums are not known where a norm or a bias lies behind; where heads share a receiver they are
-    # made apart too, as in the last layer, whose q has its gradient where the metric reads.
+    # Of rotated q and k the sums are not known where a norm or a bias lies behind. They are made apart where heads
+    # share a receiver too, and in the last layer, whose q has its gradient where the metric reads.
     assert given and len(rooms) == (0 if name in ("qwen3", "neox") or kv == "grouped" else len(apart) // 2)
 
 
