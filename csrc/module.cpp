@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "changes.hpp"
 #include "edge_scores.hpp"
 #include "factored.hpp"
 #include "receiver_grads.hpp"
@@ -212,6 +213,54 @@ std::int64_t py_edge_scores_factored_bytes(const std::string& isa_name, const st
   });
 }
 
+// raw: its address, then strides of B, T and S. sides: the addresses of rstd, moved, known, normed, values, earlier and mean.
+// sizes: B, T, S, N, H.
+template <class T>
+void run_pattern_changes(Isa isa, const Address4& raw, const std::array<std::int64_t, 7>& sides,
+                         const std::array<std::int64_t, 5>& sizes, bool of_keys, bool apart, int threads, std::int64_t out,
+                         const Allocate& allocate) {
+  const auto [batch, tokens, senders, others, heads] = sizes;
+  std::vector<Changes<T>> pairs;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const auto at = [b](std::int64_t address, std::int64_t count) {
+      return address == 0 ? nullptr : pointer<const T>(address) + b * count;
+    };
+    const std::int64_t side = tokens * others * heads;
+    pairs.push_back({pointer<const T>(raw[0]) + b * raw[1], raw[2], raw[3], at(sides[0], tokens * senders),
+                     at(sides[1], tokens * senders), at(sides[2], side), at(sides[3], side), at(sides[4], side),
+                     at(sides[5], others * heads), at(sides[6], others * heads), tokens, senders, others, heads});
+  }
+  pattern_changes<T>(isa, pairs, of_keys, apart, threads, pointer<T>(out), allocate);
+}
+
+void py_pattern_changes(const std::string& isa_name, const std::string& dtype, const Address4& raw,
+                        const std::array<std::int64_t, 7>& sides, const std::array<std::int64_t, 5>& sizes, bool of_keys,
+                        bool apart, int threads, std::int64_t out, const nb::callable& memory) {
+  const Isa isa = isa_named(isa_name);
+  const Allocate allocate = allocate_by(memory);
+  const nb::gil_scoped_release release;
+  const auto run = dtype == "float64" ? run_pattern_changes<double> : run_pattern_changes<float>;
+  run(isa, raw, sides, sizes, of_keys, apart, threads, out, allocate);
+}
+
+// x: its address, then strides of B and T; delta: its address, then strides of S, B and T. sizes: B, T, S, D.
+template <class T>
+void run_moved_rstd(Isa isa, const std::array<std::int64_t, 3>& x, const Address4& delta,
+                    const std::array<std::int64_t, 4>& sizes, double eps, bool centred, int threads, std::int64_t out) {
+  const Moved<T> op{pointer<const T>(x[0]), pointer<const T>(delta[0]), x[1], x[2], delta[1], delta[2], delta[3],
+                    sizes[0], sizes[1], sizes[2], sizes[3]};
+  moved_rstd<T>(isa, op, eps, centred, threads, pointer<T>(out));
+}
+
+void py_moved_rstd(const std::string& isa_name, const std::string& dtype, const std::array<std::int64_t, 3>& x,
+                   const Address4& delta, const std::array<std::int64_t, 4>& sizes, double eps, bool centred, int threads,
+                   std::int64_t out) {
+  const Isa isa = isa_named(isa_name);
+  const nb::gil_scoped_release release;
+  const auto run = dtype == "float64" ? run_moved_rstd<double> : run_moved_rstd<float>;
+  run(isa, x, delta, sizes, eps, centred, threads, out);
+}
+
 }  // namespace
 
 // kernels/cpp.py refuses a module of another number: what it passes is addresses and sizes, which no type would check.
@@ -241,6 +290,10 @@ NB_MODULE(_csrc, m) {
         nb::arg("centred"), nb::arg("w_gamma"), nb::arg("offset"), nb::arg("receiver_mlp"), nb::arg("logits"),
         nb::arg("sizes"), nb::arg("mlps"), nb::arg("mask"), nb::arg("reduce"), nb::arg("chunk"), nb::arg("threads"),
         nb::arg("scores"), nb::arg("allocate"));
+  m.def("pattern_changes", &py_pattern_changes, nb::arg("isa"), nb::arg("dtype"), nb::arg("raw"), nb::arg("sides"),
+        nb::arg("sizes"), nb::arg("of_keys"), nb::arg("apart"), nb::arg("threads"), nb::arg("out"), nb::arg("allocate"));
+  m.def("moved_rstd", &py_moved_rstd, nb::arg("isa"), nb::arg("dtype"), nb::arg("x"), nb::arg("delta"), nb::arg("sizes"),
+        nb::arg("eps"), nb::arg("centred"), nb::arg("threads"), nb::arg("out"));
   m.def("edge_scores_factored_bytes", &py_edge_scores_factored_bytes, nb::arg("isa"), nb::arg("sizes"), nb::arg("mlps"),
         nb::arg("mask"), nb::arg("reduce"), nb::arg("chunk"), nb::arg("threads"));
 }

@@ -57,6 +57,8 @@ _DTYPES = {
     "edge_scores": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "receiver_grads": (torch.float32, torch.bfloat16),
     "edge_scores_factored": (torch.float32, torch.bfloat16),
+    "pattern_changes": (torch.float64, torch.float32),
+    "moved_rstd": (torch.float64, torch.float32),
 }
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -72,7 +74,8 @@ def why_not() -> str:
 
 def supports(op: str, dtype: torch.dtype) -> bool:
     """Whether the C++ implementation of an op takes tensors of this dtype."""
-    return dtype in _DTYPES.get(op, ())
+    # An extension that was built before there was an op has the others.
+    return dtype in _DTYPES.get(op, ()) and (_csrc is None or hasattr(_csrc, op))
 
 
 def isas() -> list[str]:
@@ -340,6 +343,60 @@ def edge_scores_factored(
     )
     _note("edge_scores_factored", isa_name, senders.dz.dtype)
     return scores
+
+
+def pattern_changes(
+    raw: Tensor,
+    rstd: Tensor | None,
+    moved: Tensor | None,
+    known: Tensor,
+    normed: Tensor,
+    values: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    *,
+    of_keys: bool,
+    apart: bool,
+) -> Tensor:
+    """`eapcore.kernels.patterns.pattern_changes`; a block of 64 bytes of senders at a time."""
+    named = {"raw": raw, "rstd": rstd, "moved": moved, "known": known, "normed": normed, "values": values}
+    _check("pattern_changes", named)
+    extension, isa_name, dtype = _extension(), isa(), known.dtype
+    batch, tokens, senders, others, heads = raw.shape
+    if raw.stride()[-2:] != (heads, 1):
+        raw = raw.contiguous()
+    sides = [None if x is None else _real(x).contiguous() for x in (*list(named.values())[1:], *(past or (None, None)))]
+    out = torch.empty((batch, 1 if of_keys and not apart else tokens, senders, heads), dtype=dtype, device="cpu")
+    keep: list[Tensor] = []
+    extension.pattern_changes(
+        isa_name,
+        _NAMES[dtype],
+        (raw.data_ptr(), *raw.stride()[:3]),
+        [0 if x is None else x.data_ptr() for x in sides],
+        (batch, tokens, senders, others, heads),
+        of_keys,
+        apart,
+        torch.get_num_threads(),
+        out.data_ptr(),
+        _allocate(keep),
+    )
+    _note("pattern_changes", isa_name, dtype)
+    return out
+
+
+def moved_rstd(x: Tensor, delta: Tensor, eps: float, *, centred: bool) -> Tensor:
+    """`eapcore.kernels.patterns.moved_rstd`; two passes over a row, which is in a cache in the second."""
+    _check("moved_rstd", {"x": x, "delta": delta})
+    extension, isa_name = _extension(), isa()
+    x, delta = _real(x), _real(delta)
+    senders, batch, tokens, width = delta.shape
+    out = torch.empty((batch, tokens, senders), dtype=x.dtype, device="cpu")
+    sizes = (batch, tokens, senders, width)
+    threads = torch.get_num_threads()
+    extension.moved_rstd(
+        isa_name, _NAMES[x.dtype], _address(x), _address(delta), sizes, eps, centred, threads, out.data_ptr()
+    )
+    _note("moved_rstd", isa_name, x.dtype)
+    return out
 
 
 def default_chunk() -> int:

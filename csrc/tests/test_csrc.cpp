@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "../changes.hpp"
 #include "../edge_scores.hpp"
 #include "../factored.hpp"
 #include "../meeting.hpp"
@@ -435,6 +436,106 @@ void test_outer_edge_scores(Isa isa, const char* type) {
   }
 }
 
+// Patterns whose query t sees the keys up to itself, or whose key t is seen by the queries from itself on, with and without
+// keys before, and a norm's statistics.
+template <class T>
+void test_pattern_changes(Isa isa, const char* type, std::int64_t B, std::int64_t Tk, std::int64_t S, std::int64_t N,
+                          std::int64_t H, bool of_keys, bool apart, bool more) {
+  const std::int64_t side = B * Tk * N * H, kept = of_keys && !apart ? 1 : Tk, gap = 3;
+  const Array<T> raw(B * Tk * S * (N * H + gap), 1), normed(side, 1), values(side, 0), earlier(B * N * H, 1), mean(B * N * H, 0);
+  Array<T> known(side, 1), rstd(B * Tk * S, 0), moved(B * Tk * S, 1);
+  for (std::int64_t i = 0; i < side; ++i) {
+    const std::int64_t t = i / (N * H) % Tk, n = i / H % N;
+    if (of_keys ? t > n : n > t) known.data()[i] = -std::numeric_limits<T>::infinity();
+  }
+  for (std::int64_t i = 0; i < B * Tk * S; i += S) moved.data()[i] = 0, rstd.data()[i] = 0;  // sender 0 changes nothing
+  const bool past = more && of_keys;
+  std::vector<Changes<T>> pairs;
+  for (std::int64_t b = 0; b < B; ++b) {
+    const std::int64_t at = b * Tk * N * H, row = b * Tk * S;
+    pairs.push_back({raw.data() + row * (N * H + gap), S * (N * H + gap), N * H + gap, more ? rstd.data() + row : nullptr,
+                     more ? moved.data() + row : nullptr, known.data() + at, normed.data() + at, values.data() + at,
+                     past ? earlier.data() + b * N * H : nullptr, past ? mean.data() + b * N * H : nullptr, Tk, S, N, H});
+  }
+  std::vector<double> expected(static_cast<std::size_t>(B * kept * S * H)), size(expected.size(), 30.0 + static_cast<double>(N));
+  for (std::int64_t b = 0; b < B; ++b) {
+    for (std::int64_t s = 0; s < S; ++s) {
+      for (std::int64_t h = 0; h < H; ++h) {
+        const auto score = [&](std::int64_t t, std::int64_t n, bool after) {
+          const std::int64_t i = ((b * Tk + t) * N + n) * H + h, row = (b * Tk + t) * S + s;
+          const double added = raw.at(row * (N * H + gap) + n * H + h);
+          return known.at(i) + (!after ? 0 : more ? rstd.at(row) * added + moved.at(row) * normed.at(i) : added);
+        };
+        for (std::int64_t query = 0; query < (of_keys ? N : Tk); ++query) {
+          double sums[2] = {}, means[2] = {};
+          for (const int after : {0, 1}) {
+            const double before = past ? std::exp(earlier.at((b * N + query) * H + h)) : 0;
+            sums[after] = before;
+            means[after] = before * (past ? mean.at((b * N + query) * H + h) : 0);
+            for (std::int64_t key = 0; key < (of_keys ? Tk : N); ++key) {
+              const std::int64_t t = of_keys ? key : query, n = of_keys ? query : key;
+              const double weight = std::exp(score(t, n, after == 1));
+              sums[after] += weight;
+              means[after] += weight * values.at(((b * Tk + t) * N + n) * H + h);
+            }
+          }
+          const auto at = [&](std::int64_t t) { return static_cast<std::size_t>(((b * kept + t) * S + s) * H + h); };
+          if (!apart) expected[at(of_keys ? 0 : query)] += means[1] / sums[1] - means[0] / sums[0];
+          for (std::int64_t t = 0; apart && t < Tk; ++t) {
+            const double change = (std::exp(score(t, query, true)) - std::exp(score(t, query, false))) / sums[1];
+            expected[at(t)] += change * values.at(((b * Tk + t) * N + query) * H + h);
+          }
+        }
+        for (std::int64_t t = 0; s == 0 && more && t < kept; ++t) size[static_cast<std::size_t>((b * kept + t) * S * H + h)] = 0;
+      }
+    }
+  }
+  const std::string what = std::string("pattern_changes ") + type + " " + name(isa) + (of_keys ? " of keys" : " of queries") +
+                           " S=" + std::to_string(S) + " H=" + std::to_string(H);
+  for (const int threads : numbers_of_threads()) {
+    const auto call = [&](T* out) {
+      Memory memory;
+      pattern_changes<T>(isa, pairs, of_keys, apart, threads, out, memory.from());
+    };
+    std::vector<T> found(expected.size());
+    call(found.data());
+    expect_close(found, expected, size, tolerance<T>(), what);
+    expect_the_same_again(found, call, what);
+  }
+}
+
+template <class T>
+void test_all_pattern_changes(Isa isa, const char* type) {
+  for (const bool more : {false, true}) {
+    test_pattern_changes<T>(isa, type, 2, 3, 19, 5, 3, false, false, more);
+    test_pattern_changes<T>(isa, type, 1, 4, 2, 6, 5, true, false, more);
+    test_pattern_changes<T>(isa, type, 2, 3, 9, 3, 1, true, true, more);
+  }
+  test_pattern_changes<T>(isa, type, 1, 1, 1, 1, 1, false, false, false);
+  test_pattern_changes<T>(isa, type, 1, 2, 0, 2, 1, true, false, false);
+  for (const std::int64_t D : {1, 7, 37, 64}) {
+    const Array<T> x(6 * (D + 1), 1), delta(3 * 6 * (D + 2), 0);
+    const Moved<T> op{x.data(), delta.data(), 3 * (D + 1), D + 1, 6 * (D + 2), 3 * (D + 2), D + 2, 2, 3, 3, D};
+    for (const bool centred : {false, true}) {
+      std::vector<T> found(18);
+      moved_rstd<T>(isa, op, 1e-3, centred, 2, found.data());
+      for (std::int64_t row = 0; row < 6; ++row) {
+        for (std::int64_t s = 0; s < 3; ++s) {
+          double sum = 0, squares = 0;
+          for (std::int64_t d = 0; d < D; ++d) {
+            const double y = x.at(row * (D + 1) + d) + delta.at((s * 6 + row) * (D + 2) + d);
+            sum += y, squares += y * y;
+          }
+          const double mean = centred ? sum / static_cast<double>(D) : 0;
+          const double expected = 1 / std::sqrt(squares / static_cast<double>(D) - mean * mean + 1e-3);
+          const auto got = static_cast<double>(found[static_cast<std::size_t>(row * 3 + s)]);
+          expect(std::abs(got / expected - 1) < tolerance<T>() * 10, "moved_rstd " + std::to_string(D));
+        }
+      }
+    }
+  }
+}
+
 // Threads that hurry from one meeting to the next; one of them is late by more than the others look before they sleep.
 void test_meetings() {
 #if defined(_OPENMP)
@@ -485,6 +586,8 @@ int main(int count, char**) {
 #if EAPCORE_X86
     if (isa == Isa::avx512bf16) test_outer_edge_scores<bf16>(isa, "bfloat16");
 #endif
+    test_all_pattern_changes<float>(isa, "float32");
+    test_all_pattern_changes<double>(isa, "float64");
     test_sizes_of_zero_and_one<float>(isa, "float32");
     test_sizes_of_zero_and_one<bf16>(isa, "bfloat16");
     for (const std::int64_t skew : {0, 1}) {

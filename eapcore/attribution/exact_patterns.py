@@ -107,7 +107,7 @@ def _add_by_windows(
         for senders, delta in store.of_pairs(at_read, count, pairs):
             if delta.device not in made and reader is not None:
                 made[delta.device] = Windows(part.on(delta.device, reader(delta.device), whole=True), kinds)
-            for channels, found in made[delta.device].changes(delta, pairs, reduce == "position"):
+            for channels, found in made[delta.device].changes(delta, pairs, reduce == "position", sums.impl):
                 block = found.sum(over)  # [S, H], [b, S, H] or [T, S, H]
                 if channels.stop - channels.start < block.shape[-1]:
                     block = block.unflatten(-1, (-1, part.attention.group)).sum(-1)

@@ -13,13 +13,15 @@ change is one product for each position, of D · (T + 1) multiply-adds a head wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eapcore.kernels.causal import by_group
+from eapcore.kernels.patterns import moved_rstd, pattern_changes
 from eapcore.models.attention import Channels
 from eapcore.models.tensors import accumulate_dtype
 
@@ -35,7 +37,7 @@ def pays(part: Channels, kinds: tuple[slice, ...]) -> bool:
     keys = tokens + (0 if part.past is None else part.past.shape[1])
     others = keys + 1 if len(kinds) == 2 else keys if kinds[0].start == 0 else reads
     # Scores of q or k that are made are thin products, and what is made is passed over several times.
-    return width * others <= len(kinds) * size * (size + 4 * keys)
+    return width * others <= len(kinds) * size * (2 * size + 4 * keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,15 @@ class Windows:
             return by_group(q, k.transpose(-1, -2)) * attention.scale
 
         self.of_q = self.of_k = self.past = None
+        self.rooms: dict[str, Tensor] = {}
         self.rows: list[tuple[Tensor, Tensor]] = []  # [B, H, N, K] whose products with [H, K, D] they are
         if of_k:
             here, keys = k[:, :, before:].to(wide), offset[attention.channels[1]]
             keys = keys if attention.grouped else keys[:: attention.group]
             along = normed(q.to(wide), here - keys)
-            self.of_k = _Side(*(x.permute(0, 3, 2, 1) for x in (known[..., before:], along, values[..., before:])))
+            self.of_k = _Side(
+                *(x.permute(0, 3, 2, 1).contiguous() for x in (known[..., before:], along, values[..., before:]))
+            )
             self.rows.append((q, self._weight(slice(self.heads, self.heads + attention.n_kv))))
             if before:
                 earlier = known[..., :before].logsumexp(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
@@ -89,7 +94,7 @@ class Windows:
                 self.past = earlier[..., 0].transpose(1, 2), mean.transpose(1, 2)  # [B, Q, H]
         if of_q:
             along = normed(q.to(wide) - offset[attention.channels[0]], k.to(wide))
-            self.of_q = _Side(*(x.permute(0, 2, 3, 1) for x in (known, along, values)))
+            self.of_q = _Side(*(x.permute(0, 2, 3, 1).contiguous() for x in (known, along, values)))
             self.rows.append((k.repeat_interleave(attention.group, 1), self._weight(slice(0, self.heads))))
 
     def numbers(self, senders: int) -> int:
@@ -104,7 +109,7 @@ class Windows:
         weight = torch.cat([attention.norm.frozen_weight(w) for w in attention.weights(projections)]) * attention.scale
         return weight.repeat_interleave(self.heads // len(weight), 0).transpose(1, 2)
 
-    def changes(self, delta: Tensor, pairs: slice, apart: bool) -> Iterator[tuple[slice, Tensor]]:
+    def changes(self, delta: Tensor, pairs: slice, apart: bool, impl: str) -> Iterator[tuple[slice, Tensor]]:
         """Of each kind of channels, ⟨pattern′ − pattern, ∂metric/∂pattern⟩ of some pairs' queries [b, T, S, H], or of
         their keys [b, 1, S, H]; apart: keys' by their positions, [b, T, S, H].
 
@@ -113,12 +118,13 @@ class Windows:
         here = self.norm_in.of(lambda x: x[pairs])
         rstd = moved = None
         if here.rstd is not None:
-            found = self.attention.norm.rstd(here.x + delta)[..., 0].permute(1, 2, 0)  # [b, T, S]
-            rstd, moved = found[..., None, None], (found / here.rstd - 1)[..., None, None]
+            norm = self.attention.norm
+            found = moved_rstd(here.x, delta, norm.eps, centred=norm.kind == "layernorm", impl=impl)
+            rstd, moved = found.contiguous(), (found / here.rstd - 1).contiguous()
         windows, heads = self._windows(pairs), self.heads
         senders, n, tokens, _ = delta.shape
         width = windows.shape[2]
-        raw = delta.new_empty(n, tokens, senders, width)
+        raw = self._room("raw", delta, n, tokens, senders, width)
         for one, window, to in zip(delta.unbind(1), windows, raw, strict=True):
             torch.bmm(one.transpose(0, 1), window.expand(tokens, -1, -1).transpose(1, 2), out=to)
         q_raw = k_raw = raw
@@ -130,19 +136,27 @@ class Windows:
             q_raw = raw.as_strided((n, tokens, senders, width - heads), strides, tokens * heads)
         for kind, side, made in ((0, self.of_q, q_raw), (1, self.of_k, k_raw)):
             if side is not None:
-                some = _Side(side.known[pairs], side.normed[pairs], side.values[pairs])
-                past = None if self.past is None or kind == 0 else [x[pairs] for x in self.past]
-                changed = _changed(
-                    made.unflatten(-1, (-1, heads)), rstd, moved, some, past, of_keys=kind == 1, apart=apart
-                )
+                known, normed, values = side.known[pairs], side.normed[pairs], side.values[pairs]
+                past = None if self.past is None or kind == 0 else (self.past[0][pairs], self.past[1][pairs])
+                changed = pattern_changes(
+                    made.unflatten(-1, (-1, heads)), rstd, moved, known, normed, values, past,
+                    of_keys=kind == 1, apart=apart, impl=impl,
+                )  # fmt: skip
                 yield self.attention.channels[kind], changed
+
+    def _room(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Memory that is used again for other pairs: fresh pages would cost time."""
+        size = math.prod(shape)
+        if name not in self.rooms or self.rooms[name].numel() < size:
+            self.rooms[name] = like.new_empty(size)
+        return self.rooms[name][:size].view(shape)
 
     def _windows(self, pairs: slice) -> Tensor:
         """What the positions of some pairs meet, [b, T or 1, W, D]."""
         counts = [x.shape[2] for x, _ in self.rows]
         first, weight = self.rows[0]
         n, width = len(first[pairs]), weight.shape[2]
-        room = first.new_empty(n, sum(counts), self.heads, width)
+        room = self._room("windows", first, n, sum(counts), self.heads, width)
         for (x, weight), part in zip(self.rows, room.split(counts, 1), strict=True):
             for one, to in zip(x[pairs], part, strict=True):
                 torch.bmm(one, weight, out=to.transpose(0, 1))
@@ -150,38 +164,3 @@ class Windows:
             return room.flatten(1, 2)[:, None]
         shape = (n, counts[0], (counts[1] + 1) * self.heads, width)
         return room.as_strided(shape, (room.stride(0), self.heads * width, width, 1))
-
-
-def _changed(
-    raw: Tensor,
-    rstd: Tensor | None,
-    moved: Tensor | None,
-    side: _Side,
-    past: Sequence[Tensor] | None,
-    *,
-    of_keys: bool,
-    apart: bool,
-) -> Tensor:
-    """What `Windows.changes` gives of one kind.
-
-    raw: [b, T, S, N, H] what Δ adds to scores without σ. rstd, moved: 1/σ_s and σ/σ_s − 1, [b, T, S, 1, 1]. past: of
-    queries, the log of the sum of exp(score) of the keys before, and their share of the mean of values, [b, N, H].
-    """
-    known, normed, values = (x[:, :, None] for x in (side.known, side.normed, side.values))
-    scores = raw.to(known.dtype)
-    if rstd is not None and moved is not None:
-        scores = (scores * rstd).addcmul_(moved, normed)
-    scores = scores + known
-    if not of_keys:
-        return ((scores.softmax(3) - known.softmax(3)) * values).sum(3)
-    before, after = known.logsumexp(1, keepdim=True), scores.logsumexp(1, keepdim=True)  # [b, 1, S or 1, N, H]
-    if past is not None:
-        earlier, mean = (x[:, None, None] for x in past)
-        before, after = before.logaddexp(earlier), after.logaddexp(earlier)
-    pattern = (known - before).exp()
-    if apart:
-        return (((scores - after).exp() - pattern * (before - after).exp()) * values).sum(3)
-    change = (((scores - after).exp() - pattern) * values).sum((1, 3))
-    if past is not None:
-        change += (((earlier - after).exp() - (earlier - before).exp()) * mean).sum((1, 3))
-    return change[:, None]
