@@ -16,7 +16,7 @@ from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Products, Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
-from eapcore.execution.limits import limits
+from eapcore.execution.limits import RECEIVER_TILE, limits
 from eapcore.models.attention import Attention, Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
@@ -109,14 +109,14 @@ class DenseStore:
         ((_, rows),) = self.rows(last, senders)
         return rows
 
-    def set_embed(self, delta: Tensor) -> None:
-        self.parts[0].everywhere[0] = delta
+    def set_embed(self, sent: Tensor, clean: Tensor) -> None:
+        torch.sub(sent, clean, out=self.parts[0].everywhere[0])
 
     def set_heads(self, index: int, dz: Tensor) -> None:
         graph, last = self.model.graph, self.model.graph.is_last(index)
         if last:
             for part in self.parts:
-                part.at_read[: len(part.everywhere)] = rows_at(part.everywhere, part.read)
+                rows_at(part.everywhere, part.read, part.at_read[: len(part.everywhere)])
         if self.dz is not None:
             self.dz[index] = dz
         self.model.attentions[index].send(dz, out=self._own(graph.heads(index), last))
@@ -313,8 +313,8 @@ class _Layers(_Edges):
     """Contracts the receivers of several layers at once, so that the buffer is read less often, and takes their sum
     from ∂metric/∂(q, k, v), so that no receiver is read a second time.
 
-    What has its gradient at the positions that are read is contracted as it comes. Receivers wait on their own device
-    and on all before it, where they have senders.
+    Receivers wait on their own device and on all before it, where they have senders; what has its gradient at the
+    positions that are read waits apart, few as it is, and is contracted at the end.
     """
 
     def __init__(self, store: DenseStore, sums: Sums, step: Pass, runs: int, layers: int) -> None:
@@ -323,6 +323,7 @@ class _Layers(_Edges):
         self.filled = self.size = layers * self.graph.receivers_per_layer
         self.shape, self.memory = (self.size, runs * rows, tokens, width), dict[torch.device, Tensor]()
         self.waiting: list[slice] = []  # from `filled` on, by receivers in the graph's order
+        self.at_read: list[tuple[slice, Tensor]] = []
         self.readers = -1, {}
 
     def there(self, device: torch.device, count: int) -> Tensor:
@@ -346,15 +347,18 @@ class _Layers(_Edges):
 
     def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
         here = slice(receiver, receiver + 1)
-        if at_read or name == "logits":
-            self.add(grad[None], here, at_read)
+        if at_read:
+            self.at_read.append((here, grad[None]))
+            return
+        if name == "logits":
+            self.add(grad[None], here, False)
             return
         for device in self.before(here, grad.device):  # on its own it lies where it waits
             self.there(device, 1)[0].copy_(grad)
 
     def channels(self, part: Channels) -> Tensor | None:
         if part.at_read:
-            self.add(part.grads(self.sums.impl), part.receivers, True)
+            self.at_read.append((part.receivers, part.grads(self.sums.impl)))
             return None
         self.take(part.receivers)
         count, own = part.receivers.stop - part.receivers.start, part.act.device
@@ -371,27 +375,40 @@ class _Layers(_Edges):
         """Some receivers come to wait; backward, the later ones come first."""
         count = receivers.stop - receivers.start
         if count > self.filled:
-            self.end()
+            self.contract()
         self.filled -= count
         if self.waiting and self.waiting[0].start == receivers.stop:
             receivers = slice(receivers.start, self.waiting.pop(0).stop)
         self.waiting.insert(0, receivers)
 
     def end(self) -> None:
-        if not self.waiting:
-            return
-        senders, sums = slice(0, self.graph.senders_before(self.waiting[-1].stop - 1)), self.sums
-        for some, delta in self.store.rows(False, senders):
-            edges = [self.store.model.edge_masks[0][some, receivers] for receivers in self.waiting]
+        self.contract()
+        if self.at_read:
+            self.at_read.sort(key=lambda one: one[0].start)
+            receivers, grads = [one for one, _ in self.at_read], [one for _, one in self.at_read]
+            self.at_read = []
+            self.together(receivers, True, lambda device: torch.cat([on(one, device) for one in grads]))
+
+    def contract(self) -> None:
+        """Contract the receivers that wait, other than those at the positions that are read."""
+        if self.waiting:
+            self.together(self.waiting, False, lambda device: self.memory[device][self.filled :])
+        self.waiting, self.filled = [], self.size
+
+    def together(self, waiting: list[slice], at_read: bool, grads_on: Elsewhere) -> None:
+        """Contract receivers in the graph's order with the senders that any of them has; grads_on: their gradients on a
+        device, [R', n·B, T, D]."""
+        senders, sums = slice(0, self.graph.senders_before(waiting[-1].stop - 1)), self.sums
+        for some, delta in self.store.rows(at_read, senders):
+            edges = [self.store.model.edge_masks[at_read][some, receivers] for receivers in waiting]
             mask = on(edges[0] if len(edges) == 1 else torch.cat(edges, 1), delta.device)
-            grads = over_steps(self.memory[delta.device][self.filled :], 1, delta.shape[1])
-            for name, reduce in sums.targets(False):
+            grads = over_steps(grads_on(delta.device), 1, delta.shape[1])
+            for name, reduce in sums.targets(at_read):
                 where = _part(some, senders)
                 block = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, part=where, impl=sums.impl)
-                for receivers in self.waiting:
+                for receivers in waiting:
                     part, block = block.tensor_split([receivers.stop - receivers.start], -1)
-                    sums.add(name, part, (some, receivers), self.step.weight)
-        self.waiting, self.filled = [], self.size
+                    sums.add(name, part, (some, receivers), self.step.weight, at_read)
 
 
 def _part(some: slice, senders: slice) -> tuple[int, int] | None:
@@ -406,7 +423,15 @@ def _layers_at_once(store: DenseStore, runs: int) -> int:
     (rows, tokens), width = store.shape, store.model.config.d_model
     one = each * runs * rows * tokens * width * store.model.dtype.itemsize
     at_once = min(max(1, most.receivers // each), most.workspace // one, store.model.graph.n_layers)
-    return at_once if most.receivers else 0
+    if not (most.receivers and at_once):
+        return 0
+
+    def filled(layers: int) -> tuple[float, int]:
+        """How much of the contraction's tiles is receivers; the more layers of equals, which read the buffer less."""
+        tiles = -(-layers * each // RECEIVER_TILE)
+        return layers * each / tiles, layers
+
+    return max(range(1, at_once + 1), key=filled)
 
 
 def pairs_at_once(pairs: int, size: int, device: torch.device) -> int:

@@ -44,8 +44,8 @@ class FactoredStore:
             return like.new_zeros(self.model.config.n_layers, *batch.shape, *shape)
         return [like.new_zeros(*batch.shape, *shape, device=each.device) for each in self.model.attentions]
 
-    def set_embed(self, delta: Tensor) -> None:
-        self.embed = delta
+    def set_embed(self, sent: Tensor, clean: Tensor) -> None:
+        self.embed = (sent - clean).to(self.model.dtype)
 
     def set_heads(self, index: int, dz: Tensor) -> None:
         self.dz[index][self._place(index)] = dz

@@ -18,7 +18,7 @@ from eapcore.execution.batch import Batch
 from eapcore.models.attention import AttentionSaved
 from eapcore.models.backward import logits_grad
 from eapcore.models.backward_rules import Rules
-from eapcore.models.forward import StageRun, StageSaved, embed, embed_tokens, run_stages, unembed
+from eapcore.models.forward import StageRun, StageSaved, embed, embed_tokens, run_stages, unembed, with_positions
 from eapcore.models.mlp import Mlp
 from eapcore.models.model import Model
 from eapcore.models.norm import NormInput
@@ -88,8 +88,12 @@ def score_batch(
     read, pairs = batch.read, batch.pairs
     # Of half precision the rounding of the residual stream is the largest part of the scores' error, so it is float32.
     wide = accumulate_dtype(model.dtype)
-    start = {1.0: batch.embed(model, pairs.clean, wide), 0.0: batch.embed(model, pairs.corrupt, wide)}
-    ablated = _set_embed(model, batch, start, values, store)
+    here = slice(batch.start, batch.stop)
+    of_tokens = embed_tokens(model, torch.cat([pairs.clean[:, here], pairs.corrupt[:, here]]))
+    both = with_positions(model, of_tokens, batch.start, wide)  # [2·B, T, D]
+    start = dict(zip((1.0, 0.0), both.tensor_split(2), strict=True))
+    ablated = _set_embed(batch, of_tokens, start, values, store)
+    del of_tokens
     passes, origins = plan.passes, plan.origins
     kept: dict[float, list[StageSaved]] = {origin: [] for origin in origins if origin is not None}
 
@@ -120,7 +124,7 @@ def score_batch(
                 kept[alpha] = [_saved(run, read) for run in side]
         last = [_saved(run, read) for run in made.clean if run.stage.last] if plan.exact else []
     shared = embed(model, pairs.clean[:, : batch.start], dtype=wide)
-    paired = run_paired(model, shared, start[1.0], start[0.0], read, moved, differences, keep)
+    paired = run_paired(model, shared, both, read, moved, differences, keep)
     for _ in model.stages if made is None else ():  # enumerate would hold each stage's run while the next is made
         run, before = next(paired)
         if before is not None:
@@ -137,7 +141,7 @@ def score_batch(
             last.append(kept[1.0][-1] if 1.0 in kept else run.saved.of(lambda x, rows=clean: held(x[rows])))  # type: ignore[misc]
         out = run.out
         del run, before  # before the next stage runs, and before the gradients are made
-    del shared, paired, made
+    del shared, paired, made, both
     past = pasts or None
 
     reads = batch.logits_read(metric, model.config.n_logits)  # the metric reads no other logits
@@ -251,16 +255,20 @@ def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str])
     sums.end_pass(keep)
 
 
-def _set_embed(model: Model, batch: Batch, start: dict[float, Tensor], values: Values | None, store: Store) -> Tensor:
-    """Give the store Δ of the embedding, and return what is embedded where it is ablated: [B, T, D]."""
-    clean = embed_tokens(model, batch.pairs.clean[:, batch.start : batch.stop])
+def _set_embed(
+    batch: Batch, of_tokens: Tensor, start: dict[float, Tensor], values: Values | None, store: Store
+) -> Tensor:
+    """Give the store Δ of the embedding, and return what is embedded where it is ablated: [B, T, D].
+
+    of_tokens: [2·B, T, D], the part of the clean and then the corrupt prompts that depends on their tokens.
+    """
+    clean, corrupt = of_tokens.tensor_split(2)
     if values is None:
-        corrupt = embed_tokens(model, batch.pairs.corrupt[:, batch.start : batch.stop])
-        store.set_embed(corrupt - clean)  # of the tokens alone: their positions are the same
+        store.set_embed(corrupt, clean)  # of the tokens alone: their positions are the same
         return start[0.0]
     ablated = Values.at(values.embed, batch.stop, None).to(start[1.0].dtype).expand_as(start[1.0])
     replaced = clean if values.of_tokens else start[1.0]
-    store.set_embed((ablated - replaced).to(clean.dtype))
+    store.set_embed(ablated, replaced)
     return start[1.0] + (ablated - replaced) if values.of_tokens else ablated
 
 

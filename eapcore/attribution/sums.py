@@ -134,8 +134,8 @@ class Store(Protocol):
     channels: bool
     model: Model
 
-    def set_embed(self, delta: Tensor) -> None:
-        """Δ of the embedding, [B, T, D]."""
+    def set_embed(self, sent: Tensor, clean: Tensor) -> None:
+        """Δ of the embedding, [B, T, D], as what it sends and what it sent, in any dtypes."""
 
     def set_heads(self, index: int, dz: Tensor) -> None:
         """Δ of a layer's mixtures of v, [B, Q, H, K]."""
@@ -178,10 +178,14 @@ def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:
     return x if x.shape[dim] == rows else x.unflatten(dim, (-1, rows)).sum(dim)
 
 
-def rows_at(x: Tensor, read: Tensor) -> Tensor:
-    """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D], in memory in the order of x."""
+def rows_at(x: Tensor, read: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [S, B, T, D] at the positions read [B, Q]: [S, B, Q, D], in memory in the order of x; out: where it goes, laid
+    out like x."""
     pairs = torch.arange(x.shape[1], device=x.device)[:, None]
     if x.stride(0) < x.stride(2):  # the senders of a position beside each other: one row of memory
-        rows = x.permute(1, 2, 0, 3).flatten(0, 1)
-        return rows[(pairs * x.shape[2] + read).flatten()].unflatten(0, read.shape).permute(2, 0, 1, 3)
-    return x[:, pairs, read]
+        rows, places = x.permute(1, 2, 0, 3).flatten(0, 1), (pairs * x.shape[2] + read).flatten()
+        if out is None:
+            return rows[places].unflatten(0, read.shape).permute(2, 0, 1, 3)
+        torch.index_select(rows, 0, places, out=out.permute(1, 2, 0, 3).flatten(0, 1))
+        return out
+    return x[:, pairs, read] if out is None else out.copy_(x[:, pairs, read])

@@ -23,6 +23,9 @@ class Limits:
     are contracted, but each call turns the weights round once; a GPU wants long calls. exact_numbers: of attention
     patterns, or of residual streams, that exact patterns hold at once.
 
+    receivers: those of several layers that are made before they are contracted together, at most; 0 contracts each
+    layer's as they are made, and within a workspace.
+
     positions_first: the dense buffer and the receivers' gradients lie in memory as [B, T, S, D]: what a GPU contracts
     together then lies together, and is read from memory fewer times. A CPU's ops want [S, B, T, D].
 
@@ -44,11 +47,13 @@ class Limits:
     record_share: float = 0.25
 
 
-# one_more_batch: on a CPU measured by bench/bench_pipeline.py; of a GPU not measured. receivers: as many as a tile of
-# the contraction on a GPU has. workspace: of a GPU three layers of GPT-2 small at 20,480 tokens.
+# one_more_batch: on a CPU measured by bench/bench_pipeline.py; of a GPU not measured. receivers: three tiles of the
+# contraction on a GPU, by the count of bench_pipeline.py --plan: more would hold more and hardly save any reading.
+# workspace: of a GPU three layers of GPT-2 small at 20,480 tokens.
+RECEIVER_TILE = 256  # receivers of a tile of the contraction on a GPU
 TABLE = {
     "cpu": Limits(512, 32, 1024, 20 << 20, 0, 1 << 20, 4096, 1 << 31, False),
-    "cuda": Limits(8192, 4096, 8192, 1 << 32, 256, 1 << 26, 131072, 1 << 36, True),
+    "cuda": Limits(8192, 4096, 8192, 1 << 32, 3 * RECEIVER_TILE, 1 << 26, 131072, 1 << 36, True),
 }
 PREFIX_SHARE = 0.25  # a shared prefix goes through one forward, what is behind it through two, a backward and the rest
 LEAST_CHUNK = 16  # token rows: for fewer a head's weights are read that are four times what is made

@@ -440,7 +440,8 @@ class Attention:
             yield piece(slice(0, of_v.stop), saved.qkv[0], g, sums=None if sums is None else sums.out)
             return
         yield piece(of_q, saved.q, dq.transpose(1, 2), at_read=True)
-        g = torch.cat([x.transpose(1, 2) for x in (dk, dv)], 2)
+        beside = _joined(dk.transpose(1, 2), dv.transpose(1, 2))
+        g = torch.cat([x.transpose(1, 2) for x in (dk, dv)], 2) if beside is None else beside
         del dq, dk, dv
         yield piece(slice(of_k.start, of_v.stop), saved.kv, g)
 

@@ -73,10 +73,17 @@ class StageRun:
 def embed(model: Model, tokens: Tensor, start: int = 0, dtype: torch.dtype | None = None) -> Tensor:
     """What the sender `embed` writes: [B, T, D] from tokens [B, T] at the positions from start on, in a dtype, None
     for the weights'."""
-    w_pos = model.weights.w_pos
-    of_tokens = embed_tokens(model, tokens)
-    of_tokens = of_tokens if dtype is None else of_tokens.to(dtype)
-    return of_tokens if w_pos is None else of_tokens + w_pos[start : start + tokens.shape[1]]
+    return with_positions(model, embed_tokens(model, tokens), start, dtype)
+
+
+def with_positions(
+    model: Model, of_tokens: Annotated[Tensor, "B T D"], start: int = 0, dtype: torch.dtype | None = None
+) -> Annotated[Tensor, "B T D"]:
+    """What `embed` makes of `embed_tokens`' part."""
+    w_pos, dtype = model.weights.w_pos, of_tokens.dtype if dtype is None else dtype
+    if w_pos is None:
+        return of_tokens.to(dtype)
+    return of_tokens + w_pos[start : start + of_tokens.shape[1]].to(dtype)  # in the wider of both dtypes
 
 
 def embed_tokens(model: Model, tokens: Tensor) -> Tensor:

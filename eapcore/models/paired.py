@@ -72,8 +72,7 @@ class Rooms:
 def run_paired(
     model: Model,
     prefix: Tensor,
-    clean: Tensor,
-    corrupt: Tensor,
+    start: Tensor,
     read: Tensor,
     moved: Callable[[int, Tensor], Tensor | None],
     differences: Differences | None = None,
@@ -84,8 +83,8 @@ def run_paired(
     Args:
         model: the model.
         prefix: [B, P, D], what `embed` made of the tokens before the first difference.
-        clean, corrupt: [B, T, D], the same of the clean and the corrupt prompts from there on. All three may be wider
-            than the weights: the residual stream is in their dtype.
+        start: [2·B, T, D], the same of the clean and then the corrupt prompts from there on. Both may be wider than the
+            weights: the residual stream is in their dtype.
         read: int64 [B, Q], the positions of the T that the metric reads.
         moved: called with a layer's index and its mixtures of v, [2·B, Q, H, K] as in `AttentionRun`. It returns the
             difference corrupt − clean of what all heads send together, [B, Q, D]; or None where it has no use for it.
@@ -101,14 +100,17 @@ def run_paired(
         rounding. With `differences`, `attention.z` has theirs there too, in the weights' dtype.
     """
     pairs, before = prefix.shape[:2]
-    runs, tokens, cut, width = 2 * pairs, clean.shape[1], pairs * before, prefix.shape[2]
+    runs, tokens, cut, width = 2 * pairs, start.shape[1], pairs * before, prefix.shape[2]
     rooms: Rooms | None = None
     if differences is not None:
         kept = cut + (2 if keep[1] else int(keep[0])) * pairs * tokens
         rooms = Rooms(cut + runs * tokens, kept, _layers_on(model, prefix.device), prefix, model.dtype)
-    parts = [part.flatten(0, 1) for part in (prefix, clean, corrupt)]
-    x = torch.cat(parts)[None] if rooms is None else torch.cat(parts, out=rooms.stream(width)[0])[None]  # [1, N, D]
-    del prefix, clean, corrupt, parts
+    x = start.flatten(0, 1)[None]  # [1, N, D]
+    if cut:
+        parts = [prefix.flatten(0, 1), x[0]]
+        x = torch.cat(parts)[None] if rooms is None else torch.cat(parts, out=rooms.stream(width)[0])[None]
+        del parts
+    del prefix, start
     both = read.repeat(2, 1)
     answers = (cut + torch.arange(runs, device=read.device)[:, None] * tokens + both).view(1, -1)  # [1, 2·B·Q] rows
     count: int | None = None  # rows whose outputs are moved instead of computed a second time

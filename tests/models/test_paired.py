@@ -33,7 +33,7 @@ def test_every_stage_makes_what_it_makes_alone(options, first, told):
         return corrupt - clean if told else None
 
     start = embed(model, pairs.clean[:, :first])
-    for run, before in run_paired(model, start, *both.tensor_split(2), read, moved):
+    for run, before in run_paired(model, start, both, read, moved):
         alone = expected.pop(0)
         ours, theirs = parts_of(run), parts_of(alone)
         assert run.stage == alone.stage and ours.keys() == theirs.keys()
@@ -62,7 +62,8 @@ def differences(model, pairs):
         return model.attentions[index].added_by(corrupt - clean)
 
     read, none = pairs.positions[:, None], embed(model, pairs.clean[:, :0])
-    runs = run_paired(model, none, embed(model, pairs.clean), embed(model, pairs.corrupt), read, moved)
+    start = torch.cat([embed(model, prompts) for prompts in (pairs.clean, pairs.corrupt)])
+    runs = run_paired(model, none, start, read, moved)
     z, mlp = next(runs)[0].attention.z, next(runs)[0].mlp.sent
     return found[0], mlp.tensor_split(2)[1], z, mlp
 
