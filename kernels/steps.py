@@ -136,32 +136,35 @@ def normalise_grad_added(
     beta: Annotated[Tensor, "D"] | None,
     total: Annotated[Tensor, "... D"],
     *,
+    read: Annotated[Tensor, "int64 B Q"] | None = None,
     frozen: bool = False,
     out: Annotated[Tensor, "... D"] | None = None,
     impl: str = "auto",
 ) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "... D"]]:
     """total + `normalise_grad`, in float32 at least, and the same in grad's dtype.
 
-    out: where the gradient alone goes, in grad's dtype, its rows equally far apart; None where nobody wants it.
+    read: total is [B, Q, D] at these of the tokens of grad [B, T, D], and 0 elsewhere. out: where the gradient alone
+    goes, in grad's dtype, its rows equally far apart; None where nobody wants it.
     """
     if takes_triton(impl, grad):
         if (run := dry.active.get()) is not None:
             summed = total.new_empty(grad.shape)
             narrow = summed if grad.dtype == summed.dtype else grad.new_empty(grad.shape)
-            read = (grad, total) if frozen else (grad, total, x)
-            run.ran(
-                "normalise_grad", *read, *([] if out is None else [out]), *{id(t): t for t in (summed, narrow)}.values()
-            )
+            given = [grad, total, *([] if frozen else [x]), *([] if out is None else [out])]
+            run.ran("normalise_grad", *given, *{id(t): t for t in (summed, narrow)}.values())
             return summed, narrow
         from . import triton_steps
 
-        made = triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen, out, total)
+        made = triton_steps.normalise_grad(grad, x, mean, rstd, gamma, frozen, out, total, read)
         assert made is not None
         return made
     added = normalise_grad(grad, x, mean, rstd, gamma, beta, frozen=frozen, impl=impl)
     if out is not None:
         out.copy_(added)
-    summed = total + added
+    if read is None:
+        summed = total + added
+    else:
+        summed = added.to(total.dtype, copy=True).scatter_add_(1, read[..., None].expand_as(total), total)
     return summed, summed.to(grad.dtype)
 
 

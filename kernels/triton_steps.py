@@ -84,12 +84,12 @@ def standardise_rows(
     tl.store(out + row * D + d, rounded(values, ROUND).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "Q"])
 def normalise_grad_rows(
-    grad, x, mean, rstd, gamma, out, total, summed, narrow,
-    D, stride_g, stride_x, stride_o,
-    CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_OUT: tl.constexpr, ADDED: tl.constexpr,
-    ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad, x, mean, rstd, gamma, out, total, read, summed, narrow,
+    D, T, Q, stride_g, stride_x, stride_o,
+    HAS_READ: tl.constexpr, CENTRED: tl.constexpr, FROZEN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_OUT: tl.constexpr,
+    ADDED: tl.constexpr, ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -111,7 +111,13 @@ def normalise_grad_rows(
     if HAS_OUT:
         tl.store(out + row * stride_o + d, rounded(scaled, ROUND).to(out.dtype.element_ty), mask=inside)
     if ADDED:
-        scaled += tl.load(total + row * D + d, mask=inside, other=0.0)
+        if HAS_READ:  # the total is there at some of the tokens
+            prompt, token = row // T, row % T
+            for q in range(Q):
+                here = tl.load(read + prompt * Q + q) == token
+                scaled += tl.load(total + (prompt * Q + q) * D + d, mask=inside & here, other=0.0)
+        else:
+            scaled += tl.load(total + row * D + d, mask=inside, other=0.0)
         tl.store(summed + row * D + d, scaled, mask=inside)
         if narrow.dtype.element_ty != tl.float32:
             tl.store(narrow + row * D + d, rounded(scaled, ROUND).to(narrow.dtype.element_ty), mask=inside)
@@ -299,6 +305,7 @@ def normalise_grad(
     frozen: bool,
     out: Tensor | None,
     total: Tensor | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """`eapcore.kernels.steps.normalise_grad` on the GPU, into out; with a total `normalise_grad_added`'s result."""
     common.check_precision("auto", grad.dtype, common.target(grad.device))
@@ -312,10 +319,13 @@ def normalise_grad(
         common.launch(
             normalise_grad_rows, len(rows),
             grads, rows, None if mean is None else mean.contiguous(), rstd.contiguous(),
-            None if gamma is None else gamma.contiguous(), out, total, *(made or (None, None)),
-            width, grads.stride(0), rows.stride(0), 0 if out is None else row_stride(out),
-            CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None, HAS_OUT=out is not None,
-            ADDED=total is not None, ROUND=_rounds(grad), BLOCK_D=block, num_warps=_warps(block), device=grad.device,
+            None if gamma is None else gamma.contiguous(), out, total,
+            None if read is None else read.contiguous(), *(made or (None, None)),
+            width, *((0, 0) if read is None else (grad.shape[1], read.shape[1])),
+            grads.stride(0), rows.stride(0), 0 if out is None else row_stride(out),
+            HAS_READ=read is not None, CENTRED=mean is not None, FROZEN=frozen, HAS_GAMMA=gamma is not None,
+            HAS_OUT=out is not None, ADDED=total is not None, ROUND=_rounds(grad), BLOCK_D=block,
+            num_warps=_warps(block), device=grad.device,
         )  # fmt: skip
     return made
 

@@ -247,12 +247,15 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         gamma, beta = empty(width, dtype=dtype), empty(width, dtype=dtype)
         statistics = [empty(1, 320, 1, dtype=single) for _ in range(2)]
         mean, rstd = (None if gated else statistics[0]), statistics[1]
+        total, read = x.float(), None
+        if gated:
+            total, read = total[:, :2], empty(1, 2, dtype=torch.int64)
         runs = (
             partial(steps.normalise, x, gamma, None if gated else beta, 1e-5, centred=not gated),
             partial(steps.standardise, x, mean, rstd),
             partial(steps.normalise_grad, x, x, mean, rstd, gamma, None),
             partial(steps.normalise_grad, x, x, mean, rstd, gamma, None, frozen=True),
-            partial(steps.normalise_grad_added, x, x, mean, rstd, gamma, None, x.float(), out=x),
+            partial(steps.normalise_grad_added, x, x, mean, rstd, gamma, None, total, read=read, out=x),
             partial(steps.moved_units, hidden, hidden if gated else None, act_fn, 160),
             partial(steps.moved_sum, x, x[:, :160], x[:, 160:], gamma),
             partial(

@@ -88,8 +88,8 @@ def score_batch(
     read, pairs = batch.read, batch.pairs
     # Of half precision the rounding of the residual stream is the largest part of the scores' error, so it is float32.
     wide = accumulate_dtype(model.dtype)
-    here = slice(batch.start, batch.stop)
-    of_tokens = embed_tokens(model, torch.cat([pairs.clean[:, here], pairs.corrupt[:, here]]))
+    window = slice(batch.start, batch.stop)
+    of_tokens = embed_tokens(model, torch.cat([pairs.clean[:, window], pairs.corrupt[:, window]]))
     both = with_positions(model, of_tokens, batch.start, wide)  # [2·B, T, D]
     start = dict(zip((1.0, 0.0), both.tensor_split(2), strict=True))
     ablated = _set_embed(batch, of_tokens, start, values, store)

@@ -767,9 +767,12 @@ class Channels:
         dn = self._input_grad()
         return self.attention.norm.backward(dn, self.norm_in, self.rules.norm).to(accumulate_dtype(dn.dtype))
 
-    def added(self, total: Annotated[Tensor, "B T D"]) -> tuple[Annotated[Tensor, "B T D"], Annotated[Tensor, "B T D"]]:
-        """total and what `total` returns, in its dtype and in the weights'."""
-        return self.attention.norm.backward_added(self._input_grad(), self.norm_in, total, self.rules.norm)
+    def added(
+        self, total: Annotated[Tensor, "B T D"], read: Annotated[Tensor, "int64 B Q"] | None = None
+    ) -> tuple[Annotated[Tensor, "B T D"], Annotated[Tensor, "B T D"]]:
+        """total and what `total` returns, in its dtype and in the weights'; read: the positions of total [B, Q, D],
+        where it is not that of all."""
+        return self.attention.norm.backward_added(self._input_grad(), self.norm_in, total, self.rules.norm, read=read)
 
     def _input_grad(self) -> Annotated[Tensor, "B T D"]:
         """∂metric/∂n of what they read together."""

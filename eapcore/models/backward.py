@@ -38,7 +38,7 @@ class Sink:
 
     def channels(self, part: Channels) -> Tensor | None:
         """Take some of a layer's q, k and v receivers; returns the sum of their gradients, [B, T, D], or None where it
-        has not made them one by one: then it is made without, see `Channels.total`."""
+        has not made them one by one: then it is made without, see `Channels.added`."""
         return None
 
 
@@ -110,12 +110,12 @@ def backward(
         del behind, behind_narrow
         for part in pieces:
             summed = sink.channels(part)
-            if here is not None and not part.at_read:
-                summed = part.total() if summed is None else summed
+            apart = here is not None and not part.at_read  # what is behind it is at the positions that are read alone
+            if summed is None:
+                total, narrow = part.added(total, here if apart else None)
+            elif here is not None and apart:
                 rows = here[:, :, None].expand(-1, -1, summed.shape[-1])
                 total = narrow = summed.scatter_add_(1, rows, total)
-            elif summed is None:
-                total, narrow = part.added(total)
             else:
                 total = narrow = total + summed
             del part, summed  # before the next ones are made

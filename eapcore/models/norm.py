@@ -109,16 +109,21 @@ class Norm:
         total: Annotated[Tensor, "... D"],
         rule: str = "gradient",
         out: Annotated[Tensor, "... D"] | None = None,
+        read: Annotated[Tensor, "int64 B Q"] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """total and the gradient that `backward` makes, in total's dtype and in grad's; out: where it goes alone."""
+        """total and the gradient that `backward` makes, in total's dtype and in grad's; out: where it goes alone; read:
+        the positions at which total [B, Q, D] is not 0."""
         if self.kind == "none":
             if out is not None:
                 out.copy_(grad)
-            summed = total + grad
+            if read is None:
+                summed = total + grad
+            else:
+                summed = grad.to(total.dtype, copy=True).scatter_add_(1, read[..., None].expand_as(total), total)
             return summed, summed.to(grad.dtype)
         assert norm_in.rstd is not None
         how = (norm_in.x, norm_in.mean, norm_in.rstd, self.gamma, self.beta, total)
-        return normalise_grad_added(grad, *how, frozen=rule == "frozen", out=out)
+        return normalise_grad_added(grad, *how, read=read, frozen=rule == "frozen", out=out)
 
     def along(self, moved: Annotated[Tensor, "... D"], norm_in: NormInput) -> Annotated[Tensor, "... D"]:
         """How n moves to first order where x moves by so much, in float32 at least: the transpose of `backward`."""

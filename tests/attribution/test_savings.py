@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import eapcore.kernels as kernels
 import oracle
@@ -12,7 +13,7 @@ from models import KINDS, joined, random_case, random_model, random_pairs, with_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
-from eapcore.attribution.dense import pairs_at_once
+from eapcore.attribution.dense import _layers_at_once, pairs_at_once
 from eapcore.tasks.metrics import METRICS
 
 
@@ -109,6 +110,7 @@ def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_we
     found = attribute(model, pairs, **how)
     limited(positions_first=True)
     elsewhere = attribute(model, pairs, **how)
+    assert method == "qk-fix" or None not in masks  # those at the positions that are read together, too
     at_once = [mask.shape[1] for mask in masks if mask is not None]
     if method == "qk-fix" or model.config.n_layers == 1:
         assert max([0, *at_once]) <= 2 * model.config.n_heads  # one layer's
@@ -119,6 +121,23 @@ def test_several_layers_receivers_contracted_at_once_leave_the_scores_as_they_we
             assert part.abs().max() > 1e-3
             torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12)
             torch.testing.assert_close(getattr(elsewhere, name), part, rtol=0, atol=1e-12)
+
+
+def test_as_many_layers_at_once_as_fill_the_contractions_tiles():
+    for layers, each, width, tokens, expected in (
+        (12, 37, 768, 5120, 12),  # GPT-2 small: 444 receivers of two tiles, as full as 222 of one
+        (12, 37, 768, 20480, 3),  # for more there is no room
+        (12, 37, 768, 1 << 20, 0),
+        (48, 76, 1600, 640, 10),
+        (40, 121, 5120, 160, 6),
+        (32, 97, 4096, 640, 5),  # Llama-3.1-8B: seven would leave 89 of 768 empty
+        (2, 1000, 512, 64, 1),
+    ):
+        graph = SimpleNamespace(receivers_per_layer=each, n_layers=layers)
+        model = SimpleNamespace(graph=graph, config=SimpleNamespace(d_model=width), dtype=torch.bfloat16)
+        store = SimpleNamespace(device=torch.device("cuda"), model=model, shape=(tokens // 16, 16))
+        assert _layers_at_once(store, 1) == expected
+        assert _layers_at_once(SimpleNamespace(**vars(store) | {"device": torch.device("cpu")}), 1) == 0
 
 
 @pytest.mark.parametrize("first", [0, 2])
