@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
@@ -114,6 +115,7 @@ def edge_scores(
     reduce: str = "all",
     rows: Annotated[Tensor, "int64 N"] | None = None,
     part: tuple[int, int] | None = None,
+    before: Sequence[int] | None = None,
     precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor, "S R | B S R | T S R"]:
@@ -137,6 +139,8 @@ def edge_scores(
         part: (first, n) where the senders are those from `first` on of n, whose others are contracted elsewhere: every
             score has the bits that it has among all n of them. "triton" cuts its sums for n; the others contract zeros
             in their places. None where these are all.
+        before: for each receiver how many senders come before it, of all of them, where edges are from these alone.
+            "triton" then knows how many tiles hold an edge, without waiting for the device, and cuts its sums to fit.
         precision: how float32 is multiplied on a GPU: "ieee" in full, or "tf32x3" as three products of its two tf32
             halves on tensor cores, whose sums are at least as exact. "auto" takes "tf32x3" where there are such tensor
             cores (NVIDIA, from compute capability 8.0 on). Everything else multiplies in full under any name.
@@ -151,11 +155,11 @@ def edge_scores(
 
     Source: Syed, Rager, Conmy 2023, eq. 2.
     """
-    checks.edge_scores(delta, grads, mask, reduce, rows, part)
+    checks.edge_scores(delta, grads, mask, reduce, rows, part, before)
     checks.rows_in_range(rows, delta.shape[1] * delta.shape[2])
     checks.one_of("precision", precision, checks.PRECISIONS)
     if (run := dry.active.get()) is not None:
-        return dry.edge_scores(run, delta, grads, mask, reduce, partial(workspace_bytes, impl=impl))
+        return dry.edge_scores(run, delta, grads, mask, before, reduce, partial(workspace_bytes, impl=impl))
     chosen = _resolve("edge_scores", impl, delta.device, delta.dtype)
     if part is not None and chosen != "triton" and part[1] > len(delta):
         mine = slice(part[0], part[0] + len(delta))
@@ -174,7 +178,7 @@ def edge_scores(
         from . import triton_edge_scores
 
         count = None if part is None else part[1]
-        return triton_edge_scores.edge_scores(delta, grads, mask, reduce, rows, precision, among=count)
+        return triton_edge_scores.edge_scores(delta, grads, mask, reduce, rows, precision, among=count, before=before)
     return reference.edge_scores(delta, grads, mask, reduce, rows)
 
 
@@ -325,6 +329,7 @@ def workspace_bytes(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     mask: Annotated[Tensor, "bool S R"] | None = None,
+    before: Sequence[int] | None = None,
     reduce: str = "all",
     chunk: int | None = None,
     precision: str = "auto",
@@ -339,7 +344,7 @@ def workspace_bytes(
         op: "edge_scores", "receiver_grads" or "edge_scores_factored".
         sizes: the shapes of its arguments.
         dtype, device: of its arguments. The C++ ops take memory for `torch.get_num_threads()` threads.
-        mask, reduce, chunk, precision, impl: as in the op; mask on the CPU.
+        mask, before, reduce, chunk, precision, impl: as in the op; mask on the CPU.
 
     Raises:
         ValueError: an option is unknown, or a mask is not bool [S, R].
@@ -365,7 +370,7 @@ def workspace_bytes(
             return triton_receiver_grads.workspace_bytes(sizes, dtype, torch.device(device))
         where = (sizes, dtype, torch.device(device), mask is not None, reduce)
         if op == "edge_scores":
-            return triton_edge_scores.workspace_bytes(*where, precision)
+            return triton_edge_scores.workspace_bytes(*where, precision, before)
         return triton_factored.workspace_bytes(*where, chunk, precision)
     return reference.workspace_bytes(op, sizes, dtype)
 

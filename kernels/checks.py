@@ -161,6 +161,7 @@ def edge_scores(
     reduce: str,
     rows: Tensor | None,
     part: tuple[int, int] | None = None,
+    before: Sequence[int] | None = None,
 ) -> None:
     """Check the arguments of `edge_scores`; its docstring states what they are."""
     one_of("reduce", reduce, REDUCE)
@@ -178,6 +179,8 @@ def edge_scores(
     edge_mask(mask, delta.shape[0], grads.shape[0])
     if part is not None and not 0 <= part[0] <= part[0] + len(delta) <= part[1]:
         raise ValueError(f"part must be (first, n) with first + S = {part[0]} + {len(delta)} at most n, got {part}")
+    if before is not None and len(before) != len(grads):
+        raise ValueError(f"before must have a number for each of the {len(grads)} receivers, got {len(before)}")
     if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1):
         raise ValueError(f"rows must be int64 [N] indices into B·T, got {rows.dtype} {shape_text(rows)}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from . import checks
 class DryRun:
     """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
     called with an op's name and the tensors that it would read and write, of `receiver_grads` its working memory too,
-    of which some may be None; of factors with what holds them.
+    of `edge_scores` also `before`, of which some may be None; of factors with what holds them.
     """
 
     device: torch.device
@@ -42,13 +42,15 @@ def dry_run(
 
 
 def edge_scores(
-    run: DryRun, delta: Tensor, grads: Tensor, mask: Tensor | None, reduce: str, workspace: Callable[..., int]
-) -> Tensor:
+    run: DryRun, delta: Tensor, grads: Tensor, mask: Tensor | None, before: Sequence[int] | None, reduce: str,
+    workspace: Callable[..., int],
+) -> Tensor:  # fmt: skip
     sizes = checks.Sizes(delta.shape[1], delta.shape[2], delta.shape[3], senders=len(delta), receivers=len(grads))
-    _hold(workspace("edge_scores", sizes, dtype=delta.dtype, device=run.device, mask=mask, reduce=reduce))
+    how = {"dtype": delta.dtype, "device": run.device, "mask": mask, "before": before, "reduce": reduce}
+    _hold(workspace("edge_scores", sizes, **how))
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
     scores = delta.new_empty((*lead, len(delta), len(grads)), dtype=checks.output_dtype(delta.dtype))
-    run.ran("edge_scores", delta, grads, scores)
+    run.ran("edge_scores", delta, grads, scores, before)
     return scores
 
 

@@ -11,12 +11,12 @@ the inner dimension runs to millions. So the inner dimension is split. Consecuti
 split, and therefore read the same slab of both operands at about the same time: the slab comes from memory once and
 from L2 afterwards. Each split writes its partial sums to its own place in a workspace and `sum_splits` adds them
 in a fixed order, so that the same inputs give the same bits on the same model of GPU. Which splits and tiles are taken
-follows from shapes and device alone: nothing is timed, because a choice by timing could differ between two runs.
+follows from shapes, edges and device alone: nothing is timed, because a choice by timing could differ between two runs.
 
 How exact it is. A tensor core adds some products of half precision (Hopper 16 at a time, Ampere 8) to its float32
 accumulator and cuts the sum off towards zero, where an adder rounds to the nearest (Fasi et al. 2021; Khattak, Mikaitis
 2025). Each time takes 4e-8 of the sum so far, half a last place on average, and so 2.3e-8 of what it becomes:
-2.3e-5 after 1024 times. So half precision is split until no program adds more than CHAIN elements, as far as
+4.6e-5 after 2048 times. So half precision is split until no program adds more than CHAIN elements, as far as
 WORKSPACE_BYTES suffice (on 132 processors they leave 9e-5 for all edges of GPT-2 XL and 1,024 tokens, 2.4e-4 for those
 of a 13B model and 512); the partial sums are added by adders. Chains of float32 need no bound: "ieee" rounds to the
 nearest, which errs by 4e-6 after 69,000 elements and grows with their square root, and "tf32x3" begins every iteration
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,9 +121,10 @@ EXACT_HIP = (Config(128, 128, 32, 4, 2, rate=1.0), Config(64, 64, 32, 4, 2, rate
 
 # Partial sums of at most this size: beyond it, fewer splits.
 WORKSPACE_BYTES = 512 << 20
-# Elements of half precision that one program adds up: 1024 times 16, an error of 2.3e-5. Their products of 128 × 256
-# pairs take 202 µs at 700 TFLOP/s on 132 processors, and 7 µs more at 4.8 TB/s to write the sums and read them again.
-CHAIN = 16 * 1024
+# Elements of half precision that one program adds up: 2048 times 16, an error of 4.6e-5, where an element of bfloat16
+# is rounded by up to 2e-3. Their products of 128 × 256 pairs take 404 µs at 700 TFLOP/s on 132 processors, and 7 µs
+# more at 4.8 TB/s to write the sums and read them again.
+CHAIN = 32 * 1024
 # What starting a program, filling its pipeline and writing its tile cost, in iterations of its loop.
 OVERHEAD = 12
 # 512-byte rows of 32 splits at a time keep enough loads under way for the few pairs of one layer.
@@ -398,24 +400,37 @@ def configs(dtype: torch.dtype, precision: str, on: common.Target, aligned: bool
     return EXACT_HIP if on.backend == "hip" else EXACT_CUDA
 
 
-def choose_config(senders: int, receivers: int, candidates: tuple[Config, ...]) -> Config:
+def live_tiles(config: Config, senders: int, receivers: int, before: Sequence[int] | None) -> int:
+    """Tiles that hold an edge, where each receiver has edges from the first `before` senders; all for None."""
+    if before is None:
+        return common.cdiv(senders, config.block_s) * common.cdiv(receivers, config.block_r)
+    tiles = range(0, receivers, config.block_r)
+    return sum(common.cdiv(min(senders, max(before[i : i + config.block_r])), config.block_s) for i in tiles)
+
+
+def choose_config(
+    senders: int, receivers: int, candidates: tuple[Config, ...], before: Sequence[int] | None = None
+) -> Config:
     """The tiling that should take the least time, counting padding; the first of equals."""
 
     def cost(config: Config) -> float:
-        tiles = common.cdiv(senders, config.block_s) * common.cdiv(receivers, config.block_r)
-        return tiles * config.block_s * config.block_r / config.rate
+        return live_tiles(config, senders, receivers, before) * config.block_s * config.block_r / config.rate
 
     return min(candidates, key=cost)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_splits(units: int, iterations: int, slots: int, masked: bool, least: int, most: int) -> int:
+def choose_splits(
+    units: int, iterations: int, slots: int, masked: bool, least: int, most: int, known: int | None = None
+) -> int:
     """In how many parts to split `iterations` when `units` tiles run on `slots` places, `least` to `most` of them.
 
-    Minimises rounds × (iterations of a part + OVERHEAD). How many tiles of a mask are live is known on the device
-    only. The order of a transformer's layers leaves a triangle of √units × √units tiles, diagonal included; a last
-    round is then half full on average.
+    Minimises rounds × (iterations of a part + OVERHEAD). known: how many tiles of a mask are live, None where it is
+    known on the device only. The order of a transformer's layers then leaves a triangle of √units × √units tiles,
+    diagonal included; a last round is half full on average.
     """
+    if known is not None:
+        units, masked = max(1, known), False
     live = 0.5 * (1 + units**-0.5) if masked else 1.0
 
     def cost(splits: int) -> float:
@@ -461,15 +476,17 @@ class Plan:
 def plan(
     senders: int, receivers: int, groups: int, tokens: int, inner: int, *,
     dtype: torch.dtype, precision: str, masked: bool, aligned: bool, on: common.Target,
-    config: Config | None = None,
+    config: Config | None = None, before: Sequence[int] | None = None,
 ) -> Plan:  # fmt: skip
     """The launch for a shape on a target; a pure function, so that the same shapes give the same order of sums."""
-    config = config or choose_config(senders, receivers, configs(dtype, precision, on, aligned))
+    before = before if masked else None
+    config = config or choose_config(senders, receivers, configs(dtype, precision, on, aligned), before)
     units = groups * common.cdiv(senders, config.block_s) * common.cdiv(receivers, config.block_r)
     most = max(1, WORKSPACE_BYTES // (4 * units * config.block_s * config.block_r))
     iterations = tokens * common.cdiv(inner, config.block_k)
     least = 1 if dtype == torch.float32 else common.cdiv(iterations, CHAIN // config.block_k)
-    splits = choose_splits(units, iterations, on.processors * config.per_sm, masked, least, most)
+    known = None if before is None else groups * live_tiles(config, senders, receivers, before)
+    splits = choose_splits(units, iterations, on.processors * config.per_sm, masked, least, most, known)
     # Multiply-adds read their operands through registers, where descriptors gain nothing.
     exact = dtype == torch.float32 and precision == "ieee" and on.backend != "interpreter"
     chain = common.cdiv(iterations, splits) * config.block_k
@@ -483,15 +500,17 @@ def plan_of(
     config: Config | None = None,
     on: common.Target | None = None,
     among: int | None = None,
+    before: Sequence[int] | None = None,
 ) -> Plan:
-    """The launch of `contract` for a layout, on its own device unless another is given; among: as in `edge_scores`."""
+    """The launch of `contract` for a layout, on its own device unless another is given; among, before: as in
+    `edge_scores`."""
     delta, grads = work.operands
     senders, receivers = delta.shape[2], grads.shape[2]
     found = plan(
         among or senders, receivers, work.groups, work.tokens, work.inner,
         dtype=delta.dtype, precision=precision, masked=masked,
         aligned=common.describable(delta) and common.describable(grads), on=on or common.target(delta.device),
-        config=config,
+        config=config, before=before,
     )  # fmt: skip
     tile = found.config
     units = work.groups * common.cdiv(senders, tile.block_s) * common.cdiv(receivers, tile.block_r)
@@ -507,12 +526,13 @@ def contract(
     accumulate: bool = False,
     config: Config | None = None,
     among: int | None = None,
+    before: Sequence[int] | None = None,
 ) -> None:
     """Write the scores [groups, S, R] of a layout to `out`, or add them to it, 0 where there is no edge."""
     delta, grads = work.operands
     senders, receivers = delta.shape[2], grads.shape[2]
     precision = common.check_precision(precision, delta.dtype, common.target(delta.device))
-    chosen = plan_of(work, mask is not None, precision, config, among=among)
+    chosen = plan_of(work, mask is not None, precision, config, among=among, before=before)
     tile, units = chosen.config, chosen.units
     shape = chosen.partial_shape(accumulate)
     direct = shape[0] == 0
@@ -570,9 +590,10 @@ def edge_scores(
     *,
     config: Config | None = None,
     among: int | None = None,
+    before: Sequence[int] | None = None,
 ) -> Tensor:
     """`eapcore.kernels.edge_scores` on the GPU; `config` takes one tiling instead of `choose_config`'s. among: of how
-    many senders these are some, for which tiling and splits are chosen."""
+    many senders these are some, for which tiling and splits are chosen; before: of these, see there."""
     checks.one_of("precision", precision, checks.PRECISIONS)
     common.check_precision(precision, delta.dtype, common.target(delta.device))
     senders, batch, tokens, _ = delta.shape
@@ -582,13 +603,13 @@ def edge_scores(
         return delta.new_zeros(shape, dtype=torch.float32)
     out = delta.new_empty(shape, dtype=torch.float32)
     work = layout(delta.detach(), grads.detach(), reduce, rows)
-    contract(work, mask, out, precision=precision, config=config, among=among)
+    contract(work, mask, out, precision=precision, config=config, among=among, before=before)
     return out
 
 
 def partial_bytes(
     senders: int, receivers: int, batch: int, tokens: int, d_model: int, dtype: torch.dtype, on: common.Target,
-    masked: bool, reduce: str, precision: str, accumulate: bool,
+    masked: bool, reduce: str, precision: str, accumulate: bool, before: Sequence[int] | None = None,
 ) -> int:  # fmt: skip
     """The bytes of partial sums that `contract` allocates for packed operands [S, B, T, D] and [R, B, T, D]."""
     if 0 in (senders, receivers, batch, tokens, d_model):
@@ -598,14 +619,15 @@ def partial_bytes(
     delta, grads = (one.as_strided((n, batch, tokens, d_model), strides) for n in (senders, receivers))
     work = layout(delta, grads, reduce, None)
     precision = common.check_precision(precision, dtype, on)
-    return plan_of(work, masked, precision, on=on).partial_bytes(accumulate)
+    return plan_of(work, masked, precision, on=on, before=before).partial_bytes(accumulate)
 
 
 def workspace_bytes(
-    sizes: checks.Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, precision: str
-) -> int:
+    sizes: checks.Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, precision: str,
+    before: Sequence[int] | None = None,
+) -> int:  # fmt: skip
     """`eapcore.kernels.workspace_bytes` of `edge_scores`."""
     return partial_bytes(
         sizes.senders, sizes.receivers, sizes.batch, sizes.tokens, sizes.d_model, dtype, common.target(device), masked,
-        reduce, precision, False,
+        reduce, precision, False, before,
     )  # fmt: skip

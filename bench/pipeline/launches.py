@@ -10,8 +10,11 @@ launch is theirs to say. A kernel takes
 
 with the rates that one H200 gave on 2026-11-27 (torch 2.11.0, triton 3.6.0): copies 4,270 GB/s, torch's matrix products
 784 TFLOP/s in half precision and 51 in float32. Parts that stayed below both have their own rate, as measured there on
-commit 2b62621: MEASURED. Caches are not modelled: what stays in L2 is faster. Behind the batches stands what the host
-takes on this machine, with the package's launches up to the driver, and where nothing is launched.
+commit 2b62621 for what ran then, and on 3adbcf5 for what runs since: MEASURED. Of a contraction that has a mask the
+operations are those of the tiles that hold an edge; its partial sums, and the processors that have nothing to do in a
+round of programs, take time, but are not among its bytes and operations. Caches are not modelled: what stays in L2 is
+faster. Behind the batches stands what the host takes on this machine, with the package's launches up to the driver, and
+where nothing is launched.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -48,14 +52,24 @@ from pipeline.work import SMALL, Work, in_turns
 COPY = 4.27e12  # bytes a second
 HALF, SINGLE = 784e12, 51e12  # operations a second
 LEAST_IN_GRAPH, LEAST_LAUNCHED = 2e-6, 25e-6
-# What share of those two rates a part reached, over GPT-2 small, XL and 13B; attention was in float32.
-MEASURED = {
+# What share of those two rates a part reached, over GPT-2 small, XL and 13B, on commits 2b62621, where attention was in
+# float32, and 3adbcf5.
+MEASURED_FIRST = {
     "contraction": (0.7, 0.5),
     "receivers": (0.4, 0.5),
     "attention": (0.14, 0.5),
     "products": (0.75, 0.75),
     "copies": (0.7, 1.0),
     "norms": (0.65, 1.0),
+}
+MEASURED = {
+    "contraction": (0.78, 0.92),
+    "receivers": (0.65, 0.75),
+    "attention, fused": (0.4, 0.5),
+    "products": (0.75, 0.75),
+    "steps": (0.7, 1.0),
+    "copies": (0.7, 1.0),
+    "element-wise, sums, gathers": (0.7, 1.0),
 }
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 COPIES = {"copy_", "_to_copy", "clone", "cat", "stack"}
@@ -85,14 +99,21 @@ class Part:
 
 @dataclass
 class Count:
-    """The parts of a batch."""
+    """The parts of a batch; measured: what share of both rates a part reaches."""
 
     parts: dict[str, Part] = field(default_factory=dict)
+    measured: dict[str, tuple[float, float]] = field(default_factory=lambda: MEASURED)
 
-    def add(self, name: str, kernels: int, moved: int, operations: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def add(
+        self, name: str, kernels: int, moved: int, operations: int = 0, dtype: torch.dtype = torch.float32,
+        beside: int = 0, idle: int = 0,
+    ) -> None:  # fmt: skip
+        """beside, idle: bytes and operations that take time, and are not counted."""
         rate = SINGLE if dtype in (torch.float32, torch.float64) else HALF
-        of_copy, of_products = MEASURED.get(name, (1.0, 1.0))
-        self.parts.setdefault(name, Part()).add(kernels, moved, operations, of_copy * COPY, of_products * rate)
+        of_copy, of_products = self.measured.get(name, (1.0, 1.0))
+        part = self.parts.setdefault(name, Part())
+        part.add(kernels, moved + beside, operations + idle, of_copy * COPY, of_products * rate)
+        part.bytes, part.operations = part.bytes - beside, part.operations - idle
 
     @property
     def total(self) -> Part:
@@ -194,6 +215,28 @@ def count_factored(
     count.add("contraction", 2 * len(pieces), moved, 2 * edges * batch * tokens * width, dtype)
 
 
+def count_contraction(count: Count, delta: Tensor, grads: Tensor, scores: Tensor, before: Sequence[int] | None) -> None:
+    """The tiles that hold an edge, round by round of the programs that the device holds; then the sum over splits."""
+    from eapcore.kernels import triton_common, triton_edge_scores
+
+    (senders, batch, tokens, width), receivers = delta.shape, len(grads)
+    groups = scores.numel() // (senders * receivers)
+    how: dict[str, Any] = {"dtype": delta.dtype, "precision": "ieee", "masked": before is not None, "aligned": True}
+    how |= {"on": triton_common.ELSEWHERE, "before": before}
+    plan = triton_edge_scores.plan(senders, receivers, groups, batch * tokens // groups, width, **how)
+    tile = plan.config
+    pairs, slots = tile.block_s * tile.block_r, triton_common.ELSEWHERE.processors * tile.per_sm
+    tiles = groups * triton_edge_scores.live_tiles(tile, senders, receivers, before)
+    partial = 4 * plan.splits * tiles * pairs if plan.splits > 1 else 0
+    operations = 2 * tiles * pairs * (batch * tokens // groups) * width
+    each = 2 * pairs * (plan.chain + triton_edge_scores.OVERHEAD * tile.block_k)
+    relative = triton_edge_scores.configs(delta.dtype, "ieee", triton_common.ELSEWHERE)[0].rate / tile.rate
+    taken = int(-(-tiles * plan.splits // slots) * slots * each * relative)
+    moved = size_of(delta, grads)
+    count.add("contraction", 1, moved, operations, delta.dtype, beside=partial, idle=taken - operations)
+    count.add("contraction", 1, size_of(scores), beside=partial)
+
+
 def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
     """What one of the package's ops launches, from the tensors that it reads and writes."""
     if op == "edge_scores_factored":
@@ -202,8 +245,12 @@ def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
     if not all(x.numel() for x in tensors[:3]):
         return
     if op == "edge_scores":
-        delta, grads, _ = tensors
-        count.add("contraction", 2, size_of(*tensors), 2 * delta.numel() * len(grads), delta.dtype)
+        delta, grads, scores, before = tensors
+        if count.measured is MEASURED:
+            count_contraction(count, delta, grads, scores, before)
+        else:  # when it was measured in all
+            moved = size_of(delta, grads, scores)
+            count.add("contraction", 2, moved, 2 * delta.numel() * len(grads), delta.dtype)
     elif op == "receiver_grads":
         g, act, weight, stream, made, given, held = tensors
         moved = size_of(g, weight, stream, made)
@@ -228,7 +275,7 @@ def count_batch(
 
     fused: as it runs; else as it was profiled: torch's operations between products, each layer contracted alone.
     """
-    model, count = work.without_memory(dtype), Count()
+    model, count = work.without_memory(dtype), Count(measured=MEASURED if fused else MEASURED_FIRST)
     operations = Operations(count)
     plan = Plan(model.config, dtype, torch.device("cuda"))
     model.closed_forms  # noqa: B018 - constants of the weights, made once for a call

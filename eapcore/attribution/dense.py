@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Products, Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import RECEIVER_TILE, limits
+from eapcore.graph.graph import Graph
 from eapcore.models.attention import Attention, Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
@@ -398,17 +399,26 @@ class _Layers(_Edges):
     def together(self, waiting: list[slice], at_read: bool, grads_on: Elsewhere) -> None:
         """Contract receivers in the graph's order with the senders that any of them has; grads_on: their gradients on a
         device, [R', n·B, T, D]."""
-        senders, sums = slice(0, self.graph.senders_before(waiting[-1].stop - 1)), self.sums
+        before = _senders_before(self.graph, tuple((one.start, one.stop) for one in waiting))
+        senders, sums = slice(0, before[-1]), self.sums
         for some, delta in self.store.rows(at_read, senders):
             edges = [self.store.model.edge_masks[at_read][some, receivers] for receivers in waiting]
             mask = on(edges[0] if len(edges) == 1 else torch.cat(edges, 1), delta.device)
             grads = over_steps(grads_on(delta.device), 1, delta.shape[1])
             for name, reduce in sums.targets(at_read):
-                where = _part(some, senders)
-                block = kernels.edge_scores(delta, grads, mask=mask, reduce=reduce, part=where, impl=sums.impl)
+                where, impl = _part(some, senders), sums.impl
+                block = kernels.edge_scores(
+                    delta, grads, mask=mask, reduce=reduce, part=where, before=before, impl=impl
+                )
                 for receivers in waiting:
                     part, block = block.tensor_split([receivers.stop - receivers.start], -1)
                     sums.add(name, part, (some, receivers), self.step.weight, at_read)
+
+
+@lru_cache(maxsize=256)
+def _senders_before(graph: Graph, receivers: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """How many senders come before each of some receivers, (start, stop) of them."""
+    return tuple(graph.senders_before(r) for start, stop in receivers for r in range(start, stop))
 
 
 def _part(some: slice, senders: slice) -> tuple[int, int] | None:

@@ -371,6 +371,27 @@ def test_chains_of_half_precision_are_short_as_far_as_the_workspace_suffices():
                 assert half.splits * half.chain >= inner and single.splits * single.chain >= inner
 
 
+def test_known_edges_choose_tiles_and_rounds():
+    before = [1 + 41 * (r // 121) for r in range(726)]  # six layers of a 13B model, behind 1,354 senders at most
+    before = [n + 1148 for n in before]
+    tile = scores.TENSOR_SM90[0]
+    assert scores.live_tiles(tile, 1354, 726, None) == 8 * 3
+    assert scores.live_tiles(tile, 1354, 726, before) == 7 + 7 + 8 and scores.live_tiles(tile, 100, 726, before) == 3
+    how = {"dtype": torch.bfloat16, "precision": "ieee", "aligned": True, "on": HOPPER}
+    guessed, known, whole = (
+        scores.plan(1354, 726, 1, 160, 5120, masked=masked, before=given, **how)
+        for masked, given in ((True, None), (True, before), (False, before))
+    )
+    assert known.config == guessed.config == tile and known.units == 24 and known.splits < guessed.splits
+    assert -(-22 * known.splits // 132) * 132 - 22 * known.splits < 66  # the last round is half full at least
+    assert whole.splits == scores.plan(1354, 726, 1, 160, 5120, masked=False, **how).splits
+    delta, gradients = torch.randn(70, 2, 3, 40), torch.randn(33, 2, 3, 40)
+    mask = torch.arange(70)[:, None] < torch.tensor([10] * 20 + [65] * 13)
+    for counts in ([10] * 20 + [65] * 13, [70] * 33):  # which change the sums' order at most
+        check_scores(delta, gradients, mask, config=SMALL, before=counts)
+    refused("a number for each of the 33 receivers", kernels.edge_scores, delta, gradients, before=[1], impl="triton")
+
+
 def test_partial_sums_stay_within_their_workspace():
     for groups in (1, 8, 64):
         chosen = scores.plan(

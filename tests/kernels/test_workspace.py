@@ -136,6 +136,11 @@ def test_triton_edge_scores_allocates_what_it_says(interpreter, shape, reduce):
     said = kernels.workspace_bytes("edge_scores", sizes, dtype=torch.float32, reduce=reduce, impl="triton")
     took = beside_the_result(lambda: kernels.edge_scores(*operands, reduce=reduce, impl="triton"))
     assert took == said
+    mask, before = torch.ones(sizes.senders, sizes.receivers, dtype=torch.bool), [sizes.senders // 2] * sizes.receivers
+    mask[sizes.senders // 2 :] = False
+    how = {"mask": mask, "before": before, "reduce": reduce, "impl": "triton"}
+    said = kernels.workspace_bytes("edge_scores", sizes, dtype=torch.float32, **how)
+    assert beside_the_result(lambda: kernels.edge_scores(*operands, **how)) == said
 
 
 @pytest.mark.parametrize(("reduce", "chunk"), [("all", None), ("all", 4), ("pair", 4), ("position", 3)])
