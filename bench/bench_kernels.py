@@ -288,7 +288,8 @@ def time_cases(
             failures.append(f"{what}: not begun, the {options.minutes:g} minutes were over")
             continue
         attempt(what, lambda case=case: one(case))
-        gc.collect()
+        if not options.quick:
+            gc.collect()
         if clock.device == "cuda":
             torch.cuda.empty_cache()
     print_summary(rows, asked)

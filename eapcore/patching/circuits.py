@@ -13,6 +13,7 @@ from torch import Tensor
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, digest
+from eapcore.execution.limits import EVALUATED
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.circuit import Circuit
@@ -265,8 +266,10 @@ def kept_draws(
     if n < 2:
         return None
     rows, generator = torch.cat([clean[None], ablated[None], values]), torch.Generator().manual_seed(0)
-    draws = (torch.randint(n, (n,), generator=generator, device="cpu") for _ in range(n_resamples))
-    means = torch.stack([rows[:, draw].mean(1) for draw in draws], dim=1)  # [2 + C, n_resamples]
+    most = max(1, EVALUATED // rows.numel())
+    counts = (min(most, n_resamples - done) for done in range(0, n_resamples, most))
+    draws = (torch.randint(n, (count, n), generator=generator, device="cpu") for count in counts)
+    means = torch.cat([rows[:, drawn].mean(-1) for drawn in draws], dim=1)  # [2 + C, n_resamples]
     scale = means[0] - means[1]
     if not bool(scale.all()):
         return None

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,15 @@ def modules():
     return found
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(name, path, known):
     """The modules that a file imports, at its top or inside a function; eapcore's own ones by their full names."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +89,7 @@ def own_imports():
 
 def names_in(path):
     """Every name, attribute and text that is no docstring in a file's code, as (line, text)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -120,7 +126,7 @@ def test_a_room_imports_from_the_floors_below_it_alone():
 def test_nobody_imports_a_module_from_the_package_itself():
     public = {"__version__", *eapcore.__all__}
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "eapcore" and not node.level:
                 assert {alias.name for alias in node.names} <= public, name
 
@@ -189,7 +195,7 @@ def test_heavy_packages_are_imported_inside_functions_only():
     for name, path in modules().items():
         if name.startswith("eapcore.kernels.triton_") or name == "eapcore.toys.train":
             continue  # loaded when a Triton kernel is called; a program of its own
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             bad = {n.split(".")[0] for n in names} & heavy
