@@ -208,7 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-only", action="store_true", help="every kernel once on small odd shapes, time nothing")
     parser.add_argument("--compile", nargs="*", metavar="TARGET", help="print the compiled Triton kernels instead")
     parser.add_argument("--no-torch-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--only", default="", help="cases whose op, shape or dtype contains this")
+    parser.add_argument(
+        "--only", default="", help="cases whose op, shape or dtype contains this; with --check-only, dtypes"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, help="begin no case after this long (default: 8 on a GPU, else none)")
@@ -246,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file.flush()
 
         print(clock.describe(), flush=True)
-        attempt("checks", lambda: ops.checks.check_every_kernel(clock.kind, clock.device))
+        checked = options.only if options.check_only else ""
+        attempt("checks", lambda: ops.checks.check_every_kernel(clock.kind, clock.device, checked))
         if not failures:
             print("every op is right on small odd shapes", flush=True)
         if not options.check_only:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a GPU is asked, in order, in some ten minutes: bench/gpu.sh FOLDER
+# Everything that a GPU is asked, in order, in some fifteen minutes: bench/gpu.sh FOLDER
 #
 # For a source tree on a machine with Python, torch, triton and a C++ compiler, without a network. Each part has a time
 # limit, prints a table and writes FOLDER/PART.txt and, line by line, FOLDER/PART.jsonl; one that fails or takes too long
 # costs only itself. EAPCORE_PYTHON chooses the interpreter. --quick: small models, on a machine without a GPU to see
 # which parts begin. No part begins after EAPCORE_SECONDS;
-# EAPCORE_PARTS='check llama' asks for these alone.
+# EAPCORE_PARTS='check llama' asks for these alone. 'check check-kernels small-1024 llama float32 sanitizer' take some
+# six minutes.
 #
 # The tests of the kernels run on the GPU too, in EAPCORE_WORKERS processes of pytest-xdist.
 set -u
@@ -15,6 +16,7 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 rm -f "$out/parts.jsonl" && mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 export PYTHONPATH="$top" TRITON_CACHE_DIR="$out/triton-cache" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python=${EAPCORE_PYTHON:-python3}
+PATH=$PATH:/usr/local/cuda/bin
 began=$SECONDS
 
 part() { # NAME SECONDS COMMAND...
@@ -59,13 +61,17 @@ if command -v ncu >/dev/null; then
 fi
 pipeline 13b 90 13B
 pipeline small-32 45 "GPT-2 small, B=32"
-pipeline small-1024 60 "GPT-2 small, B=1024"
-pipeline llama 60 Llama-3.1-8B
+pipeline small-1024 90 "GPT-2 small, B=1024"
+pipeline llama 90 Llama-3.1-8B
 pipeline float32 45 "GPT-2 small, float32"
 pipeline profile 40 "kernels, GPT-2 small"
 kernels ops 150 --no-torch-compile --rounds 7 --minutes 2
 if command -v compute-sanitizer >/dev/null; then
-  part sanitizer 180 compute-sanitizer --error-exitcode 9 "$python" "$top/bench/bench_kernels.py" --device cuda --check-only
+  # Every tensor in memory of its own, whose ends the sanitizer sees.
+  part sanitizer 180 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    "$python" "$top/bench/bench_kernels.py" --device cuda --check-only --only bfloat16
+else
+  printf '\n===== sanitizer: there is no compute-sanitizer here\n'
 fi
 failed=$(sed -n '/"status": 0,/!s/.*"part": "\([^"]*\)", "status": \([0-9]*\).*/\1 (\2)/p' "$out/parts.jsonl" | paste -sd ' ')
 printf '\n===== %s s; %s\n' $((SECONDS - began)) "$([ -z "$failed" ] && echo 'every part ran' || echo "FAILED: $failed")"

@@ -166,6 +166,9 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     message = r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm by table, .*"
     with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, .*zero_non_edges did not"):
         op_checks.check_every_kernel("cuda", "cpu")
+    with pytest.raises(RuntimeError, match=message) as some:
+        op_checks.check_every_kernel("cuda", "cpu", "bfloat16")
+    assert not re.search(r"\bfloat", str(some.value))
 
 
 def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
@@ -502,10 +505,13 @@ class Host:
 def test_the_gpu_part_checks_then_measures_every_part(tmp_path, capsys, monkeypatch):
     lines = tmp_path / "rows.jsonl"
     monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, L=2, T=5))
-    for part in ("check", "warm", "GPT-2 small, B=3", "kernels", "hooks"):
+    for part in ("check", "warm", "GPT-2 small, B=3", "kernels", "hooks", "Llama"):
         assert gpu.main(quick=True, json_file=lines, on=Host(), part=part) == 0
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len([row for row in rows if "check" in row]) == 6
+    of_llama = [row.get("name") for row in rows if row.get("model") == "Llama-3.1-8B" and "ms_a_batch" in row]
+    assert of_llama == ["floor", "dense, no graphs", "factored, no graphs"]  # the hooks are GPT-2's
+    rows = [row for row in rows if row.get("model") != "Llama-3.1-8B"]
     kernels, dense = (row for row in rows if row.get("name") == "dense, no graphs")
     assert [name.split()[1] for name in kernels["kernels"]] == ["channel_grads", "void", "gemm"]
     assert kernels["kernels"]["0 channel_grads"] == [2.0, 20]
