@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from eapcore.attribution.spread import SpreadPlan, spread_over
 from eapcore.attribution.sums import Products, Store, Sums
 from eapcore.attribution.tally import Tally
 from eapcore.execution.ablation import FROM_REFERENCE, Ablation
-from eapcore.execution.batch import Batch, in_order, spans
+from eapcore.execution.batch import Batch, cut, in_order, spans
 from eapcore.execution.cuda_graphs import Replays, recorder
 from eapcore.execution.distributed import Ranks, deal, reported
 from eapcore.execution.experiment import (
@@ -204,8 +205,8 @@ def attribute(
             To a single one that has no room for the weights the layers are streamed from the host's memory. The scores
             have the bits of one such device. None leaves the model where it lies.
         runs: called with each batch, gives its clean and corrupt forward, see `score_batch.Runs`, for what goes on from
-            them; of edges ablated by "corrupt" of a model in float32 or float64 on one device, without graphs. None
-            makes them here.
+            them; of edges ablated by "corrupt" of a model in float32 or float64 on one device, then without graphs.
+            None makes them here.
 
     Returns:
         EdgeScores, or NodeScores for the other levels; `meta` holds the model, task, metric with its mean on the clean
@@ -272,6 +273,10 @@ def attribute(
     storage = kept.settle("storage", None if storage == "auto" else found, lambda: ranks.first(found))
     asked = batch_size if isinstance(batch_size, int) else None
 
+    wants_runs = runs is not None and bool(
+        kept.settle("runs kept", None, lambda: ranks.least(int(runs is not None and runs.wanted())))
+    )
+    graphs = False if wants_runs else graphs
     scoring = _Scoring(experiment, how, passes, plan, level, reduce, storage, impl, graphs, n_pairs, runs)
     shapes = _shapes(model, how, passes)
     lead: tuple[int, ...] = (int(pairs.positions.max()) + 1,) if reduce == "position" else ()
@@ -285,7 +290,7 @@ def attribute(
         places = torch.tensor(mine if whole else range(len(mine)), dtype=torch.int64, device="cpu").to(model.device)
         made = {name: (*lead, *shape) for name, shape in shapes.items()}
         writer = None if pairs_to is None else PairWriter(pairs_to, lane, result_dtype(model.dtype))
-        choices = {"storage": storage, "uncertainty": int(varied)}
+        choices = {"storage": storage, "uncertainty": int(varied)} | ({} if runs is None else {"runs kept": wants_runs})
         lanes[lane] = Tally(kept, lane, made, places, reduce, choices, writer, scoring.statistics)
     if pairs_to is not None and ranks.leads:
         begin_index(pairs_to)
@@ -293,6 +298,8 @@ def attribute(
         size = kept.settle("batch size", asked, lambda: ranks.least(plan.batch_size(pairs, storage)))
         for tally in lanes.values():
             tally.begin(0, n_pairs, size)
+        if runs is not None:
+            runs.begin(wants_runs, kept.lanes, {lane: _batches(experiment, mine, size) for lane, mine in rows.items()})
     for lane, tally in lanes.items():
         tally.restore()
         if stream is None:
@@ -395,6 +402,13 @@ def _rows(experiment: Experiment, kept: Resume) -> dict[int, list[int]]:
     first, stop = (x[order] for x in spans(experiment.pairs, shared=experiment.shared))
     parts = deal((stop - (1 - PREFIX_SHARE) * first).tolist(), kept.lanes)
     return {lane: order[parts[lane].start : parts[lane].stop] for lane in kept.mine}
+
+
+def _batches(experiment: Experiment, order: list[int], size: int) -> list[list[int]]:
+    """Which of some pairs, in order, go together in batches of at most so many, as a `Feed` has them."""
+    first, stop = (x[order] for x in spans(experiment.pairs, shared=experiment.shared))
+    bounds = [0, *itertools.accumulate(cut(first, stop, size, limits(experiment.model.device).one_more_batch))]
+    return [order[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 def _combined(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,18 @@ class Both:
     past: list[Annotated[Tensor, "B P 2G K"]] | None
 
 
-Runs = Callable[[Batch], Both]
+class Runs(Protocol):
+    """Makes a task's clean and corrupt runs in the place of `score_batch`, for what goes on from them."""
+
+    def wanted(self) -> bool:
+        """Whether it makes them, where the work begins; another process that goes on with it does the same."""
+
+    def begin(self, wanted: bool, lanes: int, groups: Mapping[int, list[list[int]]]) -> None:
+        """What was settled: whether runs are wanted, how many lanes share the pairs, and of this process's which of
+        them go together."""
+
+    def __call__(self, batch: Batch) -> Both | None:
+        """A batch's runs, in a wide dtype; None where they are not wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ def score_batch(
         values: what senders send when they are ablated; None for what the corrupt prompts make them send.
         units: give the store the differences of the MLPs' hidden units as well.
         check: the metric's name, where its pairs are to be checked not to hang on each other.
-        runs: gives the clean and the corrupt forward, in a wide dtype; None makes them here.
+        runs: gives the clean and the corrupt forward; where there are none, or none are wanted, they are made here.
     """
     read, pairs = batch.read, batch.pairs
     # Of half precision the rounding of the residual stream is the largest part of the scores' error, so it is float32.

@@ -69,12 +69,14 @@ def _checked(model: Model, pairs: PromptPairs) -> PromptPairs:
 
 def prepare_large(args: argparse.Namespace) -> tuple[Model, PromptPairs | PairStream, str]:
     """The same for what can read a file as it goes: one that is large is not read at once."""
+    from eapcore.evaluation.screened import WHOLE
     from eapcore.tasks import TASKS, find_pairs
     from eapcore.tasks.stream import STREAMED, PairStream
 
     model, task, metric = _begin(args)
     what, path = _reading(args, model), Path(task)
-    if task not in TASKS and path.suffix.lower() in STREAMED and path.is_file() and path.stat().st_size > _LARGE:
+    streamed = task not in TASKS and path.suffix.lower() in STREAMED and args.method not in WHOLE
+    if streamed and path.is_file() and path.stat().st_size > _LARGE:
         return model, PairStream(path, **what), metric
     return model, _checked(model, find_pairs(task, seed=args.seed, **what)), metric
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -30,13 +30,15 @@ from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.tensors import accumulate_dtype
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.edges import measure_edges
+from eapcore.patching.edges import Pairs, measure_edges
 from eapcore.patching.record import Recording
 from eapcore.tasks.metrics import Metric, find_metric, tokens_read
 from eapcore.tasks.pairs import PromptPairs
+from eapcore.tasks.stream import PairStream
 
 BUDGET = 3.0
 FLOW = {"flow-routes": "threshold", "flow-sum": "flow"}  # methods, and how their routes add up
+WHOLE = ("screened", *FLOW)  # methods that take no stream of pairs
 CHEAP = METHODS["hybrid"].exact
 LITTLE = 0.15  # of eap's operations, which those edges may take in a method that costs little more than eap
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -136,10 +138,11 @@ def screened(
     reads. So it is patched on every sixteenth pair first, and its effect there takes the score's place where it is
     larger; of fewer pairs it goes before all others.
 
-    Patching starts from the clean and corrupt runs that first order was made of. They are made again, which takes 0.6
-    of `eap`'s operations, of a model in half precision, on several devices or with another ablation, and what is left
-    of the budget is that much less; and, beyond the budget, where all of them do not fit in the memory, with `resume`
-    and where processes share the work, so that what is patched does not hang on these.
+    Patching starts from the clean and corrupt runs that first order was made of, of which each process keeps those of
+    its own pairs. They are made again, which takes 0.6 of `eap`'s operations, of a model in half precision, on several
+    devices, with another ablation or CUDA graphs, and where all of them do not fit in the memory: what is left of the
+    budget is that much less. Which it is, a resumed run takes from the one that began. What an interruption lost is
+    made again and counts nowhere.
 
     Args:
         model, task, metric, ablation, reference, batch_size: as `attribute`.
@@ -172,7 +175,8 @@ def screened(
     allowed, n_pairs = budget * cost.eap, len(experiment)
     name = {"name": "screened", "budget": float(budget)}
     if allowed >= everything:
-        patched = measure_edges(experiment, batch_size=batch_size, progress=progress, resume=resume)
+        share = Pairs(min(experiment.ranks.size, n_pairs))
+        patched = measure_edges(experiment, batch_size=batch_size, progress=progress, resume=resume, share=share)
         n = graph.n_edges
         method = {**patched.meta["method"], **name, "spent": everything / cost.eap, "n_exact": n, "n_patched": n}
         return replace(patched, exact=mask, meta={**patched.meta, "method": method})
@@ -185,18 +189,14 @@ def screened(
         how["exact"], spent = [kind for kind in CHEAP if exact_receivers(graph, [kind])], with_cheap
     elif allowed < spent:
         how, spent, allowed = {}, cost.eap, cost.eap
-    alike = _go_together(experiment)
-    left = allowed - spent - (0 if alike else cost.record)
-    runs = None
-    enough = left >= float(cost.edge.min())
-    if alike and enough and resume is None and not distributed and options.get("graphs") is not True:
-        runs = Runs(experiment) if _fit(experiment) else None
+    enough = allowed - spent >= float(cost.edge.min())
+    runs = Runs(experiment, go_together=enough and _go_together(experiment) and options.get("graphs") is not True)
     count = Count(progress, n_pairs)
     scores = first_order(
         model, experiment.pairs, experiment.metric, ablation=experiment.ablation, batch_size=batch_size, runs=runs,
-        progress=count.stage(n_pairs), resume=resume, distributed=distributed, uncertainty="auto",
-        **how, **options | ({} if runs is None else {"graphs": False}),
+        progress=count.stage(n_pairs), resume=resume, distributed=distributed, uncertainty="auto", **how, **options,
     )  # fmt: skip
+    left = allowed - spent - (0 if runs.kept else cost.record)
     assert isinstance(scores, EdgeScores)
     values, exact = scores.scores, torch.zeros_like(mask) if scores.exact is None else scores.exact
     doubt = scores.scores.double().square()
@@ -210,14 +210,13 @@ def screened(
         chosen, used = _chosen(scores, doubt, exact, cost.edge, left - tried)
         n = int(chosen.sum())
     if n:
-        spent += used + (cost.record if runs is None else 0)
+        spent += used + (0 if runs.kept else cost.record)
         count.total += n_pairs * n
         stage = count.stage(n_pairs * n)
-        edges = Circuit(chosen, graph)
-        ready = () if runs is None else runs.recordings
         patched = measure_edges(
-            experiment, edges, batch_size=batch_size, progress=stage, resume=resume, recordings=ready
-        )
+            experiment, Circuit(chosen, graph), batch_size=batch_size, progress=stage, resume=resume,
+            recordings=runs.recordings, share=Pairs(runs.lanes, runs.groups if runs.kept else None),
+        )  # fmt: skip
         values, exact = patched.scores.where(chosen, values), exact | chosen
     method = {**scores.meta["method"], **name, "spent": spent / cost.eap, "n_exact": int(exact.sum()), "n_patched": n}
     meta = {**scores.meta, "method": method, "metric": {**scores.meta["metric"], "name": experiment.metric_name}}
@@ -255,17 +254,32 @@ def _chosen(scores: EdgeScores, doubt: Tensor, exact: Tensor, cost: Tensor, left
 
 
 class Runs:
-    """The clean and corrupt runs of first order's batches, recorded, and kept for patching."""
+    """The clean and corrupt runs of first order's batches, recorded, and kept for patching where there is memory.
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment, self.recordings = experiment, list[Recording]()
+    go_together: whether first order and patching may start from the same runs. kept: whether they are kept; where they
+    were and there is no more room, they are made again as they were. lanes, groups: of `score_batch.Runs.begin`.
+    """
 
-    def __call__(self, batch: Batch) -> Both:
+    def __init__(self, experiment: Experiment, *, go_together: bool = True) -> None:
+        self.experiment, self.recordings, self.go_together = experiment, list[Recording](), go_together
+        self.kept, self.room, self.lanes, self.groups = False, False, 1, dict[int, list[list[int]]]()
+
+    def wanted(self) -> bool:
+        return self.go_together and _fit(self.experiment)
+
+    def begin(self, wanted: bool, lanes: int, groups: Mapping[int, list[list[int]]]) -> None:
+        self.kept, self.lanes, self.groups = wanted, lanes, dict(groups)
+        self.room = wanted and _fit(self.experiment)
+
+    def __call__(self, batch: Batch) -> Both | None:
+        if not self.kept:
+            return None
         index = batch.index.tolist()
         # A batch that was too much comes again in halves.
         self.recordings = [made for made in self.recordings if not set(made.batch.index.tolist()) & set(index)]
         made = Recording.of(self.experiment, index, short=True)
-        self.recordings.append(replace(made, ablated=replace(made.ablated, stages=[])))
+        if self.room:
+            self.recordings.append(replace(made, ablated=replace(made.ablated, stages=[])))
         return Both(made.clean.stages, made.ablated.stages, made.past)
 
 
@@ -314,6 +328,9 @@ def _any_method(function: Function) -> Function:
 
     @wraps(function)
     def attribute(*args: Any, method: str = "eap", budget: float | None = None, **options: Any) -> Any:
+        task = options.get("task", args[1] if len(args) > 1 else None)
+        if isinstance(task, PairStream) and method in WHOLE:
+            raise ValueError(f"{method} needs all pairs at once, but {task.name} is read as a stream: read it as pairs")
         if method == "screened":
             return screened(*args, budget=BUDGET if budget is None else budget, **options)
         if method in FLOW:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eapcore.execution.ablation import Ablation
-from eapcore.execution.distributed import ALONE, reported
+from eapcore.execution.distributed import ALONE, Ranks, reported
 from eapcore.execution.experiment import Experiment, Task, check_batch_size, digest, result_dtype
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Partial, Resume
@@ -89,32 +89,40 @@ def measure_edges(
     progress: Progress | None = None,
     resume: str | Path | None = None,
     recordings: Sequence[Recording] = (),
+    share: Pairs | None = None,
 ) -> EdgeScores:
-    """`patch_edges` for an experiment; recordings: of some of its pairs, which are not recorded again."""
+    """`patch_edges` for an experiment.
+
+    recordings: of some of its pairs, which are not recorded again. share: how processes share the pairs; None shares
+    the edges, for which every process runs all pairs.
+    """
     model, pairs, ranks = experiment.model, experiment.pairs, experiment.ranks
     graph, mask = model.graph, _edge_set(model.graph, edges)
-    n_edges, alone = int(mask.sum()), replace(experiment, ranks=ALONE)  # every process runs all pairs, for its edges
-    kept = Resume(
-        resume, "edges", lambda: {"edges": digest(mask), **experiment.identity()}, ranks, min(ranks.size, n_edges)
-    )
+    n_edges, alone = int(mask.sum()), replace(experiment, ranks=ALONE)
+    what, lanes = ("edges", min(ranks.size, n_edges)) if share is None else ("patched", share.lanes)
+    kept = Resume(resume, what, lambda: {"edges": digest(mask), **experiment.identity()}, ranks, lanes)
     check_batch_size(batch_size)
     asked = batch_size if isinstance(batch_size, int) else None
     size = kept.settle("batch size", asked, lambda: ranks.least(useful_size(alone, batch_size)))
-    lanes = [Partial(kept, lane, alone, _dealt(model, mask, lane, kept.lanes), size) for lane in kept.mine]
-    for lane in lanes:
+    mine = {lane: mask if share else _dealt(model, mask, lane, kept.lanes) for lane in kept.mine}
+    partials = [Partial(kept, lane, alone, edges_of, size) for lane, edges_of in mine.items()]
+    for lane in partials:
         lane.check_metric(lambda begun: _ends(alone, size, begun), model.dtype)
-    seen = sum(int(p.done.pairs.sum()) * p.n_edges + len(p.done.batch) * int(p.done.edges.sum()) for p in lanes)
+    seen = sum(int(p.done.pairs.sum()) * p.n_edges + len(p.done.batch) * int(p.done.edges.sum()) for p in partials)
     count = Count(ranks.watched(progress), n_edges * len(pairs), seen)
     if seen:
         count.add(0)
-    for lane in lanes:
-        _measure(alone, lane, size, count, recordings)
+    for lane in partials:
+        together = None if share is None else share.groups
+        order = None if share is None else share.of(alone, lane.lane, kept.lanes)
+        _measure(alone, lane, size, count, recordings, order, together[lane.lane] if together else None)
     nothing = (
         torch.zeros(mask.shape, dtype=torch.float64, device="cpu"),
         torch.zeros(2, len(pairs), dtype=torch.float64, device="cpu"),
     )
-    effects = experiment.mean(ranks.sum([lane.done.sums for lane in lanes] or [nothing[0]], kept.lanes))
-    values = ranks.sum([lane.done.values for lane in lanes[:1]] or [nothing[1]], 1)  # all have the same
+    own = [lane.done.values for lane in partials]  # where edges are shared all have the same
+    values = ranks.sum((own if share else own[:1]) or [nothing[1]], kept.lanes if share else 1)
+    effects = experiment.mean(ranks.sum([lane.done.sums for lane in partials] or [nothing[0]], kept.lanes))
     clean, corrupt = values.mean(1).tolist()
     names = "all" if edges is None else Circuit(mask, graph).edges
     meta = {
@@ -126,19 +134,56 @@ def measure_edges(
     return EdgeScores(effects.to(result_dtype(model.dtype)), graph, meta)
 
 
-def _measure(experiment: Experiment, lane: Partial, size: int, count: Count, recordings: Sequence[Recording]) -> None:
-    """What is left of a lane's edges."""
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """How processes share the pairs of exact patching.
+
+    lanes: into how many parts. groups: which of each of this process's go together, in order; None for those that suit
+    the device.
+    """
+
+    lanes: int
+    groups: Mapping[int, list[list[int]]] | None = None
+
+    def of(self, alone: Experiment, lane: int, lanes: int) -> list[int]:
+        """A lane's pairs, in order."""
+        groups = replace(alone, ranks=Ranks(lane, lanes)).groups(len(alone), 1) if self.groups is None else None
+        return [pair for group in groups or (self.groups or {})[lane] for pair in group]
+
+
+def _measure(
+    experiment: Experiment,
+    lane: Partial,
+    size: int,
+    count: Count,
+    recordings: Sequence[Recording],
+    order: list[int] | None,
+    together: list[list[int]] | None,
+) -> None:
+    """What is left of a lane's edges; order: of which pairs, None for all. together: how these go together."""
     done, mask = lane.done, lane.mask
     left = done.pairs.logical_not()
     left[list(done.batch)] = False
+    if order is not None:
+        mine = torch.zeros_like(left)
+        mine[order] = True
+        left &= mine
     ready: dict[tuple[int, ...], Recording] = {}
     for made in recordings:
         index = made.batch.index.tolist()
         if bool(left[index].all()):
             ready[tuple(index)], left[index] = made, False
-    groups = experiment.groups(size, 1 + lane.n_edges // experiment.model.graph.n_layers, left)
+    if together is None:
+        groups = [
+            *map(list, ready),
+            *experiment.groups(size, 1 + lane.n_edges // experiment.model.graph.n_layers, left),
+        ]
+    else:  # in order, whichever of them were recorded before
+        rest = [[pair for pair in group if left[pair]] for group in together]
+        place = {pair: i for i, pair in enumerate(order or ())}
+        groups = sorted((group for group in [*map(list, ready), *rest] if group), key=lambda group: place[group[0]])
     try:
-        for group in [*([list(done.batch)] if done.batch else []), *map(list, ready), *groups]:
+        for group in [*([list(done.batch)] if done.batch else []), *groups]:
             recording = ready.get(tuple(group)) or Recording.of(experiment, group, short=True)
             ends = experiment.ends(recording.reference)
             lane.done = lane.done.begin(group, ends)

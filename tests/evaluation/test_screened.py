@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from itertools import pairwise
 
@@ -12,10 +13,12 @@ from refusal import refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import eapcore
+import eapcore.evaluation.screened as screening
 from eapcore.attribution.attribute import attribute as first_order
 from eapcore.evaluation.agreement import agreement
 from eapcore.evaluation.screened import Operations, attribute, screened
 from eapcore.patching.edges import patch_edges
+from eapcore.tasks.stream import PairStream
 
 MODELS = {"gpt2": {}, "attention-only": {"d_mlp": None, "n_layers": 3}, "one layer": {"n_layers": 1}}
 
@@ -60,7 +63,7 @@ def test_more_of_a_budget_is_no_worse_in_the_mean_and_three_are_nearly_exact(nam
     assert means[0] < 0.9 and worst > 0.985
 
 
-def test_operations_are_those_that_are_done():
+def test_operations_are_those_that_are_done_however_they_are_done(monkeypatch, tmp_path):
     sizes = {"n_layers": 4, "n_heads": 4, "d_model": 64, "d_head": 16, "d_mlp": 256, "dtype": torch.float32}
     model = random_model(**sizes, scale=0.1)
     pairs = random_pairs(model, [16] * 4)
@@ -77,11 +80,51 @@ def test_operations_are_those_that_are_done():
         one, none = (counted(lambda e=e: patch_edges(model, pairs, edges=e)) for e in ([edge], ["embed->logits"]))
         assert 0.9 < float(cost.edge[model.graph.edge(edge)[1]]) / (one - none) < 1.1, edge
     assert 0.9 < cost.record / none < 1.1
-    spent = counted(lambda: screened(model, pairs, budget=3, impl="reference"))
-    assert 0.9 < spent / (3 * eap) < 1.05  # with one forward of clean and corrupt for both
+    patched = {}
+    cases = [
+        ("alone", 1 << 40, {}),
+        ("with a folder", 1 << 40, {"resume": tmp_path / "kept"}),
+        ("little memory", 1, {}),
+    ]
+    for case, free, how in cases:
+        monkeypatch.setattr(screening, "free_bytes", lambda device, free=free: free)
+        found = []
+        spent = counted(lambda: found.append(screened(model, pairs, budget=3, impl="reference", **how)))  # noqa: B023
+        patched[case], method = found[0].exact, found[0].meta["method"]
+        assert 2.5 < method["spent"] <= 3, case
+        assert 0.9 < spent / (method["spent"] * eap) < 1.05, case  # with one forward of both prompts, or with two
+    assert torch.equal(patched["alone"], patched["with a folder"])
+    assert not torch.equal(patched["alone"], patched["little memory"])
 
 
-def test_the_public_function_takes_the_method_and_its_budget():
+@pytest.mark.parametrize(("free", "later"), [(1 << 40, 1 << 40), (1 << 40, 1), (1, 1 << 40)])
+def test_an_interrupted_run_goes_on_to_the_bits_of_an_undisturbed_one(free, later, limited, monkeypatch, tmp_path):
+    limited(batch_tokens=20)  # batches of two or three, of patching of all
+    monkeypatch.setattr(screening, "free_bytes", lambda device: free)
+    model = random_model()
+    pairs = random_pairs(model, [6, 3, 8, 5, 7, 4, 8, 3, 5, 6, 7, 5], first_difference=2)
+    calls = []
+    whole = screened(model, pairs, budget=3.5, progress=lambda *done: calls.append(done))
+    assert whole.meta["method"]["n_patched"] > 4 and not whole.exact.equal(model.graph.edge_mask())
+    for stop in (3, len(calls) // 2, len(calls) - 2):  # in first order, and while edges are patched
+        left = [stop]
+
+        def interrupt(*done, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        how = {"budget": 3.5, "resume": tmp_path / str(stop)}
+        with pytest.raises(KeyboardInterrupt):
+            screened(model, pairs, progress=interrupt, **how)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(screening, "free_bytes", lambda device: later)
+            found = screened(model, pairs, **how)
+        assert torch.equal(found.scores, whole.scores) and torch.equal(found.exact, whole.exact), stop
+        assert found.meta["method"] == whole.meta["method"]
+
+
+def test_the_public_function_takes_the_method_and_its_budget(tmp_path):
     model = random_model()
     pairs = random_pairs(model, [6, 5])
     seen = []
@@ -98,3 +141,7 @@ def test_the_public_function_takes_the_method_and_its_budget():
         ({"budget": 3.0}, "a budget belongs to the method 'screened', got 3.0 with 'eap'"),
     ]:
         refused(message, eapcore.attribute, model, pairs, **how)
+    stream = tmp_path / "pairs.jsonl"
+    stream.write_text(json.dumps({"clean": [1, 2], "corrupt": [1, 3], "answer": [4], "wrong": [5]}))
+    for method in ("screened", "flow-routes"):
+        refused(f"{method} needs all pairs at once", eapcore.attribute, model, PairStream(stream), method=method)

@@ -28,6 +28,7 @@ SIZE = 2
 ALL = ["--dtype", "float64", "--batch-size", "1", "--resume", "kept"]
 COMMANDS = {
     "attribute": ["--n-pairs", "12", "--method", "eap-ig", "--steps", "2", "--reduce", "pair", "--out", "scores.st"],
+    "attribute --method screened": ["--n-pairs", "12", "--budget", "2.5", "--out", "scores.st"],
     "run": ["--n-pairs", "8", "--method", "hybrid", "--out", "out"],
     "verify": ["--n-pairs", "4", "--method", "eap", "--top-n", "40", "--out", "verification.json"],
     "evaluate": ["--n-pairs", "6", "--method", "eap", "--true-top", "20", "--out", "evaluation.json"],

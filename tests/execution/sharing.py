@@ -14,6 +14,7 @@ import torch
 from everything import EVERYTHING
 from models import random_circuit, random_model, random_pairs
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import eapcore.evaluation.reproduce as reproduction
 import eapcore.execution.distributed as distributed
@@ -65,7 +66,12 @@ def everything(rank, size, folder):
     scores, kept = attribute(model, pairs), {"resume": folder / "judged", "distributed": True}
     alone, *shared = (evaluate(model, pairs, "logit_diff", scores, **how).mib for how in ({}, kept, kept))
     found["kept"] = [abs(alone.cpr - shared[0].cpr), 1.0, shared[0] == shared[1], repr(shared[1].signed.values)]
-    return {"found": found, "sent": distributed.connect().sent}
+    operations = []
+    for shared in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            spent = screened(model, pairs, budget=3, distributed=shared).meta["method"]["spent"]
+        operations.append(counter.get_total_flops())
+    return {"found": found, "sent": distributed.connect().sent, "operations": operations, "spent": spent}
 
 
 def numbers(content):

@@ -48,6 +48,9 @@ def test_every_function_gives_what_one_process_gives_and_the_same_bits_each_time
         assert gap < 1e-12 and (scale > 1e-6 or "acdc" in name) and same, (name, gap, scale)
         assert all(other["found"][name][3] == bits for other in others), name
     assert first["sent"] > 0
+    shared, alone = (sum(each["operations"][i] for each in (first, *others)) for i in (0, 1))
+    # No process does another's work; alone some run at more positions, for others of their batch.
+    assert 2 < first["spent"] <= 3 and 0.8 < shared * (1 + len(others)) / alone < 1.02
 
 
 def test_a_reproduction_is_shared_and_its_steps_are_the_first_process_s(told):
