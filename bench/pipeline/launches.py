@@ -64,7 +64,9 @@ MEASURED_FIRST = {
 }
 MEASURED = {
     "contraction": (0.78, 0.92),
+    "contraction of factors": (0.7, 0.5),
     "receivers": (0.65, 0.75),
+    "receivers of factors": (0.4, 0.5),
     "attention, fused": (0.4, 0.5),
     "products": (0.75, 0.75),
     "steps": (0.7, 1.0),
@@ -201,7 +203,7 @@ def count_factored(
     rows = layers * heads + len(made) * channels
     factors = size_of(dz, *(x for layer in made for x in (receivers.g[layer], receivers.act[layer])))
     moved = rows * row + factors + len(pieces) * weights
-    count.add("receivers", 2 * len(pieces), moved, 2 * rows * batch * tokens * width * d_head, dtype)
+    count.add("receivers of factors", 2 * len(pieces), moved, 2 * rows * batch * tokens * width * d_head, dtype)
     copied = 2 * (2 + layers * mlps + len(made) * mlps)
     count.add("copies", 4 * len(pieces), copied * row)
     pairs, positions = ((part.stop - part.start) for part in pieces[0])
@@ -212,7 +214,7 @@ def count_factored(
     edges = int(graph.edge_masks()[tokens == 1].sum())
     read = (sizes.all_senders + len(made) * (channels + mlps) + 1) * row
     moved = read + 2 * partial * len(pieces)
-    count.add("contraction", 2 * len(pieces), moved, 2 * edges * batch * tokens * width, dtype)
+    count.add("contraction of factors", 2 * len(pieces), moved, 2 * edges * batch * tokens * width, dtype)
 
 
 def count_contraction(count: Count, delta: Tensor, grads: Tensor, scores: Tensor, before: Sequence[int] | None) -> None:
