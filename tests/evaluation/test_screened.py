@@ -93,8 +93,9 @@ def test_operations_are_those_that_are_done_however_they_are_done(monkeypatch, t
         patched[case], method = found[0].exact, found[0].meta["method"]
         assert 2.5 < method["spent"] <= 3, case
         assert 0.9 < spent / (method["spent"] * eap) < 1.05, case  # with one forward of both prompts, or with two
-    assert torch.equal(patched["alone"], patched["with a folder"])
-    assert not torch.equal(patched["alone"], patched["little memory"])
+    monkeypatch.undo()
+    alone = screened(model, pairs, budget=3, impl="reference").exact
+    assert torch.equal(alone, patched["with a folder"]) and not torch.equal(alone, patched["little memory"])
 
 
 @pytest.mark.parametrize(("free", "later"), [(1 << 40, 1 << 40), (1 << 40, 1), (1, 1 << 40)])
@@ -106,7 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_bits_of_an_undisturbed_one(free, late
     calls = []
     whole = screened(model, pairs, budget=3.5, progress=lambda *done: calls.append(done))
     assert whole.meta["method"]["n_patched"] > 4 and not whole.exact.equal(model.graph.edge_mask())
-    for stop in (3, len(calls) // 2, len(calls) - 2):  # in first order, and while edges are patched
+    for stop in (3, len(calls) - 9):  # in first order, and while edges are patched
         left = [stop]
 
         def interrupt(*done, left=left):

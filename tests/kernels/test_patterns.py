@@ -69,9 +69,9 @@ def literal(raw, rstd, moved, known, normed, values, past=None, *, of_keys=False
 def cases(dtype):
     yield case(5, 7, 4, dtype, before=2), None, {}
     yield case(3, 1, 1, dtype, normed=False), None, {}
-    yield case(6, 6, 19, dtype, window=2), None, {}
+    yield case(6, 6, 17, dtype, window=2), None, {}
     for apart in (False, True):
-        keys = turned(*case(6, 6, 35, dtype))
+        keys = turned(*case(5, 5, 17, dtype))
         yield keys, None, {"of_keys": True, "apart": apart}
         past = keys[4][:, 1] * 2, keys[5][:, 1]
         yield keys, past, {"of_keys": True, "apart": apart}
