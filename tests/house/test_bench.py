@@ -270,7 +270,7 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     assert factored.kernels <= 596 and factored.bytes <= 27e9
     llama = launches.works()["Llama-3.1-8B, B=32"]
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
-    assert (long - short) / 6 <= 33  # a layer's own; what a batch asks for once comes to 3 of each of its 32
+    assert (long - short) / 6 <= 31  # a layer's own; what a batch asks for once comes to 3 of each of its 32
     assert all(launches.host_ms(1, fused=fused, repeats=1) > 0 for fused in (True, False))
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         launches.host_ms(1, launching=True)
