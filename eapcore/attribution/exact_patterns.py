@@ -4,7 +4,9 @@
 
 q(v + Δ_s) is the query that the head makes of its input with the edge's difference added, LayerNorm included. A query
 changes its own row of the pattern; the keys of an edge change together at all positions. What the pattern then does to
-the metric is first order. Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), section 3.1.1, there for nodes q and k.
+the metric is first order. Short prompts go by `score_windows`, which makes no q nor k.
+
+Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), section 3.1.1, there for nodes q and k.
 """
 
 from __future__ import annotations
@@ -102,17 +104,22 @@ def _add_by_windows(
     count, n = store.model.graph.senders_before(first), len(part.dz)
     made: dict[torch.device, Windows] = {}
     own = made[part.act.device] = Windows(part, kinds)
-    at_once = max(1, limits(part.act.device).exact_numbers // own.numbers(count))
+    most = limits(part.act.device).exact_numbers
+    at_once = max(1, most // own.numbers(count))
     for pairs in (slice(start, min(start + at_once, n)) for start in range(0, n, at_once)):
+        each = max(1, most // (own.scores * (pairs.stop - pairs.start)))
         for senders, delta in store.of_pairs(at_read, count, pairs):
             if delta.device not in made and reader is not None:
                 made[delta.device] = Windows(part.on(delta.device, reader(delta.device), whole=True), kinds)
-            for channels, found in made[delta.device].changes(delta, pairs, reduce == "position", sums.impl):
-                block = found.sum(over)  # [S, H], [b, S, H] or [T, S, H]
-                if channels.stop - channels.start < block.shape[-1]:
-                    block = block.unflatten(-1, (-1, part.attention.group)).sum(-1)
-                place = slice(first + channels.start, first + channels.stop)
-                sums.add(name, block, (senders, place), weight, at_read, pairs)
+            for start in range(0, len(delta), each):
+                some = delta[start : start + each]
+                here = slice(senders.start + start, senders.start + start + len(some))
+                for channels, found in made[delta.device].changes(some, pairs, reduce == "position", sums.impl):
+                    block = found.sum(over)  # [S, H], [b, S, H] or [T, S, H]
+                    if channels.stop - channels.start < block.shape[-1]:
+                        block = block.unflatten(-1, (-1, part.attention.group)).sum(-1)
+                    place = slice(first + channels.start, first + channels.stop)
+                    sums.add(name, block, (here, place), weight, at_read, pairs)
 
 
 class _Pattern:

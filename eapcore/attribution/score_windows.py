@@ -25,6 +25,8 @@ from eapcore.kernels.patterns import moved_rstd, pattern_changes
 from eapcore.models.attention import Channels
 from eapcore.models.tensors import accumulate_dtype
 
+LONGEST = 64  # keys: with more, scores are so many that few senders go together, and the other way's products fill
+
 
 def pays(part: Channels, kinds: tuple[slice, ...]) -> bool:
     """Whether windows are the faster way to edges into all q heads, all k heads or both of a layer."""
@@ -37,7 +39,7 @@ def pays(part: Channels, kinds: tuple[slice, ...]) -> bool:
     keys = tokens + (0 if part.past is None else part.past.shape[1])
     others = keys + 1 if len(kinds) == 2 else keys if kinds[0].start == 0 else reads
     # Scores of q or k that are made are thin products, and what is made is passed over several times.
-    return width * others <= len(kinds) * size * (2 * size + 4 * keys)
+    return keys <= LONGEST and width * others <= len(kinds) * size * (2 * size + 4 * keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Windows:
 
         self.of_q = self.of_k = self.past = None
         self.rooms: dict[str, Tensor] = {}
+        self.made: tuple[slice, Tensor] | None = None
         self.rows: list[tuple[Tensor, Tensor]] = []  # [B, H, N, K] whose products with [H, K, D] they are
         if of_k:
             here, keys = k[:, :, before:].to(wide), offset[attention.channels[1]]
@@ -99,9 +102,15 @@ class Windows:
 
     def numbers(self, senders: int) -> int:
         """The most that is held at once of a pair."""
-        rows = sum(x.shape[2] for x, _ in self.rows) * self.heads
         tokens, width = self.norm_in.x.shape[1:]
-        return max(rows * width, tokens * senders * (rows - (tokens - 1) * self.heads * (len(self.rows) - 1)))
+        rows = sum(x.shape[2] for x, _ in self.rows) * self.heads
+        return max(rows * width, senders * tokens * width, senders * self.scores)
+
+    @property
+    def scores(self) -> int:
+        """How many scores a sender adds to in a pair."""
+        counts, tokens = [x.shape[2] for x, _ in self.rows], self.norm_in.x.shape[1]
+        return tokens * self.heads * (counts[0] if len(counts) == 1 else counts[1] + 1)
 
     def _weight(self, projections: slice) -> Tensor:
         """W′ᵀ · scale of some projections, one for each query head, [H, K, D]."""
@@ -152,7 +161,9 @@ class Windows:
         return self.rooms[name][:size].view(shape)
 
     def _windows(self, pairs: slice) -> Tensor:
-        """What the positions of some pairs meet, [b, T or 1, W, D]."""
+        """What the positions of some pairs meet, [b, T or 1, W, D]; those of the pairs before are gone."""
+        if self.made is not None and self.made[0] == pairs:
+            return self.made[1]
         counts = [x.shape[2] for x, _ in self.rows]
         first, weight = self.rows[0]
         n, width = len(first[pairs]), weight.shape[2]
@@ -160,7 +171,9 @@ class Windows:
         for (x, weight), part in zip(self.rows, room.split(counts, 1), strict=True):
             for one, to in zip(x[pairs], part, strict=True):
                 torch.bmm(one, weight, out=to.transpose(0, 1))
-        if len(counts) == 1:
-            return room.flatten(1, 2)[:, None]
-        shape = (n, counts[0], (counts[1] + 1) * self.heads, width)
-        return room.as_strided(shape, (room.stride(0), self.heads * width, width, 1))
+        windows = room.flatten(1, 2)[:, None]
+        if len(counts) == 2:
+            shape = (n, counts[0], (counts[1] + 1) * self.heads, width)
+            windows = room.as_strided(shape, (room.stride(0), self.heads * width, width, 1))
+        self.made = pairs, windows
+        return windows

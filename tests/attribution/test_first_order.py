@@ -158,7 +158,7 @@ def test_qk_fix_recomputes_the_softmax_for_every_edge_into_q_and_k(options, firs
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_windows_take_grouped_queries_and_short_sights(grouped, monkeypatch):
+def test_windows_take_grouped_queries_and_short_sights(grouped, limited, monkeypatch):
     model = random_model(n_heads=4)
     config = dataclasses.replace(model.config, n_key_value_heads=2, kv_grouped=grouped, windows=(3, None))
     few = {name: x[:8] for name, x in model.weights.named() if name.endswith(("w_qkv.0", "b_qkv"))}
@@ -167,7 +167,11 @@ def test_windows_take_grouped_queries_and_short_sights(grouped, monkeypatch):
     for pays in (exact_patterns.pays, lambda part, kinds: False):
         monkeypatch.setattr(exact_patterns, "pays", pays)
         found.append(attribute(model, pairs, method="qk-fix", reduce="pair").per_pair)
-    assert_equal(*found)
+    monkeypatch.undo()
+    limited(exact_numbers=300)  # few senders of a pair at a time
+    found.append(attribute(model, pairs, method="qk-fix", reduce="pair").per_pair)
+    for other in found[1:]:
+        assert_equal(found[0], other)
 
 
 @models
