@@ -284,7 +284,7 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
 def test_a_first_batch_compiles_few_kernels_later_ones_hardly_any_and_says_so():
     pytest.importorskip("triton")
     found = first_batch.in_child("GPT-2 small, bfloat16, eap", "unit_rows")
-    assert found.batches[0] <= 20 and found.batches[-1] <= 21, found
+    assert found.batches[0] <= 18 and found.batches[-1] <= 19, found
     assert found.logged.count("compiling the GPU's kernels") == 1
 
 
