@@ -186,6 +186,6 @@ def rows_at(x: Tensor, read: Tensor, out: Tensor | None = None) -> Tensor:
         rows, places = x.permute(1, 2, 0, 3).flatten(0, 1), (pairs * x.shape[2] + read).flatten()
         if out is None:
             return rows[places].unflatten(0, read.shape).permute(2, 0, 1, 3)
-        torch.index_select(rows, 0, places, out=out.permute(1, 2, 0, 3).flatten(0, 1))
+        torch.index_select(rows.flatten(1), 0, places, out=out.permute(1, 2, 0, 3).flatten(0, 1).flatten(1))
         return out
     return x[:, pairs, read] if out is None else out.copy_(x[:, pairs, read])
