@@ -134,8 +134,13 @@ class Windows:
         senders, n, tokens, _ = delta.shape
         width = windows.shape[2]
         raw = self._room("raw", delta, n, tokens, senders, width)
-        for one, window, to in zip(delta.unbind(1), windows, raw, strict=True):
-            torch.bmm(one.transpose(0, 1), window.expand(tokens, -1, -1).transpose(1, 2), out=to)
+        # One product for each pair or each position, whichever are fewer: no stride goes through both.
+        every = windows.expand(-1, tokens, -1, -1)
+        along = int(n > tokens)
+        for one, rows, to in zip(
+            delta.permute(1, 2, 0, 3).unbind(along), every.unbind(along), raw.unbind(along), strict=True
+        ):
+            torch.bmm(one, rows.transpose(1, 2), out=to)
         q_raw = k_raw = raw
         if self.of_q is not None and self.of_k is not None:
             # Position t's queries are T − t, and its keys lie behind them. What lies in front of the former or behind
@@ -169,8 +174,9 @@ class Windows:
         n, width = len(first[pairs]), weight.shape[2]
         room = self._room("windows", first, n, sum(counts), self.heads, width)
         for (x, weight), part in zip(self.rows, room.split(counts, 1), strict=True):
-            for one, to in zip(x[pairs], part, strict=True):
-                torch.bmm(one, weight, out=to.transpose(0, 1))
+            along = int(n > x.shape[2])
+            for one, to in zip(x[pairs].unbind(2 * along), part.unbind(along), strict=True):
+                torch.bmm(one.transpose(0, 1) if along else one, weight, out=to.transpose(0, 1))
         windows = room.flatten(1, 2)[:, None]
         if len(counts) == 2:
             shape = (n, counts[0], (counts[1] + 1) * self.heads, width)
