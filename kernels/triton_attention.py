@@ -1,7 +1,8 @@
 """Causal attention on the GPU without a pattern in memory, float32 between what is read and what is written.
 
     attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018);
-                       where pairs of prompts are wanted, then that of the other prompt, of which the difference remains
+                       where pairs of prompts are wanted, then that of the other prompt, of which the difference
+                       remains; where keys are one block, both prompts' are read before anything is made of them
     query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next.
                        Where all queries and keys are one block each, it makes dk and dv from the same pattern
     key_grads          dk and dv of a block of keys: the queries that see them go by
@@ -95,38 +96,42 @@ def times_values(p, values, mixed, PRECISION: tl.constexpr):
 def mixtures(
     q, k, v, positions, rows, head, group, N, K, scale, window, softcap, stride_qt, stride_kt, stride_vt,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_K)
     queries = load_rows(q, rows, stride_qt, d, K, UPCAST)
-    if ONE_BLOCK:  # of keys: nothing runs along, and all that is read is asked for at once
-        n = tl.arange(0, BLOCK_N)
+    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+    first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
         inside = tl.minimum(n, N - 1)
         keys = load_rows(k, inside, stride_kt, d, K, UPCAST)
-        values = load_rows(v, inside, stride_vt, d, K, UPCAST)
         s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        p = tl.exp(s - tl.max(s, 1)[:, None])
-        total = tl.sum(p, 1)
-        mixed = times_values(p, values, tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32), PRECISION)
-    else:
-        largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
-        first, last = key_range(positions, window, N, WINDOW, BLOCK_N)
-        for start in range(first, last, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            inside = tl.minimum(n, N - 1)
-            keys = load_rows(k, inside, stride_kt, d, K, UPCAST)
-            s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-            top = tl.maximum(largest, tl.max(s, 1))
-            base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
-            p = tl.exp(s - base[:, None])
-            shrink = tl.exp(largest - base)
-            total = total * shrink + tl.sum(p, 1)
-            values = load_rows(v, inside, stride_vt, d, K, UPCAST)
-            mixed = times_values(p, values, mixed * shrink[:, None], PRECISION)
-            largest = top
+        top = tl.maximum(largest, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # a block of which a query sees nothing
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        values = load_rows(v, inside, stride_vt, d, K, UPCAST)
+        mixed = times_values(p, values, mixed * shrink[:, None], PRECISION)
+        largest = top
     return mixed / total[:, None]
+
+
+@triton.jit
+def block_mixtures(
+    queries, keys, values, positions, N, scale, window, softcap,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Of one block of keys: nothing runs along.
+    n = tl.arange(0, BLOCK_N)
+    s, _ = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    mixed = times_values(p, values, tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32), PRECISION)
+    return mixed / tl.sum(p, 1)[:, None]
 
 
 @triton.jit
@@ -164,20 +169,40 @@ def attend_rows(
     queries_at = q + prompt * stride_qb + head * stride_qh
     keys_at = k + prompt * stride_kb + (head // group) * stride_kh
     values_at = v + prompt * stride_vb + (head // group) * stride_vh
-    made = mixtures(
-        queries_at, keys_at, values_at, positions, rows, head, group, N, K, scale, window, softcap,
-        stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, ONE_BLOCK, BLOCK_Q, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    further = apart.to(tl.int64)
+    if ONE_BLOCK:  # all that is read, of both prompts, is asked for at once
+        inside = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
+        queries = load_rows(queries_at, rows, stride_qt, d, K, UPCAST)
+        keys = load_rows(keys_at, inside, stride_kt, d, K, UPCAST)
+        values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
+        if PAIRED:
+            other_queries = load_rows(queries_at + further * stride_qb, rows, stride_qt, d, K, UPCAST)
+            other_keys = load_rows(keys_at + further * stride_kb, inside, stride_kt, d, K, UPCAST)
+            other_values = load_rows(values_at + further * stride_vb, inside, stride_vt, d, K, UPCAST)
+        made = block_mixtures(
+            queries, keys, values, positions, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION,
+            BLOCK_Q, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        made = mixtures(
+            queries_at, keys_at, values_at, positions, rows, head, group, N, K, scale, window, softcap,
+            stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     at = z + ((prompt * Q + row.to(tl.int64)) * H + head)[:, None] * K + d[None, :]
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
     tl.store(at, rounded(made, ROUND).to(z.dtype.element_ty), mask=inside_out)
     if PAIRED:
-        further = apart.to(tl.int64)
-        moved = mixtures(
-            queries_at + further * stride_qb, keys_at + further * stride_kb, values_at + further * stride_vb,
-            positions, rows, head, group, N, K, scale, window, softcap,
-            stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, ONE_BLOCK, BLOCK_Q, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if ONE_BLOCK:
+            moved = block_mixtures(
+                other_queries, other_keys, other_values, positions, N, scale, window, softcap,
+                WINDOW, SOFTCAP, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            moved = mixtures(
+                queries_at + further * stride_qb, keys_at + further * stride_kb, values_at + further * stride_vb,
+                positions, rows, head, group, N, K, scale, window, softcap,
+                stride_qt, stride_kt, stride_vt, WINDOW, SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         at += further * Q * H * K
         tl.store(at, rounded(moved - made, ROUND).to(z.dtype.element_ty), mask=inside_out)
 
