@@ -20,7 +20,7 @@ from eapcore.cli.options import (
     at_least_two,
     positive,
 )
-from eapcore.cli.output import Progress, check_out, heading, table, write
+from eapcore.cli.output import Progress, check_out, heading, method, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _print_faithfulness(judged: Evaluation, scores: EdgeScores) -> None:
     signed, absolute = judged.mib.signed, judged.mib.absolute
     made, judging = (signed.meta["method"][name] for name in ("ablation_of_scores", "ablation"))
     by = f", of the ablation {made['name']}" if made not in (None, judging) else ""
-    print(f"scores   {(scores.meta.get('method') or {}).get('name', 'unnamed')}{by}")
+    print(f"scores   {method(scores)}{by}")
     points = zip(signed.fractions, signed.sizes, signed.faithfulness, absolute.faithfulness, strict=True)
     rows = [(f"{100 * x:g} %", n, f, g) for x, n, f, g in points]
     print(table(("size", "edges", "f, by −score", "f, by |score|"), rows))

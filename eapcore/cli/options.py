@@ -127,8 +127,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="eap, hybrid, eap-ig, clean-corrupt, eap-ig-activations, relp, gim, qk-fix, grad-drop, atp-star, hisp, "
         "hisp-raw, flow-routes, flow-sum, or screened: exact patching too, as much as --budget allows (default: "
-        "hybrid, the gradient at 0.75 from corrupt to clean with the edges into the logits and the last MLP exact "
-        "where that is cheap; eap for other ablations)",
+        "the gradient at 0.75 from corrupt to clean, and where that costs nearly nothing hybrid, the edges into the "
+        "logits and the last MLP exact too; eap for other ablations)",
     )
     parser.add_argument(
         "--gradient-at",

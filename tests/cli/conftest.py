@@ -29,7 +29,7 @@ def pairs():
 
 @pytest.fixture(scope="session")
 def scores(model, pairs):
-    return attribute(model, pairs, "logit_diff", method="hybrid")
+    return attribute(model, pairs, "logit_diff", gradient_at=0.75)
 
 
 @pytest.fixture

@@ -57,12 +57,12 @@ SCORED = ("--scores", "scores.safetensors")
     (["--ablation", "zero"], {"ablation": "zero"}),
     (["--ablation", "optimal"], {"ablation": "optimal"}),
     (["--method", "eap"], {}),
-    (["--qk", "exact", "--impl", "reference"], {"qk": "exact", "method": "hybrid", "impl": "reference"}),
+    (["--qk", "exact", "--impl", "reference"], {"qk": "exact", "gradient_at": 0.75, "impl": "reference"}),
     (["--method", "relp", "--ablation", "mean", "--reference-task", "sort"],
         {"method": "relp", "ablation": "mean", "reference": find_pairs("sort", n=4, seed=0)}),
-    (["--reduce", "pair"], {"reduce": "pair", "method": "hybrid"}),
+    (["--reduce", "pair"], {"reduce": "pair", "gradient_at": 0.75}),
     (["--reduce", "position", "--storage", "factored"],
-        {"reduce": "position", "storage": "factored", "method": "hybrid"}),
+        {"reduce": "position", "storage": "factored", "gradient_at": 0.75}),
     (["--level", "node", "--reduce", "pair"], {"level": "node", "reduce": "pair", "gradient_at": 0.75}),
     (["--level", "neuron"], {"level": "neuron", "gradient_at": 0.75}),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
@@ -269,14 +269,16 @@ def test_evaluate_takes_a_reference_circuit_and_a_mean_over_a_task(eapcore, scor
 
 
 def test_evaluate_says_where_scores_are_of_another_ablation(eapcore, score_file):
-    assert "\nscores   hybrid\n" in eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file)[1]
+    assert (
+        "\nscores   eap, gradient at 0.75\n" in eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file)[1]
+    )
     other = eapcore("evaluate", "--metric", "logit_diff", "--scores", score_file, "--ablation", "zero")
-    assert other[0] == 0 and "\nscores   hybrid, of the ablation corrupt\n" in other[1]
+    assert other[0] == 0 and "\nscores   eap, gradient at 0.75, of the ablation corrupt\n" in other[1]
 
 
 def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
     status, printed, content = eapcore("evaluate", "--metric", "logit_diff", "--bootstrap", 20, "--top-n", 10)
-    per_pair = attribute(model, pairs, "logit_diff", reduce="pair", method="hybrid").per_pair
+    per_pair = attribute(model, pairs, "logit_diff", reduce="pair", gradient_at=0.75).per_pair
     expected = stability(per_pair, model.graph, top_n=10, n_resamples=20, seed=0)
     assert status == 0 and f"share {100 * expected.overlap:.1f} % of their top 10" in printed
     assert content["stability"]["overlap"] == pytest.approx(expected.overlap)
@@ -291,9 +293,8 @@ def test_evaluate_draws_the_prompts_again(eapcore, model, pairs, score_file):
 def test_verify_a_sample_tells_its_cost_and_what_it_says_of_all_edges(eapcore, model, pairs, score_file):
     options = ("verify", "--metric", "logit_diff", "--scores", score_file)
     status, printed, content = eapcore(*options, "--sample", 20)
-    assert (
-        status == 0 and "patching 20 of 46 edges: about " in printed and "agree    over all edges, by hybrid" in printed
-    )
+    assert status == 0 and "patching 20 of 46 edges: about " in printed
+    assert "agree    over all edges, by eap, gradient at 0.75" in printed
     assert len(content["edges"]) == 20 and sum(content["weights"]) == pytest.approx(46)
     assert f"R² {content['r2']:.3f}" in printed
     status, printed, _ = eapcore(*options, "--sample", 20, "--top-n", 3)
