@@ -130,6 +130,8 @@ class Windows:
             norm = self.attention.norm
             found = moved_rstd(here.x, delta, norm.eps, centred=norm.kind == "layernorm", impl=impl)
             rstd, moved = found.contiguous(), (found / here.rstd - 1).contiguous()
+            if delta.dtype != rstd.dtype:  # half precision, in which products with what is not normed may overflow
+                delta, rstd = (delta * rstd.permute(2, 0, 1)[..., None]).to(delta.dtype), torch.ones_like(rstd)
         windows, heads = self._windows(pairs), self.heads
         senders, n, tokens, _ = delta.shape
         width = windows.shape[2]

@@ -174,6 +174,15 @@ def test_windows_take_grouped_queries_and_short_sights(grouped, limited, monkeyp
         assert_equal(found[0], other)
 
 
+def test_windows_in_half_precision_take_streams_as_large_as_its_numbers():
+    model = random_model()
+    model = with_weights(model, {name: w * 2e4 for name, w in model.weights.named() if name in ("w_e", "w_pos")})
+    pairs = random_pairs(model, LENGTHS)
+    exact = attribute(model, pairs, method="qk-fix").scores
+    half = attribute(with_weights(model, lambda x: x.half()), pairs, method="qk-fix").scores
+    assert (half - exact).norm() < 2e-3 * exact.norm()
+
+
 @models
 def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options):
     model, pairs = case(options)
