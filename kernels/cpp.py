@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
-_INTERFACE = 3  # what csrc/module.cpp calls kInterface
+_INTERFACE = 4  # what csrc/module.cpp calls kInterface
 
 
 def _built() -> ModuleType:
