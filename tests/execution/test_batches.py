@@ -148,6 +148,10 @@ class NoLook(TorchDispatchMode):
 
     REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "lift_fresh")
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         indices = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)]
