@@ -29,10 +29,16 @@ LONGEST = 64  # keys: with more, scores are so many that few senders go together
 
 
 def pays(part: Channels, kinds: tuple[slice, ...]) -> bool:
-    """Whether windows are the faster way to edges into all q heads, all k heads or both of a layer."""
+    """Whether windows are the faster way to edges into all q heads, all k heads or both of a layer.
+
+    In half precision they are not taken: what is added to a score would be rounded, where a change of several units,
+    as by ablation with zeros, is the exponent of a pattern.
+    """
     attention, saved = part.attention, part.saved
     plain = attention.q_norm.kind == attention.k_norm.kind == "none"
     if not plain or attention.rotary is not None or attention.softcap is not None:
+        return False
+    if part.dz.dtype != accumulate_dtype(part.dz.dtype):
         return False
     _, size, width = attention.w_o.shape
     tokens, reads = saved.kv.shape[1], saved.q.shape[1]
@@ -130,8 +136,6 @@ class Windows:
             norm = self.attention.norm
             found = moved_rstd(here.x, delta, norm.eps, centred=norm.kind == "layernorm", impl=impl)
             rstd, moved = found.contiguous(), (found / here.rstd - 1).contiguous()
-            if delta.dtype != rstd.dtype:  # half precision, in which products with what is not normed may overflow
-                delta, rstd = (delta * rstd.permute(2, 0, 1)[..., None]).to(delta.dtype), torch.ones_like(rstd)
         windows, heads = self._windows(pairs), self.heads
         senders, n, tokens, _ = delta.shape
         width = windows.shape[2]

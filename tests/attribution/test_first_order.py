@@ -174,13 +174,11 @@ def test_windows_take_grouped_queries_and_short_sights(grouped, limited, monkeyp
         assert_equal(found[0], other)
 
 
-def test_windows_in_half_precision_take_streams_as_large_as_its_numbers():
-    model = random_model()
-    model = with_weights(model, {name: w * 2e4 for name, w in model.weights.named() if name in ("w_e", "w_pos")})
-    pairs = random_pairs(model, LENGTHS)
-    exact = attribute(model, pairs, method="qk-fix").scores
-    half = attribute(with_weights(model, lambda x: x.half()), pairs, method="qk-fix").scores
-    assert (half - exact).norm() < 2e-3 * exact.norm()
+def test_half_precision_rounds_no_change_of_a_score():
+    task, how = TASKS["toy-ioi"].generate(16, 0), {"method": "qk-fix", "ablation": "zero", "level": "node"}
+    exact = attribute(load("toy-ioi", dtype="float64"), task, "logit_diff", **how).scores
+    half = attribute(load("toy-ioi", dtype="bfloat16"), task, "logit_diff", **how).scores
+    assert (half - exact).norm() < 8e-3 * exact.norm()  # 2e-2 with what is added to a score in bfloat16
 
 
 @models
