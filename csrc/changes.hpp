@@ -10,10 +10,6 @@
 #include <limits>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "isa.hpp"
 #include "meeting.hpp"
 
@@ -185,20 +181,7 @@ void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys
       }
     }
   };
-  Meeting meeting;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(team)
-#endif
-  {
-#if defined(_OPENMP)
-    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
-#pragma omp for schedule(dynamic, 1) nowait
-#else
-    const std::size_t thread = 0;
-#endif
-    for (std::int64_t task = 0; task < tasks; ++task) run((*workers)[thread], task);
-    meeting.wait();
-  }
+  in_team(team, tasks, [&](std::size_t thread, std::int64_t task) { run((*workers)[thread], task); });
 }
 
 // Rows of x [B, T, D] and delta [S, B, T, D], D innermost and contiguous.
@@ -215,24 +198,13 @@ void moved_rstd(Isa isa, const Moved<T>& op, double eps, bool centred, int threa
   const std::int64_t rows = op.batch * op.tokens;
   const int team = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(rows, 1)));
   const auto rstd = changes_kernels<T>(isa).rstd_of_sum;
-  Meeting meeting;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(team)
-#endif
-  {
-#if defined(_OPENMP)
-#pragma omp for schedule(static) nowait
-#endif
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t b = row / op.tokens, t = row % op.tokens;
-      const T *x = op.x + b * op.x_stride_b + t * op.x_stride_t, *delta = op.delta + b * op.delta_stride_b + t * op.delta_stride_t;
-      for (std::int64_t s = 0; s < op.senders; ++s) {
-        out[row * op.senders + s] = rstd(x, delta + s * op.delta_stride_s, op.width, static_cast<T>(eps), centred);
-      }
+  in_team(team, rows, [&](std::size_t, std::int64_t row) {
+    const std::int64_t b = row / op.tokens, t = row % op.tokens;
+    const T *x = op.x + b * op.x_stride_b + t * op.x_stride_t, *delta = op.delta + b * op.delta_stride_b + t * op.delta_stride_t;
+    for (std::int64_t s = 0; s < op.senders; ++s) {
+      out[row * op.senders + s] = rstd(x, delta + s * op.delta_stride_s, op.width, static_cast<T>(eps), centred);
     }
-    meeting.wait();
-  }
-  static_cast<void>(team);
+  });
 }
 
 }  // namespace eapcore

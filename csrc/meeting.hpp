@@ -8,6 +8,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 
@@ -60,5 +62,25 @@ class Meeting {
   std::mutex mutex_;
   std::condition_variable all_;
 };
+
+// run(thread, task) for every task, by a team of threads that each take the next one.
+template <class Run>
+void in_team(int team, std::int64_t tasks, const Run& run) {
+  Meeting meeting;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(team)
+#endif
+  {
+#if defined(_OPENMP)
+    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1) nowait
+#else
+    const std::size_t thread = 0;
+#endif
+    for (std::int64_t task = 0; task < tasks; ++task) run(thread, task);
+    meeting.wait();
+  }
+  static_cast<void>(team);
+}
 
 }  // namespace eapcore

@@ -2,10 +2,6 @@
 // normalisation's derivative applied before the result is stored.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "make.hpp"
 #include "meeting.hpp"
 
@@ -126,20 +122,7 @@ void receiver_grads(Isa isa, const ReceiverGrads& op, int threads, Out* out, con
       }
     }
   };
-  Meeting meeting;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(team)
-#endif
-  {
-#if defined(_OPENMP)
-    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
-#pragma omp for schedule(dynamic, 1) nowait
-#else
-    const std::size_t thread = 0;
-#endif
-    for (std::int64_t task = 0; task < tasks; ++task) run((*workers)[thread], task);
-    meeting.wait();
-  }
+  in_team(team, tasks, [&](std::size_t thread, std::int64_t task) { run((*workers)[thread], task); });
 }
 
 }  // namespace eapcore
