@@ -185,7 +185,8 @@ def draw(case: Case, seed: int, pairs: int | None, repeats: int, oracles: Sequen
         chosen[flat[torch.randperm(len(flat), generator=generator)[: case.edges]]] = True
         edges = chosen.view_as(edges)
         for name in ("eap", "at 0.75"):
-            edges = edges | found[name][1].top_n(case.edges // 2).mask
+            one = found[name][1] if name in found else scored(model, task, COSTS[name])
+            edges = edges | one.top_n(case.edges // 2).mask
     start = time.process_time()
     exact = patch_edges(model, task, edges=Circuit(edges, model.graph))
     found["exact"] = time.process_time() - start, exact
