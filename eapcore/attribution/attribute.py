@@ -140,8 +140,9 @@ def attribute(
             point α, the clean run with that component's output at corrupt + α (clean − corrupt) and everything behind
             it as it follows; no gradient goes through what was replaced. The mean over components and points of the
             gradients at all receivers.
-            "relp": one backward pass at the clean run by relevance rules, see `rules`: LayerNorm's σ frozen, the
-            identity rule for the activation function, the attention pattern frozen, so that q and k edges score 0.
+            "relp": one backward pass at the clean run by relevance rules, see `rules`: norms' σ frozen, the identity
+            rule for the activation function, the half rule for gated units, the attention pattern frozen, so that q and
+            k edges score 0.
             "gim": the same with others: σ frozen, the softmax's derivative at temperature 2, and the gradients of two
             activations that are multiplied halved.
             "qk-fix": "eap", but the pattern that an edge into q or k makes is computed exactly, see `exact_patterns`.

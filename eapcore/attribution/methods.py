@@ -298,7 +298,8 @@ def recipe(
         raise ValueError(f"{method} {why}, so rules.cut must be empty, got {sorted(rules.cut)}")
     qk = preset.qk if options.qk is None else options.qk
     one_of("qk", qk, QK)
-    if qk == "exact" and (rules.temperature != 1 or rules.products == "halved"):
+    flattened = rules.temperature != 1 or (rules.products == "halved" and rules.attention == "gradient")
+    if qk == "exact" and flattened:
         raise ValueError(
             "a temperature and halved products are rules for the gradients of q and k, which qk='exact' does not take: "
             "choose one of the two"

@@ -155,8 +155,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         type=rules,
         metavar="RULES",
         help="how gradients go back: norm=frozen, activation=identity, attention=frozen, temperature=T of the softmax, "
-        "products=halved, some of them with commas in between, the others by their gradient (default: relp's are the "
-        "first three, gim's norm=frozen,temperature=2,products=halved, others have none)",
+        "products=halved, some of them with commas in between, the others by their gradient (default: relp's are all "
+        "but the temperature, gim's norm=frozen,temperature=2,products=halved, others have none)",
     )
     parser.add_argument(
         "--qk",

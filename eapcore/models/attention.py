@@ -316,12 +316,12 @@ class Attention:
         norm, x = self._over(norm, x)
         return self._apart(norm.along(self._over(norm, moved)[1], norm.forward(x)[1]))
 
-    def _normed_back(self, norm: Norm, grad: Tensor, x: Tensor) -> Annotated[Tensor, "... C T K"]:
-        """∂metric/∂x from that of `normed`, of all heads; both [..., C, T, K]."""
+    def _normed_back(self, norm: Norm, grad: Tensor, x: Tensor, rule: str) -> Annotated[Tensor, "... C T K"]:
+        """∂metric/∂x from that of `normed`, of all heads, both [..., C, T, K]; rule: of `Rules.norm`."""
         if norm.kind == "none":
             return grad
         norm, x = self._over(norm, x)
-        return self._apart(norm.backward(self._over(norm, grad)[1], norm.forward(x)[1]))
+        return self._apart(norm.backward(self._over(norm, grad)[1], norm.forward(x)[1], rule))
 
     def _over(self, norm: Norm, x: Annotated[Tensor, "... C T K"]) -> tuple[Norm, Tensor]:
         """A norm of q or k and what it takes of them: a joint one [..., T, C·K], with γ once for each of C heads."""
@@ -492,10 +492,10 @@ class Attention:
             self.rotary.back(both, before, out=both)
         elif self.rotary is not None:
             dq, dk = self.rotary.back(dq, before, read), self.rotary.back(dk, before)
-        dq = self._normed_back(self.q_norm, dq, saved.q.transpose(1, 2))
+        dq = self._normed_back(self.q_norm, dq, saved.q.transpose(1, 2), rules.norm)
         if self.k_norm.kind != "none":
             raw = saved.kv[:, :, : self.n_kv].transpose(1, 2).repeat_interleave(self.group, 1)  # [B, H, T, K]
-            dk = self._normed_back(self.k_norm, dk, raw)
+            dk = self._normed_back(self.k_norm, dk, raw, rules.norm)
         if out is not None:
             for to, x in zip(made[:2], (dq, dk), strict=True):
                 if x is not to:

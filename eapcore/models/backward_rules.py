@@ -12,12 +12,14 @@ from eapcore.kernels.checks import one_of, short_repr
 class Rules:
     """The rule for each kind of nonlinearity; the default is the derivative of them all.
 
-    norm: "frozen" takes LayerNorm's σ as a constant, x ↦ γ∘(x − μ)/σ + β, the mean staying part of x.
+    norm: "frozen" takes the σ of every norm as a constant, x ↦ γ∘(x − μ)/σ + β, the mean staying part of x; those of
+    queries and keys, and those behind heads and MLPs, too.
     activation: "identity" multiplies the gradient by act(h)/h instead of act′(h).
     attention: "frozen" takes the attention pattern as a constant: only v gets a gradient, and q and k none.
     temperature: the softmax's derivative is that of softmax(s / temperature) by s / temperature; above 1 it is flatter.
     products: "halved" gives each of two activations that are multiplied half of its gradient: q and k, the pattern and
-    v, so that v gets a half and q and k a quarter, and both branches of gated units.
+    v, so that v gets a half and q and k a quarter, and both branches of gated units. Beside a frozen pattern, which is
+    a constant, v gets all of it.
     cut: components that no gradient goes through, "a{l}" all heads of a layer and "m{l}" its MLP.
     """
 
@@ -36,13 +38,12 @@ class Rules:
         t = self.temperature
         if not isinstance(t, int | float) or isinstance(t, bool) or not 0 < t < math.inf:
             raise ValueError(f"rules.temperature must be a number above 0, got {short_repr(t)}")
-        if self.attention == "frozen" and (t != 1 or self.products == "halved"):
+        if self.attention == "frozen" and t != 1:
             raise ValueError(
-                "with rules.attention='frozen' the pattern has no gradient: rules.temperature must be 1 and "
-                f"rules.products 'gradient', got {t!r} and {self.products!r}"
+                f"with rules.attention='frozen' the pattern has no gradient: rules.temperature must be 1, got {t!r}"
             )
 
 
 GRADIENT = Rules()
-RELP = Rules(norm="frozen", activation="identity", attention="frozen")
+RELP = Rules(norm="frozen", activation="identity", attention="frozen", products="halved")
 GIM = Rules(norm="frozen", temperature=2.0, products="halved")

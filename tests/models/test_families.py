@@ -457,14 +457,15 @@ def test_first_order_and_patching_from_one_recording_are_those_from_their_own_ru
         torch.testing.assert_close(other.scores, again[0].scores, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "gemma2", "olmo2", "neox"])
-def test_gim_is_its_literal_rules(name):
-    """Half of the gradient for each of two factors, gated units' too; σ frozen, that of the norms behind as well."""
-    for kv, storage in (("each", "dense"), ("grouped", "factored")):
+@pytest.mark.parametrize("name", ["qwen2, later layers windowed", "qwen3", "gemma2", "gemma3", "olmo2", "neox"])
+def test_gim_and_relp_are_their_literal_rules(name):
+    """Half of the gradient for each of two factors, gated units' too; σ frozen, that of q's, k's and the norms behind
+    as well."""
+    for method, kv, storage in (("gim", "each", "dense"), ("gim", "grouped", "factored"), ("relp", "each", "auto")):
         model = ours(name, kv)
         pairs = pairs_for(model)
-        expected = decoder.eap(model, pairs, METRICS["logit_diff"], gim=True)
-        found = eapcore.attribute(model, pairs, method="gim", batch_size=2, storage=storage).scores
+        expected = decoder.eap(model, pairs, METRICS["logit_diff"], rules=method)
+        found = eapcore.attribute(model, pairs, method=method, batch_size=2, storage=storage).scores
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
