@@ -204,8 +204,7 @@ def _edges(part: Channels, dq: Tensor, dk: Tensor, dv: Tensor, *, exact: bool) -
     pattern = scores.softmax(-1)
     dz = part.dz.transpose(1, 2).to(wide)
     d = by_group(dz, v.transpose(-1, -2))
-    mean = (pattern * d).sum(-1, keepdim=True)
-    own = slice(before, None)
+    whole, own = (pattern * d).sum(-1, keepdim=True), slice(before, None)
     found = {"v": pattern[..., own] * by_group(dz, dv.transpose(-1, -2))}
     by_key = by_group(q, dk.transpose(-1, -2)) * causal.scale
     if exact:
@@ -215,22 +214,33 @@ def _edges(part: Channels, dq: Tensor, dk: Tensor, dv: Tensor, *, exact: bool) -
             raw = by_group(q, k[:, :, own].transpose(-1, -2)) * causal.scale
             by_key = cap * (((raw + by_key) / cap).tanh() - (raw / cap).tanh())
         by_key = by_key.where(scores[..., own] > -torch.inf, 0.0)
-        found["k"] = _one_key(by_key, pattern[..., own], (d - mean)[..., own])
+        found["k"] = _one_key(by_key, scores, pattern, d, whole, own)
         return found
-    slope = pattern * (d - mean)
+    slope = pattern * (d - whole)
     if causal.softcap is not None:
         slope = slope * (1 - (scores / causal.softcap).where(pattern > 0, 0.0) ** 2)
     by_query = by_group(dq, k.transpose(-1, -2)) * causal.scale
     return found | {"k": slope[..., own] * by_key, "q": slope * by_query}
 
 
-def _one_key(moved: Tensor, pattern: Tensor, d: Tensor) -> Tensor:
-    """Σ_t′ (P′[t′] − P[t′]) d[t′] where the score of one key t alone moves by δ[t], with Σ_t′ P[t′] d[t′] = 0:
+def _one_key(moved: Tensor, scores: Tensor, pattern: Tensor, d: Tensor, whole: Tensor, own: slice) -> Tensor:
+    """Σ_t′ (P′[t′] − P[t′]) d[t′] where the score of one key t alone, out of `own`, moves by δ[t], `moved`:
 
-    P[t] (e^δ − 1) d[t] / (1 + P[t] (e^δ − 1)),  for δ > 0 over e^δ, so that nothing overflows.
+        (P′[t] − P[t]) (d[t] − Σ_{t′≠t} P[t′] d[t′] / Σ_{t′≠t} P[t′])
+
+    With x the score less the logarithm of the others' Σ e^score, P[t] = σ(x), and P′[t] − P[t] is
+    (e^δ − 1) σ(x) σ(−x − δ) or, where δ > 0, (1 − e^−δ) σ(x + δ) σ(−x). The others of a row's first key are summed up
+    without it, since where it has nearly all of the pattern they would be rounding in the whole.
+    whole: Σ_t′ P[t′] d[t′].
     """
-    up = moved > 0
+    first = scores.argmax(-1, keepdim=True)
+    lone = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first, True)
+    rest, pattern = scores.masked_fill(lone, -torch.inf), pattern.masked_fill(lone, 0.0)  # at most ½ anywhere else
+    others = rest.logsumexp(-1, keepdim=True)  # −inf where there are none
+    mean = (rest.softmax(-1) * d).sum(-1, keepdim=True).where(others > -torch.inf, 0.0)
+    others = torch.where(lone, others, scores.logsumexp(-1, keepdim=True) + (-pattern).log1p())
+    x = (scores - others)[..., own]
+    difference = torch.where(lone, d - mean, (d - whole) / (1 - pattern))[..., own]
     size = (-moved.abs()).expm1()  # e^−|δ| − 1
-    change = torch.where(up, -size, size)
-    scale = torch.where(up, size + 1, 1.0) + pattern * change
-    return pattern * change * d / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    up, down = -size * (x + moved).sigmoid() * (-x).sigmoid(), size * x.sigmoid() * (-x - moved).sigmoid()
+    return torch.where(moved > 0, up, down) * difference
