@@ -1,10 +1,12 @@
-"""Compiling the Triton kernels for GPUs takes minutes: it goes on beside all other tests, and is judged behind them."""
+"""Launches are watched (tests/support/sanitize.py). Compiling the Triton kernels for GPUs takes minutes: it goes on
+beside all other tests, and is judged behind them."""
 
 import os
 import signal
 import subprocess
 import sys
 
+import eapcore.kernels as kernels
 import pytest
 from models import ROOT
 
@@ -49,3 +51,17 @@ def compiled(request):
     out, err = started.communicate()
     assert started.returncode == 0, err
     return out
+
+
+@pytest.fixture(autouse=True)
+def sanitized(request):
+    """Every launch in Triton's interpreter is watched, its programs in random order: but where allocations are counted,
+    or more memory is addressed than there is."""
+    counts = request.path.name in ("test_workspace.py", "test_sanitize.py") or "address_space" in request.fixturenames
+    if counts or os.environ.get("TRITON_INTERPRET") != "1" or kernels.available()["triton"]:
+        yield
+        return
+    import sanitize
+
+    with sanitize.Sanitizer("random"):
+        yield
