@@ -287,6 +287,7 @@ def edge_scores_factored(
     mask: Annotated[Tensor, "bool S R"] | None = None,
     reduce: str = "all",
     chunk: int | None = None,
+    before: Sequence[int] | None = None,
     precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor, "S R | B S R | T S R"]:
@@ -297,20 +298,23 @@ def edge_scores_factored(
 
     Args:
         senders, receivers: the factors; the dataclasses state their shapes.
-        mask: bool [S, R]; None for all pairs. What has no edge in it is not made ("reference" makes everything).
+        mask: bool [S, R]; None for all pairs. "cpp" makes nothing of what has no edge in it.
         reduce: as in `edge_scores`.
         chunk: token rows a chunk; None for what the implementation takes as fast.
+        before: as in `edge_scores`; "triton" makes nothing of layers none of whose receivers has senders before it.
         precision: of the contraction, as in `edge_scores`.
         impl: "auto", "reference" (which makes everything at once), "triton" or "cpp".
 
     Returns, raises: as `edge_scores`.
     """
-    checks.edge_scores_factored(senders, receivers, mask, reduce)
+    checks.edge_scores_factored(senders, receivers, mask, reduce, before)
     checks.chunk(chunk)
     checks.one_of("precision", precision, checks.PRECISIONS)
     if (run := dry.active.get()) is not None:
-        return dry.edge_scores_factored(run, senders, receivers, reduce)
+        return dry.edge_scores_factored(run, senders, receivers, chunk, before, reduce)
     chosen = _resolve("edge_scores_factored", impl, senders.dz.device, senders.dz.dtype)
+    if chosen != "triton" and any(act is None for act in receivers.act):
+        raise ValueError(f"receivers.act must be given for impl={chosen!r}, which does not read sums in its place")
     if chosen == "cpp":
         from . import cpp
 
@@ -318,7 +322,7 @@ def edge_scores_factored(
     if chosen == "triton":
         from . import triton_factored
 
-        return triton_factored.edge_scores_factored(senders, receivers, mask, reduce, chunk, precision)
+        return triton_factored.edge_scores_factored(senders, receivers, mask, reduce, chunk, precision, before=before)
     return reference.edge_scores_factored(senders, receivers, mask, reduce)
 
 
@@ -371,7 +375,7 @@ def workspace_bytes(
         where = (sizes, dtype, torch.device(device), mask is not None, reduce)
         if op == "edge_scores":
             return triton_edge_scores.workspace_bytes(*where, precision, before)
-        return triton_factored.workspace_bytes(*where, chunk, precision)
+        return triton_factored.workspace_bytes(*where, chunk, precision, before)
     return reference.workspace_bytes(op, sizes, dtype)
 
 
@@ -380,7 +384,8 @@ def fast_chunk(sizes: Sizes, *, dtype: torch.dtype, device: torch.device | str =
 
     Arguments and what is raised: as in `workspace_bytes`. "reference" has no chunks and takes all B·T at once.
     """
-    chosen = _resolve("edge_scores_factored", impl, torch.device(device), dtype)
+    where = torch.device(device) if (run := dry.active.get()) is None else run.device
+    chosen = _resolve("edge_scores_factored", impl, where, dtype)
     if chosen == "cpp":
         from . import cpp
 
@@ -388,5 +393,5 @@ def fast_chunk(sizes: Sizes, *, dtype: torch.dtype, device: torch.device | str =
     if chosen == "triton":
         from . import triton_factored
 
-        return triton_factored.fast_chunk(sizes, dtype, torch.device(device))
+        return triton_factored.fast_chunk(sizes, dtype, where)
     return max(1, sizes.batch * sizes.tokens)

@@ -154,6 +154,16 @@ def chunk(rows: int | None) -> None:
         raise ValueError(f"chunk must be at least 1 token row, got {rows}")
 
 
+def senders_before(before: Sequence[int] | None, senders: int, receivers: int) -> None:
+    """Raise ValueError if there is not for each receiver how many of all senders come before it."""
+    if before is None:
+        return
+    if len(before) != receivers:
+        raise ValueError(f"before must have a number for each of the {receivers} receivers, got {len(before)}")
+    if receivers and not 0 <= min(before) <= max(before) <= senders:
+        raise ValueError(f"before must be numbers from 0 to S = {senders}, got {min(before)} to {max(before)}")
+
+
 def edge_scores(
     delta: Tensor,
     grads: Tensor,
@@ -179,8 +189,7 @@ def edge_scores(
     edge_mask(mask, delta.shape[0], grads.shape[0])
     if part is not None and not 0 <= part[0] <= part[0] + len(delta) <= part[1]:
         raise ValueError(f"part must be (first, n) with first + S = {part[0]} + {len(delta)} at most n, got {part}")
-    if before is not None and len(before) != len(grads):
-        raise ValueError(f"before must have a number for each of the {len(grads)} receivers, got {len(before)}")
+    senders_before(before, part[1] if part is not None else len(delta), len(grads))
     if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1):
         raise ValueError(f"rows must be int64 [N] indices into B·T, got {rows.dtype} {shape_text(rows)}")
 
@@ -207,6 +216,20 @@ def statistics(what: str, norm: Norm, batch: int, tokens: int, d_model: int, bes
         raise ValueError(f"{what}.rstd must be [B, T] = [{batch}, {tokens}], got {got}")
     if norm.gamma is not None and norm.gamma.shape != (d_model,):
         raise ValueError(f"{what}.gamma must be [D] = [{d_model}], got {shape_text(norm.gamma)}")
+
+
+def sums_fit(what: str, sums: Tensor, channels: int, batch: int, tokens: int) -> None:
+    """Raise ValueError if the sums of `receiver_grads` are no float32 [C, 2, B, T], or their tokens b·T + t do not lie
+    beside each other, or their rows not equally far apart."""
+    shape = (channels, 2, batch, tokens)
+    fit = sums.shape == shape and sums.dtype == torch.float32
+    if fit and sums.numel():
+        expected = (2 * sums.stride(1), sums.stride(1), tokens, 1)
+        fit = all(n == 1 or s == e for n, s, e in zip(shape, sums.stride(), expected, strict=True))
+    if not fit:
+        raise ValueError(
+            f"{what} must be float32 [C, 2, B, T] = {list(shape)}, packed, got {sums.dtype} {shape_text(sums)}"
+        )
 
 
 def shared_by(channels: int, weights: int) -> int:
@@ -271,11 +294,8 @@ def receiver_grads(
         on_device("g", g.device, {"norm.x": norm.x, "norm.mean": norm.mean})
         norm = replace(norm, x_hat=norm.x)
     statistics("norm", norm, batch, tokens, weight.shape[1], "g", g.device)
-    if sums is not None and (
-        sums.shape != (channels, 2, batch, tokens) or sums.dtype != torch.float32 or not sums.is_contiguous()
-    ):
-        shape = [channels, 2, batch, tokens]
-        raise ValueError(f"sums must be float32 [C, 2, B, T] = {shape}, packed, got {sums.dtype} {shape_text(sums)}")
+    if sums is not None:
+        sums_fit("sums", sums, channels, batch, tokens)
     on_device("g", g.device, {"sums": sums})
     needed = {"offset": offset} | ({"w_gamma": w_gamma} if norm.kind == "layernorm" else {})
     for name, value in needed.items():
@@ -303,22 +323,30 @@ class FactoredReceivers:
     """What the receivers' gradients are made of; a layer has C channels: its heads' q, then k, then v inputs.
 
     g: L tensors [C, B, T, K], ∂metric/∂(q, k, v). act: the same of the q, k, v of the clean run. weight: for each layer
-    its channel groups [C_i, D, K] in order, ΣC_i = C. norms: L of `Norm`. w_gamma, offset: [L, C, K], see
-    `receiver_constants`. mlp: [L, B, T, D] gradients of the MLPs' receivers, None without MLPs. logits: [B, T, D].
+    its channel groups [C_i, D, K] in order, ΣC_i = C; one that repeats a matrix (stride 0) is of channels with the same
+    act. norms: L of `Norm`. w_gamma, offset: [L, C, K], see `receiver_constants`. mlp: [L, B, T, D] gradients of the
+    MLPs' receivers, None without MLPs. logits: [B, T, D].
+    sums: for each layer c1 and c2 of `receiver_grads` where they are known, else None; "triton" then does not read the
+    layer's act, which may be None.
     """
 
     g: Sequence[Annotated[Tensor, "C B T K"]]
-    act: Sequence[Annotated[Tensor, "C B T K"]]
+    act: Sequence[Annotated[Tensor, "C B T K"] | None]
     weight: Sequence[Sequence[Annotated[Tensor, "C' D K"]]]
     norms: Sequence[Norm]
     w_gamma: Annotated[Tensor, "L C K"]
     offset: Annotated[Tensor, "L C K"]
     logits: Annotated[Tensor, "B T D"]
     mlp: Annotated[Tensor, "L B T D"] | None = None
+    sums: Sequence[Annotated[Tensor, "C 2 B T"] | None] | None = None
 
 
 def edge_scores_factored(
-    senders: FactoredSenders, receivers: FactoredReceivers, mask: Tensor | None, reduce: str
+    senders: FactoredSenders,
+    receivers: FactoredReceivers,
+    mask: Tensor | None,
+    reduce: str,
+    before: Sequence[int] | None = None,
 ) -> None:
     """Check the arguments of `edge_scores_factored`; the two dataclasses state what they are."""
     one_of("reduce", reduce, REDUCE)
@@ -341,8 +369,11 @@ def edge_scores_factored(
             ("receivers.mlp", receivers.mlp, (layers, batch, tokens, d_model)),
         ]
     expected += [(f"senders.w_o[{i}]", w, (heads, d_head, d_model)) for i, w in enumerate(senders.w_o)]
-    for name, tensors in (("g", receivers.g), ("act", receivers.act)):
-        expected += [(f"receivers.{name}[{i}]", x, (channels, batch, tokens, d_head)) for i, x in enumerate(tensors)]
+    expected += [(f"receivers.g[{i}]", x, (channels, batch, tokens, d_head)) for i, x in enumerate(receivers.g)]
+    known = [False] * layers if receivers.sums is None else [sums is not None for sums in receivers.sums]
+    for i, (act, without) in enumerate(zip(receivers.act, known, strict=False)):
+        if act is not None or not without:
+            expected.append((f"receivers.act[{i}]", act, (channels, batch, tokens, d_head)))
     for name, tensor, shape in expected:
         if tensor is None or tensor.shape != shape:
             got = None if tensor is None else shape_text(tensor)
@@ -353,6 +384,7 @@ def edge_scores_factored(
                 f"{tensor.device}"
             )
     by_layer = {"w_o": senders.w_o} | {name: getattr(receivers, name) for name in ("g", "act", "weight", "norms")}
+    by_layer |= {} if receivers.sums is None else {"sums": receivers.sums}
     if any(len(entries) != layers for entries in by_layer.values()):
         raise ValueError(
             f"{', '.join(by_layer)} must have one entry for each of the {layers} layers, got "
@@ -372,6 +404,12 @@ def edge_scores_factored(
                 f"weight[{layer}] must be {senders.dz.dtype} on {senders.dz.device} as senders.dz is, got "
                 f"{[f'{w.dtype} on {w.device}' for w in groups]}"
             )
+    for layer, sums in enumerate(receivers.sums or ()):
+        if sums is not None:
+            sums_fit(f"receivers.sums[{layer}]", sums, channels, batch, tokens)
+        on_device("senders.dz", senders.dz.device, {f"receivers.sums[{layer}]": sums})
     mlps = senders.mlp is not None
     on_device("senders.dz", senders.dz.device, {"mask": mask})
-    edge_mask(mask, 1 + layers * (heads + mlps), layers * (channels + mlps) + 1)
+    n_senders, n_receivers = 1 + layers * (heads + mlps), layers * (channels + mlps) + 1
+    edge_mask(mask, n_senders, n_receivers)
+    senders_before(before, n_senders, n_receivers)

@@ -18,7 +18,7 @@ from . import checks
 class DryRun:
     """device: where the ops would run. contracting: called where `edge_scores_factored` would make its workspace. ran:
     called with an op's name and the tensors that it would read and write, of `receiver_grads` its working memory too,
-    of `edge_scores` also `before`, of which some may be None; of factors with what holds them.
+    of `edge_scores` also `before`, of which some may be None; of factors with what holds them, `chunk` and `before`.
     """
 
     device: torch.device
@@ -72,7 +72,9 @@ def receiver_grads(
     return made
 
 
-def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str) -> Tensor:
+def edge_scores_factored(
+    run: DryRun, senders: Any, receivers: Any, chunk: int | None, before: Sequence[int] | None, reduce: str
+) -> Tensor:
     run.contracting()
     embed, dz = senders.embed, senders.dz
     channels = sum(len(w) for w in receivers.weight[0])
@@ -81,7 +83,7 @@ def edge_scores_factored(run: DryRun, senders: Any, receivers: Any, reduce: str)
     sizes = checks.Sizes(batch, tokens, d_model, channels=channels, layers=len(dz), heads=dz.shape[3], mlps=mlps)
     lead = {"all": (), "pair": (sizes.batch,), "position": (sizes.tokens,)}[reduce]
     scores = embed.new_empty((*lead, sizes.all_senders, sizes.all_receivers), dtype=checks.output_dtype(embed.dtype))
-    run.ran("edge_scores_factored", senders, receivers, scores)
+    run.ran("edge_scores_factored", senders, receivers, scores, chunk, before)
     return scores
 
 

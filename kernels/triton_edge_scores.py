@@ -269,7 +269,7 @@ def partial_scores(
 def sum_splits(
     partial, out, mask,
     S, R, G, splits, tile_s, tile_r, stride_ms, stride_mr,
-    HAS_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     parts = tile_s * tile_r // BLOCK
     tiles_r = tl.cdiv(R, tile_r)
@@ -293,8 +293,6 @@ def sum_splits(
         sums += tl.load(start + split.to(tl.int64)[:, None] * stride_split + pair[None, :], mask=wanted, other=0.0)
     score = tl.sum(sums, 0)
     at = out + ((unit // tiles).to(tl.int64) * S + s) * R + r
-    if ACCUMULATE:
-        score += tl.load(at, mask=inside, other=0.0)
     tl.store(at, tl.where(edges, score, 0.0), mask=inside)
 
 
@@ -460,17 +458,15 @@ class Plan:
     descriptors: bool
     chain: int
 
-    def partial_shape(self, accumulate: bool = False) -> tuple[int, int, int]:
-        """[splits, units, pairs of a tile] of the sums beside the result; no splits where it is written directly.
+    @property
+    def partial_shape(self) -> tuple[int, int, int]:
+        """[splits, units, pairs of a tile] of the sums beside the result; no splits where it is written directly."""
+        return 0 if self.splits == 1 else self.splits, self.units, self.config.block_s * self.config.block_r
 
-        Adding to a tile of the result would need its addresses beside the sums, more registers than there are.
-        """
-        direct = self.splits == 1 and not accumulate
-        return 0 if direct else self.splits, self.units, self.config.block_s * self.config.block_r
-
-    def partial_bytes(self, accumulate: bool = False) -> int:
+    @property
+    def partial_bytes(self) -> int:
         """The bytes of these sums."""
-        return 4 * math.prod(self.partial_shape(accumulate))
+        return 4 * math.prod(self.partial_shape)
 
 
 def plan(
@@ -523,18 +519,17 @@ def contract(
     out: Tensor,
     *,
     precision: str = "auto",
-    accumulate: bool = False,
     config: Config | None = None,
     among: int | None = None,
     before: Sequence[int] | None = None,
 ) -> None:
-    """Write the scores [groups, S, R] of a layout to `out`, or add them to it, 0 where there is no edge."""
+    """Write the scores [groups, S, R] of a layout to `out`, 0 where there is no edge."""
     delta, grads = work.operands
     senders, receivers = delta.shape[2], grads.shape[2]
     precision = common.check_precision(precision, delta.dtype, common.target(delta.device))
     chosen = plan_of(work, mask is not None, precision, config, among=among, before=before)
     tile, units = chosen.config, chosen.units
-    shape = chosen.partial_shape(accumulate)
+    shape = chosen.partial_shape
     direct = shape[0] == 0
     partial = out if direct else out.new_empty(shape)
     edges = None if mask is None else mask.view(torch.uint8)
@@ -569,7 +564,7 @@ def contract(
             sum_splits, units * (tile.block_s * tile.block_r // block),
             partial, out, edges, senders, receivers, work.groups, chosen.splits, tile.block_s, tile.block_r,
             stride_ms, stride_mr,
-            HAS_MASK=mask is not None, ACCUMULATE=accumulate, BLOCK=block, BLOCK_SPLITS=SUM_SPLITS,
+            HAS_MASK=mask is not None, BLOCK=block, BLOCK_SPLITS=SUM_SPLITS,
             num_warps=4, device=delta.device,
         )  # fmt: skip
     elif mask is not None:
@@ -609,17 +604,23 @@ def edge_scores(
 
 def partial_bytes(
     senders: int, receivers: int, batch: int, tokens: int, d_model: int, dtype: torch.dtype, on: common.Target,
-    masked: bool, reduce: str, precision: str, accumulate: bool, before: Sequence[int] | None = None,
+    masked: bool, reduce: str, precision: str, before: Sequence[int] | None = None, positions_first: bool = False,
 ) -> int:  # fmt: skip
-    """The bytes of partial sums that `contract` allocates for packed operands [S, B, T, D] and [R, B, T, D]."""
+    """The bytes of partial sums that `contract` allocates for operands [S, B, T, D] and [R, B, T, D], packed in this
+    order or with the positions in front."""
     if 0 in (senders, receivers, batch, tokens, d_model):
         return 0
     # Shapes and strides alone: whoever counts memory would else count theirs.
-    one, strides = torch.empty(1, dtype=dtype, device="meta"), (batch * tokens * d_model, tokens * d_model, d_model, 1)
-    delta, grads = (one.as_strided((n, batch, tokens, d_model), strides) for n in (senders, receivers))
+    one = torch.empty(1, dtype=dtype, device="meta")
+
+    def operand(rows: int) -> Tensor:
+        step, token = (d_model, rows * d_model) if positions_first else (batch * tokens * d_model, d_model)
+        return one.as_strided((rows, batch, tokens, d_model), (step, tokens * token, token, 1))
+
+    delta, grads = operand(senders), operand(receivers)
     work = layout(delta, grads, reduce, None)
     precision = common.check_precision(precision, dtype, on)
-    return plan_of(work, masked, precision, on=on, before=before).partial_bytes(accumulate)
+    return plan_of(work, masked, precision, on=on, before=before).partial_bytes
 
 
 def workspace_bytes(
@@ -629,5 +630,5 @@ def workspace_bytes(
     """`eapcore.kernels.workspace_bytes` of `edge_scores`."""
     return partial_bytes(
         sizes.senders, sizes.receivers, sizes.batch, sizes.tokens, sizes.d_model, dtype, common.target(device), masked,
-        reduce, precision, False, before,
+        reduce, precision, before,
     )  # fmt: skip

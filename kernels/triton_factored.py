@@ -1,24 +1,21 @@
 """edge_scores_factored on the GPU: both sides made for a chunk of tokens, contracted, and the next chunk added.
 
-    for each chunk:  senders [S, n, D]    = embed, dz · W_O of every head, mlp            n tokens
-                     receivers [R, n, D]  = receiver_grads of every channel, mlp, logits
-                     scores              += senders · receiversᵀ
+    for each chunk of n tokens:      senders [S, n, D]     = embed, dz · W_O of every head, mlp
+        for each group of layers:    receivers [R', n, D]  = receiver_grads of every channel, mlp, last the logits
+                                     scores[:, R']        += senders · receiversᵀ
 
-Each chunk takes two launches to make all layers' senders and receivers (a table says where each layer's weights lie),
-three copies, and one `contract`. The two workspaces are used again by every chunk.
+It is the two other ops, called for some of the tokens: for each layer a product for its senders and `receiver_grads`
+for its channels, and `edge_scores` for as many layers' receivers as fill its tiles. Every chunk and every group use the
+same two workspaces, which have the positions in front, as the contraction likes them.
 
 Bytes for N tokens in chunks of n, with u = (S + R)·D·element for one token and w the weights of all layers:
 
-    w · N/n   the weights, once a chunk        2·u · N   the workspaces, written and read, as long as they pass L2 by
+    w · N/n   the weights, once a chunk        2·u · N   both sides, written and read, as long as they pass L2 by
 
-n is taken so large that the weights cost little beside the workspaces: at n = 5·w/u they add a tenth, with K = 64
-some 300 tokens whatever the model. A chunk whose workspaces stay in L2 would save most of the second term where the
-weights are smaller than L2, and takes ten times as many launches of a tenth the size: GPT-2 small's 5,120 tokens took
-one H200 27 ms in chunks of 32. The workspaces are held to half of what the explicit buffer of all N tokens would
-take, as factors are for where that is too large, and to a sixteenth of the device's memory. They have the positions
-in front, as the contraction likes them.
-
-Of the channels that have no edge in the mask nothing is made.
+n is taken so large that the weights cost little beside that: at n = 10·w/u they add a twentieth, with K = 64 some 600
+tokens whatever the model, and each layer's kernels have enough to do. The workspaces, (S + R')·D·n, are held to a third
+of what the explicit buffer of all N tokens would take, as factors are for where that is too large, though not below
+SMALL, and to a sixteenth of the device's memory.
 
 Making and contracting in one kernel would make every sender again for each tile of receivers, and every receiver again
 for each tile of senders: with K = 64 and tiles of 128 × 256 that adds 64/256 + 64/128, three quarters, to the
@@ -30,143 +27,90 @@ The order of sums follows from shapes and device, so the same inputs give the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import triton_common as common
 from . import triton_edge_scores, triton_receiver_grads
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
-from .constants import to_device
-from .triton_receiver_grads import Channels
+from .tiling import RECEIVER_TILE, layers_together
 
-NO_NORM = Norm("none")
+# Receivers that are contracted together, at most: with a third tile a 13B's chunks would have two thirds of the tokens.
+TOGETHER = 2 * RECEIVER_TILE
+SMALL = 8 << 20  # bytes of workspace
+Block = tuple[slice, slice]  # pairs, positions
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Channels of several layers that one launch makes: their norms differ in nothing but addresses.
+class Group:
+    """Layers whose receivers are contracted together, behind those of the last layer with the logits' where they have
+    edges.
 
-    layers: indices. weight: the first layer's first channel group; `table` leads from it to all others.
+    receivers: which of all. before: how many senders come before each, None for all; senders: before any of them.
     """
 
-    layers: tuple[int, ...]
-    weight: Tensor
-    norm: Norm
-    table: Tensor
-    align: int
+    layers: range
+    receivers: slice
+    before: tuple[int, ...] | None
+    senders: int
 
 
-def _distance(tensor: Tensor, base: Tensor) -> int:
-    """From the first element of base to the first of tensor, in elements."""
-    return (tensor.data_ptr() - base.data_ptr()) // base.element_size()
+def grouped(sizes: Sizes, before: Sequence[int] | None) -> list[Group]:
+    """The groups of layers, without layers none of whose receivers has a sender before it."""
+    height, logits = sizes.channels + sizes.mlps, sizes.all_receivers - 1
+    at_once = layers_together(height, min(TOGETHER // max(1, height), sizes.layers))
 
+    def needed(start: int, stop: int) -> bool:
+        return before is None or any(before[start:stop])
 
-def _alignment(offsets: NDArray[np.int64], element_size: int) -> int:
-    """The largest power of two up to 16 bytes that divides all offsets, in elements."""
-    align = 16 // element_size
-    while (offsets % align).any():
-        align //= 2
-    return align
-
-
-def _part(
-    layers: list[int], groups: list[list[Tensor]], norms: list[Norm], inputs: Tensor, acts: Tensor | None, heights: int,
-    first_row: int, stride_row: int,
-) -> Part:  # fmt: skip
-    """The table of `layers` (positions in the lists): channel c of layer l is made into row first_row + l·heights + c.
-
-    groups: each layer's weights [C_i, D, K], of equal inner strides. inputs, acts: [L, C, B, T, K] of which only the
-    strides count. stride_row: elements between rows of the output.
-    """
-    weight, norm = groups[layers[0]][0], norms[layers[0]]
-    shared, matrices = [], []
-    for layer in layers:
-        own = norms[layer]
-        shared.append([0, 0, 0])
-        if own.kind != "none":
-            assert own.x_hat is not None and own.rstd is not None
-            assert norm.x_hat is not None and norm.rstd is not None
-            gamma = 0 if own.gamma is None or norm.gamma is None else _distance(own.gamma, norm.gamma)
-            shared[-1] = [_distance(own.x_hat, norm.x_hat), _distance(own.rstd, norm.rstd), gamma]
-        matrices.append(
-            [_distance(group, weight) + c * group.stride(0) for group in groups[layer] for c in range(len(group))]
-        )
-    at, weights = np.array(layers)[:, None], np.array(matrices)  # [l, 1], [l, C]
-    c = np.arange(weights.shape[1])
-    rows = first_row + at * heights + c
-    columns = [
-        at * inputs.stride(0) + c * inputs.stride(1),
-        np.zeros_like(weights) if acts is None else at * acts.stride(0) + c * acts.stride(1),
-        weights,
-        *(np.broadcast_to(x, weights.shape) for x in np.array(shared).T[..., None]),
-        (at * len(c) + c) * inputs.shape[-1],
-        rows * stride_row,
-        rows,
-    ]
-    offsets = np.stack(columns, -1).reshape(-1, len(columns))
-    table = torch.empty(offsets.shape, dtype=torch.int64, device="cpu")  # whatever the default device is
-    table.numpy()[:] = offsets
-    # The offsets that wide loads and stores depend on: g, act, weight, x̂ and out.
-    align = _alignment(offsets[:, [0, 1, 2, 3, 7]], max(2, inputs.element_size()))
-    return Part(tuple(layers), weight, norm, to_device(table, inputs.device), align)
-
-
-def _like(norm: Norm, groups: list[Tensor]) -> tuple[object, ...]:
-    """What the layers of one launch have to share."""
-    described = [None if t is None else (t.dtype, t.stride()) for t in (norm.x_hat, norm.rstd, norm.gamma)]
-    return (norm.kind, groups[0].stride()[1:], *described)
-
-
-def _parts(
-    groups: list[list[Tensor]], norms: list[Norm], inputs: Tensor, acts: Tensor | None, heights: int, first_row: int,
-    stride_row: int,
-) -> list[Part]:  # fmt: skip
-    """One `Part` for each set of layers that a launch can make together; usually there is one."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for layer, (norm, group) in enumerate(zip(norms, groups, strict=True)):
-        alike.setdefault(_like(norm, group), []).append(layer)
-    return [_part(layers, groups, norms, inputs, acts, heights, first_row, stride_row) for layers in alike.values()]
-
-
-def _stacked(layers: Sequence[Tensor], nothing: Tensor) -> Tensor:
-    """[L, C, B, T, K], which one launch addresses by its strides."""
-    if isinstance(layers, Tensor):
-        return common.unit_inner_stride(layers.detach())
-    return torch.stack([x.detach() for x in layers]) if layers else nothing
-
-
-def _same_inner_strides(groups: Sequence[Tensor]) -> list[Tensor]:
-    """A layer's channel groups, copied if their d and k strides differ."""
-    detached = [w.detach() for w in groups if w.shape[0]]
-    if len({w.stride()[1:] for w in detached}) > 1:
-        return [w.contiguous() for w in detached]
-    return detached
+    found: list[range] = []
+    for layer in range(sizes.layers):
+        if not needed(layer * height, (layer + 1) * height):
+            continue
+        if found and found[-1].stop == layer and len(found[-1]) < at_once:
+            found[-1] = range(found[-1].start, layer + 1)
+        else:
+            found.append(range(layer, layer + 1))
+    of_logits = needed(logits, logits + 1)
+    if of_logits and not (found and found[-1].stop == sizes.layers):
+        found.append(range(sizes.layers, sizes.layers))
+    groups = []
+    for layers in found:
+        receivers = slice(layers.start * height, layers.stop * height + (of_logits and layers.stop == sizes.layers))
+        own = None if before is None else tuple(before[receivers])
+        groups.append(Group(layers, receivers, own, sizes.all_senders if own is None else max(own)))
+    return groups
 
 
 def choose_chunk(
-    senders: int, receivers: int, d_model: int, weight_bytes: int, element_size: int, rows: int, on: common.Target
-) -> int:
-    """Token rows a chunk of so many, from the bytes that the module's header counts."""
-    unit = (senders + receivers) * d_model * element_size
-    wanted = max(min(max(common.cdiv(5 * weight_bytes, unit), 16), rows * senders // (2 * (senders + receivers))), 2)
-    return max(1, min(wanted, on.memory_bytes // 16 // unit))
+    senders: int, receivers: int, together: int, d_model: int, weight_bytes: int, element_size: int, rows: int,
+    on: common.Target,
+) -> int:  # fmt: skip
+    """Token rows a chunk of so many, from the bytes that the module's header counts; together: receivers of a group."""
+    token = (senders + together) * d_model * element_size
+    cheap = common.cdiv(10 * weight_bytes, (senders + receivers) * d_model * element_size)
+    third = rows * senders // (3 * (senders + together))
+    return max(1, min(max(min(max(cheap, 16), third), SMALL // token), on.memory_bytes // 16 // token))
 
 
 def fast_chunk(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
     """`choose_chunk` for a model on a device."""
     weight_bytes = sizes.layers * (sizes.channels + sizes.heads) * sizes.d_model * sizes.d_head * dtype.itemsize
     return choose_chunk(
-        sizes.all_senders, sizes.all_receivers, sizes.d_model, weight_bytes, dtype.itemsize,
-        sizes.batch * sizes.tokens, common.target(device),
+        sizes.all_senders, sizes.all_receivers, max(_rows(group) for group in grouped(sizes, None)), sizes.d_model,
+        weight_bytes, dtype.itemsize, sizes.batch * sizes.tokens, common.target(device),
     )  # fmt: skip
 
 
-def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[tuple[slice, slice]]:
+def _rows(group: Group) -> int:
+    return group.receivers.stop - group.receivers.start
+
+
+def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[Block]:
     """The chunks as blocks of (pairs, positions), whole along the axis that `reduce` sums first."""
     if reduce == "position":
         across = min(batch, chunk)
@@ -181,50 +125,136 @@ def blocks(batch: int, tokens: int, chunk: int, reduce: str) -> list[tuple[slice
     ]
 
 
-def rows_of(piece: tuple[slice, slice]) -> int:
-    """Token rows of a block."""
+def _shape(piece: Block) -> tuple[int, int]:
+    """Pairs and positions of a block."""
     pairs, positions = piece
-    return (pairs.stop - pairs.start) * (positions.stop - positions.start)
+    return pairs.stop - pairs.start, positions.stop - positions.start
 
 
-def space_elements(sizes: Sizes, pieces: list[tuple[slice, slice]]) -> tuple[int, int]:
-    """Elements of the two workspaces: the senders and the receivers of the largest block."""
-    most = max(rows_of(piece) for piece in pieces) * sizes.d_model
-    return sizes.all_senders * most, sizes.all_receivers * most
+def space_elements(sizes: Sizes, groups: list[Group], pieces: list[Block]) -> tuple[int, int]:
+    """Elements of the two workspaces: the senders, and the largest group's receivers, of the largest block."""
+    most = max(math.prod(_shape(piece)) for piece in pieces) * sizes.d_model
+    return max(group.senders for group in groups) * most, max(map(_rows, groups)) * most
 
 
 def workspace_bytes(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, chunk: int | None, precision: str
-) -> int:
-    """`eapcore.kernels.workspace_bytes` of `edge_scores_factored`.
-
-    The two workspaces, g and act of all layers stacked, the tables, which rows are wanted, and the partial sums of the
-    largest block.
-    """
-    if sizes.batch * sizes.tokens * sizes.d_model == 0:
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, masked: bool, reduce: str, chunk: int | None,
+    precision: str, before: Sequence[int] | None = None,
+) -> int:  # fmt: skip
+    """`eapcore.kernels.workspace_bytes` of `edge_scores_factored`: the two workspaces, and the most of what making a
+    layer's receivers takes and what contracting a group does, with the scores that it adds."""
+    groups = grouped(sizes, before)
+    if sizes.batch * sizes.tokens * sizes.d_model == 0 or not groups:
         return 0
-    on, channels = common.target(device), sizes.layers * sizes.channels
+    on, most = common.target(device), 0
     pieces = blocks(sizes.batch, sizes.tokens, chunk or fast_chunk(sizes, dtype, device), reduce)
-    stacked = 2 * channels * sizes.batch * sizes.tokens * sizes.d_head
-    grids = {(p.stop - p.start, t.stop - t.start) for p, t in pieces}
-    tables = len({pairs * positions for pairs, positions in grids})
-    table = 8 * triton_receiver_grads.COLUMNS.value * (channels + sizes.layers * sizes.heads)
-    flags = sizes.all_senders + sizes.all_receivers if masked else 0
-    partial = max(
-        triton_edge_scores.partial_bytes(
-            sizes.all_senders, sizes.all_receivers, pairs, positions, sizes.d_model, dtype, on, masked, reduce,
-            precision, True,
-        )
-        for pairs, positions in grids
-    )  # fmt: skip
-    return (sum(space_elements(sizes, pieces)) + stacked) * dtype.itemsize + tables * table + flags + partial
+    for pairs, positions in {_shape(piece) for piece in pieces}:
+        layer = Sizes(pairs, positions, sizes.d_model, channels=sizes.channels, d_head=sizes.d_head,
+                      normed=sizes.normed, centred=sizes.centred, summed=sizes.summed)  # fmt: skip
+        most = max(most, triton_receiver_grads.workspace_bytes(layer, dtype, device) if sizes.layers else 0)
+        lead = {"all": 1, "pair": pairs, "position": positions}[reduce]
+        for group in groups:
+            partial = triton_edge_scores.partial_bytes(
+                group.senders, _rows(group), pairs, positions, sizes.d_model, dtype, on, masked, reduce, precision,
+                group.before, positions_first=True,
+            )  # fmt: skip
+            most = max(most, partial + 4 * lead * group.senders * _rows(group))
+    return sum(space_elements(sizes, groups, pieces)) * dtype.itemsize + most
 
 
-def _cut(norm: Norm, pairs: slice, positions: slice) -> Norm:
+def shared(weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """A layer's channel groups as matrices [C', D, K], each of so many channels that follow one another: what is
+    repeated along an axis of stride 0 once, and those that lie equally far apart together."""
+    held: tuple[Tensor, int] | None = None
+    for w in weights:
+        w = w.detach()
+        share = len(w) if len(w) > 1 and w.stride(0) == 0 else 1
+        one = w[:1] if share > 1 else w
+        if held is not None and share == held[1] > 1 and (joined := _joined(held[0], one)) is not None:
+            held = joined, share
+            continue
+        if held is not None:
+            yield held
+        held = (one, share) if len(one) else None
+    if held is not None:
+        yield held
+
+
+def _joined(first: Tensor, one: Tensor) -> Tensor | None:
+    """Matrices [C', D, K] and one more behind them as one view; None where they do not lie like one."""
+    if first.untyped_storage()._cdata != one.untyped_storage()._cdata or first.stride()[1:] != one.stride()[1:]:
+        return None
+    step = (one.storage_offset() - first.storage_offset()) // len(first)
+    if step <= 0 or one.storage_offset() != first.storage_offset() + len(first) * step:
+        return None
+    if len(first) > 1 and first.stride(0) != step:
+        return None
+    return first.as_strided((len(first) + 1, *first.shape[1:]), (step, *first.stride()[1:]), first.storage_offset())
+
+
+def _cut(norm: Norm, block: Block) -> Norm:
     if norm.kind == "none":
         return norm
     assert norm.x_hat is not None and norm.rstd is not None
-    return Norm(norm.kind, norm.x_hat[pairs, positions], norm.rstd[pairs, positions], norm.gamma)
+    return Norm(norm.kind, norm.x_hat[block], norm.rstd[block], norm.gamma)
+
+
+def _fill_senders(room: Tensor, senders: FactoredSenders, block: Block) -> None:
+    """The first senders of a block into [S', b, t, D]."""
+    heads, mlps, count = senders.dz.shape[3], senders.mlp is not None, len(room)
+    room[:1] = senders.embed.detach()[block]
+    for layer, w_o in enumerate(senders.w_o):
+        first = 1 + layer * (heads + mlps)
+        own = room[first : first + heads].flatten(1, 2)  # [H', b·t, D]
+        if len(own):
+            dz = senders.dz[layer].detach()[block].flatten(0, 1).transpose(0, 1)  # [H, b·t, K]
+            torch.bmm(dz[: len(own)], w_o.detach()[: len(own)], out=own)
+    if senders.mlp is not None:
+        behind = room[1 + heads : count : heads + 1]
+        behind.copy_(senders.mlp.detach()[: len(behind), *block])
+
+
+class _Receivers:
+    """Makes the receivers' gradients of some layers and tokens."""
+
+    def __init__(self, factors: FactoredReceivers) -> None:
+        self.factors, self.mlp = factors, None if factors.mlp is None else factors.mlp.detach()
+        self.weights = [list(shared(weights)) for weights in factors.weight]
+        self.w_gamma, self.offset = factors.w_gamma.detach().contiguous(), factors.offset.detach().contiguous()
+
+    def fill(self, room: Tensor, group: Group, block: Block) -> None:
+        """Those of a group and a block into [R', b, t, D]."""
+        channels = self.factors.w_gamma.shape[1]
+        height = channels + (self.mlp is not None)
+        for place, layer in enumerate(group.layers):
+            self._fill_layer(room[place * height : place * height + channels], layer, block)
+        if self.mlp is not None and len(group.layers):
+            own = self.mlp[group.layers.start : group.layers.stop, *block]
+            room[channels : len(group.layers) * height : height] = own
+        if len(room) > len(group.layers) * height:
+            room[-1] = self.factors.logits.detach()[block]
+
+    def _fill_layer(self, out: Tensor, layer: int, block: Block) -> None:
+        g, act = self.factors.g[layer], self.factors.act[layer]
+        sums = None if self.factors.sums is None else self.factors.sums[layer]
+        if sums is not None:
+            act, sums = None, sums[:, :, *block]
+            if block[1].stop - block[1].start < g.shape[2]:  # not all tokens of a pair: they do not follow one another
+                sums = sums.contiguous()
+        norm, start = _cut(self.factors.norms[layer], block), 0
+        for weight, share in self.weights[layer]:
+            some = slice(start, start + share * len(weight))
+            start = some.stop
+            triton_receiver_grads.receiver_grads(
+                g[some, *block],
+                None if act is None else act[some, *block][::share],
+                weight,
+                norm,
+                self.w_gamma[layer, some],
+                self.offset[layer, some],
+                out[some],
+                None if sums is None else sums[some],
+            )
 
 
 def edge_scores_factored(
@@ -236,74 +266,39 @@ def edge_scores_factored(
     precision: str = "auto",
     *,
     config: triton_edge_scores.Config | None = None,
+    before: Sequence[int] | None = None,
 ) -> Tensor:
     """`eapcore.kernels.edge_scores_factored` on the GPU; `config` is the contraction's tiling."""
     embed = senders.embed.detach()
-    on = common.target(embed.device)
-    common.check_precision(precision, embed.dtype, on)
-    n_layers, batch, tokens, heads, d_head = senders.dz.shape
+    precision = common.check_precision(precision, embed.dtype, common.target(embed.device))
+    layers, batch, tokens, heads, d_head = senders.dz.shape
     channels, d_model = receivers.w_gamma.shape[1], embed.shape[-1]
-    mlps = 0 if senders.mlp is None else 1
     sizes = Sizes(
-        batch, tokens, d_model, channels=channels, d_head=d_head, layers=n_layers, heads=heads, mlps=bool(mlps)
-    )
-    n_senders, n_receivers = sizes.all_senders, sizes.all_receivers
-    shape = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce] + (n_senders, n_receivers)
-    out = embed.new_zeros(shape, dtype=torch.float32)
-    if batch * tokens * d_model == 0:
+        batch, tokens, d_model, channels=channels, d_head=d_head, layers=layers, heads=heads,
+        mlps=senders.mlp is not None,
+    )  # fmt: skip
+    shape = {"all": (), "pair": (batch,), "position": (tokens,)}[reduce] + (sizes.all_senders, sizes.all_receivers)
+    out, groups = embed.new_zeros(shape, dtype=torch.float32), grouped(sizes, before)
+    if batch * tokens * d_model == 0 or not groups:
         return out
-
-    dz = common.unit_inner_stride(senders.dz.detach()).permute(0, 3, 1, 2, 4)  # [L, H, B, T, K]
-    g, act = (_stacked(x, dz.new_zeros(0, channels, batch, tokens, d_head)) for x in (receivers.g, receivers.act))
-    w_gamma, offset = receivers.w_gamma.detach().contiguous(), receivers.offset.detach().contiguous()
-    w_o = [[w.detach().transpose(1, 2)] for w in senders.w_o]  # [H, D, K]
-    w_qkv = [_same_inner_strides(groups) for groups in receivers.weight]
-    norms = [triton_receiver_grads.ready(norm) for norm in receivers.norms]
-
     pieces = blocks(batch, tokens, chunk or fast_chunk(sizes, embed.dtype, embed.device), reduce)
-    # Rows without an edge are never written: a GPU does not mind what lies there, but the interpreter warns of NaN.
-    new = embed.new_zeros if common.interpreted() else embed.new_empty
-    sender_space, receiver_space = (new(count) for count in space_elements(sizes, pieces))
+    spaces = [embed.new_empty(count) for count in space_elements(sizes, groups, pieces)]
 
-    # Which senders and which receivers have an edge; the device alone knows it.
-    wanted = (None, None) if mask is None else (mask.any(1).view(torch.uint8), mask.any(0).view(torch.uint8))
-    tables: dict[int, tuple[list[Part], list[Part]]] = {}  # by rows of a chunk: the last ones may be shorter
-    for pairs, positions in pieces:
-        rows = rows_of((pairs, positions))
-        grid = (pairs.stop - pairs.start, positions.stop - positions.start)
-        made_senders, made_receivers = (
-            space[: count * rows * d_model].view(*grid, count, d_model).permute(2, 0, 1, 3)
-            for space, count in ((sender_space, n_senders), (receiver_space, n_receivers))
-        )
-        if n_layers and d_head and rows not in tables:
-            tables[rows] = (
-                _parts(w_o, [NO_NORM] * n_layers, dz, None, heads + mlps, 1, d_model) if heads else [],
-                _parts(w_qkv, norms, g, act, channels + mlps, 0, d_model) if channels else [],
+    def room(space: Tensor, count: int, block: Block) -> Tensor:
+        """[count, b, t, D] of a workspace."""
+        b, t = _shape(block)
+        return space[: count * b * t * d_model].view(b, t, count, d_model).permute(2, 0, 1, 3)
+
+    made = _Receivers(receivers)
+    for block in pieces:
+        delta = room(spaces[0], max(group.senders for group in groups), block)
+        _fill_senders(delta, senders, block)
+        scores = out if reduce == "all" else out[block[0] if reduce == "pair" else block[1]]
+        for group in groups:
+            grads = room(spaces[1], _rows(group), block)
+            made.fill(grads, group, block)
+            edges = None if mask is None else mask[: group.senders, group.receivers]
+            scores[..., : group.senders, group.receivers] += triton_edge_scores.edge_scores(
+                delta[: group.senders], grads, edges, reduce, None, precision, config=config, before=group.before
             )
-        if d_head == 0:  # heads send and receive zeros, which no product writes
-            made_senders.zero_()
-            made_receivers.zero_()
-        made_senders[0] = embed[pairs, positions]
-        made_receivers[-1] = receivers.logits.detach()[pairs, positions]
-        if senders.mlp is not None and receivers.mlp is not None:
-            made_senders[1 + heads :: heads + 1] = senders.mlp.detach()[:, pairs, positions]
-            made_receivers[channels : -1 : channels + 1] = receivers.mlp.detach()[:, pairs, positions]
-        for part in tables[rows][0] if rows in tables else []:
-            work = Channels(
-                g=dz[0, :, pairs, positions], act=None, weight=part.weight, norm=NO_NORM, w_gamma=None, offset=None,
-                count=len(part.layers) * heads, table=part.table, align=part.align, wanted=wanted[0],
-            )  # fmt: skip
-            triton_receiver_grads.project(work, made_senders)
-        for part in tables[rows][1] if rows in tables else []:
-            work = Channels(
-                g=g[0, :, pairs, positions], act=act[0, :, pairs, positions], weight=part.weight,
-                norm=_cut(part.norm, pairs, positions), w_gamma=w_gamma, offset=offset,
-                count=len(part.layers) * channels, table=part.table, align=part.align, wanted=wanted[1],
-            )  # fmt: skip
-            triton_receiver_grads.project(work, made_receivers)
-        where = {"all": slice(None), "pair": pairs, "position": positions}[reduce]
-        triton_edge_scores.contract(
-            triton_edge_scores.layout(made_senders, made_receivers, reduce, None),
-            mask, out[where], precision=precision, accumulate=True, config=config,
-        )  # fmt: skip
     return out

@@ -23,9 +23,7 @@ written; a third more instructions; and a load that feeds no product, which the 
 `channel_grads` (everything else): a program computes BLOCK_N tokens of one channel over a run of d. It reads its rows
 of g and act once, takes both dot products of length K from them while they are in registers, and then walks along d
 with g kept; where K is too long for that, it reads g again, from L2, for every step of d. weight and x̂ are read by all
-token tiles and by all channels: they come from L2. Without a normalisation it is a plain projection, which is how
-`triton_factored` makes the senders. It can also take all layers in one launch: then `table` says where each channel's
-parts lie, relative to the base pointers.
+token tiles and by all channels: they come from L2.
 
 Neither reduction of the normalisation runs over D, so nothing is computed twice and the result is written once.
 """
@@ -45,9 +43,6 @@ from torch import Tensor
 from . import triton_common as common
 from .checks import Norm, Sizes, token_stride, tokens_in_step
 from .triton_steps import rounded
-
-# Columns of `table`: offsets of a channel's g, act, weight, x̂, rstd, γ, constants, output; its row in `wanted`.
-COLUMNS = tl.constexpr(9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +102,14 @@ OVERHEAD = 2
 SUMMED = 4096
 
 
-@triton.jit(do_not_specialize=["N", "T", "steps", "stride_rb"])
+@triton.jit(do_not_specialize=["N", "T", "steps", "stride_rb", "stride_s"])
 def channel_grads(
-    g, act, weight, x_hat, rstd, gamma, w_gamma, offset, out, table, wanted,
+    g, act, weight, x_hat, rstd, gamma, w_gamma, offset, sums, out,
     N, T, D, K, steps, share,
     stride_gc, stride_gb, stride_gt, stride_ac, stride_ab, stride_at, stride_wc, stride_wd, stride_wk,
-    stride_xb, stride_xt, stride_rb, stride_rt, stride_oc, stride_on,
+    stride_xb, stride_xt, stride_rb, stride_rt, stride_s, stride_oc, stride_on,
     PRECISION: tl.constexpr,
-    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_WANTED: tl.constexpr,
-    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_SUMS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, K_CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -124,32 +118,9 @@ def channel_grads(
     n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_d = (program // tiles_n) % parts_d * (BLOCK_D * steps)
     channel = (program // tiles_n // parts_d).to(tl.int64)
-    if HAS_TABLE:
-        entry = table + channel * COLUMNS
-        if HAS_WANTED:  # noqa: SIM102 (`and` might load without one)
-            if tl.load(wanted + tl.load(entry + 8)) == 0:
-                return
-        g += tl.multiple_of(tl.load(entry), ALIGN)
-        weight += tl.multiple_of(tl.load(entry + 2), ALIGN)
-        out += tl.multiple_of(tl.load(entry + 7), ALIGN)
-        if KIND != "none":
-            act += tl.multiple_of(tl.load(entry + 1), ALIGN)
-            x_hat += tl.multiple_of(tl.load(entry + 3), ALIGN)
-            rstd += tl.load(entry + 4)
-            if HAS_GAMMA:
-                gamma += tl.load(entry + 5)
-            if KIND == "layernorm":
-                w_gamma += tl.load(entry + 6)
-            offset += tl.load(entry + 6)
-    else:
-        g += channel * stride_gc
-        weight += (channel // share) * stride_wc
-        out += channel * stride_oc
-        if KIND != "none":
-            act += (channel // share) * stride_ac
-            if KIND == "layernorm":
-                w_gamma += channel * K
-            offset += channel * K
+    g += channel * stride_gc
+    weight += (channel // share) * stride_wc
+    out += channel * stride_oc
 
     # Tokens past the end repeat the last one; they are never stored, and every load stays inside.
     n_in = tl.minimum(n, N - 1)
@@ -161,8 +132,16 @@ def channel_grads(
     c1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     c2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     scale = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
-    if KIND != "none":
-        act_rows = act + (batch * stride_ab + token * stride_at)[:, None]
+    if KIND != "none" and HAS_SUMS:
+        at_row = sums + channel * 2 * stride_s + n_in
+        if KIND == "layernorm":
+            c1 = tl.load(at_row)
+        c2 = tl.load(at_row + stride_s)
+    elif KIND != "none":
+        offset += channel * K
+        if KIND == "layernorm":
+            w_gamma += channel * K
+        act_rows = act + (channel // share) * stride_ac + (batch * stride_ab + token * stride_at)[:, None]
         for first_chunk in range(0, K_CHUNKS, UNROLL):
             for chunk in tl.static_range(UNROLL):
                 kk = (first_chunk + chunk) * BLOCK_K + k
@@ -176,6 +155,7 @@ def channel_grads(
                     c1 += tl.sum(part * w[None, :], 1)
         c1 = c1 / D
         c2 = c2 / D
+    if KIND != "none":
         scale = tl.load(rstd + batch * stride_rb + token * stride_rt).to(tl.float32)
 
     if K_CHUNKS == 1:
@@ -209,10 +189,10 @@ def channel_grads(
         tl.store(at, kept, mask=(n < N)[:, None] & in_d[None, :])
 
 
-@triton.jit(do_not_specialize=["C", "N", "T", "group", "stride_rb"])
+@triton.jit(do_not_specialize=["C", "N", "T", "group", "stride_rb", "stride_s"])
 def tile_grads(
     g, weight, x_hat, mean, rstd, gamma, sums, out,
-    C, N, T, D, group, share, stride_xb, stride_xt, stride_rb, stride_rt,
+    C, N, T, D, group, share, stride_xb, stride_xt, stride_rb, stride_rt, stride_s,
     KIND: tl.constexpr, RAW: tl.constexpr, HAS_GAMMA: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -239,10 +219,10 @@ def tile_grads(
             x *= scale[:, None]
         if HAS_GAMMA:
             factor = tl.load(gamma + d, mask=d < D, other=0.0).to(tl.float32)
-        at = sums + first.to(tl.int64) * 2 * N + n
+        at = sums + first.to(tl.int64) * 2 * stride_s + n
         if KIND == "layernorm":
             c1 = tl.load(at)
-        c2 = tl.load(at + N)
+        c2 = tl.load(at + stride_s)
     for c in range(first, last):
         g_tile = g.load([c, row, 0]).reshape(BLOCK_N, BLOCK_K)
         if TURNED:
@@ -260,10 +240,10 @@ def tile_grads(
                 grad -= c1[:, None]
             grad = tl.fma(-c2[:, None], x, grad) * scale[:, None]
             # The next channel's are on their way while this one is stored.
-            at = sums + tl.minimum(c + 1, last - 1).to(tl.int64) * 2 * N + n
+            at = sums + tl.minimum(c + 1, last - 1).to(tl.int64) * 2 * stride_s + n
             if KIND == "layernorm":
                 c1 = tl.load(at)
-            c2 = tl.load(at + N)
+            c2 = tl.load(at + stride_s)
         kept = rounded(grad, UPCAST and out.dtype == tl.bfloat16).to(out.dtype)
         out.store([c, row, column], kept.reshape(1, BLOCK_N, BLOCK_D))
 
@@ -297,12 +277,11 @@ def channel_sums(
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """Where the parts of a set of channels lie: base tensors, and a table of offsets if strides do not suffice.
+    """A set of channels and what they read.
 
-    g, act: views [C, B, T, K] of the first channel's layer. weight: [C, D, K]; without a table act and weight may have
-    fewer channels, each for as many that follow one another. norm: with `x_hat` and `rstd` views of
-    the same B, T as g. w_gamma, offset: contiguous, K for each channel. table: int64 [channels, COLUMNS], of which
-    `align` divides every offset into g, act, weight, x̂ and out. count: channels.
+    g, act: [C, B, T, K]; act None where sums are given. weight: [C, D, K]; act and weight may have fewer channels, each
+    for as many that follow one another. norm: its tensors of the same B, T as g. w_gamma, offset: contiguous, K for
+    each channel. sums: c1 and c2, [C, 2, B, T] as `checks.sums_fit` has it, None where they are to be made.
     """
 
     g: Tensor
@@ -311,10 +290,11 @@ class Channels:
     norm: Norm
     w_gamma: Tensor | None
     offset: Tensor | None
-    count: int
-    table: Tensor | None = None
-    align: int = 1
-    wanted: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.g)
 
 
 def choose_config(tokens: int, d_head: int, dtype: torch.dtype, on: common.Target, aligned: bool = True) -> Config:
@@ -338,21 +318,15 @@ def aligned(work: Channels, out: Tensor) -> bool:
     """
     used = [work.g, work.weight, out]
     if work.norm.kind != "none":
-        assert work.act is not None and work.norm.x_hat is not None
-        used += [work.act, work.norm.x_hat]
+        assert work.norm.x_hat is not None
+        used += [work.norm.x_hat] if work.act is None else [work.act, work.norm.x_hat]
     sizes = [work.g.shape[-1], work.weight.shape[1], *(n for x in used for n in x.stride() if n != 1)]
-    starts = [x.data_ptr() for x in used]
-    if work.table is not None:
-        starts.append(work.align * work.g.element_size())
-    return not any(n % 16 for n in (*sizes, *starts))
+    return not any(n % 16 for n in (*sizes, *(x.data_ptr() for x in used)))
 
 
 def project(work: Channels, out: Tensor, config: Config | None = None) -> None:
-    """Write every channel's gradients to `out` [C, B, T, D], whose tokens b·T + t lie equally far apart.
-
-    With a table, which says where channels begin, only the strides of tokens and d count there.
-    """
-    g, weight, norm = work.g, work.weight, work.norm
+    """Write every channel's gradients to `out` [C, B, T, D], whose tokens b·T + t lie equally far apart."""
+    g, weight, norm, sums = work.g, work.weight, work.norm, work.sums
     on = common.target(g.device)
     precision = common.check_precision("auto", g.dtype, on)
     _, batch, tokens, d_head = g.shape
@@ -365,19 +339,18 @@ def project(work: Channels, out: Tensor, config: Config | None = None) -> None:
     # A program walks along all of d unless that leaves processors idle.
     parts = min(common.cdiv(d_model, tile.block_d), max(1, 4 * on.processors // units))
     steps = common.cdiv(common.cdiv(d_model, tile.block_d), parts)
-    normed = norm.kind != "none"
-    stride_ac, stride_ab, stride_at, _ = (0, 0, 0, 0) if work.act is None or not normed else work.act.stride()
+    act = None if norm.kind == "none" or sums is not None else work.act
+    stride_ac, stride_ab, stride_at, _ = (0, 0, 0, 0) if act is None else act.stride()
     stride_xb, stride_xt, _ = (0, 0, 0) if norm.x_hat is None else norm.x_hat.stride()
     stride_rb, stride_rt = (0, 0) if norm.rstd is None else norm.rstd.stride()
     common.launch(
         channel_grads, units * common.cdiv(d_model, tile.block_d * steps),
-        g, work.act if normed else None, weight, norm.x_hat, norm.rstd, norm.gamma, work.w_gamma, work.offset,
-        out, work.table, work.wanted,
-        rows, tokens, d_model, d_head, steps, 1 if work.table is not None else work.count // len(weight),
-        g.stride(0), g.stride(1), g.stride(2), stride_ac, stride_ab, stride_at, *weight.stride(),
-        stride_xb, stride_xt, stride_rb, stride_rt, out.stride(0), token_stride(out),
-        PRECISION=precision, KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_TABLE=work.table is not None,
-        HAS_WANTED=work.wanted is not None, ALIGN=work.align,
+        g, act, weight, norm.x_hat, norm.rstd, norm.gamma, work.w_gamma, work.offset, sums, out,
+        rows, tokens, d_model, d_head, steps, work.count // len(weight),
+        *g.stride()[:3], stride_ac, stride_ab, stride_at, *weight.stride(),
+        stride_xb, stride_xt, stride_rb, stride_rt, 0 if sums is None else sums.stride(1), out.stride(0),
+        token_stride(out),
+        PRECISION=precision, KIND=norm.kind, HAS_GAMMA=norm.gamma is not None, HAS_SUMS=sums is not None,
         # The interpreter multiplies the bit patterns of bfloat16.
         UPCAST=common.interpreted() and g.dtype != torch.float32,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k, K_CHUNKS=chunks,
@@ -448,9 +421,9 @@ def fill_sums(
     )  # fmt: skip
 
 
-def walk(work: Channels, out: Tensor, tile: Walk, sums: Tensor | None = None) -> None:
-    """`project` by `tile_grads`, for what is `walkable`; sums: c1 and c2, made here where they are not given."""
-    g, weight, norm, act = work.g, work.weight, work.norm, work.act
+def walk(work: Channels, out: Tensor, tile: Walk) -> None:
+    """`project` by `tile_grads`, for what is `walkable`."""
+    g, weight, norm, act, sums = work.g, work.weight, work.norm, work.act, work.sums
     on = common.target(g.device)
     if not walkable(g, weight, out, on):
         raise ValueError(f"{tile} was asked for, but no tiles of it can be described here")
@@ -474,7 +447,7 @@ def walk(work: Channels, out: Tensor, tile: Walk, sums: Tensor | None = None) ->
         common.descriptor(as_tokens(out), [1, tile.block_n, tile.block_d]),
         work.count, rows, tokens, d_model, group, share,
         *((0, 0) if stream is None else stream.stride()[:2]),
-        *((0, 0) if norm.rstd is None else norm.rstd.stride()),
+        *((0, 0) if norm.rstd is None else norm.rstd.stride()), 0 if sums is None else sums.stride(1),
         KIND=norm.kind, RAW=norm.x is not None, HAS_GAMMA=norm.gamma is not None, TURNED=turned, UPCAST=upcast,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, device=g.device,
@@ -496,7 +469,7 @@ def ready(norm: Norm) -> Norm:
 
 def receiver_grads(
     g: Tensor,
-    act: Tensor,
+    act: Tensor | None,
     weight: Tensor,
     norm: Norm,
     w_gamma: Tensor | None,
@@ -518,17 +491,17 @@ def receiver_grads(
         return out.zero_()
     work = Channels(
         g=common.unit_inner_stride(g.detach()),
-        act=common.unit_inner_stride(act.detach()),
+        act=None if act is None else common.unit_inner_stride(act.detach()),
         weight=weight.detach(),
         norm=ready(norm),
         w_gamma=None if w_gamma is None else w_gamma.detach().contiguous(),
         offset=None if offset is None else offset.detach().contiguous(),
-        count=channels,
+        sums=sums,
     )
     if config is None and walks(work.g, work.weight, norm, sums, out, on):
         config = WALK
     if isinstance(config, Walk):
-        walk(work, out, config, sums)
+        walk(work, out, config)
     else:
         project(work, out, config)
     return out

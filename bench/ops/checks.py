@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import eapcore.kernels as kernels
@@ -31,7 +32,7 @@ def variant(kernel: str, meta: dict[str, Any], args: tuple[Any, ...]) -> str:
     if "KIND" not in meta or kernel == "channel_sums":
         return kernel
     dtype = str(getattr(args[0], "base", args[0]).dtype).removeprefix("torch.")
-    return f"{kernel} {dtype} {meta['KIND']}{' by table' if meta.get('HAS_TABLE') else ''}"
+    return f"{kernel} {dtype} {meta['KIND']}{', sums given' if meta.get('HAS_SUMS') else ''}"
 
 
 STEPS = {
@@ -40,10 +41,9 @@ STEPS = {
     "gated_grads", "turn_rows",
 }  # fmt: skip
 VARIANTS = {"partial_scores", "sum_splits", "zero_non_edges", *STEPS} | {
-    f"channel_grads {str(dtype).removeprefix('torch.')} {kind}{table}"
+    f"channel_grads {str(dtype).removeprefix('torch.')} {kind}"
     for dtype in DTYPES
-    for kind in checks.NORMS
-    for table in ("", " by table")
+    for kind in (*checks.NORMS, *(f"{kind}, sums given" for kind in checks.NORMS if kind != "none"))
 }
 # Where there are tensor descriptors.
 WALKED = {"channel_sums"} | {f"tile_grads {dtype} {kind}" for dtype in ("bfloat16", "float16") for kind in checks.NORMS}
@@ -128,13 +128,19 @@ def check_receiver_grads(fast: str, device: str, dtype: torch.dtype, kind: str, 
     judge(f"receiver_grads {fast} {dtype} {kind} K={d_head} D={d_model}", got, exact, STORED[dtype])
     if fast == "triton" and kind != "none":  # of the stream itself, with sums that are there already
         assert norm.x_hat is not None and norm.rstd is not None
-        wide, w, a, b = doubled([g, w_gamma[:, None, None], act, offset[:, None, None]])
-        sums = torch.stack([(wide * w).sum(-1), (wide * (a - b)).sum(-1)], 1).float() / d_model
+        sums = given_sums(layer)
         mean = torch.randn(2, 37, device=device) if kind == "layernorm" else None
         x = norm.x_hat.float() / norm.rstd[..., None] + (0 if mean is None else mean[..., None])
         raw = kernels.Norm(kind, None, norm.rstd, norm.gamma, x, mean)
         got = kernels.receiver_grads(g, act, weight, norm=raw, w_gamma=w_gamma, offset=offset, sums=sums, impl=fast)
         judge(f"receiver_grads {dtype} {kind} K={d_head} D={d_model}, sums given", got, exact, STORED[dtype])
+
+
+def given_sums(layer: work.Layer) -> Tensor:
+    """What `receiver_grads` takes as sums, [C, 2, B, T]."""
+    g, act, weight, _, w_gamma, offset = layer
+    wide, w, a, b = doubled([g, w_gamma[:, None, None], act, offset[:, None, None]])
+    return torch.stack([(wide * w).sum(-1), (wide * (a - b)).sum(-1)], 1).float() / weight.shape[1]
 
 
 def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> None:
@@ -152,6 +158,12 @@ def check_factored(fast: str, device: str, dtype: torch.dtype, reduce: str) -> N
             )
             what = f"edge_scores_factored {fast} {dtype} reduce={reduce} chunk={chunk} {precision}"
             judge(what, got, exact, 2 * STORED[dtype], mask)  # a rounding of both factors
+    if fast == "triton":
+        sums = [None if layer[3].kind == "none" else given_sums(layer) for layer in layers]
+        acts = zip(receivers.act, sums, strict=True)
+        known = replace(receivers, sums=sums, act=[act if given is None else None for act, given in acts])
+        got = kernels.edge_scores_factored(senders, known, mask=mask, reduce=reduce, chunk=4, impl=fast)
+        judge(f"edge_scores_factored {dtype} reduce={reduce}, sums given", got, exact, 2 * STORED[dtype], mask)
 
 
 def check_steps(device: str, dtype: torch.dtype) -> None:

@@ -196,10 +196,11 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
         sums = None
-        if ready:  # the sums are there, and the stream is read as it is
+        if ready:  # the sums are there, and where tiles are walked the stream is read as it is
             sums = empty(c, 2, b, t, dtype=single)
             mean = statistics[1] if kind == "layernorm" else None
-            norm = Norm(kind, None, *statistics[1:], statistics[0], mean)
+            if d_head <= grads.WIDEST:
+                norm = Norm(kind, None, *statistics[1:], statistics[0], mean)
         act, weight = g[: c // share], weight[: c // share]
         given = (g, act, weight, norm, constants, constants, None, sums)
         calls.append((case, "tensor", lambda: grads.receiver_grads(*given, config=config)))
@@ -213,6 +214,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         receivers("receiver_grads bf16, rmsnorm, sums given", half, "rmsnorm", 128, 5120, share=4, ready=True)
         receivers("receiver_grads bf16, layernorm, K = 120", half, "layernorm", 120, 2560)
         receivers("receiver_grads f16, no norm", torch.float16, "none", 80, 2560)
+    receivers("receiver_grads bf16, layernorm, K = 256, sums given", half, "layernorm", 256, 768, ready=True)
     receivers("receiver_grads bf16, rmsnorm, K = 128, shared weights", half, "rmsnorm", 128, 5120, share=4)
     receivers("receiver_grads f16, layernorm, K = 80", torch.float16, "layernorm", 80, 2560)
     # Beyond a tile's K a loop goes round more often, in the same code: 512 stands for 128 and 256 too.
@@ -296,13 +298,6 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     attention("attention bf16, K = 128, a past", half, 128, 512, 8, False, Causal(0.1))
     attention("attention f16, K = 80, read, window and cap", torch.float16, 80, 20, 8, True, Causal(0.1, 64, 50.0))
 
-    def add() -> None:
-        delta, gradients = empty(1249, 4, 64, 1600), empty(3649, 4, 64, 1600)
-        work = scores.layout(delta, gradients, "position", None)
-        out = empty(64, 1249, 3649, dtype=single)
-        scores.contract(work, empty(1249, 3649, dtype=torch.bool), out, accumulate=True)
-
-    calls.append(("edge_scores bf16, per position, added", "tensor", add))
     return calls
 
 

@@ -42,7 +42,6 @@ from eapcore.attribution.plan import ONE_GRADIENT, Plan, run_dry
 from eapcore.attribution.score_batch import score_batch
 from eapcore.execution.batch import Batch
 from eapcore.execution.limits import limits
-from eapcore.graph.graph import Graph
 from eapcore.models import attention as of_attention
 from eapcore.models import matmul, paired
 from eapcore.tasks.metrics import METRICS
@@ -64,9 +63,7 @@ MEASURED_FIRST = {
 }
 MEASURED = {
     "contraction": (0.78, 0.92),
-    "contraction of factors": (0.7, 0.5),
     "receivers": (0.65, 0.75),
-    "receivers of factors": (0.4, 0.5),
     "attention, fused": (0.4, 0.5),
     "products": (0.75, 0.75),
     "steps": (0.7, 1.0),
@@ -185,36 +182,43 @@ class Attention(TorchFunctionMode):
 
 
 def count_factored(
-    count: Count, graph: Graph, senders: kernels.FactoredSenders, receivers: kernels.FactoredReceivers
-) -> None:
-    """What contracting factors launches, chunk by chunk: both sides made, what is not made copied, and contracted."""
-    from eapcore.kernels import triton_common, triton_edge_scores, triton_factored
+    count: Count, senders: kernels.FactoredSenders, receivers: kernels.FactoredReceivers, chunk: int,
+    before: Sequence[int],
+) -> None:  # fmt: skip
+    """What contracting factors launches, block by block: the senders of each layer, and by groups of layers the
+    receivers' gradients and the contraction."""
+    from eapcore.kernels import triton_factored
 
     dz, (batch, tokens, width) = senders.dz, senders.embed.shape
     layers, heads, d_head, channels = len(dz), dz.shape[3], dz.shape[4], len(receivers.g[0])
-    made = [layer for layer, g in enumerate(receivers.g) if any(g.stride())]  # the others have no gradient here
     mlps = senders.mlp is not None
     sizes = kernels.Sizes(batch, tokens, width, channels=channels, d_head=d_head, layers=layers, heads=heads, mlps=mlps)
-    cuda, dtype = torch.device("cuda"), dz.dtype
-    chunk = triton_factored.fast_chunk(sizes, dtype, cuda)
-    pieces = triton_factored.blocks(batch, tokens, chunk, "all")
-    row = batch * tokens * width * dtype.itemsize  # bytes of one sender or receiver
-    weights = size_of(*senders.w_o, *(w for layer in made for w in receivers.weight[layer]))
-    rows = layers * heads + len(made) * channels
-    factors = size_of(dz, *(x for layer in made for x in (receivers.g[layer], receivers.act[layer])))
-    moved = rows * row + factors + len(pieces) * weights
-    count.add("receivers of factors", 2 * len(pieces), moved, 2 * rows * batch * tokens * width * d_head, dtype)
-    copied = 2 * (2 + layers * mlps + len(made) * mlps)
-    count.add("copies", 4 * len(pieces), copied * row)
-    pairs, positions = ((part.stop - part.start) for part in pieces[0])
-    partial = triton_edge_scores.partial_bytes(
-        sizes.all_senders, sizes.all_receivers, pairs, positions, width, dtype, triton_common.target(cuda), True, "all",
-        "auto", True,
-    )  # fmt: skip
-    edges = int(graph.edge_masks()[tokens == 1].sum())
-    read = (sizes.all_senders + len(made) * (channels + mlps) + 1) * row
-    moved = read + 2 * partial * len(pieces)
-    count.add("contraction of factors", 2 * len(pieces), moved, 2 * edges * batch * tokens * width, dtype)
+    dtype, item, groups = dz.dtype, dz.itemsize, triton_factored.grouped(sizes, before)
+    for pairs, positions in triton_factored.blocks(batch, tokens, chunk, "all"):
+        b, t = pairs.stop - pairs.start, positions.stop - positions.start
+        n = b * t
+        room, most = n * width * item, max(group.senders for group in groups)
+        copies = 1 + sum(mlps and layer * (heads + mlps) + 1 + heads < most for layer in range(layers))
+        count.add("copies", 1 + mlps, 2 * copies * room)
+        for layer, w in enumerate(senders.w_o):
+            if 1 + layer * (heads + mlps) < most:
+                moved = heads * room + n * heads * d_head * item + size_of(w)
+                count.add("products", 1, moved, 2 * n * heads * d_head * width, dtype)
+        for group in groups:
+            for layer in group.layers:
+                for w, share in triton_factored.shared(receivers.weight[layer]):
+                    own = len(w) * share
+                    moved = own * (room + n * (d_head * item + 8)) + size_of(w) + room
+                    if receivers.act[layer] is not None:
+                        moved += n * len(w) * d_head * item
+                    count.add("receivers", 1, moved, 2 * n * own * d_head * width, dtype)
+            rows = group.receivers.stop - group.receivers.start
+            count.add("copies", 2, 2 * (len(group.layers) * mlps + 1) * room)
+            with torch.device("meta"):
+                delta, grads = (torch.empty(size, b, t, width, dtype=dtype) for size in (group.senders, rows))
+                scores = torch.empty(group.senders, rows)
+            count_contraction(count, delta, grads, scores, group.before)
+            count.add("element-wise, sums, gathers", 1, 3 * size_of(scores))
 
 
 def count_contraction(count: Count, delta: Tensor, grads: Tensor, scores: Tensor, before: Sequence[int] | None) -> None:
@@ -239,10 +243,11 @@ def count_contraction(count: Count, delta: Tensor, grads: Tensor, scores: Tensor
     count.add("contraction", 1, size_of(scores), beside=partial)
 
 
-def count_op(count: Count, graph: Graph, op: str, *tensors: Any) -> None:
+def count_op(count: Count, op: str, *tensors: Any) -> None:
     """What one of the package's ops launches, from the tensors that it reads and writes."""
     if op == "edge_scores_factored":
-        count_factored(count, graph, *tensors[:2])
+        senders, receivers, _, chunk, before = tensors
+        count_factored(count, senders, receivers, chunk, before)
         return
     if not all(x.numel() for x in tensors[:3]):
         return
@@ -294,7 +299,7 @@ def count_batch(
             from eapcore.kernels import triton_common
 
             how.enter_context(mock.patch.object(triton_common, "interpreted", lambda: False))  # chunks of a GPU
-        run_dry(plan, model, work.B, work.T, storage, 1, operations, ran=partial(count_op, count, model.graph))
+        run_dry(plan, model, work.B, work.T, storage, 1, operations, ran=partial(count_op, count))
     return count
 
 

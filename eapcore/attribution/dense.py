@@ -16,8 +16,9 @@ from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Products, Sums, over_steps, rows_at
 from eapcore.execution.batch import Batch
-from eapcore.execution.limits import RECEIVER_TILE, limits
+from eapcore.execution.limits import limits
 from eapcore.graph.graph import Graph
+from eapcore.kernels.tiling import layers_together
 from eapcore.models.attention import Attention, Channels
 from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
@@ -433,15 +434,7 @@ def _layers_at_once(store: DenseStore, runs: int) -> int:
     (rows, tokens), width = store.shape, store.model.config.d_model
     one = each * runs * rows * tokens * width * store.model.dtype.itemsize
     at_once = min(max(1, most.receivers // each), most.workspace // one, store.model.graph.n_layers)
-    if not (most.receivers and at_once):
-        return 0
-
-    def filled(layers: int) -> tuple[float, int]:
-        """How much of the contraction's tiles is receivers; the more layers of equals, which read the buffer less."""
-        tiles = -(-layers * each // RECEIVER_TILE)
-        return layers * each / tiles, layers
-
-    return max(range(1, at_once + 1), key=filled)
+    return layers_together(each, at_once) if most.receivers and at_once else 0
 
 
 def pairs_at_once(pairs: int, size: int, device: torch.device) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from eapcore.attribution.exact_patterns import add_exact
 from eapcore.attribution.methods import Pass
 from eapcore.attribution.sums import Products, Sums, rows_at
 from eapcore.execution.batch import Batch
+from eapcore.graph.graph import Graph
 from eapcore.models.attention import Channels
 from eapcore.models.backward import Sink, backward
+from eapcore.models.config import ModelConfig
 from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
@@ -119,6 +123,11 @@ class FactoredStore:
         del like
         backward(self.model, saved, grad * step.weight, factors, rules=step.rules, past=past, read=self.read)
         w_o = [attention.w_send for attention in self.model.attentions]
+        chunk = self.chunk
+        if chunk is None:  # as many rows where fewer positions are read
+            assert isinstance(self.dz, Tensor)
+            sizes = factored_sizes(self.model.config, *self.dz.shape[1:3])
+            chunk = kernels.fast_chunk(sizes, dtype=self.dz.dtype, device=self.dz.device, impl=sums.impl)
         for at_read, mask in zip((False, True), self.model.edge_masks, strict=True):
             mask = mask & ~factors.exact if step.exact_softmax else mask
             embed, mlp, dz = self.embed, self.mlp, self.dz
@@ -127,12 +136,55 @@ class FactoredStore:
                 embed = at_positions(embed, self.read)
                 dz, mlp = rows_at(dz, self.read), None if mlp is None else rows_at(mlp, self.read)
             senders, receivers = kernels.FactoredSenders(embed, dz, w_o, mlp), factors.receivers(at_read)
+            before = senders_before(self.model.graph, at_read)
             for name, reduce in sums.targets(at_read):
                 block = kernels.edge_scores_factored(
-                    senders, receivers, mask=mask, reduce=reduce, chunk=self.chunk, impl=sums.impl
+                    senders, receivers, mask=mask, reduce=reduce, chunk=chunk, before=before, impl=sums.impl
                 )
                 sums.add(name, block, (), 1.0, at_read)
             del receivers
+
+
+def factored_sizes(config: ModelConfig, batch: int, tokens: int) -> kernels.Sizes:
+    """The shapes of a model's factors."""
+    return kernels.Sizes(
+        batch,
+        tokens,
+        config.d_model,
+        channels=config.graph.channels_per_layer,
+        d_head=config.d_head,
+        layers=config.n_layers,
+        heads=config.n_heads,
+        mlps=not config.attn_only,
+    )
+
+
+@lru_cache(maxsize=256)
+def senders_before(graph: Graph, at_read: bool) -> tuple[int, ...]:
+    """How many senders come before each receiver whose gradient is at the positions read alone, or of all others; 0
+    before the rest."""
+    read = set(graph.read_receivers)
+    return tuple(graph.senders_before(r) if (r in read) == at_read else 0 for r in range(graph.n_receivers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a layer's receivers are made of, as `kernels.FactoredReceivers` has it."""
+
+    g: Tensor
+    act: Tensor | None
+    sums: Tensor | None
+    norm: kernels.Norm
+    weight: list[Tensor]
+
+    def between(self, before: int, behind: int, weight: list[Tensor]) -> _Layer:
+        """The same among so many channels without a gradient; weight: of all of them."""
+
+        def among(x: Tensor) -> Tensor:
+            return functional.pad(x, (0, 0, 0, 0, 0, 0, before, behind))
+
+        act, sums = (None if x is None else among(x) for x in (self.act, self.sums))
+        return _Layer(among(self.g), act, sums, self.norm, weight)
 
 
 class _Factors(Sink):
@@ -156,7 +208,7 @@ class _Factors(Sink):
             for at_read, tokens in self.tokens.items()
         }
         self.logits = kv.new_zeros(0)
-        self.layers: dict[bool, dict[int, tuple[Tensor, Tensor, kernels.Norm, list[Tensor]]]] = {False: {}, True: {}}
+        self.layers: dict[bool, dict[int, _Layer]] = {False: {}, True: {}}
 
     def receiver(self, name: str, receiver: int, grad: Tensor, at_read: bool) -> None:
         mlp = self.mlp[at_read]
@@ -169,31 +221,33 @@ class _Factors(Sink):
         if self.step.exact_softmax and part.channels.stop == part.attention.channels[2].stop:  # the last piece
             add_exact(self.store, self.sums, part, 1.0)  # its gradient has the pass's weight
         g, norm, groups = part.factors(part.attention.groups(part.channels))
-        act, count = part.each_act, part.attention.channels[2].stop
-        missing = [slice(0, part.channels.start), slice(part.channels.stop, count)]  # without a gradient here
-        if any(channels.start < channels.stop for channels in missing):
-            g, act = (functional.pad(x, (0, 0, part.channels.start, count - part.channels.stop)) for x in (g, act))
-            before, behind = (part.attention.groups(channels) for channels in missing)
-            groups = [*before, *groups, *behind]
-        self.layers[part.at_read][part.index] = (g, act, norm, groups)
+        layer = _Layer(g.permute(2, 0, 1, 3), None, part.needed_sums(), norm, groups)  # [C', B, T, K]
+        if layer.sums is None:
+            layer = replace(layer, act=part.each_act.permute(2, 0, 1, 3))
+        before, behind = part.channels.start, part.attention.channels[2].stop - part.channels.stop
+        if before or behind:  # channels that have no gradient here
+            first = part.attention.groups(slice(0, before))
+            last = part.attention.groups(slice(part.channels.stop, part.channels.stop + behind))
+            layer = layer.between(before, behind, [*first, *groups, *last])
+        self.layers[part.at_read][part.index] = layer
         return None
 
     def receivers(self, at_read: bool) -> kernels.FactoredReceivers:
         """Those at all positions, or at those read alone, all others and layers without a gradient as zeros; once."""
         config, attentions, layers = self.model.config, self.model.attentions, self.layers[at_read]
         shape = (len(self.like), self.tokens[at_read])
-        nothing = self.like.new_zeros(1).expand(*shape, self.model.graph.channels_per_layer, config.d_head)
+        nothing = self.like.new_zeros(1).expand(self.model.graph.channels_per_layer, *shape, config.d_head)
         for index, attention in enumerate(attentions):
-            layers.setdefault(
-                index, (nothing, nothing, kernels.Norm("none"), attention.groups(slice(0, attention.channels[2].stop)))
-            )
+            groups = attention.groups(slice(0, attention.channels[2].stop))
+            layers.setdefault(index, _Layer(nothing, nothing, None, kernels.Norm("none"), groups))
         ordered = [layers.pop(index) for index in range(config.n_layers)]
         constants = self.model.closed_forms
         return kernels.FactoredReceivers(
-            g=[g.permute(2, 0, 1, 3) for g, _, _, _ in ordered],
-            act=[act.permute(2, 0, 1, 3) for _, act, _, _ in ordered],
-            weight=[groups for _, _, _, groups in ordered],
-            norms=[norm for _, _, norm, _ in ordered],
+            g=[layer.g for layer in ordered],
+            act=[layer.act for layer in ordered],
+            sums=[layer.sums for layer in ordered],
+            weight=[layer.weight for layer in ordered],
+            norms=[layer.norm for layer in ordered],
             w_gamma=torch.stack([w for w, _ in constants]),
             offset=torch.stack([o for _, o in constants]),
             logits=self.logits if at_read else self.like.new_zeros(config.d_model).expand(*shape, config.d_model),

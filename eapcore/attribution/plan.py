@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import eapcore.kernels as kernels
 from eapcore.attribution.dense import DenseStore
-from eapcore.attribution.factored import FactoredStore
+from eapcore.attribution.factored import FactoredStore, factored_sizes, senders_before
 from eapcore.attribution.methods import Passes
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.statistics import ARRAYS
@@ -263,7 +263,7 @@ class Plan:
         that a smaller batch saves more for the time that it costs.
         """
         where: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "impl": self.impl}
-        rows = min(kernels.fast_chunk(self._factored_sizes(batch, tokens), **where), max(1, batch * tokens))
+        rows = min(kernels.fast_chunk(factored_sizes(self.config, batch, tokens), **where), max(1, batch * tokens))
         if self._surely_fits(batch, tokens, budget):
             return rows
         before = self._dry_run(batch, tokens, "factored")[1] + self._throughout(tokens)
@@ -314,33 +314,21 @@ class Plan:
     def _reduce(self) -> str:
         return "pair" if self.passes.absolute else self.passes.reduce
 
-    def _factored_sizes(self, batch: int, tokens: int) -> kernels.Sizes:
-        c = self.config
-        return kernels.Sizes(
-            batch,
-            tokens,
-            c.d_model,
-            channels=c.graph.channels_per_layer,
-            d_head=c.d_head,
-            layers=c.n_layers,
-            heads=c.n_heads,
-            mlps=not c.attn_only,
-        )
-
     def _chunk_bytes(self, batch: int, tokens: int, chunk: int | None) -> int:
         """What contracting in chunks takes besides the factors: its workspace and the scores."""
         how: dict[str, Any] = {
             "dtype": self.dtype,
             "device": self.device,
-            "chunk": chunk,
             "impl": self.impl,
         }
         # Nearly all edges are contracted at all positions, the rest at one.
-        sizes = (self._factored_sizes(batch, positions) for positions in (tokens, 1))
+        sizes = [factored_sizes(self.config, batch, positions) for positions in (tokens, 1)]
+        how["chunk"] = chunk or kernels.fast_chunk(sizes[0], **how)
         masks = _edge_masks(self.config.graph)
+        befores = [senders_before(self.config.graph, at_read) for at_read in (False, True)]
         workspaces = [
-            kernels.workspace_bytes("edge_scores_factored", size, mask=mask, reduce=reduce, **how)
-            for size, mask in zip(sizes, masks, strict=True)
+            kernels.workspace_bytes("edge_scores_factored", size, mask=mask, before=before, reduce=reduce, **how)
+            for size, mask, before in zip(sizes, masks, befores, strict=True)
             for reduce in {self._reduce, "pair" if self.passes.statistics else self._reduce}
         ]
         return max(workspaces) + self._scores(batch, tokens) * max(self.dtype.itemsize, 4)

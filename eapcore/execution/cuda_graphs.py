@@ -11,7 +11,6 @@ import torch
 import eapcore.execution.limits as limits
 from eapcore.execution.batch import Batch
 from eapcore.execution.prefetch import Tensors, tensors, with_tensors
-from eapcore.kernels.constants import Constants, held_in
 
 _log = logging.getLogger("eapcore")
 Work = Callable[[Tensors], Tensors]
@@ -34,25 +33,23 @@ class CudaRecorder:
         self.device, self.pool, self.side = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(self, work: Work, given: Tensors) -> Work:
-        held, constants = [x.clone() for x in given], Constants()
+        held = [x.clone() for x in given]  # where the graph reads
         with torch.cuda.device(self.device):
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             try:
                 # Libraries make their workspaces for a stream at its first use.
-                with torch.cuda.stream(self.side), held_in(constants, records=False):
+                with torch.cuda.stream(self.side):
                     work(held)
                 main.wait_stream(self.side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.side), held_in(constants, records=True):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
                     results = work(held)
             finally:
                 torch.cuda.set_stream(main)  # `torch.cuda.graph` stays on the other where ending the capture fails
-        constants.fill()
-        kept = [*held, *constants.rooms]  # where the graph reads
 
         def replay(given: Tensors) -> Tensors:
-            for to, x in zip(kept[: len(held)], given, strict=True):
+            for to, x in zip(held, given, strict=True):
                 to.copy_(x, non_blocking=True)
             graph.replay()
             return results

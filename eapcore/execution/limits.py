@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from eapcore.kernels.tiling import RECEIVER_TILE
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -50,7 +52,6 @@ class Limits:
 # one_more_batch: on a CPU measured by bench/bench_pipeline.py; of a GPU not measured. receivers: three tiles of the
 # contraction on a GPU, by the count of bench_pipeline.py --plan: more would hold more and hardly save any reading.
 # workspace: of a GPU three layers of GPT-2 small at 20,480 tokens.
-RECEIVER_TILE = 256  # receivers of a tile of the contraction on a GPU
 TABLE = {
     "cpu": Limits(512, 32, 1024, 20 << 20, 0, 1 << 20, 4096, 1 << 31, False),
     "cuda": Limits(8192, 4096, 8192, 1 << 32, 3 * RECEIVER_TILE, 1 << 26, 131072, 1 << 36, True),

@@ -722,18 +722,10 @@ class Channels:
     def grads(self, impl: str, out: Annotated[Tensor, "C' B T D"] | None = None) -> Annotated[Tensor, "C' B T D"]:
         """∂metric/∂v of each of them, in `out` where it is given, see `kernels.receiver_grads`."""
         attention, channels = self.attention, self.channels
-        shared = attention.group > 1 and not attention.grouped and takes_triton("auto", self.g)
+        shared = self._shared
         act = self.act if shared else self.each_act
         groups = attention.shared_groups(channels) if shared else attention.groups(channels)
-        sums = self.sums
-        if attention.norm.kind == "none" or self.rules.norm == "frozen":
-            sums = None
-        elif sums is None:
-            alone = max(0, attention.n_heads - channels.start) if shared else self.g.shape[2]
-            w_gamma, offset = (constant[channels] for constant in self.constants)
-            centred = attention.norm.kind == "layernorm"
-            width = self.norm_in.x.shape[-1]
-            sums = receiver_sums(self.g, act, w_gamma if centred else None, offset, width, alone, attention.group)
+        sums = self.needed_sums()
         # The kernel that takes the sums makes x̂ of a tile by itself.
         g, norm, groups = self.factors(groups, standardised=sums is None)
         shape = (g.shape[2], *g.shape[:2], self.norm_in.x.shape[-1])
@@ -752,6 +744,24 @@ class Channels:
             )
             start, place = part.stop, read.stop
         return grads
+
+    def needed_sums(self) -> Annotated[Tensor, "C' 2 B T"] | None:
+        """`sums`, made here where they are not there; None where no kernel reads them."""
+        attention, channels = self.attention, self.channels
+        if attention.norm.kind == "none" or self.rules.norm == "frozen":
+            return None
+        if self.sums is not None:
+            return self.sums
+        alone = max(0, attention.n_heads - channels.start) if self._shared else self.g.shape[2]
+        w_gamma, offset = (constant[channels] for constant in self.constants)
+        centred, width = attention.norm.kind == "layernorm", self.norm_in.x.shape[-1]
+        act = self.act if self._shared else self.each_act
+        return receiver_sums(self.g, act, w_gamma if centred else None, offset, width, alone, attention.group)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether a group's query heads share what they read of their keys and values."""
+        return self.attention.group > 1 and not self.attention.grouped and takes_triton("auto", self.g)
 
     @property
     def each_act(self) -> Annotated[Tensor, "B T C' K"]:

@@ -8,6 +8,7 @@ from functools import cache
 import eapcore.kernels as kernels
 import pytest
 import torch
+from eapcore.kernels.tiling import RECEIVER_TILE
 from memory import clear_peak, in_forks, needs_peak, peak_bytes, resident
 from models import random_case, random_model, random_pairs
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,6 @@ from eapcore.attribution.attribute import attribute
 from eapcore.attribution.dense import pairs_at_once
 from eapcore.attribution.methods import Options, Pass, Passes, recipe
 from eapcore.attribution.plan import ONE_GRADIENT, Plan
-from eapcore.execution.limits import RECEIVER_TILE
 from eapcore.models.config import ModelConfig
 from eapcore.tasks import PromptPairs
 from eapcore.tasks.metrics import METRICS
@@ -423,3 +423,12 @@ def test_on_a_gpu_factors_take_less_memory_than_the_explicit_buffer(sizes, monke
     held = (config.graph.n_senders + receivers) * rows * width * 2
     kept = sizes[0] * rows * (3 * sizes[1] * sizes[3] + sizes[4] + 8 * width) * 2
     assert plan.dense(32, 20) <= held + 1.5 * kept + (1 << 29)
+
+
+def test_a_13b_in_factors_takes_two_and_a_half_times_a_forward_and_backward_at_most(monkeypatch):
+    common = pytest.importorskip("eapcore.kernels.triton_common")
+    monkeypatch.setattr(common, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "_resolve", lambda *given: "triton")
+    config = ModelConfig(40, 40, 5120, 128, 20480, 3, 1024, "gelu_new", 128**0.5)
+    assert Plan(config, torch.bfloat16, torch.device("cuda")).factored(8, 20) <= 2.5 * (649 << 20)  # of one H200

@@ -8,7 +8,6 @@ import logging
 
 import pytest
 import torch
-from eapcore.kernels.constants import to_device
 from models import joined, random_case, random_model, random_pairs
 from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -433,28 +432,6 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
     (results,) = replay([torch.tensor([5.0, 6.0])])
     assert events["events"][len(expected) :] == ["replay"]
     assert used[1].tolist() == [5.0, 6.0] and results.tolist() == [2.0, 4.0]  # what the graph would overwrite
-
-
-def test_numbers_of_the_host_lie_in_memory_that_no_recording_uses_again(events):
-    """What a recording allocates may lie where it, or another of its pool, has put something else before."""
-    found, calls = [], []
-
-    def work(held):
-        calls.append(events["streams"][-1])
-        found.append(to_device(torch.tensor([3, len(calls)]), CPU))
-        return [held[0] + found[-1]]
-
-    replay = cuda_graphs.CudaRecorder(CPU).capture(work, [torch.ones(2)])
-    assert calls == ["side", "captured"] and found[1] is found[0]  # made while the work warmed up
-    assert found[1].tolist() == [3, 2]  # the numbers of what is recorded
-    again = to_device(torch.tensor([5, 6]), CPU)
-    assert again is not found[1] and replay([torch.ones(2)])[0].tolist() == [4, 2]
-
-    sizes = iter((2, 3))
-    refused(
-        "must ask for the numbers for which it did", cuda_graphs.CudaRecorder(CPU).capture,
-        lambda held: [to_device(torch.arange(next(sizes)), CPU)], [torch.ones(2)], error=RuntimeError,
-    )  # fmt: skip
 
 
 def test_recordings_share_a_stream_and_with_it_their_memory(events):

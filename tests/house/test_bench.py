@@ -163,7 +163,9 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     monkeypatch.setattr(op_checks, "VARIANTS", op_checks.VARIANTS - op_checks.STEPS)
     for check in ("edge_scores", "receiver_grads", "factored", *DTYPELESS):
         monkeypatch.setattr(op_checks, f"check_{check}", lambda *args: None)
-    message = r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm by table, .*"
+    message = (
+        r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm, sums given, .*"
+    )
     with pytest.raises(RuntimeError, match=message + "partial_scores, sum_splits, .*zero_non_edges did not"):
         op_checks.check_every_kernel("cuda", "cpu")
     with pytest.raises(RuntimeError, match=message) as some:
@@ -183,7 +185,7 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
         monkeypatch.setattr(op_checks, "FACTORED", op_work.Model("K = 64", 3, 1, 64))
         monkeypatch.setattr(op_checks.checks, "REDUCE", ("all",))
         monkeypatch.setattr(triton_factored, "choose_chunk", lambda *args: 10)  # all of them, beside the chunks of 4
-        monkeypatch.setattr(op_checks, "CHANNELS", (*op_checks.CHANNELS[:3], *op_checks.CHANNELS[5:]))
+        monkeypatch.setattr(op_checks, "CHANNELS", (*op_checks.CHANNELS[:3], *op_checks.CHANNELS[4:]))
         # What is not told apart by dtype, in one.
         for name, chosen in (("edge_scores", (torch.bfloat16, 37)), *((x, (torch.bfloat16,)) for x in DTYPELESS)):
             check = getattr(op_checks, f"check_{name}")
@@ -267,7 +269,7 @@ def test_a_batch_asks_no_more_of_a_gpu_than_it_did():
     assert counted.kernels <= 296
     assert counted.bytes <= 22e9
     factored = launches.count_batch(launches.works()["GPT-2 small, B=256"], storage="factored").total
-    assert factored.kernels <= 596 and factored.bytes <= 27e9
+    assert factored.kernels <= 745 and factored.bytes <= 25e9 and factored.device < 1.15 * counted.device
     llama = launches.works()["Llama-3.1-8B, B=32"]
     short, long = (launches.count_batch(replace(llama, L=layers)).total.kernels for layers in (2, 8))
     assert (long - short) / 6 <= 31  # a layer's own; what a batch asks for once comes to 3 of each of its 32

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import eapcore.kernels as kernels
 from accuracy import STORED, error_of
-from eapcore.kernels import Norm, constants, reference
+from eapcore.kernels import Norm, Sizes, reference
 from eapcore.kernels import triton_common as common
 from eapcore.kernels import triton_edge_scores as scores
 from eapcore.kernels import triton_factored as factored
@@ -291,20 +291,6 @@ def test_scores_past_two_to_the_31_elements(reduce, masked, only_the_last):
     torch.testing.assert_close(got[-1], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scores_are_added_past_two_to_the_31_elements(only_the_last, launches):
-    shape = (256, 1, 33_000, 16)
-    delta, gradients = torch.randn(256, 1, 1, 16), torch.randn(256, 1, 1, 16)
-    expected = scores.edge_scores(delta, gradients, None, "all", None, config=SMALL)
-    only_the_last(16)
-    work = scores.layout(delta.expand(shape), gradients.expand(shape), "position", None)
-    out = delta.new_empty(33_000, 256, 256)  # as are the partial sums
-    out[-1] = 7.0
-    launches.clear()
-    scores.contract(work, None, out, accumulate=True, config=SMALL)
-    assert [kernel for kernel, _ in launches] == ["partial_scores", "sum_splits"]
-    torch.testing.assert_close(out[-1], expected + 7.0, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(("channels", "tokens"), [(1, 2**22 + 64), (3, 2**21)])
 def test_receiver_grads_written_past_two_to_the_31_elements(channels, tokens, only_the_last, address_space):
     g, weight = torch.randn(channels, 1, 1, 8).half(), torch.randn(channels, 512, 8).half()
@@ -315,23 +301,6 @@ def test_receiver_grads_written_past_two_to_the_31_elements(channels, tokens, on
     assert out.numel() > 2**31
     got = grads.receiver_grads(g, g, weight, Norm("none"), None, None, out)
     assert torch.equal(got[-1, 0, -64:], expected[-1, 0].expand(64, -1)) and expected[-1].abs().max() > 1
-
-
-def test_factored_senders_written_past_two_to_the_31_elements(address_space):
-    # Rows of the senders' workspace 2^30 elements apart, as where a chunk has a million token rows.
-    layers, heads = 2, 2
-    dz, w_o = torch.randn(layers, heads, 1, 3, 16).half(), torch.randn(layers, heads, 16, 40).half()
-    groups = [[w.transpose(1, 2)] for w in w_o]
-    (part,) = factored._parts(groups, [factored.NO_NORM] * layers, dz, None, heads, 1, 2**30)
-    out = address_space(4 * 2**30 + 3 * 40)
-    work = grads.Channels(
-        g=dz[0], act=None, weight=part.weight, norm=factored.NO_NORM, w_gamma=None, offset=None, count=layers * heads,
-        table=part.table, align=part.align,
-    )  # fmt: skip
-    made = out.as_strided((layers * heads, 3, 40), (2**30, 40, 1), 2**30)
-    grads.project(work, out.as_strided((1 + layers * heads, 1, 3, 40), (2**30, 120, 40, 1)))
-    expected = (dz.float()[:, :, 0] @ w_o.float()).flatten(0, 1)  # [L·H, T, D]
-    torch.testing.assert_close(made.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_plans_follow_from_shape_and_device():
@@ -366,7 +335,7 @@ def test_chains_of_half_precision_are_short_as_far_as_the_workspace_suffices():
                     for dtype in (torch.bfloat16, torch.float32)
                 )
                 tile = 4 * half.units * half.config.block_s * half.config.block_r
-                full = half.partial_bytes() + tile > scores.WORKSPACE_BYTES
+                full = half.partial_bytes + tile > scores.WORKSPACE_BYTES
                 assert half.chain <= scores.CHAIN or (full and receivers == 3649)
                 assert half.splits * half.chain >= inner and single.splits * single.chain >= inner
 
@@ -397,8 +366,8 @@ def test_partial_sums_stay_within_their_workspace():
         chosen = scores.plan(
             4096, 8192, groups, 1, 10**6, dtype=torch.bfloat16, precision="ieee", masked=True, aligned=True, on=HOPPER
         )
-        assert chosen.partial_bytes() <= scores.WORKSPACE_BYTES
-        assert (chosen.splits == 1) == (chosen.partial_bytes() == 0)
+        assert chosen.partial_bytes <= scores.WORKSPACE_BYTES
+        assert (chosen.splits == 1) == (chosen.partial_bytes == 0)
 
 
 # receiver_grads
@@ -489,15 +458,14 @@ def test_receiver_grads_in_float32_of_large_heads(d_head, d_model, kind, launche
 
 
 def test_only_rows_at_16_bytes_are_aligned():
-    def aligned(channels, d_model, d_head, start=0, align=None):
+    def aligned(channels, d_model, d_head, start=0):
         g, out = torch.randn(channels, 1, 3, d_head), torch.empty(channels, 3, d_model)
         weight = torch.randn(channels * d_model * d_head + start)[start:].view(channels, d_model, d_head)
-        table = None if align is None else torch.zeros(channels, 9, dtype=torch.int64)
-        work = grads.Channels(g, None, weight, Norm("none"), None, None, channels, table, align or 1)
+        work = grads.Channels(g, None, weight, Norm("none"), None, None)
         return grads.aligned(work, out)
 
-    assert aligned(2, 32, 16) and aligned(2, 32, 16, start=4) and aligned(2, 32, 16, align=4)
-    assert not aligned(2, 32, 16, start=1) and not aligned(2, 32, 16, align=2)
+    assert aligned(2, 32, 16) and aligned(2, 32, 16, start=4)
+    assert not aligned(2, 32, 16, start=1)
     assert not aligned(2, 33, 16) and not aligned(2, 32, 20)
 
 
@@ -624,36 +592,82 @@ def test_factored_without_mlps_with_shared_key_heads_and_unlike_layers(launches)
     )
     check_factored(senders, gradients, torch.rand(size) < 0.5, chunk=10)
     kinds = [meta["KIND"] for kernel, meta in launches if kernel == "channel_grads"]
-    assert sorted(kinds) == ["layernorm", "none", "none", "rmsnorm"]  # the senders, and a launch for each kind
+    assert kinds == ["layernorm"] * 3 + ["none"] * 3 + ["rmsnorm"] * 3  # of each layer's q, k and v
 
 
-def test_factored_makes_all_layers_in_one_launch(launches):
-    senders, gradients, size = model_case(torch.float32, kinds=("layernorm",) * 4)
-    check_factored(senders, gradients, torch.ones(size).bool(), "all", 5)
-    made = [meta["KIND"] for kernel, meta in launches if kernel == "channel_grads"]
-    assert made == ["none", "layernorm"] * 2  # the senders and the receivers of two chunks
+def test_factored_contracts_the_receivers_of_as_many_layers_as_fill_the_tiles(monkeypatch, launches):
+    senders, gradients, size = model_case(torch.bfloat16, kinds=("layernorm",) * 4)
+    mask = torch.rand(size) < 0.5
+    sizes = Sizes(2, 5, 40, channels=9, d_head=16, layers=4, heads=3)
+    assert [group.layers for group in factored.grouped(sizes, None)] == [range(4)]
+    monkeypatch.setattr(factored, "TOGETHER", 25)
+    assert [group.layers for group in factored.grouped(sizes, None)] == [range(2), range(2, 4)]
+    assert [group.receivers for group in factored.grouped(sizes, None)] == [slice(0, 20), slice(20, 41)]
+    check_factored(senders, gradients, mask, "pair", 5)
+    kernels_run = [kernel for kernel, _ in launches if kernel in ("tile_grads", "partial_scores")]
+    # Two chunks, of two groups of two layers, whose q, k and v have a weight each.
+    assert kernels_run == [*["tile_grads"] * 6, "partial_scores"] * 4
 
 
-def test_factored_makes_nothing_of_what_has_no_edge(monkeypatch):
-    senders, gradients, size = model_case(torch.float32, kinds=("layernorm",) * 2)
-    heads, channels = senders.dz.shape[3], gradients.w_gamma.shape[1]
-    without = (
-        [1, 1 + heads + 1],
-        [0, channels + 1 + 1],
-    )  # a head and a channel of each layer, which has an MLP behind them
-    mask = torch.ones(size).bool()
-    mask[without[0]], mask[:, without[1]] = False, False
-    made, project = [], grads.project
+def test_factored_makes_no_layer_that_has_no_senders_before_it(launches):
+    senders, gradients, size = model_case(torch.bfloat16, kinds=("layernorm",) * 3)
+    height, before = size[1] // 3, [0] * size[1]
+    before[height : 2 * height] = [5] * height  # the second layer's receivers from the first layer and the embedding
+    mask = torch.zeros(size).bool()
+    mask[:5, height : 2 * height] = True
+    for reduce in ("all", "position"):
+        launches.clear()
+        got = factored.edge_scores_factored(senders, gradients, mask, reduce, 100, config=SMALL, before=before)
+        assert_factored_good("triton", got, senders, gradients, mask, reduce)
+        assert sum(kernel == "tile_grads" for kernel, _ in launches) == 3  # of its q, k and v
+    # Of the logits alone, and of nothing.
+    before = [0] * (size[1] - 1) + [size[0]]
+    mask = torch.zeros(size).bool()
+    mask[:, -1] = True
+    got = factored.edge_scores_factored(senders, gradients, mask, "pair", 3, config=SMALL, before=before)
+    assert_factored_good("triton", got, senders, gradients, mask, "pair")
+    assert not factored.edge_scores_factored(senders, gradients, None, "all", None, before=[0] * size[1]).any()
+    refused(
+        "before must be numbers from 0 to S = 13", kernels.edge_scores_factored, senders, gradients, before=[14] * 31
+    )
 
-    def watch(work, out, config=None):
-        project(work, out, config)
-        made.append(out)
 
-    monkeypatch.setattr(grads, "project", watch)
-    check_factored(senders, gradients, mask, chunk=10)
-    for out, rows in zip(made, without, strict=True):
-        empty = out.flatten(1).abs().amax(1) == 0
-        assert empty.nonzero().flatten().tolist() == rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factored_reads_sums_that_are_known_instead_of_activations(dtype, monkeypatch):
+    senders, gradients, size = model_case(dtype, kinds=("layernorm", "rmsnorm", "layernorm"))
+    mask, sums = torch.rand(size) < 0.5, []
+    for g, act, norm, w_gamma, offset in zip(
+        gradients.g, gradients.act, gradients.norms, gradients.w_gamma, gradients.offset, strict=True
+    ):
+        made = torch.full((len(g), 2, *g.shape[1:3]), torch.nan)
+        grads.fill_sums(g, act, w_gamma if norm.kind == "layernorm" else None, offset, made, 40, len(g), 1)
+        sums.append(made)
+    without = replace(gradients, act=[None, None, gradients.act[2]], sums=[*sums[:2], None])
+    for chunk, reduce in ((None, "all"), (3, "pair"), (2, "position")):
+        found = factored.edge_scores_factored(senders, without, mask, reduce, chunk, config=SMALL)
+        assert_factored_good("triton", found, senders, gradients, mask, reduce)
+    for impl in ("reference", "cpp"):
+        monkeypatch.setattr(kernels, "_resolve", lambda *args, impl=impl: impl)
+        refused(f"receivers.act must be given for impl='{impl}'", kernels.edge_scores_factored, senders, without)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factored_takes_what_heads_share_once(dtype, launches):
+    senders, gradients, size = model_case(dtype, mlp=False, kinds=("rmsnorm",) * 2, heads=6)
+    shared = lambda x: torch.cat([x[:6], x[6::3].repeat_interleave(3, 0)])  # noqa: E731
+    weight = [torch.cat(list(groups)) for groups in gradients.weight]
+    weight = [[w[:6], *(w[i : i + 1].expand(3, -1, -1) for i in range(6, 18, 3))] for w in weight]
+    act, offset = [shared(x) for x in gradients.act], torch.stack([shared(x) for x in gradients.offset])
+    gradients = replace(gradients, act=act, offset=offset, weight=weight)
+    found = [list(factored.shared(groups)) for groups in weight]
+    assert [[(len(w), share) for w, share in of_layer] for of_layer in found] == [[(6, 1), (4, 3)]] * 2
+    for of_layer, groups in zip(found, weight, strict=True):
+        assert torch.equal(torch.cat([w.repeat_interleave(share, 0) for w, share in of_layer]), torch.cat(groups))
+    check_factored(senders, gradients, torch.rand(size) < 0.5, chunk=10)
+    assert sum(kernel in ("tile_grads", "channel_grads") for kernel, _ in launches) == 2 * 2
+    apart = [w.clone().expand(3, -1, -1) for w in torch.randn(2, 1, 5, 4)]  # of memory of their own
+    assert [(len(w), share) for w, share in factored.shared(apart)] == [(1, 3), (1, 3)]
+    assert [(len(w), share) for w, share in factored.shared([torch.randn(2, 5, 4), torch.randn(0, 5, 4)])] == [(2, 1)]
 
 
 def test_factored_and_dense_agree():
@@ -663,24 +677,6 @@ def test_factored_and_dense_agree():
     delta, made = reference.sender_deltas(senders), reference.all_receiver_grads(gradients)
     dense = scores.edge_scores(delta, made, mask, "pair", None)
     torch.testing.assert_close(split, dense, rtol=1e-5, atol=1e-4)
-
-
-def test_factored_is_recorded_before_its_tables_are_there(monkeypatch):
-    senders, gradients, size = model_case(torch.float32)
-    mask = torch.rand(size) < 0.5
-    launched, launch, made = [], common.launch, constants.Constants()
-    with constants.held_in(made, records=False):
-        expected = factored.edge_scores_factored(senders, gradients, mask, "all", 1000)
-    for room in made.rooms:
-        room.zero_()
-    monkeypatch.setattr(common, "launch", lambda *args, **meta: launched.append((args, meta)))
-    with constants.held_in(made, records=True):
-        found = factored.edge_scores_factored(senders, gradients, mask, "all", 1000)
-    assert made.rooms and not found.any() and not any(room.any() for room in made.rooms)
-    made.fill()
-    for args, meta in launched:
-        launch(*args, **meta)
-    assert torch.equal(found, expected)
 
 
 def test_factored_gives_the_same_bits_twice():
@@ -704,12 +700,13 @@ def test_every_token_is_in_one_chunk():
 def test_chunks_are_so_large_that_the_weights_cost_little_and_fit_the_memory():
     many = 1 << 20
     # GPT-2 small's 57 MB of weights are read for as many tokens at a time as XL's gigabyte.
-    small, xl = (157, 445, 768, 4 * 12 * 768 * 768 * 2, 2), (1249, 3649, 1600, 4 * 48 * 1600 * 1600 * 2, 2)
-    assert factored.choose_chunk(*small, many, HOPPER) == 307 and factored.choose_chunk(*xl, many, HOPPER) == 314
-    assert factored.choose_chunk(1641, 4841, 5120, 4 * 40 * 5120 * 5120 * 2, 2, many, HOPPER) * 66e6 < 141e9 / 15
-    # Of a batch that is not large, half of what the explicit buffer would take.
-    assert factored.choose_chunk(*xl, 640, HOPPER) * (1249 + 3649) <= 640 * 1249 / 2
-    assert factored.choose_chunk(*xl, 1, HOPPER) == 2
+    small, xl = (157, 445, 445, 768, 4 * 12 * 768 * 768 * 2, 2), (1249, 3649, 456, 1600, 4 * 48 * 1600 * 1600 * 2, 2)
+    assert factored.choose_chunk(*small, many, HOPPER) == 613 and factored.choose_chunk(*xl, many, HOPPER) == 628
+    large = factored.choose_chunk(1641, 4841, 484, 5120, 4 * 40 * 5120 * 5120 * 2, 2, many, HOPPER)
+    assert large * (1641 + 484) * 10240 < HOPPER.memory_bytes / 15.9
+    # Of a batch that is not large, a third of what the explicit buffer would take.
+    assert 0.3 * 640 * 1249 < factored.choose_chunk(*xl, 640, HOPPER) * (1249 + 456) <= 640 * 1249 / 3
+    assert factored.choose_chunk(*xl, 1, HOPPER) == 1 and factored.choose_chunk(*small, 1, HOPPER) == 9
 
 
 # The public ops
@@ -727,7 +724,7 @@ def test_the_public_ops_run_triton(launches):
     senders, made, _ = model_case(torch.float32)
     launches.clear()
     kernels.edge_scores_factored(senders, made, impl="triton")
-    assert [kernel for kernel, _ in launches][:2] == ["channel_grads"] * 2
+    assert [kernel for kernel, _ in launches][:2] == ["channel_grads"] * 2  # a layer each
 
 
 def test_float32_takes_tensor_cores_where_there_are_some():
