@@ -354,7 +354,6 @@ def pattern_changes(
     past: tuple[Tensor, Tensor] | None,
     *,
     of_keys: bool,
-    apart: bool,
 ) -> Tensor:
     """`eapcore.kernels.patterns.pattern_changes`; a block of 64 bytes of senders at a time."""
     named = {"raw": raw, "rstd": rstd, "moved": moved, "known": known, "normed": normed, "values": values}
@@ -364,7 +363,7 @@ def pattern_changes(
     if raw.stride()[-2:] != (heads, 1):
         raw = raw.contiguous()
     sides = [None if x is None else _real(x).contiguous() for x in (*list(named.values())[1:], *(past or (None, None)))]
-    out = torch.empty((batch, 1 if of_keys and not apart else tokens, senders, heads), dtype=dtype, device="cpu")
+    out = torch.empty((batch, 1 if of_keys else tokens, senders, heads), dtype=dtype, device="cpu")
     keep: list[Tensor] = []
     extension.pattern_changes(
         isa_name,
@@ -373,7 +372,7 @@ def pattern_changes(
         [0 if x is None else x.data_ptr() for x in sides],
         (batch, tokens, senders, others, heads),
         of_keys,
-        apart,
+        False,  # of keys their sum over all positions, not each position's own
         torch.get_num_threads(),
         out.data_ptr(),
         _allocate(keep),

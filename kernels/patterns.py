@@ -53,7 +53,6 @@ def pattern_changes(
     past: tuple[Annotated[Tensor, "B N H"], Annotated[Tensor, "B N H"]] | None = None,
     *,
     of_keys: bool = False,
-    apart: bool = False,
     impl: str = "auto",
 ) -> Annotated[Tensor, "B T S H | B 1 S H"]:
     """Σ (pattern′ − pattern) values where the scores of positions t with others n become those of a sender s,
@@ -69,24 +68,22 @@ def pattern_changes(
         past: where keys change, of each query the log of Σ exp(score) over keys before that do not, and the mean of
             their values; None where there are none.
         of_keys: t are keys and n their queries, whose keys all change together; else t are queries and n their keys.
-        apart: of keys, what each changes by itself, Σ_n (pattern′ − pattern/Z) values with Z_n = Σ_t pattern
-            exp(score′ − score), whose terms are 0 where the key is as it was.
         impl: "reference" is torch's operations; "auto" and "cpp" take C++ on the CPU for float32 and float64.
 
     Returns:
-        [B, T, S, H] for each position; of keys that are not apart [B, 1, S, H], the sum over all. In C++ exactly 0 for
-        senders that change nothing.
+        [B, T, S, H] for each position; of keys [B, 1, S, H], the sum over all. In C++ exactly 0 for senders that change
+        nothing.
     """
     raw = raw.to(known.dtype)
     if _in_cpp("pattern_changes", known, impl):
         if (run := dry.active.get()) is not None:
             batch, tokens, senders, _, heads = raw.shape
-            made = known.new_empty(batch, 1 if of_keys and not apart else tokens, senders, heads)
+            made = known.new_empty(batch, 1 if of_keys else tokens, senders, heads)
             run.ran("pattern_changes", raw, known, normed, values, made)
             return made
         from . import cpp
 
-        return cpp.pattern_changes(raw, rstd, moved, known, normed, values, past, of_keys=of_keys, apart=apart)
+        return cpp.pattern_changes(raw, rstd, moved, known, normed, values, past, of_keys=of_keys)
     known, normed, values = (x[:, :, None] for x in (known, normed, values))
     scores = raw
     if rstd is not None and moved is not None:
@@ -99,8 +96,6 @@ def pattern_changes(
         earlier, mean = (x[:, None, None] for x in past)
         before, after = before.logaddexp(earlier), after.logaddexp(earlier)
     pattern = (known - before).exp()
-    if apart:
-        return (((scores - after).exp() - pattern * (before - after).exp()) * values).sum(3)
     change = (((scores - after).exp() - pattern) * values).sum((1, 3))
     if past is not None:
         change += (((earlier - after).exp() - (earlier - before).exp()) * mean).sum((1, 3))

@@ -12,8 +12,10 @@ Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), section 3.1.1, there for nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eapcore.attribution.score_windows import Windows, pays
@@ -67,7 +69,8 @@ def _add_exact(
     short = part.read is not None  # where q is made at the positions read alone
     for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
         name, reduce = sums.targets(at_read)[which]
-        if pays(part, mine):
+        by_key = reduce == "position" and mine[-1].start != 0
+        if not by_key and pays(part, mine):
             _add_by_windows(store, sums, part, mine, weight, reader, at_read, (name, reduce))
             continue
         made: dict[torch.device, list[_Pattern]] = {}
@@ -114,7 +117,7 @@ def _add_by_windows(
             for start in range(0, len(delta), each):
                 some = delta[start : start + each]
                 here = slice(senders.start + start, senders.start + start + len(some))
-                for channels, found in made[delta.device].changes(some, pairs, reduce == "position", sums.impl):
+                for channels, found in made[delta.device].changes(some, pairs, sums.impl):
                     block = found.sum(over)  # [S, H], [b, S, H] or [T, S, H]
                     if channels.stop - channels.start < block.shape[-1]:
                         block = block.unflatten(-1, (-1, part.attention.group)).sum(-1)
@@ -132,13 +135,8 @@ class _Pattern:
     (RMSNorm without the mean). For a head's Δ = Δz W_O a product of Δz [B·T, K] with W_O W′ [K, C·K] takes the place of
     one of Δ [B·T, D] with W′ where that is less work.
 
-    With reduce="position" a query's scores are those of its own position, and keys' those of the positions t of the
-    keys: with s the scores, s′ those with the edge's difference, d = ∂metric/∂pattern and Z = Σ_t pattern_t
-    exp(s′_t − s_t),
-
-        Σ_t (pattern′_t − pattern_t) d_t = Σ_t (pattern′_t − pattern_t / Z) (d_t − Σ_u pattern_u d_u),
-
-    whose terms are 0 where a key is the same, and to first order the gradient's.
+    With reduce="position" a query's scores are those of its own position, and keys' those of the positions of the keys,
+    see `_key_by_key`.
 
     part: what the backward pass made of the layer. channels: all of its q heads, or all of its k heads. reduce: "all",
     "pair" or "position".
@@ -154,9 +152,8 @@ class _Pattern:
         self.before = self.k.shape[2] - part.saved.kv.shape[1]
         self.known = attention.causal.scores(self.q, self.k, self.before, self.read)
         self.pattern = self.known.softmax(-1)  # [B, H, Q, P + T]
-        d = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(self.wide)
+        self.d = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(self.wide)
         self.by_key = reduce == "position" and not self.queries
-        self.d = d - (self.pattern * d).sum(-1, keepdim=True) if self.by_key else d
         # The projections behind the channels: their activations [B, T, C, K], offsets [C, K] and W′ [D, C·K].
         n_kv = attention.n_kv
         act = part.saved.q if self.queries else part.saved.kv[:, :, :n_kv]
@@ -249,14 +246,17 @@ class _Pattern:
             keys = torch.cat([front, ready], 3) if before else ready  # [S', B, G, P + T, K]
             q = self.q.to(made.dtype)
             other = attention.causal.scores(q, keys, before, read)
-        base = self.pattern
-        if self.by_key:
-            base = base * (self.known.logsumexp(-1, keepdim=True) - other.logsumexp(-1, keepdim=True)).exp()
-        change = (other.softmax(-1) - base) * self.d  # [S', B, H, Q, P + T]
+        change = self._change(other)  # [S', B, H, Q, P + T]
         change = change.sum(2) if summed else change
         if self.reduce != "position":
             return change.sum((-2, -1)).transpose(0, 1)
         return change.sum((1, -1 if self.queries else -2)).movedim(-1, 0)
+
+    def _change(self, other: Tensor) -> Tensor:
+        """What the pattern of other scores changes, by key."""
+        if self.by_key:
+            return _key_by_key(self.known, other, self.d)
+        return (other.softmax(-1) - self.pattern) * self.d
 
     def _jointly_normed(self, n: Tensor) -> Tensor:
         """Scores [B or T, S', C] where q and k are normed with those of all heads: an edge into one changes every
@@ -273,3 +273,25 @@ class _Pattern:
             others[:, :, :, channel - channels.start] = new.view(*n.shape[:3], -1)
             found.append(self._changed(others.transpose(2, 3), summed=True))
         return torch.stack(found, -1)
+
+
+def _key_by_key(
+    known: Annotated[Tensor, "B H Q N"], other: Annotated[Tensor, "S B H Q N"], d: Annotated[Tensor, "B H Q N"]
+) -> Annotated[Tensor, "S B H Q N"]:
+    """What each key t does to Σ_n pattern_n d_n where the scores `known` become `other` one key after another: the mean
+    of what it does from the first key on and of what it does from the last one on.
+
+    They add up to Σ_n (pattern′_n − pattern_n) d_n, none is larger than d's span, and a key whose score stays has
+    0; to first order they are the gradient's. In float64, whose exponents hold all weights beside each other.
+    """
+    highest = torch.maximum(known, other).amax(-1, keepdim=True)
+    old, new = ((x - highest).double().exp() for x in (known.expand_as(other), other))
+    weighted = [torch.stack([x * d, x]) for x in (old, new)]
+
+    def means(first: Tensor, last: Tensor) -> Tensor:
+        """[.., N + 1], Σ weight d / Σ weight with the first 0 … N keys' weights of one, the others' of the other."""
+        front, back = first.cumsum(-1), last.flip(-1).cumsum(-1).flip(-1)
+        total, weight = F.pad(front, (1, 0)) + F.pad(back, (0, 1))
+        return total / weight.clamp_min(torch.finfo(torch.float64).tiny)
+
+    return (means(weighted[1], weighted[0]).diff(dim=-1) - means(*weighted).diff(dim=-1)) / 2

@@ -124,9 +124,9 @@ class Windows:
         weight = torch.cat([attention.norm.frozen_weight(w) for w in attention.weights(projections)]) * attention.scale
         return weight.repeat_interleave(self.heads // len(weight), 0).transpose(1, 2)
 
-    def changes(self, delta: Tensor, pairs: slice, apart: bool, impl: str) -> Iterator[tuple[slice, Tensor]]:
+    def changes(self, delta: Tensor, pairs: slice, impl: str) -> Iterator[tuple[slice, Tensor]]:
         """Of each kind of channels, ⟨pattern′ − pattern, ∂metric/∂pattern⟩ of some pairs' queries [b, T, S, H], or of
-        their keys [b, 1, S, H]; apart: keys' by their positions, [b, T, S, H].
+        their keys, whose positions are summed up, [b, 1, S, H].
 
         delta: [S, b, T, D] of some senders, at the positions of the queries where there are no keys.
         """
@@ -160,7 +160,7 @@ class Windows:
                 past = None if self.past is None or kind == 0 else (self.past[0][pairs], self.past[1][pairs])
                 changed = pattern_changes(
                     made.unflatten(-1, (-1, heads)), rstd, moved, known, normed, values, past,
-                    of_keys=kind == 1, apart=apart, impl=impl,
+                    of_keys=kind == 1, impl=impl,
                 )  # fmt: skip
                 yield self.attention.channels[kind], changed
 

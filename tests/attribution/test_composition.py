@@ -6,7 +6,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from models import random_model, random_pairs, with_weights
+from models import layers_of, random_model, random_pairs, with_weights
 from oracle import mean_of
 from refusal import refused
 
@@ -103,6 +103,36 @@ def test_by_position_an_exact_pattern_changes_where_the_edge_does():
         columns = [r for r, name in enumerate(names) if name.startswith("a0") and name.endswith(part)]
         moved = by_position[:, columns].abs().sum(1)
         assert moved[2] > 1e-3 and moved.sum() - moved[2] < 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0])
+def test_by_position_keys_change_one_after_another(scale):
+    """The mean of both directions, which is bounded where whole patterns move far, as with zeros."""
+    model = random_model(n_layers=1, n_heads=2, scale=scale)
+    pairs = random_pairs(model, [5])
+    pair = oracle.Pair(model, pairs, 0)
+    made, (heads, _) = pair.clean, layers_of(model.weights)[0]
+    deltas = pair.deltas(lambda s, t: 0 * made.senders[s][t])
+    found, narrow = (
+        attribute(m, pairs, method="qk-fix", ablation="zero", reduce="position")
+        for m in (model, with_weights(model, torch.Tensor.float))
+    )
+    for h in range(2):
+        r = model.graph.receiver(f"a0.h{h}<k>")
+        pattern, (q, k) = made.patterns[0, h], made.queries_keys[0, h]
+        (d,) = pair.grads(made, [pattern])
+        changed = oracle.norm(made.receivers[r] + deltas[0], heads.norm, model.config.eps)
+        changed = changed @ torch.cat(list(heads.w_qkv))[2 + h] + heads.b_qkv[2 + h]
+
+        def value(keys, q=q, d=d):
+            return (oracle.causal(q, keys, model.config.score_scale(0)) * d).sum().item()
+
+        forward = [value(torch.cat([changed[:t], k[t:]])) for t in range(6)]
+        back = [value(torch.cat([k[:t], changed[t:]])) for t in range(6)]
+        expected = [(forward[t + 1] - forward[t] + back[t] - back[t + 1]) / 2 for t in range(5)]
+        torch.testing.assert_close(found.per_position[:, 0, r].tolist(), expected, rtol=0, atol=1e-10)
+    error = (narrow.per_position.double() - found.per_position).abs().max()
+    assert float(error) < 1e-3 * float(found.per_position.abs().max())
 
 
 @models

@@ -42,7 +42,7 @@ def turned(raw, rstd, moved, known, normed, values):
     return raw, rstd, moved, known, normed, values
 
 
-def literal(raw, rstd, moved, known, normed, values, past=None, *, of_keys=False, apart=False):
+def literal(raw, rstd, moved, known, normed, values, past=None, *, of_keys=False):
     raw, known, normed, values = (x.double() for x in (raw, known, normed, values))
     n_b, positions, senders, others, _ = raw.shape
     out = torch.zeros(n_b, positions, senders, H, dtype=torch.float64)
@@ -58,23 +58,17 @@ def literal(raw, rstd, moved, known, normed, values, past=None, *, of_keys=False
             mean = torch.zeros(1, others, H) if past is None else past[1][b, None].double()
             old, now = (torch.cat([earlier, x]) for x in (known[b], new))
             every = torch.cat([mean, values[b]])
-            if apart:
-                became = old.softmax(0) / (old.softmax(0) * (now - old).nan_to_num().exp()).sum(0)
-                out[b, :, s] = ((now.softmax(0) - became) * every)[1:].sum(1)
-            else:
-                out[b, 0, s] = ((now.softmax(0) - old.softmax(0)) * every).sum((0, 1))
-    return out[:, :1] if of_keys and not apart else out
+            out[b, 0, s] = ((now.softmax(0) - old.softmax(0)) * every).sum((0, 1))
+    return out[:, :1] if of_keys else out
 
 
 def cases(dtype):
     yield case(5, 7, 4, dtype, before=2), None, {}
     yield case(3, 1, 1, dtype, normed=False), None, {}
     yield case(6, 6, 17, dtype, window=2), None, {}
-    for apart in (False, True):
-        keys = turned(*case(5, 5, 17, dtype))
-        yield keys, None, {"of_keys": True, "apart": apart}
-        past = keys[4][:, 1] * 2, keys[5][:, 1]
-        yield keys, past, {"of_keys": True, "apart": apart}
+    keys = turned(*case(5, 5, 17, dtype))
+    yield keys, None, {"of_keys": True}
+    yield keys, (keys[4][:, 1] * 2, keys[5][:, 1]), {"of_keys": True}
     yield turned(*case(4, 4, 2, dtype, normed=False)), None, {"of_keys": True}
 
 
@@ -99,7 +93,7 @@ def test_cpp_is_as_exact_as_torch_in_every_instruction_set(dtype, monkeypatch):
                 (x - exact).abs().max() for x in (found, pattern_changes(*given, past, **how, impl="reference"))
             )
             assert error <= 2 * torchs + 8 * torch.finfo(dtype).eps * (1 + exact.abs().max())
-            assert (found[:, :, 0] == 0).all() or how.get("apart")
+            assert (found[:, :, 0] == 0).all()
         for width, centred in ((70, True), (5, False), (64, True)):
             x, delta = torch.randn(2, 3, width, dtype=dtype), torch.randn(4, 3, 3, width, dtype=dtype)[:, 1:]
             with cpp.record() as ran:
