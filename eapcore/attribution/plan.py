@@ -181,6 +181,8 @@ def dense_bytes(
         groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart, 0 where each head as well.
         passes: of another method than one gradient at the clean run; `together` of them run as one batch.
     """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config must be a ModelConfig, as model.config is, got a {type(config).__name__}")
     for name, size in (("batch", batch), ("tokens", tokens), ("together", together)):
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST:
             raise ValueError(f"{name} must be an integer from 1 to {_MOST}, got {short_repr(size)}")

@@ -127,6 +127,8 @@ class Ablation:
             reference, name = pairs if reference is None else reference, ablation
             if not isinstance(reference, PromptPairs):
                 raise ValueError(f"reference must be PromptPairs, got {type(reference).__name__}")
+            reference.check_shapes()
+            reference.check_positions()
         longest, needed = 0 if reference is None else int(reference.lengths.max()), int(pairs.positions.max()) + 1
         if name == "mean-positional" and longest < needed:
             raise ValueError(
@@ -167,6 +169,7 @@ class Ablation:
             raise ValueError(f"steps must be an integer of at least 1, got {short_repr(steps)}")
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
             raise ValueError(f"rate must be a number above 0, got {short_repr(rate)}")
+        reference.check_shapes()
         reference.check_positions()
         start = _means(model, reference, per_position=False)
         how: dict[str, Any] = {"steps": steps, "rate": rate, "batch_size": batch_size, "progress": progress}

@@ -209,6 +209,8 @@ def as_pairs(task: Task) -> PromptPairs:
         raise ValueError(
             f"clean and corrupt must both be tokens [N, T], got {list(clean.shape)} and {list(corrupt.shape)}"
         )
+    if clean.is_meta or corrupt.is_meta:
+        raise ValueError("clean and corrupt must be tokens with values, got tensors on the meta device")
     lengths = torch.full((len(clean),), clean.shape[1], device="cpu")
     answers = torch.full((len(clean), 1), -1, device="cpu")
     wrong = answers[:, :0]
@@ -225,6 +227,7 @@ def check_model(model: Model) -> None:
 
 def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
     """Raise ValueError where prompts, positions or answers do not fit the model, or there is nothing to ablate with."""
+    pairs.check_shapes()
     for what, tokens in (("clean prompts", pairs.clean), ("corrupt prompts", pairs.corrupt)):
         try:
             check_tokens(model, tokens, what)

@@ -34,12 +34,18 @@ def write_text(path: Path, content: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value of a JSON file: NaN and infinities, which JSON does not have, as None."""
+    """The value of a JSON file: NaN and infinities, which JSON does not have, as None, numbers and arrays of numpy or
+    torch as Python's, and what else JSON does not have as its text, so that no result is lost for what is said of it.
+    """
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return finite(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def target(path: str | Path) -> Path:

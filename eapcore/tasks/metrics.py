@@ -212,12 +212,17 @@ def evaluate(
     return values
 
 
+def _parameters(metric: Metric) -> list[inspect.Parameter]:
+    """What a metric takes, of a torch module what its forward does; nothing where nobody knows."""
+    try:
+        return [*inspect.signature(getattr(metric, "forward", metric)).parameters.values()]
+    except (TypeError, ValueError):
+        return []
+
+
 def _check_arguments(name: str, metric: Metric) -> None:
     """ValueError for a callable that needs more arguments than a metric gets, as those of EAP-IG and MIB do."""
-    try:
-        parameters = inspect.signature(metric).parameters.values()
-    except (TypeError, ValueError):
-        return
+    parameters = _parameters(metric)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
     if len(required) > 2:
@@ -229,10 +234,7 @@ def _check_arguments(name: str, metric: Metric) -> None:
 
 
 def _takes_batch(metric: Metric) -> bool:
-    try:
-        parameters = inspect.signature(metric).parameters.values()
-    except ValueError:
-        return False
+    parameters = _parameters(metric)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     return len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

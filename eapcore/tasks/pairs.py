@@ -231,11 +231,34 @@ class PromptPairs:
         places = {place: at.to(device) for place, at in self.places.items()}
         return replace(self, **{name: getattr(self, name).to(device) for name in names}, places=places)
 
+    def check_shapes(self) -> None:
+        """Raise ValueError if a field is no tensor of integers, or not of as many pairs as the others."""
+        sizes: dict[str, int] = {}
+        for name, letters in _SHAPES.items():
+            x, axes = getattr(self, name), letters.split()
+            got = type(x).__name__
+            if isinstance(x, Tensor):
+                got = f"{x.dtype} {list(x.shape)} on {x.device}"
+                whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.is_meta)
+                fits = len(axes) == x.ndim and all(
+                    sizes.setdefault(axis, size) == size for axis, size in zip(axes, x.shape, strict=True)
+                )
+                if whole and fits:
+                    continue
+            known = "".join(f", {axis} = {size}" for axis, size in sizes.items() if axis in axes)
+            raise ValueError(
+                f"{name} must be an int64 tensor [{', '.join(axes)}]{known}, got {got}: from_lists makes it"
+            )
+
     def check_positions(self) -> None:
-        """Raise ValueError if the metric reads a position outside a prompt."""
-        if self.positions.shape != self.lengths.shape:
-            expected, got = list(self.lengths.shape), list(self.positions.shape)
-            raise ValueError(f"positions must be int64 [N] = {expected}, one for each pair, got {got}")
+        """Raise ValueError if a prompt is longer than its row, or the metric reads a position outside a prompt."""
+        beyond = ((self.lengths < 1) | (self.lengths > self.clean.shape[1])).nonzero()
+        if len(beyond):
+            pair = int(beyond[0])
+            raise ValueError(
+                f"lengths must be from 1 to the {self.clean.shape[1]} tokens of a row, but pair {pair} has "
+                f"{int(self.lengths[pair])}"
+            )
         outside = ((self.positions < 0) | (self.positions >= self.lengths)).nonzero()
         if len(outside):
             pair = int(outside[0])
@@ -344,6 +367,7 @@ def _ids(entry: Any, what: str, pair: int, *, one: bool = False) -> list[int]:
 
 
 _LARGEST = 1 << 62
+_SHAPES = {"clean": "N T", "corrupt": "N T", "lengths": "N", "positions": "N", "answers": "N A", "wrong": "N W"}
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

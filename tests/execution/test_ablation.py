@@ -71,8 +71,23 @@ def test_a_position_outside_its_prompt_is_named(model, pairs, positions):
     message = rf"the position {int(positions[1])} of pair 1 is outside its prompt of 3 tokens"
     for call in (attribute, patch_edges, lambda m, p: run_circuit(m, p, random_circuit(m.graph))):
         refused(message, call, model, outside)
-    with pytest.raises(ValueError, match=r"positions must be int64 \[N\] = \[3\], one for each pair, got \[2\]"):
-        attribute(model, dataclasses.replace(pairs, positions=positions[:2]))
+
+
+def test_fields_that_do_not_belong_together_are_named(model, pairs):
+    whole = {"clean": "N, T", "corrupt": "N, T", "lengths": "N", "positions": "N", "answers": "N, A", "wrong": "N, W"}
+    for name, axes in whole.items():
+        x = getattr(pairs, name)
+        for other in (x[:2], x[None], x.double(), x.bool(), x.tolist(), x.numpy(), x.to("meta"), None):
+            if name == "clean" and torch.is_tensor(other) and other.shape == x[:2].shape:
+                continue  # then the others are too many
+            wrong = dataclasses.replace(pairs, **{name: other})
+            for call, *given in ((attribute, wrong), (run_circuit, wrong, random_circuit(model.graph))):
+                refused(
+                    rf"{name} must be an int64 tensor \[{axes}\].*, got .*: from_lists makes it", call, model, *given
+                )
+    longer = dataclasses.replace(pairs, lengths=pairs.lengths + 5)
+    for how in ({"task": longer}, {"task": pairs, "ablation": "mean", "reference": longer}):
+        refused("lengths must be from 1 to the .* tokens of a row, but pair 0 has", attribute, model, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

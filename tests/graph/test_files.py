@@ -9,17 +9,41 @@ import signal
 import stat
 import time
 
+import numpy as np
 import pytest
 import torch
 from models import random_model
 from refusal import refused
 
 import eapcore.graph.files as files
+from eapcore.attribution.attribute import attribute
 from eapcore.graph.files import load_tensors, replacing, replacing_all, target
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, NodeScores
 from eapcore.patching.edges import patch_edges
+from eapcore.patching.nodes import patch_nodes
 from eapcore.tasks import PromptPairs
+
+
+def test_what_is_said_of_a_result_never_loses_it(tmp_path):
+    """Numbers of numpy and torch become Python's, and what JSON does not have its text."""
+    model = random_model(n_heads=2, dtype=torch.float32)
+    details = {
+        "a": np.arange(2),
+        "b": np.float32("inf"),
+        "c": torch.ones(1),
+        "d": tmp_path,
+        "e": {3},
+        "f": np.bool_(True),
+    }
+    pairs = PromptPairs.from_lists([[1, 2]], [[1, 3]], [4], [5], seed=np.int64(7), details=details)
+    scores = attribute(model, pairs, method="eap-ig", steps=np.int64(2))
+    scores.save(tmp_path / "s.safetensors")
+    task = EdgeScores.load(tmp_path / "s.safetensors").meta["task"]
+    assert [task[name] for name in ("seed", *"abcdef")] == [7, [0, 1], None, [1.0], str(tmp_path), "{3}", True]
+    for result, name in ((scores.top_n(3), "c.json"), (patch_nodes(model, pairs, nodes=["m0"]), "n.json")):
+        result.save(tmp_path / name)
+        assert json.loads((tmp_path / name).read_text())["meta"]["task"]["seed"] == 7
 
 
 def names(folder):

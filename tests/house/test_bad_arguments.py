@@ -98,6 +98,12 @@ CALLS = {
     "a negative batch": (
         lambda: eapcore.dense_bytes(MODEL.config, batch=-1, tokens=3, dtype=torch.float32), "batch must be an integer"
     ),
+    "a model for its sizes": (
+        lambda: eapcore.dense_bytes(MODEL, batch=1, tokens=3, dtype=torch.float32), "a ModelConfig, as model.config is"
+    ),
+    "tokens without values": (
+        lambda: eapcore.attribute(MODEL, (PAIRS.clean.to("meta"), PAIRS.corrupt)), "tokens with values, .* meta device"
+    ),
     "a dtype as text": (
         lambda: eapcore.dense_bytes(MODEL.config, batch=1, tokens=3, dtype="x"), "dtype must be a torch.dtype"
     ),

@@ -154,7 +154,13 @@ def test_a_callable_with_one_parameter_takes_the_logits_and_with_two_the_batch_a
         def __call__(self, logits, batch):
             return logits[:, 1] * batch.answers[:, 0]
 
+    class Module(torch.nn.Module):
+        def forward(self, logits, batch):
+            return logits[:, 1] * batch.answers[:, 0]
+
     second = logits[:, 1] * batch.answers[:, 0]
+    assert torch.equal(evaluate(Module(), logits, batch), second)
+    assert torch.equal(evaluate(torch.nn.Flatten(0, 1), logits[:, :1], batch), logits[:, 0])
     assert torch.equal(evaluate(lambda logits: logits[:, 1], logits, batch), logits[:, 1])
     assert torch.equal(evaluate(lambda logits, scale=2: logits[:, 1] * scale, logits, batch), logits[:, 1] * 2)
     assert torch.equal(evaluate(lambda logits, *, scale=2: logits[:, 1] * scale, logits, batch), logits[:, 1] * 2)
