@@ -42,7 +42,7 @@ def patch_once():
             fits = kind.get_int_min_value() <= made.min() and made.max() <= kind.get_int_max_value()
             assert fits, f"{kind} does not hold {made.max() if made.max() > 0 else made.min()}"
 
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = fits.__get__(interpreter.interpreter_semantic)
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = fits
 
 
 with contextlib.suppress(ImportError, AttributeError):  # no triton, or one that is made otherwise

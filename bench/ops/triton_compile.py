@@ -301,7 +301,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
     return calls
 
 
-def _smallest_calls() -> list[tuple[str, str, Any]]:
+def smallest_calls() -> list[tuple[str, str, Any]]:
     """Calls in which one size after another is 1 and 0, as (case, no expectation, call).
 
     Triton makes a constant of an argument that is 1 and takes other branches at 0, where the interpreter sees numbers
@@ -312,6 +312,8 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
     from eapcore.kernels import triton_edge_scores as scores
     from eapcore.kernels import triton_factored as factored
     from eapcore.kernels import triton_receiver_grads as grads
+    from eapcore.kernels.attention import attend_grad, attend_moved
+    from eapcore.kernels.causal import Causal
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -358,6 +360,14 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
         ):
             if call is not None:
                 calls.append((f"steps, {named}", "", partial(call, impl="triton")))
+    for named, (h, b, t, k) in sizes("HBTK"):
+        q, z, read = empty(2 * b, h, t, k), empty(2 * b, t, h, k), empty(2 * b, t, dtype=torch.int64)
+        for where in (None, read):
+            for call in (
+                partial(attend_moved, q, q, q, Causal(0.1, 2), t, where, z),
+                partial(attend_grad, q, q, q, q, Causal(0.1, 2), t, where),
+            ):
+                calls.append((f"attention, {named}", "", partial(call, impl="triton")))
     for named, (layers, h, b, t, d, k) in sizes("LHBTDK"):
         norm, stream, mlp = (
             Norm("layernorm", empty(b, t, d), empty(b, t), empty(d)),
@@ -372,6 +382,65 @@ def _smallest_calls() -> list[tuple[str, str, Any]]:
         call = partial(factored.edge_scores_factored, senders, receivers, mask, "all", None)
         calls.append((f"edge_scores_factored, {named}", "", call))
     return calls
+
+
+def farthest_calls() -> list[tuple[str, str, Any]]:
+    """Calls whose strides and sizes need more than 32 bits, as (case, no expectation, call).
+
+    Triton takes such an argument as a number of 64 bits, and refuses a name that has one type before a branch or a loop
+    and another behind it, which the interpreter does not see.
+    """
+    import torch
+    from eapcore.kernels import Norm, steps
+    from eapcore.kernels import triton_edge_scores as scores
+    from eapcore.kernels import triton_receiver_grads as grads
+    from eapcore.kernels.attention import attend_grad, attend_moved
+    from eapcore.kernels.causal import Causal, ReceiverSums
+
+    half, single = torch.bfloat16, torch.float32
+
+    def far(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
+        """Along each axis but the last 2^32 elements lie between two, or a multiple of that."""
+        strides = [2 ** (32 + i) for i in reversed(range(len(shape) - 1))]
+        return torch.empty(1, dtype=dtype, device="meta").as_strided(shape, (*strides, 1))
+
+    def near(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    calls: list[tuple[str, Any]] = []
+    mask, rows = far(3, 5, dtype=torch.bool), near(4, dtype=torch.int64)
+    for cut in (0, 1):  # with descriptors, with pointers
+        delta, gradients = (far(n, 2, 3, 64 + cut)[..., cut:] for n in (3, 5))
+        for reduce, index in (("all", None), ("pair", rows)):
+            calls.append(("edge_scores", partial(scores.edge_scores, delta, gradients, mask, reduce, index)))
+    norm, constants = (
+        Norm("layernorm", far(1, 2**20, 64), far(1, 2**20, 1, dtype=single)[..., 0], near(64)),
+        near(3, 16),
+    )
+    g, out = (near(3, 1, 2**20, 8192)[..., :n] for n in (16, 64))
+    for weight in (far(3, 64, 16), near(3, 64, 16)):
+        calls.append(("receiver_grads", partial(grads.receiver_grads, g, g, weight, norm, constants, constants, out)))
+    x, hidden, column = far(1, 4, 64), near(1, 2**20, 4096), near(1, 4, 1, dtype=single)
+    queries, few = far(2, 4, 5, 16), {"impl": "triton"}
+    calls += [
+        ("normalise", partial(steps.normalise, x, x[0, 0], None, 1e-5, centred=True, **few)),
+        ("standardise", partial(steps.standardise, x, column, column, **few)),
+        (
+            "normalise_grad",
+            partial(steps.normalise_grad_added, x, x, column, column, None, None, x.float(), out=x, **few),
+        ),
+        ("moved_units", partial(steps.moved_units, hidden, hidden, "silu", 2**19, **few)),
+        ("gated_grad", partial(steps.gated_grad, hidden, hidden, hidden, "silu", **few)),
+        ("moved_sum", partial(steps.moved_sum, near(1, 4, 64), *near(2, 1, 2, 64), kept=far(2, 64), **few)),
+        ("turn", partial(steps.turn, queries, near(8, dtype=torch.float64), 0, out=queries, **few)),
+    ]
+    for tokens in (5, 70):
+        q, k, how = far(2, 4, tokens, 16), far(2, 2, tokens + 3, 16), Causal(0.1, 7, 3.0)
+        z, out, constants = near(2, tokens, 4, 16), far(2, tokens, 12, 16), near(12, 16)
+        sums = ReceiverSums(near(12, 2, 2, tokens, dtype=single), constants, constants, 64)
+        calls.append(("attend_moved", partial(attend_moved, q, k, k, how, tokens, None, z, **few)))
+        calls.append(("attend_grad", partial(attend_grad, q, k, k, q, how, tokens, None, out, sums=sums, **few)))
+    return [(f"{name}, far apart", "", call) for name, call in calls]
 
 
 class _Read(Exception):
@@ -442,7 +511,7 @@ def compile_target(name: str) -> list[Row]:
     if name == "sm_90":  # one front end for all targets
         _stop_behind_the_front_end()
         triton_common.launch = read_instead
-        for case, _, call in _smallest_calls():
+        for case, _, call in [*smallest_calls(), *farthest_calls()]:
             try:
                 call()
             except Exception as error:

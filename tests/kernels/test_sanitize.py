@@ -31,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(ROOT / "bench"))
 from ops import checks
+from ops.triton_compile import smallest_calls
 
 # --- Kernels that are wrong on purpose --------------------------------------------------------------------------------
 
@@ -233,11 +234,13 @@ def ran(watched):
 
 def expected(on):
     """The kernels that a GPU launches."""
-    return sanitize.kernels() - (set() if on.descriptors else {"tile_grads", "channel_sums"})
+    return set(sanitize.kernels()) - (set() if on.descriptors else {"tile_grads", "channel_sums"})
 
 
 def test_every_kernel_says_what_it_writes():
-    assert set(sanitize.WRITES) == sanitize.kernels()
+    found = sanitize.kernels()
+    assert set(sanitize.WRITES) == set(found)
+    assert all(sanitize.WRITES[name] <= set(kernel.arg_names) for name, kernel in found.items())
 
 
 @pytest.mark.parametrize("on", TARGETS if ALL else ["H100"])
@@ -276,6 +279,29 @@ def test_offsets_that_pass_32_bits_are_named():
         with pytest.raises(Fault, match="of 2147483648: is launched with a number of programs that no grid has"):
             far[(2**31,)](meta(2**20, 4096), meta(2**20, dtype=torch.float32), 4096, 4096, False, 64)
     assert watched.launches[0] == ("far", 2**20)
+
+
+def test_sizes_of_one_and_zero_launch_no_empty_grid_and_touch_nothing_else():
+    calls = smallest_calls()
+    with Virtual({"mask": 1}, on=TARGETS["H100"]) as watched:
+        for case, _, call in calls if ALL else calls[::4]:
+            try:
+                call()
+            except Fault as fault:
+                raise Fault(f"{case}: {fault}") from fault
+    assert len(ran(watched)) > 6
+
+
+def test_what_is_not_specialised_is_an_argument():
+    """Triton takes any name there, and does not say where none is meant."""
+    lists = {}
+    for kernel in sanitize.kernels().values():
+        names = kernel.kwargs["do_not_specialize"] or ()
+        constant = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
+        assert not constant & set(names), kernel.fn.__name__
+        lists.setdefault((kernel.fn.__module__, *names), set()).update(kernel.arg_names)
+    for (module, *names), arguments in lists.items():
+        assert set(names) <= arguments, module
 
 
 # S, R, B, T, D, heads, key and value heads, d_head, d_mlp.

@@ -37,7 +37,6 @@ from unittest import mock
 import eapcore.kernels
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from eapcore.kernels import triton_common as common
 from triton.runtime import interpreter
@@ -525,17 +524,14 @@ def written(*tensors: torch.Tensor) -> None:
             raise Fault(f"{left} of {tensor.numel()} elements of a result were never written")
 
 
-def kernels() -> set[str]:
-    """The names of all kernels that kernels/ launches: those functions of Triton's that no other of them calls."""
-    names = [
-        module.name for module in pkgutil.iter_modules(eapcore.kernels.__path__) if module.name.startswith("triton_")
-    ]
-    modules = [importlib.import_module(f"eapcore.kernels.{name}") for name in names]
+def kernels() -> dict[str, Any]:
+    """All kernels of kernels/ by name: those functions of Triton's that no other of them calls."""
+    found = [module.name for module in pkgutil.iter_modules(eapcore.kernels.__path__) if "triton_" in module.name]
     made = {
         name: value
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, interpreter.InterpretedFunction | triton.runtime.JITFunction)
+        for module in found
+        for name, value in vars(importlib.import_module(f"eapcore.kernels.{module}")).items()
+        if isinstance(value, interpreter.InterpretedFunction)
     }
-    called = {name for value in made.values() for name in value.fn.__code__.co_names if name in made}
-    return set(made) - called
+    called = {name for value in made.values() for name in value.fn.__code__.co_names}
+    return {name: value for name, value in made.items() if name not in called}
