@@ -127,7 +127,7 @@ def normalise_grad_rows(
 def activated(hidden, up, at, inside, ACT: tl.constexpr, GATED: tl.constexpr):
     h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
     if ACT == "relu":
-        made = tl.maximum(h, 0.0)
+        made = tl.where(h <= 0.0, 0.0, h)  # a GPU's maximum of NaN and 0 is 0
     elif ACT == "silu":
         made = h * tl.sigmoid(h)
     elif ACT == "gelu":
@@ -167,7 +167,7 @@ def gated_grads(
     h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     if ACT == "relu":
-        made = tl.maximum(h, 0.0)
+        made = tl.where(h <= 0.0, 0.0, h)  # a GPU's maximum of NaN and 0 is 0
         slope = tl.where(h > 0.0, 1.0, 0.0)
     elif ACT == "silu":
         share = tl.sigmoid(h)

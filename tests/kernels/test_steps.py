@@ -130,6 +130,17 @@ def test_units_of_the_last_rows_are_differences(dtype, act_fn):
         good(steps.moved_units(hidden, up, act_fn, count, impl="triton"), exact, dtype)
 
 
+@pytest.mark.parametrize("act_fn", steps.ACTIVATIONS)
+def test_units_that_are_no_number_stay_none(act_fn):
+    hidden, up = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    hidden[0, 1, 2] = float("nan")
+    for gate in (None, up):
+        got = steps.moved_units(hidden, gate, act_fn, 2, impl="triton").isnan()
+        assert torch.equal(got, steps.moved_units(hidden, gate, act_fn, 2).isnan()) and got.sum() == 2
+    of_up = steps.gated_grad(torch.ones_like(up), hidden, up, act_fn, impl="triton")[1]
+    assert torch.equal(of_up.isnan(), hidden.isnan())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_last_rows_take_what_others_were_sent_and_a_difference(dtype):
     for rows, count, width, biased in ((8, 3, 33, True), (6, 3, 400, False), (2, 1, 1, True)):

@@ -13,7 +13,8 @@
 * describes a tensor to TMA as the hardware does not take it;
 * claims an alignment that is not there, or makes a number that its type does not hold.
 
-Programs run in any order that is wanted: results have the same bits in all of them.
+Programs run in any order that is wanted: results have the same bits in all of them. `tl.maximum` and `tl.minimum` of
+NaN and a number are the number, as on a GPU.
 
 `Virtual` runs of each launch a few programs, and of each loop a few rounds, on tensors without memory: the same checks
 of addresses and numbers, at sizes that no memory here would hold.
@@ -201,8 +202,16 @@ class Sanitizer:
                 this.say(f"claims that {int(np.max(handle.data))} is a multiple of {max(values)}")
             set_attr(handle, name, values)
 
+        def fmax(builder: Any, a: Any, b: Any) -> Any:
+            return builder.binary_op(a, b, np.fmax)
+
+        def fmin(builder: Any, a: Any, b: Any) -> Any:
+            return builder.binary_op(a, b, np.fmin)
+
         for owner, name, new in (
             (interpreter, "GridExecutor", Executor),
+            (builder, "create_maxnumf", fmax),
+            (builder, "create_minnumf", fmin),
             (builder, "create_masked_load", create_masked_load),
             (builder, "create_masked_store", create_masked_store),
             (builder, "create_atomic_rmw", create_atomic),
