@@ -249,8 +249,6 @@ class Sanitizer:
         builder.grid_idx = (0, 0, 0)
         if not 0 < self.programs <= MOST_PROGRAMS:
             self.say("is launched with a number of programs that no grid has")
-        # Offsets in a table lead from the memory of one argument to that of others.
-        self.loose = bound.get("table") is not None
         self.memories: dict[int, Memory] = {}
         self.views = []
         given = {k: v if k in executor.constexprs else self.convert(k, v) for k, v in bound.items()}
@@ -331,8 +329,6 @@ class Sanitizer:
         at = offset // view.itemsize
         if does == "store" and not view.writable:
             self.say(f"stores to {view.described}, which is no output of its")
-        if self.loose and does == "load":
-            return
         if (at * view.itemsize != offset).any():
             self.say(f"{does}s between the first bytes of two elements of {view.described}")
         if at.min() < 0 or at.max() > view.last:
@@ -342,7 +338,7 @@ class Sanitizer:
             rest = rest - np.minimum(rest // step, size - 1) * step
         if view.axes and rest.any():
             self.outside(does, view, at[rest > 0])
-        if view.memory.written and not self.loose:
+        if view.memory.written:
             self.meet(does, view, offset, lanes, np.shape(mask.data), value)
 
     def outside(self, does: str, view: View, at: Any) -> None:
