@@ -4,6 +4,7 @@ literal definition of a decoder gives."""
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 from copy import deepcopy
 from dataclasses import replace
@@ -247,6 +248,28 @@ def test_a_patched_edge_s_slope_is_its_score(name, kv):
     for edge in [*edges[:: len(edges) // 9], edges[-1]]:
         low, high = interpolate(model, pairs, "logit_diff", edge, points=[-1e-5, 1e-5]).effects
         assert (high - low) / 2e-5 == pytest.approx(scores[edge], abs=1e-7 * float(scores.scores.abs().max()) + 1e-8)
+
+
+@pytest.mark.skipif(bool(kernels.available()["triton"]), reason=kernels.available()["triton"])
+@pytest.mark.parametrize("name", CASES if os.environ.get("EAPCORE_SANITIZE") == "all" else ["mistral"])
+def test_the_kernels_of_a_gpu_give_the_same_scores(name, monkeypatch, limited):
+    """All of them, in Triton's interpreter under the sanitizer."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("watches the interpreter")
+    import sanitize
+
+    model = ours(name, "grouped", "float32")
+    pairs = pairs_for(model).select(torch.tensor([2]))
+    expected = eapcore.attribute(model, pairs, storage="dense").scores
+    for module in ("kernels.attention", "kernels.steps", "models.attention", "models.matmul", "models.paired"):
+        monkeypatch.setattr(f"eapcore.{module}.takes_triton", lambda impl, x: x.dtype == torch.float32)
+    monkeypatch.setattr("eapcore.kernels.attention.fits", lambda q: True)
+    limited(positions_first=True, receivers=2 * model.graph.receivers_per_layer, workspace=1 << 30)
+    with sanitize.Sanitizer("random") as watched:
+        found = eapcore.attribute(model, pairs, storage="dense", impl="triton").scores
+    ran = {kernel for kernel, _ in watched.launches}
+    assert ran >= {"normalise_rows", "turn_rows", "attend_rows", "query_grads", "normalise_grad_rows", "partial_scores"}
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
