@@ -205,8 +205,9 @@ def _fill_senders(room: Tensor, senders: FactoredSenders, block: Block) -> None:
     room[:1] = senders.embed.detach()[block]
     for layer, w_o in enumerate(senders.w_o):
         first = 1 + layer * (heads + mlps)
-        own = room[first : first + heads].flatten(1, 2)  # [H', b·t, D]
+        own = room[first : first + heads]
         if len(own):
+            own = own.view(len(own), -1, own.shape[3])  # [H', b·t, D]
             dz = senders.dz[layer].detach()[block].flatten(0, 1).transpose(0, 1)  # [H, b·t, K]
             torch.bmm(dz[: len(own)], w_o.detach()[: len(own)], out=own)
     if senders.mlp is not None:

@@ -331,6 +331,42 @@ def test_the_way_that_a_gpu_takes_gives_the_same_scores(name, kv, monkeypatch, l
     assert given and len(rooms) == (0 if name in ("qwen3", "neox") or kv == "grouped" else len(apart) // 2)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_factors_on_a_gpu_are_contracted_without_activations(name, monkeypatch):
+    """What the receivers' kernel reads beside their gradients is made with these; heads that share a weight are made by
+    one launch."""
+    common = pytest.importorskip("eapcore.kernels.triton_common")
+    model = random_model(dtype=torch.float32) if name == "gpt2" else ours(name, dtype=torch.float32)
+    pairs, found, launches = pairs_for(model, (5, 4)), [], []
+    methods = ("eap", "relp") if name == "gpt2" else ("eap",)
+    expected = [eapcore.attribute(model, pairs, method=method, storage="dense").scores for method in methods]
+    for module, names in (("kernels", ("takes_triton", "fits")), ("models", ("takes_triton",))):
+        for decides in names:
+            monkeypatch.setattr(f"eapcore.{module}.attention.{decides}", lambda *like: True)
+        made = lambda g, d_model: g.new_full((g.shape[2], 2, *g.shape[:2]), torch.nan, dtype=torch.float32)  # noqa: E731
+        monkeypatch.setattr(f"eapcore.{module}.attention.empty_sums", made)  # of any width
+    factored, launch = kernels.edge_scores_factored, common.launch
+
+    def watched(senders, receivers, **options):
+        found.append([act is None for act in receivers.act])
+        return factored(senders, receivers, **options)
+
+    def counted(kernel, *args, **meta):
+        launches.append(kernel.fn.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(kernels, "edge_scores_factored", watched)
+    monkeypatch.setattr(common, "launch", counted)
+    for method, scores in zip(methods, expected, strict=True):
+        found.clear(), launches.clear()
+        got = eapcore.attribute(model, pairs, method=method, storage="factored", impl="triton").scores
+        torch.testing.assert_close(got, scores, rtol=0, atol=2e-5 * float(scores.abs().max()))
+        # At all positions, then at those read, where the last layer alone has gradients. relp's σ is a constant.
+        assert found == ([[True, True], [False, True]] if method == "eap" else [[False, False]] * 2)
+        # Of the last layer q apart from k and v; of the other one weight, or three.
+        assert method == "relp" or launches.count("channel_grads") == (1 + 2 + 2 if name == "gpt2" else 3 * 3)
+
+
 @pytest.mark.parametrize("kv", ["each", "grouped"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_full_circuit_is_the_clean_run_and_the_empty_one_the_corrupt(name, kv):
