@@ -63,8 +63,9 @@ def test_the_curve_is_the_metric_of_each_circuit_on_the_scale_from_ablated_to_cl
         assert value == pytest.approx(expected, abs=1e-12)
         assert f == pytest.approx((expected - meta["corrupt"]) / (meta["clean"] - meta["corrupt"]), abs=1e-10)
     assert curve.faithfulness[0] == pytest.approx(0, abs=1e-12) and curve.faithfulness[-1] == pytest.approx(1)
-    x, f = np.array(curve.fractions), np.array(curve.faithfulness)
-    assert curve.cpr == pytest.approx(np.trapezoid(f, x)) and curve.cmd == pytest.approx(np.trapezoid(abs(1 - f), x))
+    x, f = (torch.tensor(values, dtype=torch.float64) for values in (curve.fractions, curve.faithfulness))
+    areas = torch.trapezoid(f, x), torch.trapezoid((1 - f).abs(), x)
+    assert (curve.cpr, curve.cmd) == pytest.approx([*map(float, areas)])
 
 
 def test_cpr_is_read_from_the_signed_and_cmd_from_the_absolute_ranking(model, pairs, tmp_path):

@@ -72,7 +72,9 @@ def test_operations_are_those_that_are_done_however_they_are_done(monkeypatch, t
     def counted(run):
         with FlopCounterMode(display=False) as counter:
             run()
-        return counter.get_total_flops() / (2 * len(pairs))
+        found = counter.get_flop_counts()["Global"]
+        # Fused attention is counted by newer releases of torch alone, and as if it were not causal.
+        return sum(n for op, n in found.items() if "scaled_dot_product" not in str(op)) / (2 * len(pairs))
 
     eap = counted(lambda: first_order(model, pairs, impl="reference"))
     assert 0.95 < cost.eap / eap < 1.05

@@ -128,6 +128,8 @@ def try_command(command: str, kills: int, folder: Path, draw: random.Random, aft
             text = said(place)
             found["named" if re.search(rf"rank {rank}\b", text) else re.sub(r"\d+", "#", text)[-150:]] += 1
             continue
+        if found["killed"] < kills:
+            seconds *= 0.8  # it had ended: the undisturbed run took longer, by what happened on the machine meanwhile
         rest = [pid for pid in pids if found["killed"] >= kills or pid != pids[rank]]
         statuses = ended(rest, 300)
         number += 1  # the next one begins anew

@@ -137,7 +137,7 @@ def test_a_command_waits_asleep_a_fork_goes_on_and_a_source_tree_finds_what_is_i
     environment = {name: value for name, value in os.environ.items() if name not in skipped}
     environment["PYTHONPATH"] = os.pathsep.join([str(source.parent), str(installed.parent)])
     program = PROGRAM.format(built=installed / built.name)
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    # Python 3.12 and newer warn of what is tried here.
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -190,7 +190,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_written(tmp_p
         "x" * 256: "",
         f"new/{'ä' * 128}": "a name in it is longer than 255 bytes",
         "new/" + "y" * 300 + "/file": "longer",
-        "a\0b": "null byte",
+        "a\0b": "null (byte|character)",
         "file/below": "is a file",
         ".": "it is a folder",
     }
