@@ -45,14 +45,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM."""
     _before_torch()
     with shown_safely():
-        args = _parser().parse_args(argv)
-        args.written = _written(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        args = _parse(words)
+        args.written = _written(words)
         args.distributed, args.leads = False, True
         log_to(as_json=args.log_json)
         status, text = _run(args)
         if text:
             say(text)
         return status
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch's libraries end the process there
+        parser.error("the current folder does not exist any more: change to one that does")
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # files are not opened by such a name, nor can one stand in a file
+            locale = sys.getfilesystemencoding()
+            change = "rename what it names" if locale == "utf-8" else f"set PYTHONUTF8=1, this locale is {locale}"
+            parser.error(f"arguments must be UTF-8, got {word!a}: {change}")
+    return parser.parse_args(words)
 
 
 def _before_torch() -> None:

@@ -375,11 +375,13 @@ def write(args: argparse.Namespace, result: Saved, path: Path | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path)
     except OSError as error:
-        kept = Path(tempfile.mkdtemp(prefix="eapcore-")) / path.name
+        kept = None
         try:
+            kept = Path(tempfile.mkdtemp(prefix="eapcore-")) / path.name
             result.save(kept)
         except OSError:
-            shutil.rmtree(kept.parent, ignore_errors=True)
+            if kept is not None:
+                shutil.rmtree(kept.parent, ignore_errors=True)
             raise error from None
         raise OSError(
             f"{path} could not be written, {error.strerror or error}: the result is kept in {kept}"

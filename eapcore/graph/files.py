@@ -60,6 +60,8 @@ def target(path: str | Path) -> Path:
     path = Path(path)
     try:
         real = path.resolve()
+        if real.is_symlink():  # from Python 3.13 on `resolve` does not say so
+            raise OSError("it is a link in a circle")
         folder = next(folder for folder in real.parents if folder.exists())
         if real.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -126,10 +128,15 @@ def replacing_all(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
                 raise type(error)(
                     f"{path} cannot be written: {error.strerror or error}; choose another place"
                 ) from error
-        yield written
-        for path in written:
-            path.chmod(0o666 & ~_umask())  # some writers' files are for their owner alone
-            _sync(path)
+        try:
+            yield written
+            for path in written:
+                path.chmod(0o666 & ~_umask())  # some writers' files are for their owner alone
+                _sync(path)
+        except OSError as error:
+            if error.errno not in _FULL or error.filename is not None:
+                raise
+            raise OSError(f"{targets[0]} cannot be written: {error.strerror}") from error
         with _uninterrupted():
             for path, place in zip(written, targets, strict=True):
                 path.replace(target(place))
@@ -137,6 +144,8 @@ def replacing_all(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
                 _sync(folder)
 
 
+# What the system says, without a name, of a disk that is full or broken, a quota and a limit.
+_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO") if hasattr(errno, name))
 _SUFFIX, _LOCK = ".eapcore-tmp", ".eapcore-lock"
 
 
