@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,16 +45,32 @@ def available() -> dict[str, str]:
     """For each implementation, "" if it can run here, or one sentence that says why it cannot."""
     from . import cpp
 
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-        try:
-            import triton  # noqa: F401
-
-            triton_reason = ""
-        except ImportError:
-            triton_reason = "the package triton is not installed"
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if interprets or torch.cuda.is_available():
+        triton_reason = _no_triton(interprets)
     else:
         triton_reason = "no GPU is visible to torch (TRITON_INTERPRET=1 would run its interpreter)"
     return {"reference": "", "cpp": cpp.why_not(), "triton": triton_reason}
+
+
+@cache
+def _no_triton(interprets: bool) -> str:
+    """ "" if Triton, or its interpreter, can be used with the packages that are here, else why not, in a sentence."""
+    try:
+        import triton
+    except ImportError as error:
+        absent = error.name == "triton"
+        return "the package triton is not installed" if absent else f"the package triton cannot be imported ({error})"
+    # Its interpreter makes integers of arrays of one element, which is an error from numpy 2.4 on.
+    if interprets and _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
+        both = f"{triton.__version__}'s interpreter needs numpy below 2.4, and numpy is {np.__version__}"
+        return f"triton {both}: pip install 'numpy<2.4', or use triton 3.7 or newer"
+    return ""
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def choose(op: str, *, device: torch.device | str, dtype: torch.dtype) -> str:

@@ -59,7 +59,7 @@ def need(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise RuntimeError(f"{what} needs the package {package}: pip install 'eapcore[report]'") from error
+        raise RuntimeError(f"{what} needs the package {package}: pip install 'eapcore[report]' ({error})") from error
 
 
 def report_room(module: str) -> Any:

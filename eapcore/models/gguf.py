@@ -178,7 +178,9 @@ def _kind(number: int) -> _Kind:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
     except ImportError as error:
-        raise RuntimeError("quantised GGUF files need the package gguf: pip install 'eapcore[gguf]'") from error
+        raise RuntimeError(
+            f"quantised GGUF files need the package gguf: pip install 'eapcore[gguf]' ({error})"
+        ) from error
     try:
         kind = GGMLQuantizationType(number)
     except ValueError as error:

@@ -138,7 +138,8 @@ def _parquet_file(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path.name} is Parquet, which pyarrow reads: pip install 'eapcore[parquet]'") from error
+        needs = f"{path.name} is Parquet, which pyarrow reads"
+        raise ValueError(f"{needs}: pip install 'eapcore[parquet]' ({error})") from error
     with _parquet_errors(path):
         return pyarrow.parquet.ParquetFile(path)
 

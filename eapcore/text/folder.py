@@ -70,7 +70,8 @@ def _read(folder: Path) -> Made:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise RuntimeError(
-            "prompts as text need the package tokenizers: pip install 'eapcore[tokenizers]', or give token ids"
+            "prompts as text need the package tokenizers: pip install 'eapcore[tokenizers]', or give token ids "
+            f"({error})"
         ) from error
     beside = {name: _object(folder / f"{name}.json") for name in ("tokenizer_config", "config")}
     kind, whole = _class(beside), folder / "tokenizer.json"

@@ -49,6 +49,8 @@ needs_peaks = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="this system keeps no high-water mark that can be set back"
 )
 needs_cpp = pytest.mark.skipif(bool(cpp.why_not()), reason=cpp.why_not())
+no_triton = kernels.available()["triton"]
+needs_triton = pytest.mark.skipif(bool(no_triton), reason=no_triton)
 
 
 @pytest.fixture
@@ -173,8 +175,8 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     assert not re.search(r"\bfloat", str(some.value))
 
 
+@needs_triton
 def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
-    pytest.importorskip("triton")
     from eapcore.kernels import triton_common, triton_factored
 
     device = "cuda"
@@ -579,6 +581,7 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     assert done.returncode == 0 and parts == ["check", "llama"]
 
 
+@needs_triton
 def test_every_tiling_is_tried_and_one_that_fails_costs_its_own_line(monkeypatch, capsys):
     import ops.tilings as tilings
 

@@ -1,13 +1,11 @@
 """Attention's kernels in Triton's interpreter, against torch's operations in float64, and those against autograd."""
 
-import os
-
 import pytest
 import torch
+from interpreter import not_interpreted
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("these tests interpret; bench/bench_kernels.py checks the kernels on a GPU", allow_module_level=True)
+if reason := not_interpreted("bench/bench_kernels.py checks the kernels on a GPU"):
+    pytest.skip(reason, allow_module_level=True)
 
 from accuracy import STORED
 from eapcore.kernels import steps

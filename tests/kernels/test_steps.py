@@ -1,14 +1,12 @@
 """The steps between products: torch's operations against autograd, Triton's kernels in the interpreter against them."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from interpreter import not_interpreted
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("these tests interpret; bench/bench_kernels.py checks the steps on a GPU", allow_module_level=True)
+if reason := not_interpreted("bench/bench_kernels.py checks the steps on a GPU"):
+    pytest.skip(reason, allow_module_level=True)
 
 from accuracy import STORED
 from eapcore.kernels import steps, triton_steps

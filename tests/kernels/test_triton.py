@@ -4,17 +4,15 @@ Tiles are large and loops short, because the interpreter takes a millisecond an 
 """
 
 import mmap
-import os
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import not_interpreted
 from refusal import refused
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    reason = "these tests interpret; on a GPU tests/kernels/test_kernels.py and bench/bench_kernels.py run Triton"
+if reason := not_interpreted("on a GPU tests/kernels/test_kernels.py and bench/bench_kernels.py run Triton"):
     pytest.skip(reason, allow_module_level=True)
 
 import eapcore.kernels as kernels

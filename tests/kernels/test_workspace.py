@@ -126,6 +126,8 @@ def interpreter(monkeypatch):
     triton_common = pytest.importorskip("eapcore.kernels.triton_common")
     if not triton_common.interpreted():
         pytest.skip("needs Triton's interpreter")
+    if reason := kernels.available()["triton"]:
+        pytest.skip(reason)
     return triton_common
 
 

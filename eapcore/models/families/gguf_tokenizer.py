@@ -66,7 +66,7 @@ def rebuilt(path: Path, own: Mapping[str, Any]) -> tokenizers.Tokenizer:
         import tokenizers
     except ImportError as error:
         raise RuntimeError(
-            "prompts as text need the package tokenizers: pip install 'eapcore[gguf]', or give token ids"
+            f"prompts as text need the package tokenizers: pip install 'eapcore[gguf]', or give token ids ({error})"
         ) from error
     pre = _pre(path, own)
     joined = "scores" if pre == _PIECES else "merges"
