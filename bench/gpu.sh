@@ -5,8 +5,8 @@
 # limit, prints a table and writes FOLDER/PART.txt and, line by line, FOLDER/PART.jsonl; one that fails or takes too long
 # costs only itself. EAPCORE_PYTHON chooses the interpreter. --quick: small models, on a machine without a GPU to see
 # which parts begin. No part begins after EAPCORE_SECONDS;
-# EAPCORE_PARTS='check llama' asks for these alone. 'check check-kernels small-1024 llama float32 sanitizer' take some
-# six minutes.
+# EAPCORE_PARTS='check llama' asks for these alone. 'check check-kernels graphs small-1024 llama float32 sanitizer' take
+# some six minutes.
 #
 # The tests of the kernels run on the GPU too, in EAPCORE_WORKERS processes of pytest-xdist.
 set -u
@@ -48,6 +48,8 @@ kernels check-kernels 150 --check-only &
 pipeline check 150 check &
 part tests 150 "$python" -m pytest -q -p no:cacheprovider -n "${EAPCORE_WORKERS:-6}" --benchmark-disable \
   "$top/tests/kernels" --ignore "$top/tests/kernels/test_triton_compile.py" &
+part graphs 60 "$python" -m pytest -q -p no:cacheprovider "$top/tests/execution/test_batches.py" \
+  "$top/tests/models/test_load.py" -k "cuda_graphs_give_the_scores or weights_go_to_the_device" &
 part compile-tilings 150 "$python" "$top/bench/ops/tilings.py" --once &
 pipeline compile 150 warm &
 wait

@@ -571,8 +571,8 @@ def test_the_script_for_a_gpu_goes_on_where_there_is_none(tmp_path):
     done = subprocess.run([script, tmp_path / "out", "--quick"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "FAILED: " in done.stdout and "small-256 (3)" in done.stdout
     parts = [json.loads(line) for line in (tmp_path / "out/parts.jsonl").read_text().splitlines()]
-    assert {part["part"] for part in parts[1:6]} == {"check-kernels", "check", "tests", *COMPILED}
-    assert [part["part"] for part in parts[6:8]] == ["small-256", "xl"]
+    assert {part["part"] for part in parts[1:7]} == {"check-kernels", "check", "tests", "graphs", *COMPILED}
+    assert [part["part"] for part in parts[7:9]] == ["small-256", "xl"]
     assert {part["part"] for part in parts[1:] if part["status"]} == {"small-256"}
     assert "--part GPT-2 XL" in (tmp_path / "out/xl.txt").read_text()
     some = environment | {"EAPCORE_PARTS": "check llama"}
