@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 
 import pytest
@@ -13,6 +12,7 @@ from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import eapcore.attribution.scoring as scoring
 import eapcore.execution.cuda_graphs as cuda_graphs
 import eapcore.execution.limits as limits
 import eapcore.execution.prefetch as prefetch
@@ -22,8 +22,6 @@ from eapcore.execution.prefetch import Feed, tensors, with_tensors
 
 CPU = torch.device("cpu")
 LENGTHS = [9] * 7 + [12] * 5 + [9] * 4
-
-ATTRIBUTE = importlib.import_module("eapcore.attribution.attribute")  # the package hands on the function
 
 
 OPTIONS = [
@@ -103,13 +101,13 @@ def mixed_pairs(model, lengths=LENGTHS):
 @pytest.fixture
 def seen(monkeypatch):
     """(start, stop, pairs) of every batch that is scored."""
-    shapes, real = [], ATTRIBUTE.score_batch
+    shapes, real = [], scoring.score_batch
 
     def watch(model, batch, *args, **named):
         shapes.append((batch.start, batch.stop, len(batch.pairs)))
         return real(model, batch, *args, **named)
 
-    monkeypatch.setattr(ATTRIBUTE, "score_batch", watch)
+    monkeypatch.setattr(scoring, "score_batch", watch)
     return shapes
 
 
@@ -117,7 +115,7 @@ def seen(monkeypatch):
 def recorder(monkeypatch):
     found = Recorder()
     monkeypatch.setattr(limits, "GRAPH_WORTH", 1)
-    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: found)
+    monkeypatch.setattr(scoring, "recorder", lambda device: found)
     return found
 
 
@@ -269,7 +267,7 @@ def test_what_cannot_be_recorded_is_said_and_computed_or_raised(monkeypatch, cap
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(limits, "GRAPH_WORTH", 1)
-    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Broken())
+    monkeypatch.setattr(scoring, "recorder", lambda device: Broken())
     model, pairs = random_case([8] * 12)
     options = {"batch_size": 3, "storage": "dense"}
     with caplog.at_level(logging.WARNING, "eapcore"):
@@ -286,7 +284,7 @@ def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(r
     pairs = mixed_pairs(model, [12] * 9)  # the longer batches come first: no larger buffer is needed on the way
     options = {"batch_size": 3, "storage": "dense"}
     expected = attribute(model, pairs, graphs=False, **options)
-    real, calls = ATTRIBUTE.score_batch, []
+    real, calls = scoring.score_batch, []
 
     def full(model, batch, *args, **named):
         calls.append(len(batch.pairs))
@@ -295,7 +293,7 @@ def test_where_memory_does_not_suffice_recordings_go_before_batches_are_halved(r
             raise torch.OutOfMemoryError("no more")
         return real(model, batch, *args, **named)
 
-    monkeypatch.setattr(ATTRIBUTE, "score_batch", full)
+    monkeypatch.setattr(scoring, "score_batch", full)
     with caplog.at_level(logging.WARNING, "eapcore"):
         found = attribute(model, pairs, graphs=True, **options)
     assert [r.message for r in caplog.records] == ["out of memory: going on without CUDA graphs"]
@@ -308,7 +306,7 @@ def test_a_recording_for_which_memory_does_not_suffice_is_left_out(monkeypatch, 
         def capture(self, work, given):
             raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(ATTRIBUTE, "recorder", lambda device: Full())
+    monkeypatch.setattr(scoring, "recorder", lambda device: Full())
     model, pairs = random_case([8] * 12)
     expected = attribute(model, pairs, graphs=False, batch_size=3, storage="dense")
     with caplog.at_level(logging.WARNING, "eapcore"):
@@ -354,7 +352,7 @@ def test_scores_do_not_depend_on_copies_ahead(monkeypatch):
     model, copy = random_model(), Late()
     pairs = mixed_pairs(model)
     expected = attribute(model, pairs, batch_size=3, reduce="pair")
-    monkeypatch.setattr(ATTRIBUTE, "pinned_copy", lambda device: copy)
+    monkeypatch.setattr(scoring, "pinned_copy", lambda device: copy)
     found = attribute(model, pairs, batch_size=3, reduce="pair")
     assert copy.started == copy.finished == -(-len(pairs) // 3)
     assert torch.equal(found.scores, expected.scores) and torch.equal(found.per_pair, expected.per_pair)
