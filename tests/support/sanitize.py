@@ -8,7 +8,8 @@
 * stores where another program of the launch stores or loads, loads where another stores, loads what it has stored
   itself, stores over what another of its threads has loaded, or stores two values to one place (racecheck): no program
   waits for another, and a program's threads wait for one another at no load or store;
-* loads what nobody wrote (initcheck): what is allocated without a value holds one that nothing computes;
+* loads what nobody wrote (initcheck): what is allocated without a value holds one that nothing computes, as does what a
+  mask hides from a load that says nothing in its place;
 * adds atomically, in an order that no two runs share;
 * describes a tensor to TMA as the hardware does not take it;
 * claims an alignment that is not there, or makes a number that its type does not hold.
@@ -72,14 +73,7 @@ POISON = {
     torch.int32: 0x7FA5A5A5,
     torch.int64: 0x7FF5A5A5A5A5A5A5,
 }
-_PATTERN = {
-    "fp16": 0x7DA5,
-    "bf16": 0x7FA5,
-    "fp32": 0x7FA5A5A5,
-    "fp64": 0x7FF5A5A5A5A5A5A5,
-    "int32": 0x7FA5A5A5,
-    "int64": 0x7FF5A5A5A5A5A5A5,
-}
+_PATTERN = {str(getattr(tl, str(dtype).removeprefix("torch."))): value for dtype, value in POISON.items()}
 NOBODY, SEVERAL = -1, -2
 # What a GPU's grid may have along its first axis; kernels here have no other.
 MOST_PROGRAMS = 2**31 - 1
@@ -174,8 +168,12 @@ class Sanitizer:
                 this.launch(self, args, named)
 
         def create_masked_load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **more: Any) -> Any:
-            at = this.touch("load", ptrs, mask)
-            return this.loaded(at, ptrs, mask, other, lambda: load(builder, ptrs, mask, other, *rest, **more))
+            this.touch("load", ptrs, mask)
+
+            # The interpreter takes a zero in the place of one element for nothing.
+            said_nothing = other is None and np.size(ptrs.data) > 1
+            beside = hidden(ptrs) if said_nothing else other
+            return this.loaded(ptrs, mask, lambda: load(builder, ptrs, mask, beside, *rest, **more))
 
         def create_masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> None:
             this.touch("store", ptrs, mask, value)
@@ -383,7 +381,7 @@ class Sanitizer:
         if (memory.lanes[at] != lanes).any():
             self.say(f"stores twice to one place of {view.described} at once")
 
-    def loaded(self, at: None, ptrs: Any, mask: Any, other: Any, load: Any) -> Any:
+    def loaded(self, ptrs: Any, mask: Any, load: Any) -> Any:
         """What a load gives."""
         made = load()
         pattern = _PATTERN.get(str(ptrs.get_element_ty()))
@@ -478,11 +476,9 @@ class Virtual(Sanitizer):
     def watch(self, memory: Memory) -> None:
         """The programs that run are too few to meet."""
 
-    def loaded(self, at: None, ptrs: Any, mask: Any, other: Any, load: Any) -> Any:
+    def loaded(self, ptrs: Any, mask: Any, load: Any) -> Any:
         kind = interpreter._get_np_dtype(ptrs.get_element_ty())
         value = np.full(np.shape(ptrs.data), self.values.get(ptrs.dtype.view.name, 0), kind)
-        if other is not None:
-            value = np.where(mask.data, value, other.data).astype(kind)
         return interpreter.TensorHandle(value, ptrs.get_element_ty())
 
     def keep(self, store: Any) -> None:
@@ -503,6 +499,14 @@ def _launch(kernel: Any, programs: int, *args: Any, device: torch.device, **meta
 def pointer(view: View, like: Any) -> Any:
     """A pointer to an argument's first element."""
     return interpreter.TensorHandle(np.array([view.address], np.uint64), Traced(like, view))
+
+
+def hidden(ptrs: Any) -> Any:
+    """What a load gives where it is masked and nothing else is said: on a GPU, anything."""
+    kind = interpreter._get_np_dtype(ptrs.get_element_ty())
+    pattern = _PATTERN.get(str(ptrs.get_element_ty()), 0xA5)
+    made = np.full(np.shape(ptrs.data), pattern, f"u{kind.itemsize}").view(kind)
+    return interpreter.TensorHandle(made, ptrs.get_element_ty())
 
 
 def _poisoned(allocate: Any) -> Any:
