@@ -47,8 +47,7 @@ Block = tuple[slice, slice]  # pairs, positions
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers whose receivers are contracted together, behind those of the last layer with the logits' where they have
-    edges.
+    """Layers whose receivers are contracted together, with the logits' behind the last layer's where these have edges.
 
     receivers: which of all. before: how many senders come before each, None for all; senders: before any of them.
     """

@@ -26,6 +26,7 @@ from eapcore.models.matmul import product
 from eapcore.models.mlp import Mlp, MlpSaved
 from eapcore.models.model import Model, Place, Stage
 from eapcore.models.norm import Norm, NormInput
+from eapcore.models.patched_attention import patched, sent_otherwise
 from eapcore.models.tensors import accumulate_dtype, on, spread
 from eapcore.tasks.metrics import Metric, MetricBatch
 
@@ -129,7 +130,7 @@ class LastLayer:
             for _, some in store.deltas(kind == 0, count, at_once, self.out.device) if mine else ():
                 for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
                     heads = attention.moved_by(channel)
-                    change = attention.sent_otherwise(run, slice(heads.start, heads.stop), z, None)
+                    change = sent_otherwise(attention, run, slice(heads.start, heads.stop), z, None)
                     sent = None
                     if behind is not None and len(heads) * z.shape[-1] < self.out.shape[-1]:
                         sent = behind.sent(heads, z - run.z[:, :, heads.start : heads.stop], change)
@@ -149,7 +150,7 @@ class LastLayer:
             q = spread(saved.q, read, saved.kv.shape[1])
             full = AttentionSaved(saved.norm_in, (q, saved.kv), saved.n_heads)
             for channel in channels:
-                yield channel, attention.patched(channel, n.unflatten(0, delta.shape[:2]), full, self.past, read)
+                yield channel, patched(attention, channel, n.unflatten(0, delta.shape[:2]), full, self.past, read)
             return
         first, size = (0, heads) if kind == 0 else (heads + (kind - 1) * kv, kv)
         changed = attention.project(n, slice(first, first + size)).unflatten(0, delta.shape[:2])  # [C, B, ., ., K]

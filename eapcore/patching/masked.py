@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eapcore.models.attention import Attention
 from eapcore.models.model import Model, Place, Stage
+from eapcore.models.patched_attention import each_channel
 from eapcore.models.tensors import on
 from eapcore.patching.record import Recording, Run
 
@@ -146,7 +147,7 @@ def sent_by_heads(
     shared = [c for kind in (of_k, of_v) for h in heads for c in range(kind.start, kind.stop) if h in behind[c]]
     channels = sorted(set(shared))
     q, kv = (
-        attention.each_channel(mine, on(streams([place.receivers.start + c for c in mine], short), stage.device))
+        each_channel(attention, mine, on(streams([place.receivers.start + c for c in mine], short), stage.device))
         for mine, short in ((heads, stage.last), (channels, False))
     )
     kv = kv if channels == shared else kv[:, :, [channels.index(c) for c in shared]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from eapcore.models.attention import Attention
 from eapcore.models.forward import run_stage
 from eapcore.models.model import Model, Place
+from eapcore.models.patched_attention import mix_at_read, patched, sent_otherwise
 from eapcore.models.tensors import at_positions, on
 from eapcore.patching.record import Recording
 
@@ -100,8 +101,8 @@ class Readers:
         read, some = on(recording.read, stage.device) if stage.last else None, slice(heads.start, heads.stop)
         known, normed = self.normed[channel >= attention.n_heads]
         n = _take(normed, [known.index(row) for row in rows])
-        z = attention.patched(channel, n, run.saved, recording.before(stage.index), read)  # [C, B, Q, h, K]
-        stream += on(attention.sent_otherwise(run, some, z, read), stream.device)
+        z = patched(attention, channel, n, run.saved, recording.before(stage.index), read)  # [C, B, Q, h, K]
+        stream += on(sent_otherwise(attention, run, some, z, read), stream.device)
 
 
 def reader_of(model: Model, receiver: int) -> int:
@@ -130,7 +131,7 @@ def finish(recording: Recording, number: int, x: Tensor) -> Tensor:
         if stage.last and stage.attention is not None:
             attention, read = stage.attention.component, on(recording.read, stage.device)
             read = read.repeat(len(x) // len(read), 1)
-            z = attention.mix_at_read(x, past, read)
+            z = mix_at_read(attention, x, past, read)
             stream = at_positions(x, read)
             x = stream + attention.added_by(z)
             if stage.mlp is not None:
