@@ -108,12 +108,19 @@ def _run(args: argparse.Namespace) -> tuple[int, str]:
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        return 2, told(args, error, _one_line(_of_file(args, str(error))))
+        return 2, told(args, error, _one_line(_of_file(args, _said(error))))
     except Exception as error:
         if args.debug:
             raise
         text = f"internal error, {type(error).__name__}: {_one_line(error)} (--debug shows where)"
         return 1, told(args, error, text)
+
+
+def _said(error: Exception) -> str:
+    """An error's message, of the system's own with the file first."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
 
 
 def _of_file(args: argparse.Namespace, message: str) -> str:

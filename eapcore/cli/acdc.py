@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, load_circuit, load_scores, prepare
-from eapcore.cli.options import Command, add_edges, add_resume, add_starts, add_task, number, several
+from eapcore.cli.options import Command, add_edges, add_resume, add_starts, add_task, number, place, several
 from eapcore.cli.output import Progress, check_out, heading, runs, table, write
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add(command: Command) -> None:
     parser.add_argument("--order", default="latest", metavar="HOW", help="of a receiver's senders: latest or earliest")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="the circuit file to write, of several searches a .json of them all (default: circuit.json, of several "
         "sweep.json)",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, given, prepare_large, score, uncertainty
@@ -18,6 +17,7 @@ from eapcore.cli.options import (
     add_uncertainty,
     count,
     number,
+    place,
 )
 from eapcore.cli.output import (
     Progress,
@@ -55,7 +55,7 @@ def add(command: Command) -> None:
     )
     parser.add_argument(
         "--pairs-out",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="with --reduce pair: write each pair's scores here as they come (default: into the score file, or for a "
         "task file above 32 MiB beside it)",

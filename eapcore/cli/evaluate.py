@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, load_truth, prepare, top
@@ -18,6 +17,7 @@ from eapcore.cli.options import (
     add_scores,
     add_task,
     at_least_two,
+    place,
     positive,
 )
 from eapcore.cli.output import Progress, check_out, heading, method, table, write
@@ -37,11 +37,14 @@ def add(command: Command) -> None:
     add_task(parser)
     add_scores(parser)
     parser.add_argument(
-        "--circuit", type=Path, metavar="FILE", help="also judge this circuit: completeness, minimality (default: none)"
+        "--circuit",
+        type=place,
+        metavar="FILE",
+        help="also judge this circuit: completeness, minimality (default: none)",
     )
     parser.add_argument(
         "--true-circuit",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="also the ROC against this circuit's edges: a file, or ioi, greater-than or docstring, for the published "
         "one, with and without its edges inside components (default: none)",

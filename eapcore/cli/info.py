@@ -171,6 +171,9 @@ def _print_spread(model: Model, args: argparse.Namespace) -> None:
     )
 
 
+_MOST = 4096  # devices that are planned for: more layers there are not
+
+
 def _sizes(text: str) -> tuple[list[torch.device], list[int]]:
     """The devices of --devices with the memory of each: 8x80GiB, or names of some that are here."""
     import torch
@@ -180,11 +183,12 @@ def _sizes(text: str) -> tuple[list[torch.device], list[int]]:
 
     found: list[int] = []
     for part in text.split(","):
-        size = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)([MGT])iB", part.strip())
+        size = re.fullmatch(r"(\d{1,9})x(\d{1,9}(?:\.\d{1,9})?)([MGT])iB", part.strip())
         if size is None:
             here = find_devices(text)
             return here, [free_bytes(device) for device in here]
+        count = len(found) + int(size[1])
+        if not 0 < count <= _MOST:
+            raise ValueError(f"--devices must be names, or 1 to {_MOST} as 8x80GiB, got {text!r}")
         found += int(size[1]) * [int(float(size[2]) * 2 ** {"M": 20, "G": 30, "T": 40}[size[3]])]
-    if not found:
-        raise ValueError(f"--devices must be names, or as 8x80GiB, got {text!r}")
     return [torch.device("cuda", number) for number in range(len(found))], found

@@ -53,18 +53,11 @@ def prepare(args: argparse.Namespace) -> tuple[Model, PromptPairs, str]:
     from eapcore.tasks import find_pairs
 
     model, task, metric = _begin(args)
-    return model, _checked(model, find_pairs(task, seed=args.seed, **_reading(args, model))), metric
+    return model, find_pairs(task, seed=args.seed, **_reading(args, model)), metric
 
 
 def _reading(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     return {"n": args.n, "encode": model.tokenizer, "corruption": args.corruption}
-
-
-def _checked(model: Model, pairs: PromptPairs) -> PromptPairs:
-    tokenizer = model.tokenizer
-    if pairs.vocab is not None and tokenizer is not None and tokenizer.at_hand:
-        check_words(model.name, tokenizer, pairs)
-    return pairs
 
 
 def prepare_large(args: argparse.Namespace) -> tuple[Model, PromptPairs | PairStream, str]:
@@ -78,7 +71,7 @@ def prepare_large(args: argparse.Namespace) -> tuple[Model, PromptPairs | PairSt
     streamed = task not in TASKS and path.suffix.lower() in STREAMED and args.method not in WHOLE
     if streamed and path.is_file() and path.stat().st_size > _LARGE:
         return model, PairStream(path, **what), metric
-    return model, _checked(model, find_pairs(task, seed=args.seed, **what)), metric
+    return model, find_pairs(task, seed=args.seed, **what), metric
 
 
 def _begin(args: argparse.Namespace) -> tuple[Model, str, str]:
@@ -98,22 +91,6 @@ def _begin(args: argparse.Namespace) -> tuple[Model, str, str]:
         check_apart([args.out], model.folder, "--model")
     metric = args.metric or (TASKS[task].metric if task in TASKS else "logit_diff")
     return replace(model, tokenizer=find_tokenizer(args, model)), task, metric
-
-
-def check_words(name: str, tokenizer: Tokenizer, pairs: PromptPairs) -> None:
-    """Refuse a task whose token ids stand for other words than the model's."""
-    vocab, used = pairs.vocab or (), sorted({*pairs.clean.flatten().tolist(), *pairs.answers.flatten().tolist()})
-    for i in (i for i in used if 0 < i < len(vocab)):
-        try:
-            word = tokenizer.pieces([i])[0].strip()
-        except (ValueError, OverflowError):
-            word = "nothing"
-        except (RuntimeError, OSError):  # which cannot be read here, and is not needed
-            return
-        if word != vocab[i]:
-            raise ValueError(
-                f"the task {pairs.name} is another model's: its token {i} is {vocab[i]!r}, and that of {name} {word!r}"
-            )
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> Tokenizer | None:

@@ -62,7 +62,7 @@ def add_task(parser: argparse.ArgumentParser, *, metric: str = "the task's own, 
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="folder with tokenizer.json, or a GGUF file (default: the model's own)",
     )
@@ -220,6 +220,13 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
 
 
+def place(text: str) -> Path:
+    """A file or a folder; a variable that is empty in a script is neither."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or a folder, got ''")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     return at_least(text, 1, "an integer of at least 1")
 
@@ -303,7 +310,7 @@ def names(text: str) -> list[str]:
 
 
 def add_out(parser: argparse.ArgumentParser, default: str, text: str = "the file to write", what: str = "FILE") -> None:
-    parser.add_argument("--out", type=Path, default=Path(default), metavar=what, help=text)
+    parser.add_argument("--out", type=place, default=Path(default), metavar=what, help=text)
 
 
 def add_report(parser: argparse.ArgumentParser, where: str) -> None:
@@ -313,7 +320,7 @@ def add_report(parser: argparse.ArgumentParser, where: str) -> None:
 def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="keep what is done in this folder, and go on from it after an interruption (default: off)",
     )
@@ -323,7 +330,7 @@ def add_scores(parser: argparse.ArgumentParser) -> None:
     """A score file, or the method's options that make one."""
     parser.add_argument(
         "--scores",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="a score file, or EAP-IG's, MIB's, ACDC's or acdcpp's (default: computed here by --method)",
     )
@@ -346,8 +353,8 @@ def add_sign(parser: argparse.ArgumentParser) -> None:
 def add_edges(parser: argparse.ArgumentParser, what: str) -> None:
     """A circuit file, or a score file whose top edges are taken."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--circuit", type=Path, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
+    group.add_argument("--circuit", type=place, metavar="FILE", help=f"{what}: a circuit file (default: all edges)")
     group.add_argument(
-        "--scores", type=Path, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
+        "--scores", type=place, metavar="FILE", help=f"{what}: the top edges of a score file (default: none)"
     )
     add_sign(parser)

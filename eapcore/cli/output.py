@@ -35,9 +35,10 @@ def scored_heading(model: Model, pairs: PromptPairs, scores: EdgeScores | NodeSc
     else:
         units = f" and {scores.units.numel()} hidden units" if scores.units is not None else ""
         what = f"{graph.n_senders} nodes{units}"
+    impl = scores.meta.get("impl")  # none where every edge was patched
     return (
         f"{heading(model, pairs, scores.meta['metric']['name'], scores.meta['task']['n_pairs'])}\n"
-        f"scored   {what} by {method(scores)}, kernels {scores.meta['impl']}, in {seconds:.2f} s"
+        f"scored   {what} by {method(scores)}{f', kernels {impl}' if impl else ''}, in {seconds:.2f} s"
     )
 
 
@@ -253,6 +254,8 @@ def check_out(args: argparse.Namespace, files: Sequence[str] = ()) -> None:
         if kept.is_symlink() and not kept.exists():
             raise FileNotFoundError(f"--resume: {kept} is a link to nothing; choose another place")
         _place("--resume", kept / "done")
+    if (pairs := getattr(args, "pairs_out", None)) is not None:
+        _place("--pairs-out", pairs / "index.json")
     for option in _READ:
         read = getattr(args, option, None)
         if read is not None:

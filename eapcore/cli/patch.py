@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from eapcore.cli.inputs import find_ablation, given, prepare, selection
-from eapcore.cli.options import EACH, Command, add_edges, add_resume, add_task, count, positive
+from eapcore.cli.options import EACH, Command, add_edges, add_resume, add_task, count, place, positive
 from eapcore.cli.output import Progress, check_out, heading, table, write
 
 
@@ -23,7 +23,7 @@ def add(command: Command) -> None:
     add_resume(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="the file to write (default: effects.safetensors, with --nodes effects.json)",
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eapcore.cli.options import Command
+from eapcore.cli.options import Command, place
 
 if TYPE_CHECKING:
     from eapcore.graph.scores import EdgeScores
@@ -18,13 +18,13 @@ PAGE, FIGURES = "report.html", "figures"
 def add(command: Command) -> None:
     """Add the command and its options."""
     parser = command("report", run, "Show a run folder, or two side by side, as one HTML page and as pictures.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that eapcore run wrote, or a score file")
+    parser.add_argument("run", type=place, metavar="RUN", help="a folder that eapcore run wrote, or a score file")
     parser.add_argument(
-        "other", type=Path, nargs="?", metavar="OTHER", help="another of the same graph (default: none)"
+        "other", type=place, nargs="?", metavar="OTHER", help="another of the same graph (default: none)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page to write (default: {PAGE} in RUN)")
+    parser.add_argument("--out", type=place, metavar="FILE", help=f"the page to write (default: {PAGE} in RUN)")
     parser.add_argument(
-        "--figures", type=Path, metavar="FOLDER", help=f"where SVG and PNG files go (default: {FIGURES} in RUN)"
+        "--figures", type=place, metavar="FOLDER", help=f"where SVG and PNG files go (default: {FIGURES} in RUN)"
     )
 
 

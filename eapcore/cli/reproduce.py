@@ -17,6 +17,7 @@ from eapcore.cli.options import (
     add_starts,
     count,
     number,
+    place,
     positive,
     several,
 )
@@ -48,14 +49,14 @@ def add(command: Command) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (default: a pinned one)")
     parser.add_argument(
         "--scores",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="instead: only what needs no model, of a score file, or EAP-IG's, MIB's, ACDC's or acdcpp's (default: "
         "none)",
     )
     add_sign(parser)
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.json, or a GGUF file (default: the model's)"
+        "--tokenizer", type=place, metavar="FOLDER", help="with tokenizer.json, or a GGUF file (default: the model's)"
     )
     parser.add_argument(
         "--bos", choices=("auto", "yes", "no"), default="auto", help="what prompts begin with, see eapcore run"
@@ -91,7 +92,7 @@ def add(command: Command) -> None:
     parser.add_argument("--no-report", action="store_true", help="without the page and the pictures")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="where everything goes; steps that are done are read there (default: reproduce-TASK)",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapcore.cli.inputs import find_ablation, method_options, prepare
-from eapcore.cli.options import Command, add_method, add_task
+from eapcore.cli.options import Command, add_method, add_task, place
 from eapcore.cli.output import Stages, table, write
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ def add(command: Command) -> None:
     parser = command("sweep", run, "Score many models and tasks, each into a folder of its own, and compare them.")
     parser.add_argument(
         "file",
-        type=Path,
+        type=place,
         metavar="SWEEP.toml",
         help="options of all as under [defaults], and an [[entry]] each with its name and its own; an option is "
         "written as for attribute, without dashes in front",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=place,
         default=Path("sweep"),
         metavar="FOLDER",
         help="where the entries' folders go, and table.json",

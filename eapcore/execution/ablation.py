@@ -129,6 +129,7 @@ class Ablation:
                 raise ValueError(f"reference must be PromptPairs, got {type(reference).__name__}")
             reference.check_shapes()
             reference.check_positions()
+            reference.check_words(model.tokenizer, model.name)
         longest, needed = 0 if reference is None else int(reference.lengths.max()), int(pairs.positions.max()) + 1
         if name == "mean-positional" and longest < needed:
             raise ValueError(

@@ -228,6 +228,7 @@ def check_model(model: Model) -> None:
 def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:
     """Raise ValueError where prompts, positions or answers do not fit the model, or there is nothing to ablate with."""
     pairs.check_shapes()
+    pairs.check_words(model.tokenizer, model.name)
     for what, tokens in (("clean prompts", pairs.clean), ("corrupt prompts", pairs.corrupt)):
         try:
             check_tokens(model, tokens, what)

@@ -38,10 +38,13 @@ def drawn(
     """One picture in several formats, the same bytes for the same content."""
     check_matplotlib()
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "eapcore", "font.size": 9}):
         made = figure(size)
         draw(made.add_subplot())
+        for text in made.findobj(Text):  # parts of a file's name may be no text, which no font can draw
+            text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
         for ending in endings:
             file = io.BytesIO()
             made.savefig(file, format=ending, dpi=150, metadata=_METADATA[ending])

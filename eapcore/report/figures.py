@@ -111,7 +111,7 @@ def _pictures(run: Run) -> dict[str, Picture]:
         "heat-map": ((8.0, 4.0), lambda axes: _heat_map(axes, scores)),
         "histogram": ((5.6, 3.4), lambda axes: _histogram(axes, run)),
     }
-    if found["curves"]:
+    if any(n > 0 and kept is not None for c in found["curves"] for n, kept in zip(c["sizes"], c["kept"], strict=True)):
         pictures["faithfulness"] = ((5.6, 3.6), lambda axes: _faithfulness(axes, found["curves"]))
     if found["rocs"]:
         pictures["roc"] = ((4.4, 4.2), lambda axes: _roc(axes, found["rocs"]))

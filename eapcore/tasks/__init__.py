@@ -98,9 +98,11 @@ def find_pairs(
     elif known is not None:
         pairs = known.generate(64 if n is None else n, seed)
     elif not Path(task).is_file():
+        what = "a folder" if Path(task).is_dir() else "a file that is not there"
+        named = f", {what}" if Path(task).suffix.lower() in ENDINGS else ""
         raise ValueError(
             f"task must be one of {', '.join(TASKS)} or a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file, got "
-            f"{shown(str(task), 300)}"
+            f"{shown(str(task), 300)}{named}"
         )
     else:
         pairs = read_pairs(task, encode, n=n, corruption=corruption)

@@ -289,6 +289,25 @@ class PromptPairs:
             right, wrong = ([int(i) for i in ids[pair].tolist() if i >= 0] for ids in (self.answers, self.wrong))
             raise ValueError(f"pair {pair} has {_fault(right, wrong)}")
 
+    def check_words(self, tokenizer: Tokenizer | None, model: str) -> None:
+        """Raise ValueError if token ids that have names stand for other words by a model's tokenizer, where there is
+        one at hand."""
+        if self.vocab is None or tokenizer is None or not tokenizer.at_hand:
+            return
+        used = torch.cat([x.flatten() for x in (self.clean, self.answers)]).unique().tolist()
+        for i in (i for i in used if 0 < i < len(self.vocab)):
+            try:
+                word = tokenizer.pieces([i])[0].strip()
+            except (ValueError, OverflowError):
+                word = "nothing"
+            except (RuntimeError, OSError):  # which cannot be read here, and is not needed
+                return
+            if word != self.vocab[i]:
+                raise ValueError(
+                    f"the task {self.name} is another model's: its token {i} is {self.vocab[i]!r}, and that of {model} "
+                    f"{word!r}"
+                )
+
     def check_vocabulary(self, d_vocab: int, model: str) -> None:
         """Raise ValueError if an answer or a wrong token id is not in the vocabulary of a model."""
         for what, ids in (("answer", self.answers), ("wrong answer", self.wrong)):

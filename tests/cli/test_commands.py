@@ -446,7 +446,15 @@ def test_a_method_beside_a_score_file_is_refused(eapcore, score_file, command):
     assert status == 2 and "--scores names scores that are there, and --method, --steps how to make some" in printed
 
 
+def test_a_budget_for_everything_patches_every_edge(eapcore, tmp_path):
+    status, printed, _ = eapcore("attribute", "--method", "screened", "--budget", 1e9, out="s.safetensors")
+    scores = EdgeScores.load(tmp_path / "s.safetensors")
+    assert status == 0 and f"by screened, {scores.graph.n_edges} edges exact, in " in printed
+
+
 @pytest.mark.parametrize(("option", "text", "message"), [
+    ("--out", "", "must name a file or a folder, got ''"),
+    ("--resume", "", "must name a file or a folder, got ''"),
     ("--points", "0.5:", "must be a rule, or points as POINT:WEIGHT,POINT:WEIGHT, got '0.5:'"),
     ("--points", "nan:1", "must be a rule, or points as"),
     ("--points", "0.5:0.5,1", "must be a rule, or points as"),
@@ -485,10 +493,16 @@ def test_malformed_points_and_rules_say_how_they_are_written(capsys, option, tex
     (["evaluate", "--rule", "lower"], "--rule goes with --true-circuit or --true-top"),
     (["path", "--path", "a0.h1"], "a path is written sender->receiver"),
     (["verify", "--scores", "nowhere.safetensors"], "a score file was expected at nowhere.safetensors"),
+    (["attribute", "--reduce", "pair", "--pairs-out", __file__], "--pairs-out: "),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(eapcore, arguments, message):
     status, printed, _ = eapcore(*arguments)
     assert status == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_the_systems_own_errors_name_the_file_first(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "no.toml")]) == 2
+    assert capsys.readouterr().err == f"eapcore: {tmp_path}/no.toml: no such file or directory\n"
 
 
 def test_acdc_needs_a_threshold(capsys):

@@ -100,6 +100,7 @@ def test_a_model_is_laid_on_several_devices_that_are_not_here(folder, capsys):
         ("--devices", "2x1GiB"): "the weights, 3.6 GiB, do not fit: 2 devices have 2.0 GiB",
         ("--devices", "8x80GiB"): "8 devices cannot share 4 layers: name at most 4",
         ("--devices", "2x80GiB", "--memory", 3): "--devices says how much memory each has",
+        ("--devices", "99999999x80GiB"): "--devices must be names, or 1 to 4096 as 8x80GiB",
     }.items():
         status, out = printed(capsys, folder, *options)
         assert status == 2 and said in out

@@ -42,7 +42,7 @@ TOKENS = {
     "one dimension": ((torch.tensor([1, 2]), torch.tensor([1, 3])),
         r"must both be tokens \[N, T\], got \[2\] and \[2\]"),
     "not integers": ((torch.zeros(1, 3), torch.ones(1, 3)),
-        r"clean prompts must be int64 \[B, T\] with at least one token, got torch.float32 \[1, 3\]"),
+        r"clean must be an int64 tensor \[N, T\].*, got torch.float32 \[1, 3\]"),
     "empty task": ((torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)),
         r"clean prompts must be int64 \[B, T\] with at least one token, got torch.int64 \[0, 3\]"),
     "out of the vocabulary": ((tokens([1, 29]), tokens([1, 2])),

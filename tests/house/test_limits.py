@@ -88,6 +88,8 @@ OPTIONS = {
     "pairs": (["--n-pairs", str(10**12)], "at most 1000000 pairs"),
     "another toy's task": (["--task", "toy-induction"], "is another model's: its token"),
     "another task": (["--task", "sort"], "is another model's: its token"),
+    "another task's mean": (["--ablation", "mean", "--reference-task", "sort"], "is another model's: its token"),
+    "a task that is not there": (["--task", "nowhere.jsonl"], "got 'nowhere.jsonl', a file that is not there"),
     "a tokenizer that is none": (["--tokenizer", "/dev/null"], "must be a folder"),
 }  # fmt: skip
 

@@ -235,6 +235,23 @@ def test_the_same_run_makes_the_same_bytes(folder, tmp_path):
         assert a == b and len(a) > 1000
 
 
+def test_a_circuit_without_edges_and_names_that_are_no_text_are_drawn(write_run, tmp_path):
+    folder = write_run(seed=7)
+    curve = {"sizes": [0], "faithfulness": [0.0], "intervals": [[0, 0]]}
+    content = {"format": "eapcore-run", "format_version": 1, "command": "eapcore run", "curve": curve}
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "evaluation.json").unlink()
+    run = Run.read(folder)
+    run = replace(
+        run, scores=replace(run.scores, meta={**run.scores.meta, "task": {"name": "caf\udce9\0", "n_pairs": 2}})
+    )
+    pictures = figures._pictures(run)
+    assert "faithfulness" not in pictures and "caf" in render([run])
+    size, draw = pictures["heat-map"]
+    figures._save(tmp_path / "a", size, draw)
+    assert "caf\\udce9\\0" in (tmp_path / "a.svg").read_text()
+
+
 def test_a_plot_has_a_curve_for_each_edge(folder):
     from matplotlib.patches import PathPatch
 
