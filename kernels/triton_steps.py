@@ -114,8 +114,8 @@ def normalise_grad_rows(
         if HAS_READ:  # the total is there at some of the tokens
             prompt, token = row // T, row % T
             for q in range(Q):
-                here = tl.load(read + prompt * Q + q) == token
-                scaled += tl.load(total + (prompt * Q + q) * D + d, mask=inside & here, other=0.0)
+                there = tl.where(tl.load(read + prompt * Q + q) == token, D, 0)  # numbers that are read
+                scaled += tl.load(total + (prompt * Q + q) * D + d, mask=d < there, other=0.0)
         else:
             scaled += tl.load(total + row * D + d, mask=inside, other=0.0)
         tl.store(summed + row * D + d, scaled, mask=inside)
@@ -246,9 +246,10 @@ def sum_rows(
     made += tl.load(sent + from_row * D + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         made += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(difference + (row - first_moved) * D + d, mask=inside & moved, other=0.0)
+    there = d < tl.where(moved, D, 0)
+    change = tl.load(difference + (row - first_moved) * D + d, mask=there, other=0.0)
     if HAS_KEPT:
-        tl.store(kept + (row - first_moved) * stride_k + d, change, mask=inside & moved)
+        tl.store(kept + (row - first_moved) * stride_k + d, change, mask=there)
     values = rounded(made + change.to(tl.float32), ROUND).to(out.dtype.element_ty)
     tl.store(out + row * D + d, values, mask=inside)
     if NORMED:
