@@ -371,6 +371,8 @@ def others(watched, s, r, b, t, d, heads, shared, k, m):
     steps.moved_sum_normalised(
         x, x[:, : b * t], x[:, b * t :], gamma, gamma, None, 1e-5, centred=False, kept=meta(b * t, d), **run
     )
+    t *= 4 if t > 1000 else 1  # of a head's rows alone
+    watched.values |= {"read": t - 1}
     fused = meta(2 * b, t, heads + 2 * shared, k)
     q, key, value = (part.transpose(1, 2) for part in fused.split([heads, shared, shared], 2))
     steps.turn(q, meta(k // 2, dtype=torch.float64), 0, out=q, **run)
