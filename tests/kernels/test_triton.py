@@ -537,6 +537,11 @@ def test_a_walk_takes_any_layout_that_can_be_described(launches):
     refused("no tiles of it can be described", grads.receiver_grads, later, act, weight, *rest, config=grads.WALK)
 
 
+def test_the_last_channels_that_are_walked_may_be_fewer(launches):
+    check_receivers(*receivers("layernorm", 5, 1, 74, 80, 16, torch.float16))
+    assert launches[-1][0] == "tile_grads" and launches[-1][1]["programs"] == 2 * 3  # two tiles; 2, 2 and 1 channels
+
+
 def test_channels_are_walked_in_groups_that_fill_the_device():
     assert grads.channels_together(36, 240, 264) == 36  # GPT-2 small, 5,120 tokens
     assert grads.channels_together(75, 65, 264) == 19  # XL, 640
