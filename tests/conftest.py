@@ -39,8 +39,8 @@ def patch_once():
         kind, exact = a.type.scalar, {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
         if kind.int_bitwidth < 64:
             made = exact(a.handle.data, b.handle.data, dtype=np.int64)
-            fits = kind.get_int_min_value() <= made.min() and made.max() <= kind.get_int_max_value()
-            assert fits, f"{kind} does not hold {made.max() if made.max() > 0 else made.min()}"
+            if made.min() < kind.get_int_min_value() or made.max() > kind.get_int_max_value():
+                raise OverflowError(f"{kind} does not hold {made.max() if made.max() > 0 else made.min()}")
 
     interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = fits
 

@@ -133,7 +133,7 @@ FAULTS = {
     "adds atomically, in an order that no two runs share": lambda: adds[(1,)](ones(8), 8),
     "claims that 4 is a multiple of 8": lambda: claims[(1,)](ones(8), ones(1), 2, 8),
     "casts to int32 what it does not hold": lambda: narrows[(1,)](torch.tensor([2**31]), torch.zeros(1).int()),
-    "int32 does not hold 4294967294": lambda: claims[(1,)](ones(8), ones(1), 2**31 - 1, 2),
+    "^claims, program 0 of 1: int32 does not hold 4294967294$": lambda: claims[(1,)](ones(8), ones(1), 2**31 - 1, 2),
 }  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def meta(*shape, dtype=torch.bfloat16, order=None):
 def test_offsets_that_pass_32_bits_are_named():
     with Virtual(writes=OUT) as watched:
         far[(2**20,)](meta(2**20, 4096), meta(2**20, dtype=torch.float32), 4096, 4096, False, 64)
-        with pytest.raises(Fault, match=r"far, program \d+ of 1048576: .*int32 does not hold \d{10}"):
+        with pytest.raises(Fault, match=r"^far, program \d+ of 1048576: int32 does not hold \d{10}$"):
             far[(2**20,)](meta(2**20, 4096), meta(2**20, dtype=torch.float32), 4096, 4096, True, 64)
         with pytest.raises(
             Fault, match=r"program 1048575 of .* loads 4294967296 elements behind the first of x .*beyond"
@@ -309,6 +309,7 @@ def test_what_is_not_specialised_is_an_argument():
         assert set(names) <= arguments, module
 
 
+LONGEST = "Llama 3.1 8B, prompts of 131,072"
 # S, R, B, T, D, heads, key and value heads, d_head, d_mlp.
 SIZES = {
     "GPT-2 small, 1,024 pairs": (157, 445, 1024, 20, 768, 12, 12, 64, 3072),
@@ -316,7 +317,7 @@ SIZES = {
     "13B, 128 pairs": (1641, 4841, 128, 20, 5120, 40, 40, 128, 20480),
     "Llama 3.1 8B, 256 pairs": (1057, 3105, 256, 20, 4096, 32, 8, 128, 14336),
     "Llama 3.1 8B, prompts of 8,192": (1057, 97, 2, 8192, 4096, 32, 8, 128, 14336),
-    "Llama 3.1 8B, prompts of 131,072": (25, 49, 8, 131_072, 4096, 32, 8, 128, 14336),
+    LONGEST: (25, 49, 8, 131_072, 4096, 32, 8, 128, 14336),
 }
 
 
@@ -386,15 +387,16 @@ def others(watched, s, r, b, t, d, heads, shared, k, m):
     attend_grad(q[:, :, :2], key, value, q[:, :, :2], how, t, where, **run)
 
 
-FEW = {("Llama 3.1 8B, prompts of 131,072", "A100"), ("Llama 3.1 8B, prompts of 131,072", "H100")}
+FEW = {(LONGEST, "A100"), (LONGEST, "H100"), ("GPT-2 small, 1,024 pairs", "A100")}
 
 
 @pytest.mark.parametrize(
     ("sizes", "on"), [(name, on) for name in SIZES for on in TARGETS if ALL or (name, on) in FEW], ids=str
 )
 def test_no_offset_passes_its_number_or_its_tensor(sizes, on):
+    whole = ALL or sizes == LONGEST  # of the others senders alone are so many that 32 bits do not hold their offsets
     with Virtual({"mask": 1}, on=TARGETS[on]) as watched:
-        for calls in (contractions, receivers, others):
+        for calls in (contractions, receivers, others) if whole else (contractions,):
             calls(watched, *SIZES[sizes])
     seldom = {"zero_non_edges", "channel_sums"} | ({"key_grads"} if SIZES[sizes][3] <= 32 else set())
-    assert ran(watched) >= expected(watched.on) - seldom
+    assert ran(watched) >= (expected(watched.on) - seldom if whole else {"partial_scores", "sum_splits"})

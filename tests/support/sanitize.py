@@ -42,7 +42,6 @@ import torch
 import triton.language as tl
 from eapcore.kernels import triton_common as common
 from triton.runtime import interpreter
-from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The arguments that each kernel writes; all others it reads.
@@ -263,16 +262,14 @@ class Sanitizer:
             if self.digests is not None:
                 of_bytes = [memory.storage for memory in self.memories.values() if memory.written]
                 self.digests += [zlib.crc32(torch.tensor([], dtype=torch.uint8).set_(x).numpy()) for x in of_bytes]
-        except Fault:
-            raise
         except Exception as error:
-            at = error
-            while at is not None and not isinstance(at, Fault):
-                at = at.__cause__
-            if at is not None:
-                raise at from None
-            if isinstance(error, InterpreterError | AssertionError):
-                raise Fault(f"{self.kernel}, program {builder.grid_idx[0]} of {self.programs}: {error}") from error
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            if isinstance(root, Fault):
+                raise root from None
+            if isinstance(root, OverflowError | AssertionError):
+                raise Fault(f"{self.kernel}, program {builder.grid_idx[0]} of {self.programs}: {root}") from error
             raise
         finally:
             scope.restore()
