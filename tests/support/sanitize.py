@@ -6,8 +6,8 @@
   elements of the view that it was given (memcheck; the interpreter reads whatever is there);
 * stores to an argument that is no output;
 * stores where another program of the launch stores or loads, loads where another stores, loads what it has stored
-  itself, stores over what another of its threads has loaded, or stores two values to one place (racecheck): no program
-  waits for another, and a program's threads wait for one another at no load or store;
+  itself, stores over what another of its threads has loaded, or stores twice to one place at once (racecheck): no
+  program waits for another, and a program's threads wait for one another at no load or store;
 * loads what nobody wrote (initcheck): what is allocated without a value holds one that nothing computes, as does what a
   mask hides from a load that says nothing in its place;
 * adds atomically, in an order that no two runs share;
@@ -168,14 +168,13 @@ class Sanitizer:
 
         def create_masked_load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **more: Any) -> Any:
             this.touch("load", ptrs, mask)
-
             # The interpreter takes a zero in the place of one element for nothing.
             said_nothing = other is None and np.size(ptrs.data) > 1
             beside = hidden(ptrs) if said_nothing else other
             return this.loaded(ptrs, mask, lambda: load(builder, ptrs, mask, beside, *rest, **more))
 
         def create_masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> None:
-            this.touch("store", ptrs, mask, value)
+            this.touch("store", ptrs, mask)
             this.keep(lambda: store(builder, ptrs, value, mask, *rest))
 
         def create_atomic(builder: Any, *args: Any) -> None:
@@ -309,7 +308,7 @@ class Sanitizer:
             made.handle = pointer(view, made.handle.dtype)
         return made
 
-    def touch(self, does: str, ptrs: Any, mask: Any, value: Any = None) -> None:
+    def touch(self, does: str, ptrs: Any, mask: Any) -> None:
         """Check one load or store, and remember it where others could meet it."""
         view: View | None = getattr(ptrs.dtype, "view", None)
         if view is None:
@@ -334,7 +333,7 @@ class Sanitizer:
         if view.axes and rest.any():
             self.outside(does, view, at[rest > 0])
         if view.memory.written:
-            self.meet(does, view, offset, lanes, np.shape(mask.data), value)
+            self.meet(does, view, offset, lanes, np.shape(mask.data))
 
     def outside(self, does: str, view: View, at: Any) -> None:
         """Name the first offset that is no element's."""
@@ -344,13 +343,13 @@ class Sanitizer:
         where = "beyond its memory" if beyond else "in its memory, but no element of what it was given"
         self.say(f"{does}s {first} elements behind the first of {view.described}, {where}")
 
-    def meet(self, does: str, view: View, offset: Any, lanes: Any, shape: tuple[int, ...], value: Any) -> None:
+    def meet(self, does: str, view: View, offset: Any, lanes: Any, shape: tuple[int, ...]) -> None:
         """Other programs, and other threads of this one, at the same places of memory that is written."""
         memory, program = view.memory, interpreter.interpreter_builder.grid_idx[0]
         at = (offset + (view.address - memory.base)) // memory.unit
         parts = view.itemsize // memory.unit
         # Equal numbers of elements in blocks of different shapes are not the same threads'.
-        lanes = (lanes * 31 + len(shape) * 7 + sum(shape)).astype(np.int32)
+        lanes = (lanes * 61 + hash(shape) % 61).astype(np.int32)
         if parts > 1:
             at, lanes = (at[:, None] + np.arange(parts)).ravel(), np.repeat(lanes, parts)
         stored = memory.stored[at]
