@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.files import FORMAT_VERSION, save_tensors
+from eapcore.graph.given import take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import KEY, check_count, check_ranked, read_scores
 from eapcore.graph.show import made_of
@@ -30,6 +31,7 @@ class AttentionScores:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        take_tensors(self, PARTS)
         expected = (self.graph.n_layers, self.graph.n_heads)
         for part in PARTS:
             x = getattr(self, part)

@@ -22,6 +22,7 @@ from eapcore.graph.files import (
     replacing,
     write_text,
 )
+from eapcore.graph.given import take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.paths import connected
 from eapcore.graph.show import card, made_of
@@ -37,8 +38,9 @@ class Circuit:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        take_tensors(self, (), ("mask",))
         expected = [self.graph.n_senders, self.graph.n_receivers]
-        if self.mask.dtype != torch.bool or list(self.mask.shape) != expected:
+        if list(self.mask.shape) != expected:
             raise ValueError(
                 f"a circuit's mask must be bool [S, R] = {expected}, got {self.mask.dtype} {list(self.mask.shape)}"
             )

@@ -24,6 +24,7 @@ from eapcore.graph.files import (
     load_tensors,
     save_tensors,
 )
+from eapcore.graph.given import take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.show import card, made_of, report_room
 from eapcore.kernels.checks import short_repr
@@ -75,6 +76,11 @@ class EdgeScores:
     jaccard: Annotated[Tensor, "E"] | None = None
 
     def __post_init__(self) -> None:
+        take_tensors(
+            self,
+            ("scores", "per_pair", "per_position", "spread", "standard_error", "sign_consistency", "jaccard"),
+            ("exact",),
+        )
         expected = (self.graph.n_senders, self.graph.n_receivers)
         if self.scores.shape != expected:
             raise ValueError(f"scores must be [S, R] = {list(expected)}, got {list(self.scores.shape)}")
@@ -83,7 +89,7 @@ class EdgeScores:
             part, axes = getattr(self, name), "E" if len(shape) == 1 else "S, R"
             if part is not None and part.shape != shape:
                 raise ValueError(f"{name} must be [{axes}] = {list(shape)}, got {list(part.shape)}")
-        if self.exact is not None and (self.exact.shape != expected or self.exact.dtype != torch.bool):
+        if self.exact is not None and self.exact.shape != expected:
             found = f"{self.exact.dtype} {list(self.exact.shape)}"
             raise ValueError(f"exact must be bool [S, R] = {list(expected)}, got {found}")
         for name in _PARTS:
@@ -393,6 +399,7 @@ class NodeScores:
     per_position: Mapping[str, Annotated[Tensor, "T S | T L M | T S D"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        take_tensors(self, KINDS)
         n = self.graph.n_senders
         if self.scores.shape != (n,):
             raise ValueError(f"scores must be [S] = [{n}], got {list(self.scores.shape)}")

@@ -457,11 +457,15 @@ def test_a_failure_in_the_middle_of_writing_leaves_the_old_file_and_no_other(tmp
 
 
 def test_a_circuit_that_cannot_be_written_as_json_leaves_the_old_file(tmp_path):
+    class Nameless:
+        def __str__(self):
+            raise TypeError
+
     circuit = random_scores(Graph(1, 1, True)).top_n(1)
     circuit.save(tmp_path / "circuit.json")
     before = (tmp_path / "circuit.json").read_bytes()
     with pytest.raises(TypeError):
-        dataclasses.replace(circuit, meta={"a": object()}).save(tmp_path / "circuit.json")
+        dataclasses.replace(circuit, meta={"a": Nameless()}).save(tmp_path / "circuit.json")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
 
 

@@ -11,6 +11,7 @@ from refusal import refused
 
 import eapcore
 from eapcore import Circuit, Graph, PromptPairs
+from eapcore.graph.scores import NodeScores
 
 MODEL = random_model(n_heads=2, d_model=16, dtype=torch.float32)
 GRAPH = MODEL.graph
@@ -60,7 +61,25 @@ def test_a_task_and_tokens_may_be_arrays():
         refused("must be", eapcore.run_with_senders, MODEL, wrong)
 
 
+def test_results_take_arrays_and_lists_and_keep_no_gradients():
+    expected, leaf = SCORES.scores.double(), SCORES.scores.double().requires_grad_()
+    for given in (expected.numpy(), expected.tolist(), leaf):
+        made = eapcore.EdgeScores(given, GRAPH, standard_error=given, exact=(expected > 0).tolist())
+        assert torch.equal(made.scores, expected) and torch.equal(made.standard_error, expected)
+        assert not made.scores.requires_grad and made.exact.dtype == torch.bool and made.top(2) == SCORES.top(2)
+        assert Circuit((expected > 0).numpy(), GRAPH).n_edges == int((expected > 0).sum())
+        assert torch.equal(NodeScores(given[0][:7], Graph(2, 2, True)).scores, expected[0][:7])
+
+
 CALLS = {
+    "scores of no graph": (lambda: eapcore.EdgeScores(SCORES.scores, None), "graph must be a Graph, got a NoneType"),
+    "scores as text": (lambda: eapcore.EdgeScores("abc", GRAPH), "scores must be"),
+    "ragged scores": (lambda: eapcore.EdgeScores([[1.0], [1.0, 2.0]], GRAPH), "scores must be a tensor or an array"),
+    "scores of truths": (lambda: eapcore.EdgeScores(SCORES.mask, GRAPH), "scores must be real numbers with values"),
+    "scores without values": (
+        lambda: eapcore.EdgeScores(SCORES.scores.to("meta"), GRAPH), "scores must be real numbers with values"
+    ),
+    "complex scores": (lambda: eapcore.EdgeScores(SCORES.scores + 0j, GRAPH), "scores must be real numbers"),
     "a graph of no layers": (lambda: Graph(0, 2, True), "n_layers must be a positive integer, got 0"),
     "a graph of half a layer": (lambda: Graph(2.5, 2, True), "n_layers must be a positive integer, got 2.5"),
     "heads as text": (lambda: Graph(2, "2", True), "n_heads must be a positive integer, got '2'"),
@@ -73,7 +92,7 @@ CALLS = {
     "a layer of 5,000 digits": (lambda: GRAPH.edge(f"a{'9' * 5000}.h0->logits"), "a sender is embed or"),
     "edges as one text": (lambda: Circuit.from_edges(GRAPH, "embed->logits"), "edges must be a list of names"),
     "a mask of another shape": (lambda: Circuit(torch.ones(2, 2, dtype=torch.bool), GRAPH), r"must be bool \[S, R\]"),
-    "a mask of numbers": (lambda: Circuit(torch.ones(SCORES.scores.shape), GRAPH), "got torch.float32"),
+    "a mask of numbers": (lambda: Circuit(torch.ones(SCORES.scores.shape), GRAPH), "mask must be bool"),
     "a circuit of what are no edges": (
         lambda: eapcore.run_circuit(MODEL, PAIRS, Circuit(torch.ones_like(SCORES.mask), GRAPH)),
         r"a circuit has edges of .*, but \d+ places of its mask are none",
