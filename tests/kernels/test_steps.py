@@ -207,6 +207,25 @@ def test_queries_and_keys_are_turned_and_turned_back(dtype, adjacent):
         assert (made.double() - x.double()).norm() <= (2 * STORED[dtype] + 1e-6) * x.double().norm()
 
 
+def test_results_take_the_places_of_what_they_are_made_of():
+    x, sent, difference = (torch.randn(1, rows, 37) for rows in (6, 4, 2))
+    norm = (None, None, 1e-5)
+    expected = steps.moved_sum_normalised(x, sent, difference, None, *norm, centred=True, impl="triton")
+    beside = torch.full((2, 3, 37), float("nan"))  # other senders' rows
+    moved, (n, mean, rstd) = steps.moved_sum_normalised(
+        x, sent, difference, None, *norm, centred=True, out=x, kept=beside[:, 1], impl="triton"
+    )
+    assert moved is x and torch.equal(x, expected[0]) and torch.equal(n, expected[1][0])
+    assert torch.equal(beside[:, 1], difference[0]) and bool(beside[:, ::2].isnan().all())
+    how, grad, total = (mean, rstd, None, None), torch.randn(1, 6, 37), torch.randn(1, 6, 37)
+    expected = steps.normalise_grad_added(grad, x, *how, total, impl="triton")[0]
+    for place in (0, 1):
+        given = grad.clone(), x.clone()
+        summed, _ = steps.normalise_grad_added(*given, *how, total, out=given[place], impl="triton")
+        assert torch.equal(summed, expected)
+        torch.testing.assert_close(given[place] + total, summed, rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_is_rounded_once():
     x, sent, difference = (torch.tensor([[[value]]]).bfloat16() for value in (256.0, 1.0, 1.0))
     x = x.expand(1, 2, 1).contiguous()
