@@ -141,7 +141,8 @@ def _one_line(message: object) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="eapcore", description="Edge attribution patching: score every edge of a transformer.")
+    about = "Edge attribution patching: score every edge of a transformer."
+    parser = _Parser(prog="eapcore", description=about, formatter_class=Help)
     commands = parser.add_subparsers(
         required=True, metavar=" | ".join(name.__name__.split(".")[-1] for name in COMMANDS)
     )

@@ -27,6 +27,10 @@ class Command(Protocol):
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every option with its default, except where the help text states it or it is off."""
 
+    def _set_color(self, color: bool, **how: Any) -> None:
+        """No colours: Python 3.14, which alone calls this, asks a stream that may be broken whether it shows them."""
+        super()._set_color(False, **how)  # type: ignore[misc]
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # which names have
 
