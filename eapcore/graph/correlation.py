@@ -9,10 +9,13 @@ from torch import Tensor
 
 def line(x: Annotated[Tensor, "E"], y: Annotated[Tensor, "E"]) -> tuple[float, float]:
     """(correlation, slope of y on x); NaN where one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    xy, xx, yy = float(x @ y), float(x @ x), float(y @ y)
+    # A constant less its mean leaves the mean's rounding; beside the largest numbers no square over- or underflows.
+    dx, dy = ((v - v.mean()) * (v.amax() > v.amin()) for v in (x, y))
+    most_x, most_y = (float(v.abs().max()) or 1.0 for v in (dx, dy))
+    dx, dy = dx / most_x, dy / most_y
+    xy, xx, yy = float(dx @ dy), float(dx @ dx), float(dy @ dy)
     nan = float("nan")
-    return (xy / (xx * yy) ** 0.5 if xx * yy > 0 else nan), (xy / xx if xx > 0 else nan)
+    return (xy / (xx * yy) ** 0.5 if xx * yy > 0 else nan), (xy / xx * (most_y / most_x) if xx > 0 else nan)
 
 
 def ranks(x: Annotated[Tensor, "E"]) -> Annotated[Tensor, "float64 E"]:

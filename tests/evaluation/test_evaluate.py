@@ -25,6 +25,7 @@ from eapcore.evaluation.sampled import verify_sample
 from eapcore.evaluation.stability import stability
 from eapcore.evaluation.verify import verify
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.correlation import line
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
 from eapcore.patching.circuits import metric_on
@@ -237,6 +238,17 @@ def test_agreement_without_spread_is_not_a_number():
     flat = EdgeScores(GRAPH.edge_mask().double(), GRAPH)
     found = agreement(flat, random_scores(GRAPH))
     assert math.isnan(found.r2) and math.isnan(found.slope) and math.isnan(found.spearman)
+
+
+def test_a_line_through_equal_tiny_and_huge_numbers():
+    """A tenth ten times has a mean that is no tenth; squares of the tiny underflow."""
+    x, y = torch.randn(2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    r, slope = line(x, y)
+    assert r == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]), abs=1e-12)
+    for scale in (1e-170, 1e170):
+        assert line(x * scale, y * scale) == pytest.approx((r, slope))
+    same = torch.full_like(x, 0.1)
+    assert [math.isnan(v) for v in (*line(same, y), line(y, same)[0])] == [True] * 3 and line(y, same)[1] == 0
 
 
 def test_overlap_is_the_share_of_common_top_edges():
