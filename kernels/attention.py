@@ -117,9 +117,9 @@ def attend_grad(
             if one_block(q.shape[2], k.shape[2]):
                 run.ran("attend_grad", q, k, v, dz, dq, dk, dv, *beside)
                 return dq, dk, dv
-            rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
-            run.ran("attend_grad, queries", q, k, v, dz, dq, *rows, *(x[: q.shape[1]] for x in beside))
-            run.ran("attend_grad, keys", q, k, v, dz, dk, dv, *rows, *(x[q.shape[1] :] for x in beside))
+            rows = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
+            run.ran("attend_grad, queries", q, k, v, dz, dq, rows, *(x[: q.shape[1]] for x in beside))
+            run.ran("attend_grad, keys", q, k, v, dz, dk, dv, rows, *(x[q.shape[1] :] for x in beside))
             return dq, dk, dv
         from . import triton_attention
 
@@ -131,10 +131,10 @@ def attend_grad(
     if temperature != 1:
         pattern = (scores / temperature).softmax(-1)
     del scores
-    dp = by_group(dz, v.transpose(-1, -2)).to(wide)
+    dp = by_group(dz.to(wide), v.to(wide).transpose(-1, -2))
     ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, wide) * how.scale
     if how.softcap is not None:
-        tanh = (by_group(q, k.transpose(-1, -2)).to(wide) * (how.scale / how.softcap)).tanh()
+        tanh = (by_group(q.to(wide), k.to(wide).transpose(-1, -2)) * (how.scale / how.softcap)).tanh()
         ds = ds * (1 - tanh**2)
     ds = ds.to(dz.dtype)
     made = by_group(ds, k), ds[..., before:].transpose(-1, -2) @ q, dv

@@ -31,7 +31,8 @@ class Causal:
         """s in float32 at least, −∞ where a query must not see a key, from q [.., H, Q, K] and k [.., G, P + T, K];
         before is P."""
         hidden = self.hidden(k.shape[-2] - before, before, read, q.device)
-        scores = by_group(q, k.transpose(-1, -2)).to(wide_dtype(q)) * self.scale
+        wide = wide_dtype(q)  # products of half precision would be rounded to it, scores of 50 by 0.2
+        scores = by_group(q.to(wide), k.to(wide).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
         return scores.masked_fill_(hidden, -torch.inf)

@@ -3,9 +3,13 @@
     attend_rows        z of a block of queries: keys go by in blocks, with a running maximum and sum (Milakov 2018);
                        where pairs of prompts are wanted, then that of the other prompt, of which the difference
                        remains; where keys are one block, both prompts' are read before anything is made of them
-    query_grads        the same again for the row's sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes both for the next.
-                       Where all queries and keys are one block each, it makes dk and dv from the same pattern
+    query_grads        the same again for the row's largest score, its sum and rowsum(dP∘P) = ⟨dz, z⟩, then dq; writes
+                       them for the next. Where all queries and keys are one block each, it makes dk and dv from the
+                       same pattern
     key_grads          dk and dv of a block of keys: the queries that see them go by
+
+The pattern is exp(s − largest)/sum everywhere: exp(s − log Σ exp s) would be off by the rounding of s, with scores of
+1,000 by 3e-5, and where a query sees one key alone its gradient, P∘(dP − rowsum(dP∘P)), would not be 0.
 
 One program instance has one block of one query head of one prompt. Queries at given positions and those of all tokens
 differ in where their position comes from alone; a block walks through the keys between the first and the last that any
@@ -209,7 +213,7 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_grads(
-    q, k, v, dz, dq, dk, dv, sums, products, read, receiver_sums, w_gamma, offset,
+    q, k, v, dz, dq, dk, dv, rows_made, read, receiver_sums, w_gamma, offset,
     H, group, Q, N, K, before, scale, window, softcap, D, tokens_in_all,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt, stride_nb, stride_nh, stride_nt,
@@ -237,9 +241,8 @@ def query_grads(
         values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
         s, slope = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
         dp = tl.dot(behind, values.T, input_precision=PRECISION)
-        top = tl.max(s, 1)
-        total = top + tl.log(tl.sum(tl.exp(s - top[:, None]), 1))
-        p = tl.exp(s - total[:, None])
+        p = tl.exp(s - tl.max(s, 1)[:, None])
+        p = p / tl.sum(p, 1)[:, None]
         product = tl.sum(p * dp, 1)
         ds = p * (dp - product[:, None]) * slope * scale
         grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, input_precision=PRECISION)
@@ -263,7 +266,6 @@ def query_grads(
             product = product * shrink + tl.sum(p * dp, 1)
             largest = top
         product = product / total
-        total = largest + tl.log(total)  # log Σ exp s
         grad = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
         for start in range(first, last, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
@@ -274,7 +276,7 @@ def query_grads(
             )
             values = load_rows(values_at, inside, stride_vt, d, K, UPCAST)
             dp = tl.dot(behind, values.T, input_precision=PRECISION)
-            ds = tl.exp(s - total[:, None]) * (dp - product[:, None]) * slope * scale
+            ds = tl.exp(s - largest[:, None]) / total[:, None] * (dp - product[:, None]) * slope * scale
             grad = tl.dot(rounded(ds, ROUND).to(keys.dtype), keys, grad, input_precision=PRECISION)
     if WITH_KEYS:  # there is one block of queries and one of keys, and their products are at hand
         token = n - before
@@ -301,9 +303,10 @@ def query_grads(
                 tokens_in_all, CENTRED,
             )  # fmt: skip
     else:
-        at_row = (prompt * H + head) * Q + row.to(tl.int64)
-        tl.store(sums + at_row, total, mask=row < Q)
-        tl.store(products + at_row, product, mask=row < Q)
+        at_row = rows_made + ((prompt * H + head) * Q + row.to(tl.int64)) * 3
+        tl.store(at_row, largest, mask=row < Q)
+        tl.store(at_row + 1, total, mask=row < Q)
+        tl.store(at_row + 2, product, mask=row < Q)
     inside_out = (row < Q)[:, None] & (d < K)[None, :]
     at = dq + (prompt * stride_gb + head * stride_gh + row.to(tl.int64) * stride_gt)[:, None] + d[None, :]
     grad = rounded(grad, ROUND).to(dq.dtype.element_ty)
@@ -317,7 +320,7 @@ def query_grads(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_grads(
-    q, k, v, dz, dk, dv, sums, products, read, receiver_sums, w_gamma, offset,
+    q, k, v, dz, dk, dv, rows_made, read, receiver_sums, w_gamma, offset,
     H, group, Q, N, K, before, scale, window, softcap, D, tokens_in_all,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_zb, stride_zh, stride_zt, stride_gb, stride_gh, stride_gt,
@@ -351,10 +354,10 @@ def key_grads(
         positions = tl.where(row < Q, positions, -1)  # which sees nothing
         queries = load_rows(queries_at, rows, stride_qt, d, K, UPCAST)
         behind = load_rows(behind_at, rows, stride_zt, d, K, UPCAST)
-        at_row = (prompt * H + head) * Q + rows
-        total, product = tl.load(sums + at_row), tl.load(products + at_row)
+        at_row = rows_made + ((prompt * H + head) * Q + rows) * 3
+        largest, total, product = tl.load(at_row), tl.load(at_row + 1), tl.load(at_row + 2)
         s, slope = pattern_scores(queries, keys, positions, n, N, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        p = tl.exp(s - total[:, None])
+        p = tl.exp(s - largest[:, None]) / total[:, None]
         of_values = tl.dot(rounded(p, ROUND).to(behind.dtype).T, behind, of_values, input_precision=PRECISION)
         dp = tl.dot(behind, values.T, input_precision=PRECISION)
         ds = p * (dp - product[:, None]) * slope * scale
@@ -412,7 +415,7 @@ def attend_grad(
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dz = (common.unit_inner_stride(x.detach()) for x in (q, k, v, dz))
     alone = one_block(queries, k.shape[2])
-    sums, products = (None if alone else q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    rows = None if alone else q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     numbers, meta = _how(q, k, how, tokens, exact=q.dtype == torch.float32)
     precision = common.check_precision("auto", q.dtype, common.target(q.device))
     strides = [n for x in (q, k, v, dz) for n in x.stride()[:3]]
@@ -426,14 +429,14 @@ def attend_grad(
     numbers += [0, 0] if made is None else [made.d_model, made.out[0, 0].numel()]
     common.launch(
         query_grads, common.cdiv(queries, meta["BLOCK_Q"]) * batch * heads,
-        q, k, v, dz, dq, dk, dv, sums, products, where, *beside, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],
+        q, k, v, dz, dq, dk, dv, rows, where, *beside, *numbers, *strides, *dq.stride()[:3], *dk.stride()[:3],
         WITH_KEYS=alone, **meta, device=q.device,
     )  # fmt: skip
     if tokens and not alone:
         del meta["ONE_BLOCK"]
         common.launch(
             key_grads, common.cdiv(tokens, meta["BLOCK_N"]) * batch * heads,
-            q, k, v, dz, dk, dv, sums, products, where, *beside, *numbers, *strides, *dk.stride()[:3], **meta,
+            q, k, v, dz, dk, dv, rows, where, *beside, *numbers, *strides, *dk.stride()[:3], **meta,
             device=q.device,
         )  # fmt: skip
     return dq, dk, dv

@@ -152,7 +152,7 @@ class _Pattern:
         self.before = self.k.shape[2] - part.saved.kv.shape[1]
         self.known = attention.causal.scores(self.q, self.k, self.before, self.read)
         self.pattern = self.known.softmax(-1)  # [B, H, Q, P + T]
-        self.d = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(self.wide)
+        self.d = by_group(part.dz.transpose(1, 2).to(self.wide), v.to(self.wide).transpose(-1, -2))
         self.by_key = reduce == "position" and not self.queries
         # The projections behind the channels: their activations [B, T, C, K], offsets [C, K] and W′ [D, C·K].
         n_kv = attention.n_kv

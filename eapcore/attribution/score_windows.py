@@ -78,7 +78,7 @@ class Windows:
         self.norm_in = saved.norm_in if of_k else saved.norm_in.at(read)
         known = attention.causal.scores(q, k, before, read)  # [B, H, Q, P + T]
         pattern = known.softmax(-1)
-        values = by_group(part.dz.transpose(1, 2), v.transpose(-1, -2)).to(wide)
+        values = by_group(part.dz.transpose(1, 2).to(wide), v.to(wide).transpose(-1, -2))
         values = values - (pattern * values).sum(-1, keepdim=True)
         offset = part.constants[1].to(wide)[:, None]
 

@@ -53,7 +53,7 @@ WRITES = {
     "tile_grads": {"out"},
     "channel_sums": {"sums"},
     "attend_rows": {"z"},
-    "query_grads": {"dq", "dk", "dv", "sums", "products", "receiver_sums"},
+    "query_grads": {"dq", "dk", "dv", "rows_made", "receiver_sums"},
     "key_grads": {"dk", "dv", "receiver_sums"},
     "normalise_rows": {"n", "mean", "rstd"},
     "standardise_rows": {"out"},
