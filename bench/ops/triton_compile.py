@@ -485,7 +485,7 @@ def compile_target(name: str) -> list[Row]:
 
     def compile_instead(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
         began = _cpu_seconds()
-        compiled = kernel.warmup(*args, grid=(1,), **meta)
+        compiled = kernel.warmup(*args, grid=(1,), **meta, **triton_common.FUSED)
         seconds = _cpu_seconds() - began
         if compiled.hash in seen:
             return
@@ -502,7 +502,7 @@ def compile_target(name: str) -> list[Row]:
 
     def read_instead(kernel: Any, programs: int, *args: Any, device: torch.device, **meta: Any) -> None:
         with contextlib.suppress(_Read):
-            kernel.warmup(*args, grid=(1,), **meta)
+            kernel.warmup(*args, grid=(1,), **meta, **triton_common.FUSED)
 
     triton_common.target = lambda device: on
     triton_common.launch = compile_instead

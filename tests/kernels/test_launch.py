@@ -39,6 +39,9 @@ class Made(CompiledKernel):
     def launch_metadata(self, grid, stream, *args):
         return None
 
+    def __del__(self):
+        """Nothing is loaded that could be given back."""
+
 
 @pytest.fixture
 def launched(monkeypatch):
@@ -86,7 +89,7 @@ def test_what_was_made_before_is_launched_as_triton_would(launched):
     passed = 0
     for args, meta in calls:
         binds = kernel.run
-        kernel[(3,)](*args, **meta)
+        kernel[(3,)](*args, **meta, **common.FUSED)
         kernel.run = None  # whoever binds now would fail
         try:
             common.launch(kernel, 3, *args, device=CPU, **meta)
@@ -127,6 +130,15 @@ def test_profilers_are_told_of_every_launch(launched, monkeypatch):
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(told.append)
     assert given()[7] is None
+
+
+def test_products_and_sums_are_fused_whatever_triton_does_of_itself(launched, monkeypatch):
+    kernel, _ = launched
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    kernel._do_compile = lambda key, signature, device, constants, options, *rest: asked.append(options)
+    asked = []
+    common.launch(kernel, 1, torch.zeros(4), None, 1, 1, 0.5, device=CPU, WIDE=True, BLOCK=4)
+    assert [options.enable_fp_fusion for options in asked] == [True]
 
 
 def test_another_version_of_triton_launches_by_itself(launched, monkeypatch):
