@@ -54,6 +54,7 @@ class DenseStore:
     steps = True
     channels = False
     products: Products | None = None
+    embedded: Tensor | None = None
 
     def __init__(
         self,

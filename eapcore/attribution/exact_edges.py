@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import eapcore.execution.limits as limits
-from eapcore.attribution.sums import Store
+from eapcore.attribution.sums import Store, unrounded
 from eapcore.execution.batch import Batch, LogitsRead
 from eapcore.execution.experiment import values_of
 from eapcore.models.attention import Attention, AttentionRun, AttentionSaved
@@ -71,16 +71,16 @@ class LastLayer:
             return LastLayer(model, batch, metric, reads, reference, saved, out, past, clean)
         weights, tokens = model.weights, reads.tokens
         last = model.stream.layer(len(weights.layers) - 1) if model.stream is not None else weights.layers[-1]
-        layers = (*weights.layers[:-1], _widened(last, wide))
+        layers = (*weights.layers[:-1], widened(last, wide))
         w_u, b_u = weights.w_u, weights.b_u
         if tokens is not None:  # of these columns alone
             w_u, b_u = w_u[:, tokens.flatten()], None if b_u is None else b_u[tokens.flatten()]
             columns = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
             reads = LogitsRead(columns, reads.answers, reads.wrong)
-        final = {"w_u": w_u.to(wide), "b_u": _widened(b_u, wide), "ln_final": _widened(weights.ln_final, wide)}
+        final = {"w_u": w_u.to(wide), "b_u": widened(b_u, wide), "ln_final": widened(weights.ln_final, wide)}
         model = replace(model, weights=replace(weights, layers=layers, **final), stream=None)
         saved = [stage.of(lambda x: x.to(wide)) for stage in saved]
-        layer = LastLayer(model, batch, metric, reads, reference, saved, out.to(wide), _widened(past, wide), clean)
+        layer = LastLayer(model, batch, metric, reads, reference, saved, out.to(wide), widened(past, wide), clean)
         return replace(layer, clean=layer.values(layer.out[None])[0])
 
     @property
@@ -104,8 +104,8 @@ class LastLayer:
         """[B, S'] where the MLP of the layer's stage `number` alone reads other streams, or behind it the logits."""
         count, stages = self.model.graph.senders_before(receiver), self._stages()
         effects = []
-        for _, part in store.deltas(True, count, self._copies(self.out.shape[1]), self.out.device):
-            some = part.to(self.out.dtype)
+        for senders, part in store.deltas(True, count, self._copies(self.out.shape[1]), self.out.device):
+            some = unrounded(store, senders, part, True).to(self.out.dtype)
             change = some
             if number < len(stages):
                 place, saved = stages[number].mlp, self.saved[number].mlp
@@ -127,8 +127,9 @@ class LastLayer:
             found: dict[int, list[Tensor]] = {channel: [] for channel in mine}
             short = kind == 0 and not attention.joint
             at_once = self._copies(self.out.shape[1] if short else saved.kv.shape[1])
-            for _, some in store.deltas(kind == 0, count, at_once, self.out.device) if mine else ():
-                for channel, z in self._mixtures(attention, run, kind, mine, some.to(self.out.dtype)):
+            for senders, part in store.deltas(kind == 0, count, at_once, self.out.device) if mine else ():
+                some = unrounded(store, senders, part, kind == 0).to(self.out.dtype)
+                for channel, z in self._mixtures(attention, run, kind, mine, some):
                     heads = attention.moved_by(channel)
                     change = sent_otherwise(attention, run, slice(heads.start, heads.stop), z, None)
                     sent = None
@@ -247,12 +248,12 @@ class _Behind:
         return product(units, self.mlp.w_out, self.mlp.b_out)
 
 
-def _widened(value: Any, dtype: torch.dtype) -> Any:
+def widened(value: Any, dtype: torch.dtype) -> Any:
     """A component, or a tuple of them, with all its tensors in another dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype)
     if isinstance(value, tuple):
-        return tuple(_widened(part, dtype) for part in value)
+        return tuple(widened(part, dtype) for part in value)
     if isinstance(value, Attention | Mlp | Norm):
-        return replace(value, **{f.name: _widened(getattr(value, f.name), dtype) for f in fields(value)})
+        return replace(value, **{f.name: widened(getattr(value, f.name), dtype) for f in fields(value)})
     return value

@@ -12,14 +12,16 @@ Source: Kramár, Lieberum, Shah, Nanda 2024 (AtP*), section 3.1.1, there for nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eapcore.attribution.exact_edges import widened
 from eapcore.attribution.score_windows import Windows, pays
-from eapcore.attribution.sums import Products, Store, Sums
+from eapcore.attribution.sums import Products, Store, Sums, unrounded
 from eapcore.execution.limits import limits
 from eapcore.execution.memory import budget
 from eapcore.kernels.causal import by_group
@@ -69,15 +71,18 @@ def _add_exact(
     short = part.read is not None  # where q is made at the positions read alone
     for at_read, mine in ((True, kinds[:1]), (False, kinds[1:])) if short else ((False, kinds),):
         name, reduce = sums.targets(at_read)[which]
+        alone = store.embedded is not None and graph.senders_before(first) == 1
         by_key = reduce == "position" and mine[-1].start != 0
         if not by_key and pays(part, mine):
             _add_by_windows(store, sums, part, mine, weight, reader, at_read, (name, reduce))
             continue
         made: dict[torch.device, list[_Pattern]] = {}
         for senders, delta in store.deltas(at_read, graph.senders_before(first)):
+            delta = unrounded(store, senders, delta, at_read) if alone else delta
             if delta.device not in made:
                 away = reader is not None and delta.device != part.act.device
                 there = part.on(delta.device, reader(delta.device), whole=True) if away and reader else part
+                there = _unrounded_part(there) if alone else there
                 made[delta.device] = [_Pattern(there, kind, reduce) for kind in mine]
             patterns = made[delta.device]
             factors = None if part.attention.joint else store.factors(senders, at_read)
@@ -89,6 +94,20 @@ def _add_exact(
                     place = slice(first + pattern.channels.start, first + pattern.channels.stop)
                     block = pattern.scores(delta[some], None if through is None else [x[some] for x in through], rstd)
                     sums.add(name, block, (here, place), weight, at_read)
+
+
+def _unrounded_part(part: Channels) -> Channels:
+    """The same of half precision with q, k and v in float32, made from the stream anew."""
+    wide, past = accumulate_dtype(part.dz.dtype), part.past
+    attention = widened(part.attention, wide)
+    return replace(
+        part,
+        attention=attention,
+        saved=attention.read(part.saved.norm_in.x, part.read),
+        constants=attention.closed_form(),
+        dz=part.dz.to(wide),
+        past=None if past is None else past.to(wide),
+    )
 
 
 def _add_by_windows(
@@ -288,9 +307,12 @@ def _key_by_key(
     old, new = ((x - highest).double().exp() for x in (known.expand_as(other), other))
     weighted = [torch.stack([x * d, x]) for x in (old, new)]
 
+    # A sum over all keys up to each; what torch has for it is refused on a GPU that shall be deterministic.
+    up_to = old.new_ones(old.shape[-1], old.shape[-1]).triu()
+
     def means(first: Tensor, last: Tensor) -> Tensor:
         """[.., N + 1], Σ weight d / Σ weight with the first 0 … N keys' weights of one, the others' of the other."""
-        front, back = first.cumsum(-1), last.flip(-1).cumsum(-1).flip(-1)
+        front, back = first @ up_to, last @ up_to.T
         total, weight = F.pad(front, (1, 0)) + F.pad(back, (0, 1))
         return total / weight.clamp_min(torch.finfo(torch.float64).tiny)
 

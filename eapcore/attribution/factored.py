@@ -32,6 +32,7 @@ class FactoredStore:
     steps = False
     channels = False
     products: Products | None = None
+    embedded: Tensor | None = None
 
     def __init__(self, model: Model, batch: Batch, chunk: int | None = None) -> None:
         self.model, self.read, self.chunk = model, batch.read, chunk

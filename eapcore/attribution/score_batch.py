@@ -103,7 +103,8 @@ def score_batch(
     of_tokens = embed_tokens(model, torch.cat([pairs.clean[:, window], pairs.corrupt[:, window]]))
     both = with_positions(model, of_tokens, batch.start, wide)  # [2·B, T, D]
     start = dict(zip((1.0, 0.0), both.tensor_split(2), strict=True))
-    ablated = _set_embed(batch, of_tokens, start, values, store)
+    patched = plan.exact != () or any(step.exact_softmax for step in plan.passes)
+    ablated = _set_embed(batch, of_tokens, start, values, store, unrounded=patched and wide != model.dtype)
     del of_tokens
     passes, origins = plan.passes, plan.origins
     kept: dict[float, list[StageSaved]] = {origin: [] for origin in origins if origin is not None}
@@ -267,19 +268,29 @@ def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str])
 
 
 def _set_embed(
-    batch: Batch, of_tokens: Tensor, start: dict[float, Tensor], values: Values | None, store: Store
+    batch: Batch,
+    of_tokens: Tensor,
+    start: dict[float, Tensor],
+    values: Values | None,
+    store: Store,
+    *,
+    unrounded: bool,
 ) -> Tensor:
     """Give the store Δ of the embedding, and return what is embedded where it is ablated: [B, T, D].
 
-    of_tokens: [2·B, T, D], the part of the clean and then the corrupt prompts that depends on their tokens.
+    of_tokens: [2·B, T, D], the part of the clean and then the corrupt prompts that depends on their tokens. unrounded:
+    also Δ as it is before it is rounded.
     """
     clean, corrupt = of_tokens.tensor_split(2)
+    wide = start[1.0].dtype
     if values is None:
         store.set_embed(corrupt, clean)  # of the tokens alone: their positions are the same
+        store.embedded = corrupt.to(wide) - clean.to(wide) if unrounded else None
         return start[0.0]
-    ablated = Values.at(values.embed, batch.stop, None).to(start[1.0].dtype).expand_as(start[1.0])
+    ablated = Values.at(values.embed, batch.stop, None).to(wide).expand_as(start[1.0])
     replaced = clean if values.of_tokens else start[1.0]
     store.set_embed(ablated, replaced)
+    store.embedded = ablated - replaced.to(wide) if unrounded else None
     return start[1.0] + (ablated - replaced) if values.of_tokens else ablated
 
 

@@ -18,7 +18,7 @@ from eapcore.attribution.methods import Pass
 from eapcore.execution.batch import Batch
 from eapcore.models.forward import StageSaved
 from eapcore.models.model import Model
-from eapcore.models.tensors import on
+from eapcore.models.tensors import at_positions, on
 
 
 class Sums:
@@ -126,10 +126,13 @@ class Store(Protocol):
 
     steps: `contract` takes the gradients of several runs of the same pairs, [n·B, Q, D], and adds them up. channels:
     whether it takes the differences of q, k and v. products: where exact patterns keep what is the same for the next
-    batch, None for nowhere.
+    batch, None for nowhere. embedded: Δ of the embedding before it is rounded to half precision, where that is wanted,
+    see `unrounded`. read: the batch's positions that are read.
     """
 
     products: Products | None
+    embedded: Tensor | None
+    read: Tensor
     steps: bool
     channels: bool
     model: Model
@@ -171,6 +174,17 @@ class Store(Protocol):
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         """Go back from grad [n·B, Q, D], the gradient of the logits' receiver, and add weight · scores to sums."""
+
+
+def unrounded(store: Store, senders: slice, delta: Tensor, at_read: bool) -> Tensor:
+    """Some senders' Δ, in half precision in float32 with the embedding's as it was before it was rounded: the first
+    layer reads nothing else, and of an embedding that is ablated with zeros its rounding would be all that is left."""
+    if store.embedded is None:
+        return delta
+    made = delta.to(store.embedded.dtype)
+    if senders.start == 0:
+        made[0] = on(at_positions(store.embedded, store.read if at_read else None), made.device)
+    return made
 
 
 def over_steps(x: Tensor, dim: int, rows: int) -> Tensor:

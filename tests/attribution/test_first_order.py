@@ -181,6 +181,22 @@ def test_half_precision_rounds_no_change_of_a_score():
     assert (half - exact).norm() < 8e-3 * exact.norm()  # 2e-2 with what is added to a score in bfloat16
 
 
+@pytest.mark.parametrize("storage", ["dense", "factored"])
+@pytest.mark.parametrize("ablation", ["zero", "corrupt"])
+@pytest.mark.parametrize(
+    ("layers", "options"), [(2, {"method": "qk-fix"}), (1, {"exact": "last"}), (1, {"method": "qk-fix"})]
+)
+def test_what_is_left_of_an_embedding_that_is_taken_away_is_not_its_rounding(layers, options, ablation, storage):
+    model = random_model(layers, 3, 48, 16, 64, dtype=torch.bfloat16, scale=0.25, seed=3)
+    pairs = random_pairs(model, [9, 7, 9], seed=3)
+    of_float32 = with_weights(model, lambda x: x.float())
+    half, exact = (
+        attribute(m, pairs, ablation=ablation, storage=storage, **options).scores for m in (model, of_float32)
+    )
+    first = slice(0, 9)  # the first layer's q, k and v
+    assert (half - exact)[0, first].norm() < 0.05 * exact[0, first].norm() > 0  # rounded with zeros 0.4 to 1
+
+
 @models
 def test_grad_drop_is_the_mean_of_absolute_scores_with_a_layer_dropped(options):
     model, pairs = case(options)
