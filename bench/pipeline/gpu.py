@@ -106,7 +106,7 @@ class Cuda:
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             run()
             torch.cuda.synchronize()
         kernels: dict[str, float] = {}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 def peak_bytes(call):
     """The most that torch's CPU allocator held of what was allocated inside the call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = largest = 0
