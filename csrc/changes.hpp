@@ -44,8 +44,6 @@ template <class T>
 struct ChangesKernels {
   void (*query_means)(const Changes<T>& op, const Lanes& lanes, const Span* seen, T* scores, T* means);
   void (*key_sums)(const Changes<T>& op, const Lanes& lanes, const Span* seen, T* scores, T* most, T* sums, T* totals);
-  void (*key_changes)(const Changes<T>& op, const Lanes& lanes, std::int64_t t, Span seen, T* scores, const T* most,
-                      const T* sums, T* changes);
   T (*rstd_of_sum)(const T* x, const T* delta, std::int64_t size, T eps, bool centred);
 };
 
@@ -113,10 +111,9 @@ struct ChangesWorker {
 };
 
 // out [B, T, S, H], of queries that change: Σ_n (pattern′ − pattern) values; [B, 1, S, H] of keys that change, summed over t
-// and n; or apart, [B, T, S, H], with Σ_n (pattern′ − pattern/Z) values for each t, Z the sum of what the pattern becomes
-// without being divided. pairs: of each pair.
+// and n. pairs: of each pair.
 template <class T>
-void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys, bool apart, int threads, T* out,
+void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys, int threads, T* out,
                      const Allocate& allocate) {
   if (pairs.empty() || pairs[0].senders * pairs[0].heads * pairs[0].tokens == 0) return;
   constexpr std::int64_t width = kLanes<T>;
@@ -129,16 +126,17 @@ void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys
   auto workers = in_workspace(allocate, [&](Workspace& workspace) {
     std::vector<ChangesWorker<T>> made;
     for (int i = 0; i < team; ++i) {
-      made.push_back({workspace.take<T>(of_one * width), workspace.take<T>(of_keys ? rows * width : 0),
-                      workspace.take<T>(std::max(rows, heads) * width), workspace.take<T>(rows * width),
-                      workspace.take<T>(rows), std::vector<Span>(static_cast<std::size_t>(tokens))});
+      const std::int64_t of_keys_alone = of_keys ? rows * width : 0;
+      made.push_back({workspace.take<T>(of_one * width), workspace.take<T>(of_keys_alone), workspace.take<T>(of_keys_alone),
+                      workspace.take<T>(rows * width), workspace.take<T>(rows),
+                      std::vector<Span>(static_cast<std::size_t>(tokens))});
     }
     return made;
   });
   if (!workers) return;
 
   const auto run = [&](ChangesWorker<T>& worker, std::int64_t task) {
-    const std::int64_t pair = task / parts, part = task % parts, kept = of_keys && !apart ? 1 : tokens;
+    const std::int64_t pair = task / parts, part = task % parts, kept = of_keys ? 1 : tokens;
     const Changes<T>& op = pairs[static_cast<std::size_t>(pair)];
     T* to = out + pair * kept * senders * heads;
     for (std::int64_t t = 0; t < tokens; ++t) {  // all heads see the same
@@ -153,7 +151,7 @@ void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys
     const auto means = [&](const Lanes& lanes) {
       if (!of_keys) return kernels.query_means(op, lanes, seen, worker.scores, worker.totals);
       kernels.key_sums(op, lanes, seen, worker.scores, worker.most, worker.sums, worker.totals);
-      for (std::int64_t i = 0; !apart && i < rows * width; ++i) worker.totals[i] /= worker.sums[i];
+      for (std::int64_t i = 0; i < rows * width; ++i) worker.totals[i] /= worker.sums[i];
     };
     means({0, 0});
     for (std::int64_t i = 0; i < rows; ++i) worker.base[i] = worker.totals[i * width];
@@ -165,18 +163,10 @@ void pattern_changes(Isa isa, const std::vector<Changes<T>>& pairs, bool of_keys
         for (std::int64_t i = 0; !of_keys && i < rows; ++i) {
           mine[i / heads * senders * heads + i % heads] = worker.totals[i * width + lane] - worker.base[i];
         }
-        for (std::int64_t h = 0; of_keys && !apart && h < heads; ++h) {
+        for (std::int64_t h = 0; of_keys && h < heads; ++h) {
           T sum = 0;
           for (std::int64_t i = h; i < rows; i += heads) sum += worker.totals[i * width + lane] - worker.base[i];
           mine[h] = sum;
-        }
-      }
-      for (std::int64_t t = 0; of_keys && apart && t < tokens; ++t) {
-        kernels.key_changes(op, lanes, t, seen[t], worker.scores, worker.most, worker.sums, worker.totals);
-        for (std::int64_t lane = 0; lane < lanes.count; ++lane) {
-          for (std::int64_t h = 0; h < heads; ++h) {
-            to[(t * senders + lanes.first + lane) * heads + h] = worker.totals[h * width + lane];
-          }
         }
       }
     }

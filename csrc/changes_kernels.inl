@@ -101,27 +101,6 @@ EAPCORE_TARGET void key_sums(const Changes<T>& op, const Lanes& lanes, const Spa
   }
 }
 
-// changes[h][lane]: what position t of the keys changes in the mean of values of the queries, by itself.
-template <class T>
-EAPCORE_TARGET void key_changes(const Changes<T>& op, const Lanes& lanes, std::int64_t t, Span seen, T* scores,
-                                const T* most, const T* sums, T* changes) {
-  constexpr int width = kLanes<T>;
-  const std::int64_t heads = op.heads, all = op.others * heads;
-  lane_scores(op, lanes, t, seen, scores);
-  for (std::int64_t i = 0; i < heads * width; ++i) changes[i] = 0;
-  for (std::int64_t n = 0; n < seen.size(); ++n) {
-    for (std::int64_t h = 0; h < heads; ++h) {
-      const std::int64_t at = (seen.begin + n) * heads + h;
-      const T known = op.known[t * all + at], value = op.values[t * all + at];
-      for (int lane = 0; lane < width; ++lane) {
-        const T largest = most[at * width + lane], score = scores[(n * heads + h) * width + lane];
-        const T change = (exponential(score - largest) - exponential(known - largest)) / sums[at * width + lane];
-        changes[h * width + lane] += change * value;
-      }
-    }
-  }
-}
-
 // 1/σ of x + delta, σ² the mean of their squares, less that of their mean where it is centred, and eps.
 template <class T>
 EAPCORE_TARGET T rstd_of_sum(const T* x, const T* delta, std::int64_t size, T eps, bool centred) {
@@ -150,5 +129,5 @@ EAPCORE_TARGET T rstd_of_sum(const T* x, const T* delta, std::int64_t size, T ep
 
 template <class T>
 ChangesKernels<T> changes_kernels() {
-  return {query_means<T>, key_sums<T>, key_changes<T>, rstd_of_sum<T>};
+  return {query_means<T>, key_sums<T>, rstd_of_sum<T>};
 }

@@ -217,7 +217,7 @@ std::int64_t py_edge_scores_factored_bytes(const std::string& isa_name, const st
 // sizes: B, T, S, N, H.
 template <class T>
 void run_pattern_changes(Isa isa, const Address4& raw, const std::array<std::int64_t, 7>& sides,
-                         const std::array<std::int64_t, 5>& sizes, bool of_keys, bool apart, int threads, std::int64_t out,
+                         const std::array<std::int64_t, 5>& sizes, bool of_keys, int threads, std::int64_t out,
                          const Allocate& allocate) {
   const auto [batch, tokens, senders, others, heads] = sizes;
   std::vector<Changes<T>> pairs;
@@ -230,17 +230,17 @@ void run_pattern_changes(Isa isa, const Address4& raw, const std::array<std::int
                      at(sides[1], tokens * senders), at(sides[2], side), at(sides[3], side), at(sides[4], side),
                      at(sides[5], others * heads), at(sides[6], others * heads), tokens, senders, others, heads});
   }
-  pattern_changes<T>(isa, pairs, of_keys, apart, threads, pointer<T>(out), allocate);
+  pattern_changes<T>(isa, pairs, of_keys, threads, pointer<T>(out), allocate);
 }
 
 void py_pattern_changes(const std::string& isa_name, const std::string& dtype, const Address4& raw,
                         const std::array<std::int64_t, 7>& sides, const std::array<std::int64_t, 5>& sizes, bool of_keys,
-                        bool apart, int threads, std::int64_t out, const nb::callable& memory) {
+                        int threads, std::int64_t out, const nb::callable& memory) {
   const Isa isa = isa_named(isa_name);
   const Allocate allocate = allocate_by(memory);
   const nb::gil_scoped_release release;
   const auto run = dtype == "float64" ? run_pattern_changes<double> : run_pattern_changes<float>;
-  run(isa, raw, sides, sizes, of_keys, apart, threads, out, allocate);
+  run(isa, raw, sides, sizes, of_keys, threads, out, allocate);
 }
 
 // x: its address, then strides of B and T; delta: its address, then strides of S, B and T. sizes: B, T, S, D.
@@ -265,7 +265,7 @@ void py_moved_rstd(const std::string& isa_name, const std::string& dtype, const 
 
 // kernels/cpp.py refuses a module of another number: what it passes is addresses and sizes, which no type would check.
 // Raise both with every change of a function's arguments or of their meaning.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 NB_MODULE(_csrc, m) {
   m.attr("interface") = kInterface;
@@ -291,7 +291,7 @@ NB_MODULE(_csrc, m) {
         nb::arg("sizes"), nb::arg("mlps"), nb::arg("mask"), nb::arg("reduce"), nb::arg("chunk"), nb::arg("threads"),
         nb::arg("scores"), nb::arg("allocate"));
   m.def("pattern_changes", &py_pattern_changes, nb::arg("isa"), nb::arg("dtype"), nb::arg("raw"), nb::arg("sides"),
-        nb::arg("sizes"), nb::arg("of_keys"), nb::arg("apart"), nb::arg("threads"), nb::arg("out"), nb::arg("allocate"));
+        nb::arg("sizes"), nb::arg("of_keys"), nb::arg("threads"), nb::arg("out"), nb::arg("allocate"));
   m.def("moved_rstd", &py_moved_rstd, nb::arg("isa"), nb::arg("dtype"), nb::arg("x"), nb::arg("delta"), nb::arg("sizes"),
         nb::arg("eps"), nb::arg("centred"), nb::arg("threads"), nb::arg("out"));
   m.def("edge_scores_factored_bytes", &py_edge_scores_factored_bytes, nb::arg("isa"), nb::arg("sizes"), nb::arg("mlps"),

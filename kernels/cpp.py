@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
-_INTERFACE = 4  # what csrc/module.cpp calls kInterface
+_INTERFACE = 5  # what csrc/module.cpp calls kInterface
 
 
 def _built() -> ModuleType:
@@ -372,7 +372,6 @@ def pattern_changes(
         [0 if x is None else x.data_ptr() for x in sides],
         (batch, tokens, senders, others, heads),
         of_keys,
-        False,  # of keys their sum over all positions, not each position's own
         torch.get_num_threads(),
         out.data_ptr(),
         _allocate(keep),
