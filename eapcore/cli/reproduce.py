@@ -100,7 +100,8 @@ def add(command: Command) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Redo everything, or with --scores what needs no model."""
-    from eapcore.evaluation.reproduce import FILES, KEPT_IN, known
+    from eapcore.evaluation.kept_steps import KEPT_IN
+    from eapcore.evaluation.reproduce import FILES, known
 
     truth, published = known(args.task)
     args.out = args.out or Path(f"reproduce-{args.task}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +14,14 @@ import torch
 from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.faithfulness import MIB_FRACTIONS, measure_mib
 from eapcore.evaluation.inside import WITH_INSIDE, Inside, inside_effects, inside_scores, summed_inside
+from eapcore.evaluation.kept_steps import KEPT_IN, KeptSteps, Starting
 from eapcore.evaluation.published import ALL, COARSE, EVERY, Judged, Row, judge, rates, table, unit_of
 from eapcore.evaluation.roc import RULES, roc, roc_of_circuits
 from eapcore.evaluation.sampled import verify_sample
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, digest, result_dtype
-from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
-from eapcore.graph.files import FORMAT_VERSION, finite, replacing, write_json, write_text
+from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import UNKNOWN_SIGN, EdgeScores
 from eapcore.graph.show import short
@@ -47,9 +44,6 @@ FACTORS = (0.25, 1.0, 4.0)  # of the published threshold, where searches start
 SAMPLE, CURVES = 100, 4  # edges patched where not all are; of the outlying ones those that are followed
 SMALL = 5_000  # edges that are all patched, and all searched
 KEPT = 0.8  # of the behaviour, by the smallest circuit
-KEPT_IN = "steps"
-
-Starting = Callable[[str, str], Progress | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +148,7 @@ def reproduce(
     leads = experiment.ranks.leads
     experiment.ranks.agree(task=task, plan=asdict(plan))
     find_metric(plan.search_metric, pairs.answers, pairs.wrong)
-    steps = _Steps(folder, experiment, progress)
+    steps = KeptSteps(folder, experiment, progress)
     work = _Work(experiment, truth, published, plan, steps, batch_size)
     scores = work.scores()
     unit = unit_of(published, scores.meta)
@@ -302,90 +296,6 @@ def _check(plan: Plan, graph: Graph) -> None:
         )
 
 
-class _Steps:
-    """Steps that are kept in a folder, each as JSON with what it was asked for, so that none is done twice.
-
-    Of several processes the first reads and writes them, and says to all what is done and what came of it.
-    """
-
-    def __init__(self, folder: Path, experiment: Experiment, progress: Starting) -> None:
-        self.folder, self.progress, self.ranks = folder / KEPT_IN, progress, experiment.ranks
-        if self.ranks.leads:
-            self._open(folder, experiment)
-
-    def _open(self, folder: Path, experiment: Experiment) -> None:
-        identity = {key: _plain(value) for key, value in experiment.identity().items()}
-        began = self.folder / "of.json"
-        if began.exists():
-            other = _read(began).get("identity")
-            before = other if isinstance(other, dict) else {}
-            changed = [key for key, value in identity.items() if before.get(key) != value]
-            if changed:
-                raise ValueError(
-                    f"{folder} holds a reproduction with another {' and another '.join(changed)}: give --out another "
-                    "folder, or delete it"
-                )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(began, {"identity": identity})
-
-    def __call__(self, name: str, asked: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """What a step makes, as JSON has it, read where the same was made before."""
-        path, asked, leads = self.folder / f"{name}.json", _plain(asked), self.ranks.leads
-        done = self.ranks.first(self._done(path, asked) if leads else None)
-        if done is None:
-            done = {"made": make()}
-            if leads:
-                done = {"asked": asked, "made": _plain(done["made"])}
-                self._write(path, {**done, "sha256": _checksum(done)})
-            done = self.ranks.first(done if leads else None)
-        return done["made"]
-
-    @staticmethod
-    def _done(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What the file of a step holds, if it was asked the same."""
-        if not path.exists():
-            return None
-        kept = _read(path)
-        if kept.get("sha256") != _checksum(kept):
-            raise ValueError(f"{path} is not as a reproduction wrote it: delete it, and the step is done again")
-        return kept if kept["asked"] == asked else None
-
-    def forget(self, name: str) -> None:
-        """Do a step again."""
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
-
-    def begun(self, name: str) -> Path:
-        """Where a step keeps what it has done of its work."""
-        return self.folder / f"{name}.begun"
-
-    def ended(self, name: str) -> None:
-        if self.ranks.leads:
-            shutil.rmtree(self.begun(name), ignore_errors=True)
-
-    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
-        head = {"format": "eapcore-reproduction-step", "format_version": FORMAT_VERSION}
-        with replacing(path) as temporary:
-            write_text(temporary, finite({**head, **content}))
-
-
-def _plain(value: Any) -> Any:
-    """A value as it comes back from JSON."""
-    return json.loads(json.dumps(finite(value)))
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps([content.get("asked"), content.get("made")], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be what a reproduction wrote, but it cannot be read: {error}") from error
-
-
 @dataclass(frozen=True, slots=True)
 class _Work:
     """The steps on a model."""
@@ -394,7 +304,7 @@ class _Work:
     truth: Truth
     published: Published
     plan: Plan
-    steps: _Steps
+    steps: KeptSteps
     batch_size: int | str
 
     @property

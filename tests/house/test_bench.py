@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import eapcore.kernels as kernels
@@ -42,8 +42,6 @@ TIMED = [
     for name, reason in kernels.available().items()
     if not reason and (name != "triton" or os.environ.get("TRITON_INTERPRET") != "1")
 ]
-
-DTYPELESS = ("steps", "attention")
 
 needs_peaks = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="this system keeps no high-water mark that can be set back"
@@ -163,7 +161,7 @@ def test_a_missing_kernel_is_noticed(stand_in, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
     monkeypatch.setattr(op_checks, "VARIANTS", op_checks.VARIANTS - op_checks.STEPS)
-    for check in ("edge_scores", "receiver_grads", "factored", *DTYPELESS):
+    for check in ("edge_scores", "receiver_grads", "factored", "steps", "attention"):
         monkeypatch.setattr(op_checks, f"check_{check}", lambda *args: None)
     message = (
         r"not every kernel ran: channel_grads bfloat16 layernorm, channel_grads bfloat16 layernorm, sums given, .*"
@@ -189,8 +187,8 @@ def test_every_triton_kernel_runs_in_the_checks(stand_in, monkeypatch):
         monkeypatch.setattr(triton_factored, "choose_chunk", lambda *args: 10)  # all of them, beside the chunks of 4
         monkeypatch.setattr(op_checks, "CHANNELS", (*op_checks.CHANNELS[:3], *op_checks.CHANNELS[4:]))
         # What is not told apart by dtype, in one.
-        for name, chosen in (("edge_scores", (torch.bfloat16, 37)), *((x, (torch.bfloat16,)) for x in DTYPELESS)):
-            check = getattr(op_checks, f"check_{name}")
+        for name, also in (("edge_scores", (37,)), ("factored", ("all",)), ("steps", ()), ("attention", ())):
+            check, chosen = getattr(op_checks, f"check_{name}"), (torch.bfloat16, *also)
             only = lambda *args, check=check, chosen=chosen: args[-len(chosen) :] == chosen and check(*args)  # noqa: E731
             monkeypatch.setattr(op_checks, f"check_{name}", only)
     monkeypatch.setattr(op_work, "fast_implementation", lambda kind: "triton")
@@ -423,8 +421,16 @@ def test_memory_is_measured_apart_and_sees_what_a_batch_allocates():
     large = replace(small, B=200)
     few, many = pipeline_work.memories([(small, "dense"), (large, "dense")])
     assert many - few > 0.9 * large.sender_buffer()
-    with pytest.raises(RuntimeError, match=r"(?s)serve_memory failed.*must be floor, dense"):
-        pipeline_work.memories([(small, "fast")])
+
+
+def test_a_memory_that_cannot_be_measured_is_said(monkeypatch, capfd):
+    small = pipeline_work.Work(2, 2, 64, 50, B=2, T=8)
+    with pytest.raises(SystemExit, match="fast did not run on"):
+        pipeline_work.serve_memory([(asdict(small), "fast")], 1)
+    assert "must be floor, dense" in capfd.readouterr().err
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="serve_memory failed"):
+        pipeline_work.memories([(small, "dense")])
 
 
 @pytest.mark.parametrize("grouped", [{}, {"G": 2, "M": 27}, {"G": 2, "M": 27, "biased": True}])
