@@ -61,8 +61,8 @@ class Sampled:
 def draw_sample(scores: EdgeScores, n: int, seed: int = 0) -> tuple[Annotated[Tensor, "int64 n"], Tensor, Tensor]:
     """n edges as flat indices s·R + r, the stratum of each and how many edges it stands for, float64.
 
-    A quarter are the largest by |score|, certain to be drawn; the others are drawn evenly from STRATA parts of the rest
-    by rank, each twice as large as the one before it, with as many draws.
+    A quarter, of fewer than 16 all but two a stratum, are the largest by |score|, certain to be drawn; the others are
+    drawn evenly from STRATA parts of the rest by rank, each twice as large as the one before it, with as many draws.
 
     Raises:
         ValueError: n outside 2 · (STRATA + 1) … n_edges, and not all edges.
@@ -75,27 +75,19 @@ def draw_sample(scores: EdgeScores, n: int, seed: int = 0) -> tuple[Annotated[Te
     order = scores.ranking()[0]
     if n == total:
         return order, torch.zeros(n, dtype=torch.int64, device="cpu"), torch.ones(n, dtype=torch.float64, device="cpu")
-    certain = n // 4
+    certain = min(n // 4, n - 2 * STRATA)  # two draws a stratum say how they vary
     ends = [certain + round((total - certain) * (2**k - 1) / (2**STRATA - 1)) for k in range(STRATA + 1)]
     generator, left = torch.Generator().manual_seed(seed), n - certain
-    chosen, strata, weights = [order[:certain]], [torch.zeros(certain)], [torch.ones(certain)]
+    like = {"dtype": torch.float64, "device": "cpu"}
+    chosen, strata, weights = [order[:certain]], [torch.zeros(certain, **like)], [torch.ones(certain, **like)]
     for k in range(STRATA):
         size = ends[k + 1] - ends[k]
-        count = min(size, left // (STRATA - k))
+        count = min(size, left // (STRATA - k))  # what a small stratum has no room for goes to the larger ones behind
         left -= count
         chosen.append(order[ends[k] : ends[k + 1]][torch.randperm(size, generator=generator, device="cpu")[:count]])
-        strata.append(torch.full((count,), k + 1.0))
-        weights.append(torch.full((count,), size / max(1, count)))
-    if left:  # what the small strata had no room for
-        taken = torch.zeros(scores.scores.numel(), dtype=torch.bool, device="cpu")
-        taken[torch.cat(chosen)] = True
-        n_last = ends[-1] - ends[-2]
-        rest = order[ends[-2] :][~taken[order[ends[-2] :]]]
-        more = rest[torch.randperm(len(rest), generator=generator, device="cpu")[:left]]
-        chosen[-1] = torch.cat([chosen[-1], more])
-        strata[-1] = torch.full((len(chosen[-1]),), float(STRATA))
-        weights[-1] = torch.full((len(chosen[-1]),), n_last / len(chosen[-1]))
-    return torch.cat(chosen), torch.cat(strata).long(), torch.cat(weights).double()
+        strata.append(torch.full((count,), k + 1.0, **like))
+        weights.append(torch.full((count,), size / max(1, count), **like))
+    return torch.cat(chosen), torch.cat(strata).long(), torch.cat(weights)
 
 
 def sample_cost(model: Model, task: Task, metric: str | Metric, scores: EdgeScores, n: int, seed: int = 0) -> float:

@@ -23,9 +23,11 @@ def test_a_sample_stands_for_all_edges_once():
     for n in (14, 37, 100, graph.n_edges // 2, graph.n_edges):
         flat, strata, weights = draw_sample(scores, n, seed=3)
         assert len(flat.unique()) == n and bool(graph.edge_mask().flatten()[flat].all())
-        assert float(weights.sum()) == pytest.approx(graph.n_edges) and bool((weights >= 1).all())
+        assert float(weights.sum()) == pytest.approx(graph.n_edges, rel=1e-14) and bool((weights >= 1).all())
+        # of a stratum that is not patched as a whole two draws say how its edges vary
+        assert all(len(part) > 1 or float(part) == 1 for part in (weights[strata == k] for k in range(7)) if len(part))
         top = {graph.edge_name(*divmod(i, graph.n_receivers)) for i in flat[strata == 0].tolist()}
-        assert top == {edge for edge, _ in scores.top(len(top))} and len(top) >= n // 4
+        assert top == {edge for edge, _ in scores.top(len(top))} and len(top) >= min(n // 4, n - 12)
     assert not torch.equal(draw_sample(scores, 50, 0)[0], draw_sample(scores, 50, 1)[0])
     refused("a sample must have between 14 and the .* edges of this graph, got 3", draw_sample, scores, 3)
 
