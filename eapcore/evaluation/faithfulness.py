@@ -18,11 +18,12 @@ from eapcore.execution.experiment import Experiment
 from eapcore.execution.origin import ablation_of, check_scored, say_unknown
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.confidence import interval
 from eapcore.graph.files import write_json
 from eapcore.graph.scores import EdgeScores
 from eapcore.graph.show import short
 from eapcore.models.model import Model
-from eapcore.patching.circuits import each_pair, interval, kept_draws
+from eapcore.patching.circuits import each_pair, kept_without
 from eapcore.patching.record import Recording, record
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -46,7 +47,8 @@ class Curve:
     (value − ablated) / (clean − ablated). cpr, cmd: the areas under f and under |1 − f| over the fractions, by the
     trapezoid, from the first fraction to the last; NaN (null in a file) with fewer than two distinct fractions, between
     which there is no area. intervals, cpr_interval, cmd_interval: (low, high) of the faithfulness, [P], and of the
-    areas, 95 % by drawing the pairs again; None with one pair.
+    areas (that of |1 − f| from 0 up), for the prompts that the pairs were drawn from, 95 %, see `confidence.interval`;
+    None with one pair.
     """
 
     __repr__ = short
@@ -194,7 +196,7 @@ def _curves(
     clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
     if clean == ablated:
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
-    described, draws = experiment.describe(), kept_draws(rows[2:], rows[0], rows[1])
+    described, without = experiment.describe(), kept_without(rows[2:], rows[0], rows[1])
     curves = []
     for i, ranking in enumerate(rankings):
         mine = slice(i * len(counts), (i + 1) * len(counts))
@@ -206,15 +208,14 @@ def _curves(
         sizes_found = [c.n_edges for c in circuits[mine]]
         cpr, cmd = (area(fractions, y) if len(set(fractions)) > 1 else math.nan for y in (f, gap))
         curve = Curve(fractions, sizes_found, values[mine], f, clean, ablated, cpr, cmd, meta)
-        if draws is not None:
-            own = draws[mine]
-            curve = replace(curve, intervals=[interval(row) for row in own])
+        if without is not None:
+            own = without[mine]
+            curve = replace(curve, intervals=[interval(*row) for row in zip(f, own, strict=True)])
             if not math.isnan(cpr):
-                areas = [[area(fractions, y) for y in rows.T.tolist()] for rows in (own, (1 - own).abs())]
-                cpr_interval, cmd_interval = (
-                    interval(torch.tensor(drawn, dtype=own.dtype, device="cpu")) for drawn in areas
-                )
-                curve = replace(curve, cpr_interval=cpr_interval, cmd_interval=cmd_interval)
+                x = own.new_tensor(fractions)
+                cpr_interval = interval(cpr, torch.trapezoid(own, x, dim=0))
+                low, high = interval(cmd, torch.trapezoid((1 - own).abs(), x, dim=0))
+                curve = replace(curve, cpr_interval=cpr_interval, cmd_interval=(max(low, 0.0), high))
         curves.append(curve)
     return curves
 

@@ -78,7 +78,7 @@ def draw_sample(scores: EdgeScores, n: int, seed: int = 0) -> tuple[Annotated[Te
     certain = min(n // 4, n - 2 * STRATA)  # two draws a stratum say how they vary
     ends = [certain + round((total - certain) * (2**k - 1) / (2**STRATA - 1)) for k in range(STRATA + 1)]
     generator, left = torch.Generator().manual_seed(seed), n - certain
-    like = {"dtype": torch.float64, "device": "cpu"}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     chosen, strata, weights = [order[:certain]], [torch.zeros(certain, **like)], [torch.ones(certain, **like)]
     for k in range(STRATA):
         size = ends[k + 1] - ends[k]

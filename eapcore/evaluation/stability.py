@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eapcore.evaluation.agreement import RANKINGS
+from eapcore.graph.confidence import LEVEL, student_t
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
 from eapcore.graph.show import short
@@ -22,11 +23,11 @@ from eapcore.graph.show import short
 class Stability:
     """How scores vary when the prompts are drawn again.
 
-    std: [S, R] of the mean score over resamples. low, high: [S, R] the bootstrap confidence interval of the mean score,
-    the (1 ∓ level)/2 quantiles over resamples (the percentile method; `level` stands in meta). sign_consistency: [S, R]
-    share of the resamples in which the mean score has the sign that it has over all pairs. top_frequency: [S, R] share
-    in which the edge is among the top n. overlap: mean share of the top n that two resamples have in common;
-    overlap_with_all: with that of all pairs.
+    std: [S, R] of the mean score over resamples. low, high: [S, R] the mean score's confidence interval, Student's t
+    times its standard error to either side (`level` stands in meta); it does not hang on the resamples, whose quantiles
+    lie too close together where there are few pairs. sign_consistency: [S, R] share of the resamples in which the mean
+    score has the sign that it has over all pairs. top_frequency: [S, R] share in which the edge is among the top n.
+    overlap: mean share of the top n that two resamples have in common; overlap_with_all: with that of all pairs.
     """
 
     __repr__ = short
@@ -52,7 +53,7 @@ def stability(
     n_resamples: int = 100,
     seed: int = 0,
     ranking: str = "absolute",
-    level: float = 0.95,
+    level: float = LEVEL,
     meta: Mapping[str, Any] | None = None,
 ) -> Stability:
     """Bootstrap over prompt pairs: draw N of N pairs with replacement, average, rank, compare.
@@ -64,13 +65,13 @@ def stability(
         n_resamples: at least 2.
         seed: of the draws.
         ranking: "absolute" or "signed".
-        level: of the confidence intervals; a thousand resamples give their ends to some hundredths of their width.
+        level: of the confidence intervals.
         meta: what the scores' file says of them, `meta["scores"]` of the result.
 
     Raises:
         ValueError: a wrong shape, fewer than 2 pairs or resamples, top_n outside the graph, a level outside 0..1.
 
-    Source of the interval: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    Source of the resamples: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     expected = (graph.n_senders, graph.n_receivers)
     if not isinstance(per_pair, Tensor):
@@ -98,13 +99,7 @@ def stability(
         chosen = useful.sort(stable=True, dim=-1, descending=True).indices[..., :top_n]
         return torch.zeros_like(useful).scatter_(-1, chosen, 1.0)
 
-    ordered = means.sort(0).values  # torch.quantile takes 16 million elements at most
-
-    def quantile(share: float) -> Tensor:
-        place = share * (n_resamples - 1)
-        below = min(int(place), n_resamples - 2)
-        return torch.lerp(ordered[below], ordered[below + 1], place - below)
-
+    reach = student_t(count, level) * (values.var(0) / count).sqrt()
     tops = top(means)
     common = tops @ tops.T / top_n
     pairs = n_resamples * (n_resamples - 1)
@@ -118,8 +113,8 @@ def stability(
     method["level"] = level
     return Stability(
         std=placed(means.std(0)),
-        low=placed(quantile((1 - level) / 2)),
-        high=placed(quantile((1 + level) / 2)),
+        low=placed(whole - reach),
+        high=placed(whole + reach),
         sign_consistency=placed((means.sign() == whole.sign()).double().mean(0)),
         top_frequency=placed(tops.mean(0)),
         overlap=float((common.sum() - common.trace()) / pairs),

@@ -13,7 +13,6 @@ from torch import Tensor
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, digest
-from eapcore.execution.limits import EVALUATED
 from eapcore.execution.progress import Count, Progress
 from eapcore.execution.resume import Resume, check_metric
 from eapcore.graph.circuit import Circuit
@@ -231,46 +230,25 @@ def _measure(
             save()
 
 
-LEVEL = 0.95  # of confidence intervals
-
-
-def interval(draws: Annotated[Tensor, "float64 ..."], level: float = LEVEL) -> tuple[float, float]:
-    """The interval that holds this share of what was drawn, with equal shares below and above (percentiles)."""
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=draws.dtype, device="cpu")
-    low, high = draws.quantile(ends).tolist()
-    return low, high
-
-
-def kept_draws(
+def kept_without(
     values: Annotated[Tensor, "float64 C N"],
     clean: Annotated[Tensor, "float64 N"],
     ablated: Annotated[Tensor, "float64 N"],
-    *,
-    n_resamples: int = 1000,
-) -> Annotated[Tensor, "float64 C ..."] | None:
-    """Each circuit's faithfulness with the pairs drawn again, [C, n_resamples].
+) -> Annotated[Tensor, "float64 C N"] | None:
+    """Each circuit's faithfulness without each of the pairs, [C, N], of which `confidence.interval` makes its interval.
 
-        f = (mean(values) − mean(ablated)) / (mean(clean) − mean(ablated)),  means over N pairs drawn with replacement
+        f_i = (mean(values) − mean(ablated)) / (mean(clean) − mean(ablated)),  means over the N − 1 pairs but i
 
     Args:
         values: the metric of each pair for each circuit; clean, ablated: on the whole model and with all ablated.
-        n_resamples: how often the pairs are drawn; the draws are always the same.
 
     Returns:
-        The draws, whose `interval` is a confidence interval; None with fewer than 2 pairs, or where clean and ablated
-        are the same in a draw.
-
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife" (percentiles).
+        None with fewer than 2 pairs, or where clean and ablated are the same without one of them.
     """
     n = len(clean)
     if n < 2:
         return None
-    rows, generator = torch.cat([clean[None], ablated[None], values]), torch.Generator().manual_seed(0)
-    most = max(1, EVALUATED // rows.numel())
-    counts = (min(most, n_resamples - done) for done in range(0, n_resamples, most))
-    draws = (torch.randint(n, (count, n), generator=generator, device="cpu") for count in counts)
-    means = torch.cat([rows[:, drawn].mean(-1) for drawn in draws], dim=1)  # [2 + C, n_resamples]
+    rows = torch.cat([clean[None], ablated[None], values])
+    means = (rows.sum(1, keepdim=True) - rows) / (n - 1)
     scale = means[0] - means[1]
-    if not bool(scale.all()):
-        return None
-    return (means[2:] - means[1]) / scale
+    return (means[2:] - means[1]) / scale if bool(scale.all()) else None

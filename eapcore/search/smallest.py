@@ -12,11 +12,12 @@ from eapcore.execution.experiment import Experiment, Task
 from eapcore.execution.origin import check_scored
 from eapcore.execution.progress import Progress
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.confidence import interval
 from eapcore.graph.scores import EdgeScores
 from eapcore.graph.show import short
 from eapcore.models.model import Model
 from eapcore.models.torch_modes import own_modes
-from eapcore.patching.circuits import each_pair, interval, kept_draws
+from eapcore.patching.circuits import each_pair, kept_without
 from eapcore.patching.record import Recording, Recordings
 from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
@@ -31,7 +32,7 @@ class Tried:
 
     selected: as it was chosen. circuit: what of it connects `embed` to the logits, which was run. value: the metric's
     mean. faithfulness: (value − ablated) / (clean − ablated), NaN where both are the same. interval: of the
-    faithfulness, 95 % by drawing the pairs again, see `circuits.kept_draws`.
+    faithfulness, 95 %, see `confidence.interval`; None with one pair.
     """
 
     __repr__ = short
@@ -127,8 +128,8 @@ def run_until(
         values = each_pair(experiment, [circuit], recordings)
         (value,) = experiment.mean(values.sum(1)).tolist()
         kept = (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
-        draws = kept_draws(values, *both)
-        tried.append(Tried(selected, circuit, value, kept, None if draws is None else interval(draws[0])))
+        without = kept_without(values, *both)
+        tried.append(Tried(selected, circuit, value, kept, None if without is None else interval(kept, without[0])))
         if progress is not None:
             progress(len(tried), len(circuits))
         if kept >= faithfulness:

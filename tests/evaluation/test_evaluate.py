@@ -488,10 +488,11 @@ def test_stability_equals_a_literal_bootstrap(tmp_path):
     same = torch.stack([(mean.sign() == whole.scores.sign()).double() for mean in means]).mean(0)
     torch.testing.assert_close(found.sign_consistency, same * mask)
     torch.testing.assert_close(found.std, torch.stack(means).std(0))
-    for end, share in ((found.low, 0.025), (found.high, 0.975)):
-        torch.testing.assert_close(end, torch.stack(means).quantile(share, dim=0))
+    error = per_pair.std(0) / 6**0.5
+    for end, errors in ((found.low, -2.570582), (found.high, 2.570582)):  # Student's t of 5 degrees of freedom
+        torch.testing.assert_close(end, whole.scores + errors * error, rtol=0, atol=1e-6)
     narrow = stability(per_pair, GRAPH, top_n=7, n_resamples=9, seed=2, level=0.5)
-    torch.testing.assert_close(narrow.high, torch.stack(means).quantile(0.75, dim=0))
+    torch.testing.assert_close(narrow.high, whole.scores + 0.726687 * error, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.top_frequency, torch.stack(tops).double().mean(0))
     shared = [int((a & b).sum()) / 7 for i, a in enumerate(tops) for b in tops[i + 1 :]]
     assert found.overlap == pytest.approx(sum(shared) / len(shared))
@@ -501,13 +502,14 @@ def test_stability_equals_a_literal_bootstrap(tmp_path):
 
 
 def test_a_confidence_interval_holds_the_true_mean_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    edges, held = GRAPH.edge_mask(), []
-    for _ in range(20):  # 40 pairs, each edge's scores drawn around 1
-        noise = torch.randn(40, *edges.shape, generator=generator, dtype=torch.float64)
-        found = stability((1 + noise) * edges, GRAPH, top_n=5, n_resamples=400)
-        held.append(((found.low < 1) & (found.high > 1))[edges].double().mean())
-    assert 0.9 < float(torch.stack(held).mean()) < 0.97  # the percentile method is a little narrow at 40 pairs
+    generator, edges = torch.Generator().manual_seed(0), GRAPH.edge_mask()
+    for n, n_resamples in ((2, 2), (5, 20), (40, 100)):  # however few pairs and resamples there are
+        held = []
+        for _ in range(60):  # each edge's scores drawn around 1
+            noise = torch.randn(n, *edges.shape, generator=generator, dtype=torch.float64)
+            found = stability((1 + noise) * edges, GRAPH, top_n=5, n_resamples=n_resamples)
+            held.append(((found.low < 1) & (found.high > 1))[edges].double().mean())
+        assert 0.935 < float(torch.stack(held).mean()) < 0.965
 
 
 def test_equal_pairs_are_perfectly_stable_and_the_same_seed_gives_the_same_result():

@@ -13,7 +13,8 @@ from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.faithfulness import faithfulness
 from eapcore.execution.experiment import Experiment
 from eapcore.graph.circuit import Circuit
-from eapcore.patching.circuits import interval, kept_draws, metric_on
+from eapcore.graph.confidence import interval, student_t
+from eapcore.patching.circuits import kept_without, metric_on
 from eapcore.patching.record import Recording, Recordings
 from eapcore.search.smallest import SIZES, run_until, selections, smallest
 
@@ -89,20 +90,26 @@ def test_batches_that_do_not_fit_are_recorded_again(case, recorded, limited):
     assert sorted(chain(*recorded)) == sorted([0, 1, 2] * rounds)
 
 
-def test_the_interval_of_what_is_kept_is_that_of_pairs_drawn_again():
+def test_the_interval_of_what_is_kept_holds_that_of_all_prompts_as_often_as_it_says():
     generator = torch.Generator().manual_seed(3)
-    clean, ablated = (torch.randn(40, generator=generator, dtype=torch.float64) + shift for shift in (3.0, 0.0))
-    values = torch.stack([clean, ablated, (clean + ablated) / 2 + torch.randn(40, generator=generator) / 5])
-    whole, none, half = map(interval, kept_draws(values, clean, ablated, n_resamples=4000))
-    assert whole == (1, 1) and none == (0, 0)
-    kept = float((values[2] - ablated).mean() / (clean - ablated).mean())
-    assert half[0] < kept < half[1]
-    # the ratio's standard error by the delta method, and a normal's 95 %
-    residual = (values[2] - ablated) - kept * (clean - ablated)
-    error = float(residual.std() / 40**0.5 / (clean - ablated).mean())
-    assert half[1] - half[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert kept_draws(values[:, :1], clean[:1], ablated[:1]) is None  # nothing to draw from
-    assert kept_draws(values, clean, clean) is None  # no scale
+    assert [round(student_t(n), 4) for n in (2, 3, 4, 8, 11, 31)] == [12.7062, 4.3027, 3.1824, 2.3646, 2.2281, 2.0423]
+    assert student_t(10**6) == pytest.approx(1.95996, rel=2e-3) and student_t(9, 0.5) == pytest.approx(
+        0.70639, rel=1e-4
+    )
+    for n in (2, 3, 4, 8, 24):
+        held = []
+        for _ in range(200):
+            clean, ablated, noise = torch.randn(3, n, generator=generator, dtype=torch.float64)
+            clean, ablated = 5 + clean, ablated
+            values = torch.stack([clean, ablated, 0.6 * clean + 0.4 * ablated + noise / 2])
+            without = kept_without(values, clean, ablated)
+            kept = float((values[2] - ablated).mean() / (clean - ablated).mean())
+            whole, none, (low, high) = (interval(*row) for row in zip((1.0, 0.0, kept), without, strict=True))
+            assert whole == pytest.approx((1, 1)) and none == (0, 0)
+            held.append(low <= 0.6 <= high)
+        assert 0.9 < sum(held) / 200 < 0.99, n
+    assert kept_without(values[:, :1], clean[:1], ablated[:1]) is None  # nothing to leave out
+    assert kept_without(values, clean, clean) is None  # no scale
 
 
 def test_circuits_that_are_run_have_their_interval(case):
