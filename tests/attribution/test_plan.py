@@ -46,6 +46,15 @@ SHAPES = {
 }  # fmt: skip
 
 
+# What a process takes: the same.
+PROCESSES = {
+    "small": (SMALL | {"n_layers": 4}, 64, 20),
+    "the width of GPT-2 small": (
+        SMALL | {"n_layers": 3, "n_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072}, 8, 20,
+    ),
+}  # fmt: skip
+
+
 shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -56,7 +65,7 @@ def every_logit(logits, batch):
 
 @cache
 def named_case(shape):
-    return case(SHAPES[shape])
+    return case({**SHAPES, **PROCESSES}[shape])
 
 
 def case(shape):
@@ -360,12 +369,6 @@ def test_the_chunk_that_is_planned_is_the_one_that_is_taken_and_changes_no_score
 
 # What a process takes
 
-PROCESSES = {
-    "small": (SMALL | {"n_layers": 4}, 64, 20),
-    "the width of GPT-2 small": (
-        SMALL | {"n_layers": 3, "n_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072}, 8, 20,
-    ),
-}  # fmt: skip
 # Of resident memory that no plan has: pages that are begun, allocations of less than a page, what Python makes.
 NOISE = 1 << 20
 
@@ -373,7 +376,7 @@ NOISE = 1 << 20
 def resident_for_a_batch(name, storage, threads):
     """How far resident memory rises when a batch comes again."""
     torch.set_num_threads(threads)
-    model, pairs, *_ = case(PROCESSES[name])
+    model, pairs, *_ = case(name)
     # Program code, the threads' stacks and what matrix products keep for the next ones are not a batch's.
     attribute(model, pairs, storage=storage, batch_size=len(pairs))
     clear_peak()
@@ -383,7 +386,7 @@ def resident_for_a_batch(name, storage, threads):
 
 
 def planned_with(threads, name, storage):
-    model, _, *size = case(PROCESSES[name])
+    model, _, *size = case(name)
     plan = plan_of(model, d_vocab=3)  # of which the metric reads three
     torch.set_num_threads(threads)
     planned = {"dense": plan.dense, "factored": plan.factored}[storage](*size)
