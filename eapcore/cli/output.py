@@ -63,14 +63,16 @@ def score_table(what: str, rows: Sequence[tuple[str, float]]) -> str:
 
 def enough_prompts(scores: EdgeScores | NodeScores, n: int) -> str:
     """Whether the pairs were enough for the circuit of the top n edges, in one line; "" where nothing is known."""
-    from eapcore.graph.scores import ENOUGH, EdgeScores
+    from eapcore.graph.scores import ENOUGH, FEWEST, EdgeScores
 
     pairs = scores.meta["task"]["n_pairs"]
     if not isinstance(scores, EdgeScores) or n < 1:
         return ""
+    if pairs < FEWEST:
+        given = "one pair does" if pairs == 1 else f"{pairs} pairs do"
+        return f"prompts  not judged: {given} not say how circuits vary: give at least {FEWEST}\n"
     if scores.jaccard is None:
-        why = "one pair does not say how scores vary: give more" if pairs == 1 else "no standard errors were kept"
-        return f"prompts  not judged: {why}\n"
+        return "prompts  not judged: no standard errors were kept\n"
     found = float(scores.jaccard[n - 1])
     verdict, word = ("enough", "at least") if found >= ENOUGH else ("too few", "less than")
     return (

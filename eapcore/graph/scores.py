@@ -36,6 +36,7 @@ _PARTS = ("per_pair", "per_position")
 # on how stable circuits are (Méloux, Portet, Peyrard 2025, arXiv 2510.00845) asks to report it; no bar was found there.
 # Of bootstrapped clusters 0.75 counts as stable and 0.85 as highly stable (Hennig 2007, R's fpc::clusterboot).
 ENOUGH = 0.8
+FEWEST = 4  # pairs of which that can be said: draws of fewer are the same one too often
 _BESIDE = ("exact", "spread", "standard_error", "sign_consistency", "jaccard")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.files import finite, replacing
-from eapcore.graph.scores import EDGE_SIGN, ENOUGH, EdgeScores
+from eapcore.graph.scores import EDGE_SIGN, ENOUGH, FEWEST, EdgeScores
 from eapcore.report.compare import correlations, jaccard, sizes
 from eapcore.report.draw import Picture
 from eapcore.report.layout import layout
@@ -308,7 +308,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.scores.jaccard is not None:
         n = max(1, run.circuit.n_edges if run.circuit is not None else min(50, graph.n_edges))
         text = f"Jaccard index {_number(run.scores.jaccard[n - 1])} of the top {n:,} edges of two draws of the pairs"
-        rows.append(("prompts", f"{text}; {ENOUGH:g} is enough"))
+        few = task.get("n_pairs", FEWEST) < FEWEST
+        rows.append(("prompts", f"{text}; " + ("too few to judge by" if few else f"{ENOUGH:g} is enough")))
     if meta.get("dtype"):
         rows.append(("dtype", str(meta["dtype"])))
     return rows

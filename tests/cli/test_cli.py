@@ -178,6 +178,8 @@ def test_run_says_whether_there_were_enough_prompts_and_takes_stable_or_grown_ed
         verdict = "enough" if share >= 0.8 else "too few"
         assert f"prompts  {verdict}: " in printed and f"top {chosen.n_edges} edges" in printed
         assert f"Jaccard index of {share:.2f} on average" in printed
+    _, printed, _ = eapcore("attribute", "--n-pairs", 3, out=tmp_path / "few.safetensors")
+    assert "prompts  not judged: 3 pairs do not say how circuits vary: give at least 4" in printed
     status, printed, _ = eapcore("run", "--select", "stable", out=tmp_path / "smallest")
     assert status == 0 and "of the stable edges, the first size that keeps 0.8" in printed
     for options, message in (

@@ -58,6 +58,9 @@ def test_the_page_holds_the_uncertainty_of_every_edge(folder):
         flat = unpacked(found["edges"], "i")
         assert there == pytest.approx(values.flatten()[flat].tolist(), rel=1e-6)
     assert "Jaccard index 0.5483 of the top 131 edges" in page
+    assert known.meta["task"]["n_pairs"] == 2 and "of two draws of the pairs; too few to judge by" in page
+    more = replace(known, meta={**known.meta, "task": {**known.meta["task"], "n_pairs": 4}})
+    assert "of two draws of the pairs; 0.8 is enough" in render([Run(more, "more", more.top_n(131))])
 
 
 def test_the_page_holds_every_edge_in_order_and_every_part(folder):
