@@ -96,12 +96,15 @@ def measure_completeness(
     _check_circuit(graph, circuit)
     full, mask = graph.edge_mask(), circuit.mask
     removed = {"nothing": torch.zeros_like(mask)}
+    reads: dict[int, list[int]] = {}
     for r in range(graph.n_receivers):
         for component in graph.senders_behind(r):
-            if bool(mask[:, r].any() | mask[component].any()):
-                name = graph.sender_names[component]
-                removed.setdefault(name, torch.zeros_like(mask))[:, r] = True
-                removed[name][component] = True
+            reads.setdefault(component, []).append(r)
+    for component, receivers in reads.items():
+        if bool(mask[:, receivers].any() | mask[component].any()):
+            out = torch.zeros_like(mask)
+            out[:, receivers] = out[component] = True
+            removed[graph.sender_names[component]] = out
     generator = torch.Generator().manual_seed(seed)
     edges = mask.flatten().nonzero().squeeze(1)
     for i in range(n_random):

@@ -26,6 +26,7 @@ from eapcore.attribution.flow_routes import flow_routes
 from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.positions import attention_edges
+from eapcore.evaluation.completeness import completeness
 from eapcore.evaluation.screened import Runs
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
@@ -421,6 +422,18 @@ def test_acdc_s_circuit_runs_as_it_was_measured_where_heads_share_a_norm(name):
     assert 0 < circuit.n_edges < 60
     (value,) = metric_on(model, pairs, "logit_diff", [circuit])
     assert circuit.meta["metric"]["circuit"] == pytest.approx(value, abs=1e-10)
+
+
+def test_completeness_takes_out_all_that_a_head_reads_where_heads_share_a_norm():
+    model = ours("gemma2")
+    pairs, graph, whole = pairs_for(model), model.graph, model.graph.edge_mask()
+    circuit = eapcore.Circuit.from_edges(graph, ["embed->a1.h0<k>", "embed->logits"])
+    found = completeness(model, pairs, "logit_diff", circuit, n_random=0)
+    assert found.removed == ["nothing", "a1.h0"]
+    reads = [graph.receiver(f"a1.h0<{part}>") for part in "qkv"]
+    whole[:, reads] = whole[graph.sender("a1.h0")] = False
+    values = METRICS["logit_diff"](decoder.patched_logits(model, pairs, whole), pairs)
+    assert found.model[1] == pytest.approx(float(values.mean()), abs=1e-10)
 
 
 @pytest.mark.parametrize("kv", ["each", "grouped"])
