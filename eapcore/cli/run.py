@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         print(score_table("edge", scores.top(args.show)))
     print(f"\ncircuit  {rule}; {circuit.n_edges} of {chosen.selected.n_edges} connect embed to the logits")
     print(f"\n{'run':<24}{metric['name']:>12}{'faithfulness':>15}")
-    same = metric["clean"] == ablated
+    same = math.isnan(chosen.faithfulness)
     rows = [("clean", metric["clean"], math.nan if same else 1.0)]
     rows += [(f"top {each.selected.n_edges} edges", each.value, each.faithfulness) for each in tried[:-1]]
     rows += [(f"circuit, {circuit.n_edges} edges", chosen.value, chosen.faithfulness)]

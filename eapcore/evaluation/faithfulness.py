@@ -194,7 +194,7 @@ def _curves(
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
     rows = each_pair(experiment, [*ends, *circuits], recordings, progress=progress, resume=resume)
     clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
-    if clean == ablated:
+    if experiment.no_scale(clean, ablated):
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")
     described, without = experiment.describe(), kept_without(rows[2:], rows[0], rows[1])
     curves = []

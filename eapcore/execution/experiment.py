@@ -20,6 +20,7 @@ from eapcore.execution.distributed import ALONE, Ranks, deal
 from eapcore.graph.show import short
 from eapcore.models.forward import as_tokens, check_tokens, first_non_finite
 from eapcore.models.model import Model
+from eapcore.models.tensors import accumulate_dtype
 from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, check_apart, evaluate, find_metric
 from eapcore.tasks.pairs import PromptPairs
 
@@ -121,6 +122,12 @@ class Experiment:
                 "dtype, or a metric that is finite there"
             )
         return sums / len(self.pairs)
+
+    def no_scale(self, clean: float, ablated: float) -> bool:
+        """Whether the metric's means on the clean and the ablated run are the same but for rounding: then no share of
+        their difference is known."""
+        eps = torch.finfo(accumulate_dtype(self.model.dtype)).eps
+        return abs(clean - ablated) <= 64 * eps * max(abs(clean), abs(ablated))
 
     def check_finite(self, values: Annotated[Tensor, "2 N"]) -> None:
         """ValueError where the metric is not finite, naming the layer if it is the activations' fault."""

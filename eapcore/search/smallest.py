@@ -122,13 +122,14 @@ def run_until(
     ends = [Circuit(graph.edge_mask(), graph), Circuit(graph.edge_mask() & False, graph)]
     both = each_pair(experiment, ends, recordings)
     clean, ablated = experiment.mean(both.sum(1)).tolist()
+    scale = math.nan if experiment.no_scale(clean, ablated) else clean - ablated
     tried: list[Tried] = []
     for selected in circuits:
         circuit = selected.prune()
         values = each_pair(experiment, [circuit], recordings)
         (value,) = experiment.mean(values.sum(1)).tolist()
-        kept = (value - ablated) / (clean - ablated) + 0.0 if clean != ablated else math.nan
-        without = kept_without(values, *both)
+        kept = (value - ablated) / scale + 0.0
+        without = None if math.isnan(scale) else kept_without(values, *both)
         tried.append(Tried(selected, circuit, value, kept, None if without is None else interval(kept, without[0])))
         if progress is not None:
             progress(len(tried), len(circuits))
