@@ -39,11 +39,14 @@ class CudaRecorder:
             self.side.wait_stream(main)
             try:
                 # Libraries make their workspaces for a stream at its first use.
-                with torch.cuda.stream(self.side):
-                    work(held)
-                main.wait_stream(self.side)
+                try:
+                    with torch.cuda.stream(self.side):
+                        work(held)
+                finally:
+                    main.wait_stream(self.side)  # where it fails too: what began there writes to memory of others
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                # Other threads of the process may go on with theirs: what they allocate or wait for is not recorded.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
                     results = work(held)
             finally:
                 torch.cuda.set_stream(main)  # `torch.cuda.graph` stays on the other where ending the capture fails

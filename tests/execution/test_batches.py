@@ -389,12 +389,14 @@ def events(monkeypatch):
     @contextlib.contextmanager
     def on(name):
         streams.append(name)
-        yield
-        streams.pop()
+        try:
+            yield
+        finally:
+            streams.pop()
 
     @contextlib.contextmanager
-    def graph(graph, pool, stream):
-        found.append(f"capture into {pool} on {stream.name}")
+    def graph(graph, pool, stream, capture_error_mode):
+        found.append(f"capture into {pool} on {stream.name}, {capture_error_mode}")
         streams.append("captured")
         yield  # an error leaves the stream as it is, as torch does where ending the capture fails
         streams.pop()
@@ -424,7 +426,7 @@ def test_a_cuda_graph_is_warmed_up_aside_captured_and_fed(events):
         return [held[0] * 2]
 
     replay = cuda_graphs.CudaRecorder(CPU).capture(work, [torch.tensor([1.0, 2.0])])
-    expected = ["side waits for main", "work on side", "main waits for side", "capture into pool on side"]
+    expected = ["side waits for main", "work on side", "main waits for side", "capture into pool on side, thread_local"]
     expected.append("work on captured")
     assert events["events"] == expected and used[0] is used[1]
     (results,) = replay([torch.tensor([5.0, 6.0])])
@@ -436,17 +438,20 @@ def test_recordings_share_a_stream_and_with_it_their_memory(events):
     recorder = cuda_graphs.CudaRecorder(CPU)
     for size in (2, 3):
         recorder.capture(lambda held: [held[0] * 2], [torch.ones(size)])
-    assert [event for event in events["events"] if "capture" in event] == ["capture into pool on side"] * 2
+    assert [event for event in events["events"] if "capture" in event] == [
+        "capture into pool on side, thread_local"
+    ] * 2
 
 
-def test_a_recording_that_fails_leaves_the_stream_as_it_was(events):
+@pytest.mark.parametrize("where", ["side", "captured"])
+def test_a_recording_that_fails_leaves_the_stream_as_it_was_behind_what_began_aside(events, where):
     def work(held):
-        if events["streams"][-1] == "captured":
+        if events["streams"][-1] == where:
             raise RuntimeError("operation not permitted when stream is capturing")
         return held
 
     refused("operation not permitted", cuda_graphs.CudaRecorder(CPU).capture, work, [torch.ones(2)], error=RuntimeError)
-    assert events["streams"] == ["main"]
+    assert events["streams"] == ["main"] and "main waits for side" in events["events"]
 
 
 def test_pinned_copies_start_on_their_own_stream_and_the_other_waits(events):
