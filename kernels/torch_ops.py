@@ -6,7 +6,7 @@ below take what they are given without a copy, call those ops, and return numpy 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, overload
 
 import eapcore.kernels as kernels
 import eapcore.kernels.checks as checks
@@ -15,6 +15,17 @@ import torch
 from torch import Tensor
 
 _KINDS = "torch tensors, numpy arrays or objects with __dlpack__"
+
+
+class _DLPack(Protocol):
+    """What `torch.from_dlpack` takes."""
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+_Array = Tensor | np.ndarray | _DLPack
 
 
 @torch.library.custom_op("eapcore::edge_scores", mutates_args=())
@@ -69,16 +80,38 @@ def _(
     return g.new_empty((g.shape[0], g.shape[1], g.shape[2], weight.shape[1]))
 
 
+@overload
 def edge_scores(
-    delta: Annotated[Any, "S B T D"],
-    grads: Annotated[Any, "R B T D"],
+    delta: np.ndarray,
+    grads: _Array,
     *,
-    mask: Annotated[Any, "bool S R"] = None,
+    mask: _Array | None = None,
     reduce: str = "all",
-    rows: Annotated[Any, "int64 N"] = None,
+    rows: _Array | None = None,
     precision: str = "auto",
     impl: str = "auto",
-) -> Annotated[Any, "S R | B S R | T S R"]:
+) -> np.ndarray: ...
+@overload
+def edge_scores(
+    delta: Tensor | _DLPack,
+    grads: _Array,
+    *,
+    mask: _Array | None = None,
+    reduce: str = "all",
+    rows: _Array | None = None,
+    precision: str = "auto",
+    impl: str = "auto",
+) -> Tensor: ...
+def edge_scores(
+    delta: Annotated[_Array, "S B T D"],
+    grads: Annotated[_Array, "R B T D"],
+    *,
+    mask: Annotated[_Array, "bool S R"] | None = None,
+    reduce: str = "all",
+    rows: Annotated[_Array, "int64 N"] | None = None,
+    precision: str = "auto",
+    impl: str = "auto",
+) -> Annotated[Tensor | np.ndarray, "S R | B S R | T S R"]:
     """`kernels.edge_scores` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
 
         scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
@@ -95,16 +128,38 @@ def edge_scores(
     return scores.detach().numpy() if isinstance(delta, np.ndarray) else scores
 
 
+@overload
 def receiver_grads(
-    g: Annotated[Any, "C B T K"],
-    act: Annotated[Any, "C' B T K"],
-    weight: Annotated[Any, "C' D K"],
+    g: np.ndarray,
+    act: _Array,
+    weight: _Array,
     *,
     norm: kernels.Norm,
-    w_gamma: Annotated[Any, "C K"] = None,
-    offset: Annotated[Any, "C K"] = None,
+    w_gamma: _Array | None = None,
+    offset: _Array | None = None,
     impl: str = "auto",
-) -> Annotated[Any, "C B T D"]:
+) -> np.ndarray: ...
+@overload
+def receiver_grads(
+    g: Tensor | _DLPack,
+    act: _Array,
+    weight: _Array,
+    *,
+    norm: kernels.Norm,
+    w_gamma: _Array | None = None,
+    offset: _Array | None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+def receiver_grads(
+    g: Annotated[_Array, "C B T K"],
+    act: Annotated[_Array, "C' B T K"],
+    weight: Annotated[_Array, "C' D K"],
+    *,
+    norm: kernels.Norm,
+    w_gamma: Annotated[_Array, "C K"] | None = None,
+    offset: Annotated[_Array, "C K"] | None = None,
+    impl: str = "auto",
+) -> Annotated[Tensor | np.ndarray, "C B T D"]:
     """`kernels.receiver_grads` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
 
         ∂metric/∂v = rstd · ( γ∘(W g) − c1·1 − c2·x̂ )      c1 = ⟨g, Wᵀγ⟩/D      c2 = ⟨g, a − b − Wᵀβ⟩/D

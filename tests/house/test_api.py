@@ -8,9 +8,10 @@ import inspect
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_overloads, get_type_hints
 
 import eapcore.kernels as kernels
+import numpy as np
 import pytest
 import torch
 from models import ROOT, random_model, random_pairs
@@ -113,6 +114,8 @@ def test_the_array_functions_have_the_shapes_of_the_kernels():
             for f in (getattr(eapcore, name), getattr(kernels, name))
         )
         assert ours == {key: theirs[key] for key in ours} and ours["return"][0]
+        forms = get_overloads(getattr(eapcore, name))  # what a type checker says comes back
+        assert [get_type_hints(form)["return"] for form in forms] == [np.ndarray, Tensor]
 
 
 def fits(value: Any, hint: Any, sizes: dict[str, int]) -> bool:
