@@ -13,6 +13,7 @@ import eapcore.kernels.checks as checks
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _KINDS = "torch tensors, numpy arrays or objects with __dlpack__"
 
@@ -58,8 +59,10 @@ def _receiver_grads(
     w_gamma: Tensor | None,
     offset: Tensor | None,
     impl: str,
+    x: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> Tensor:
-    norm = kernels.Norm(kind, x_hat, rstd, gamma)
+    norm = kernels.Norm(kind, x_hat, rstd, gamma, x, mean)
     return kernels.receiver_grads(g, act, weight, norm=norm, w_gamma=w_gamma, offset=offset, impl=impl).contiguous()
 
 
@@ -75,9 +78,22 @@ def _(
     w_gamma: Tensor | None,
     offset: Tensor | None,
     impl: str,
+    x: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> Tensor:
-    checks.receiver_grads(g, act, weight, kernels.Norm(kind, x_hat, rstd, gamma), w_gamma, offset)
+    checks.receiver_grads(g, act, weight, kernels.Norm(kind, x_hat, rstd, gamma, x, mean), w_gamma, offset)
     return g.new_empty((g.shape[0], g.shape[1], g.shape[2], weight.shape[1]))
+
+
+_NO_DERIVATIVES = "eapcore.edge_scores and receiver_grads have no derivatives: detach what they are given"
+
+
+def _no_derivative(context: Any, *grads: Tensor) -> None:
+    raise RuntimeError(_NO_DERIVATIVES)
+
+
+for _op in (_edge_scores, _receiver_grads):
+    _op.register_autograd(_no_derivative)
 
 
 @overload
@@ -169,11 +185,16 @@ def receiver_grads(
     Returns:
         [C, B, T, D]: a numpy array if g is one, else a tensor.
     """
-    given = {"g": g, "act": act, "weight": weight, "norm.x_hat": norm.x_hat, "norm.rstd": norm.rstd}
-    given |= {"norm.gamma": norm.gamma, "w_gamma": w_gamma, "offset": offset}
+    if not isinstance(norm, kernels.Norm):
+        raise ValueError(f"norm must be an eapcore.kernels.Norm, got {checks.short_repr(norm)}")
+    given: dict[str, Any] = {"g": g, "act": act, "weight": weight}
+    given |= {f"norm.{name}": getattr(norm, name) for name in ("x_hat", "rstd", "gamma", "x", "mean")}
+    given |= {"w_gamma": w_gamma, "offset": offset}
     t = {name: None if value is None else as_tensor(value, name) for name, value in given.items()}
     statistics = (norm.kind, t["norm.x_hat"], t["norm.rstd"], t["norm.gamma"], t["w_gamma"], t["offset"])
-    grads = torch.ops.eapcore.receiver_grads(t["g"], t["act"], t["weight"], *statistics, impl)
+    grads = torch.ops.eapcore.receiver_grads(
+        t["g"], t["act"], t["weight"], *statistics, impl, t["norm.x"], t["norm.mean"]
+    )
     return grads.detach().numpy() if isinstance(g, np.ndarray) else grads
 
 
@@ -182,8 +203,13 @@ def as_tensor(value: Any, name: str) -> Annotated[Tensor, "..."]:
 
     Raises:
         ValueError: another object, or an array of a dtype that torch does not have.
+        RuntimeError: a tensor of which torch makes derivatives forward, or by `torch.func`.
     """
     if isinstance(value, Tensor):
+        if not torch.compiler.is_compiling() and (
+            unpack_dual(value).tangent is not None or torch._C._functorch.is_gradtrackingtensor(value)
+        ):
+            raise RuntimeError(_NO_DERIVATIVES)  # those made forward would be 0
         return value
     try:
         if isinstance(value, np.ndarray):

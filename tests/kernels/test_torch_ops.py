@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from refusal import refused
+from torch.autograd import forward_ad
 
 
 def drawn(*shape, dtype=torch.float32, seed=0):
@@ -72,6 +73,39 @@ def test_numpy_gives_the_kernel_s_gradients(kind):
     rest = {name: options[name].numpy() for name in ("w_gamma", "offset") if name in options}
     found = torch_ops.receiver_grads(g.numpy(), act.numpy(), weight.numpy(), norm=kernels.Norm(kind, *arrays), **rest)
     assert isinstance(found, np.ndarray) and np.array_equal(found, expected.numpy())
+    refused("norm must be an eapcore.kernels.Norm, got", torch_ops.receiver_grads, g, act, weight, norm=kind)
+
+
+def test_the_stream_itself_may_stand_in_the_place_of_the_normalised_one():
+    g, act, weight, options = receivers("layernorm", torch.float64)
+    norm = options["norm"]
+    x, mean = torch.randn_like(norm.x_hat), torch.randn_like(norm.rstd)
+    options["norm"] = kernels.Norm("layernorm", None, norm.rstd, norm.gamma, x, mean)
+    expected = kernels.receiver_grads(g, act, weight, **options)
+    assert torch.equal(torch_ops.receiver_grads(g, act, weight, **options), expected)
+    options["norm"] = kernels.Norm("layernorm", None, norm.rstd.numpy(), norm.gamma, x.numpy(), mean.numpy())
+    assert np.array_equal(torch_ops.receiver_grads(g.numpy(), act, weight, **options), expected.numpy())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch uses it for them
+def test_derivatives_are_refused_however_they_are_asked_for():
+    delta, grads, *_ = contraction(torch.float64)
+    g, act, weight, options = receivers("layernorm", torch.float64)
+    for x, f in (
+        (delta, lambda x: torch_ops.edge_scores(x, grads).sum()),
+        (grads, lambda x: torch_ops.edge_scores(delta, x).sum()),
+        (g, lambda x: torch_ops.receiver_grads(x, act, weight, **options).sum()),
+    ):
+
+        def dual(x=x, f=f):
+            with forward_ad.dual_level():
+                f(forward_ad.make_dual(x, x))
+
+        asked = (
+            dual, lambda x=x, f=f: torch.func.grad(f)(x), lambda x=x, f=f: f(x.clone().requires_grad_()).backward(),
+        )  # fmt: skip
+        for one in asked:
+            refused("have no derivatives: detach what they are given", one, error=RuntimeError)
 
 
 def test_memory_is_shared_where_torch_can_view_it():
