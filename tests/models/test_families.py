@@ -4,6 +4,7 @@ literal definition of a decoder gives."""
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 from copy import deepcopy
@@ -18,6 +19,7 @@ import torch
 from accel import on_accel
 from memory import peak_bytes
 from models import random_model
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
@@ -113,7 +115,11 @@ def theirs(name):
 def random_module(kind, given):
     """A model of transformers with every weight random, in float64."""
     config = getattr(transformers, kind)(**given)
-    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    return randomised(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+def randomised(module):
+    module = module.double().eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
@@ -769,6 +775,13 @@ PUBLISHED = {
     "OLMo-2-0425-1B": ("Olmo2Config", {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": 100352, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         "rope_theta": 5e5, "rope_scaling": None}),
+    "llava-1.5-7b": ("LlavaConfig", {"text_config": {"model_type": "llama", "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "vocab_size": 32064, "num_hidden_layers": 7}}),
+    "llava of a tied model": ("LlavaConfig", {"tie_word_embeddings": False, "text_config": {"model_type": "qwen2",
+        "tie_word_embeddings": True, "num_hidden_layers": 7}}),
+    "Mistral-Small-3.1's text, silent of its family": ("Mistral3Config", {"tie_word_embeddings": False,
+        "text_config": {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 7,
+        "sliding_window": None, "vocab_size": 131072, "rope_theta": 1e9}}),
     "pythia-160m": ("GPTNeoXConfig", {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
         "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25, "rotary_emb_base": 10000,
         "use_parallel_residual": True, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}),
@@ -783,6 +796,40 @@ def test_a_published_configuration_means_what_transformers_takes_it_to_mean(name
     found, expected = layout_of(given), layout_of(config(**deepcopy(given)).to_dict())
     assert found.config == expected.config and found.tied == expected.tied
     assert list(found.shapes().items()) == list(expected.shapes().items())
+
+
+# Fields of a configuration file, and what means the same in another form, or is taken where nothing is said.
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+WRITTEN = {
+    "a base inside the older scaling": ("llama", {"rope_scaling": LINEAR | {"rope_theta": 30.0}}),
+    "both forms, one meaning": ("qwen3", {"rope_scaling": dict(LINEAR), "rope_parameters": dict(LINEAR)}),
+    "another activation of the first Gemma": ("gemma", {"hidden_act": "relu"}),
+    "the older field of Gemma's activation": ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_new"}),
+    "kinds of layers without bases": (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": dict(LINEAR)}},
+    ),
+    "one kind of layers": ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR | {"rope_theta": 30.0}}}),
+    "Gemma 3, silent": ("gemma3_text", {}),
+    "ministral": ("ministral", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3}),
+    "mistral whose layers all have windows": ("mistral", {"sliding_window": 3}),
+    "neox in Pythia's form": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 30, "head_dim": None}),
+    "neox, silent": ("gpt_neox", {"head_dim": None}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_s_fields_mean_what_they_mean_to_transformers(name, tmp_path):
+    kind, fields = WRITTEN[name]
+    fields = SIZES | HEADS | {"model_type": kind, "sliding_window": None if kind == "mistral" else 4} | fields
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if (k, v) != ("head_dim", None)}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    module = randomised(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    save_file({key: tensor.clone() for key, tensor in module.state_dict().items()}, tmp_path / "model.safetensors")
+    tokens = torch.randint(0, V, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(tokens).logits
+    assert (forward(load(tmp_path), tokens) - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
 TEXT = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2, "head_dim": 6}
@@ -856,6 +903,32 @@ def test_graphs_have_the_published_sizes(sizes, counts):
         ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
         ({"num_hidden_layers": 3}, "lacks layers.2."),
         ({"model_type": "gemma2", "attention_bias": True}, "attention_bias True"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 3.0}, "attn_logit_softcapping 3.0"),
+        ({"model_type": "gemma", "hidden_activation": "gelu"}, "hidden_activation 'gelu', and elsewhere 'silu'"),
+        ({"rope_scaling": LINEAR}, "rope_parameters and rope_scaling: remove one of them"),
+        ({"rope_theta": 30.0}, "says rope_theta 30.0, and elsewhere 10000.0: remove one of them"),
+        ({"rope_parameters": {"full_attention": LINEAR}}, "must not be by layers, got those of full_attention"),
+        ({"rope_parameters": LINEAR, "model_type": "gemma3_text"}, "must be by layers, full_attention and sliding_att"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks the factor of rope_type linear"),
+        (
+            {"rope_parameters": LINEAR | {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}},
+            "low_freq_factor of the configuration must be below high_freq_factor, got 4 and 4",
+        ),
+        (
+            {"rope_parameters": ROPE | LLAMA3 | {"rope_type": "llama3"}, "original_max_position_embeddings": 8},
+            "says original_max_position_embeddings 8, and elsewhere 16",
+        ),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None, "model_type": "gemma3_text"}, "as rope_type"),
+        (
+            {"model_type": "gpt_neox", "attention_bias": True, "rotary_pct": 0.5, "partial_rotary_factor": 0.25},
+            "partial_rotary_factor 0.25, and",
+        ),
+        ({"model_type": "gpt_neox", "attention_bias": True, "rotary_pct": 2}, "rotary_pct at most 1, got 2"),
+        ({"model_type": "gpt_neox", "attention_bias": True, "rope_theta": 30}, "rope_theta 30, and elsewhere 10000.0"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "read of a 'ministral' alone"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "sliding_window is not in use"),
+        ({"per_layer_config": {"1": {"num_key_value_heads": 1}}}, "per_layer_config"),
+        ({"model_type": "llava", "text_config": {"model_type": "gemma2"}}, "final_logit_softcapping inside a llava"),
     ],
 )
 def test_what_a_description_lacks_is_refused_by_name(changes, message):

@@ -9,15 +9,17 @@ from typing import Any
 from eapcore.models.families.gpt2 import gpt2
 from eapcore.models.families.gpt_neox import gpt_neox
 from eapcore.models.families.llama import llama
-from eapcore.models.families.names import Layout
+from eapcore.models.families.names import Layout, refuse
 from eapcore.models.families.transformer_lens import transformer_lens
 
-# Of several models in one, those whose language model reads text as it would alone.
-_TEXT_ALONE = ("gemma3", "llava", "llava_next", "mistral3")
+# Of several models in one, those whose language model reads text as it would alone, and of which family it is if it
+# does not say so.
+_TEXT_ALONE = {"gemma3": "gemma3_text", "llava": "llama", "llava_next": "llama", "mistral3": "mistral"}
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,
+    "ministral": llama,
     "qwen2": llama,
     "qwen3": llama,
     "gemma": llama,
@@ -45,9 +47,14 @@ def _layout_of(raw: Mapping[str, Any]) -> Layout:
             f"quantization_config of the configuration says that the weights are quantised ({by}), which "
             "is not supported: take the checkpoint that was quantised, or a GGUF file"
         )
-    if kind in _TEXT_ALONE and isinstance(text := raw.get("text_config"), Mapping):
-        given = {} if raw.get("tie_word_embeddings") is None else {"tie_word_embeddings": raw["tie_word_embeddings"]}
-        return replace(layout_of({**text, **given}), among_others=True)
+    refuse(raw, {"per_layer_config": ({},)})
+    if isinstance(kind, str) and kind in _TEXT_ALONE and isinstance(text := raw.get("text_config"), Mapping):
+        layout = _layout_of(_text_of(kind, raw, text))
+        if layout.config.logits_softcap is not None:  # which some releases of transformers apply there, and some do not
+            raise ValueError(
+                f"final_logit_softcapping inside a {kind} is not supported: expected null in its text_config"
+            )
+        return replace(layout, among_others=True)
     if kind is None and "d_model" in raw:
         return transformer_lens(raw)
     if kind is None and "n_embd" in raw:
@@ -59,3 +66,12 @@ def _layout_of(raw: Mapping[str, Any]) -> Layout:
             "TransformerLens configuration with d_model"
         )
     return FAMILIES[kind](raw)
+
+
+def _text_of(kind: str, raw: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model in a model of more than text; what stands above it counts there too."""
+    tied, inside = raw.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    if tied is None or (kind == "llava" and tied is False and inside is not None):
+        tied = inside
+    given = {} if tied is None else {"tie_word_embeddings": tied}
+    return {"model_type": _TEXT_ALONE[kind], **text, **given}

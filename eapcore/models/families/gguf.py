@@ -232,7 +232,7 @@ def _windows(kind: str, own: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[
         )
     return {
         "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in pattern],
+        "layer_types": ["sliding_attention" if windowed and window else "full_attention" for windowed in pattern],
         "rope_local_base_freq": own.get(at + "rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": own.get(at + "final_logit_softcapping"),
         # The attention scores of the 27B model alone are not divided by the root of d_head.

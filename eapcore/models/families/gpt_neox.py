@@ -13,6 +13,7 @@ from eapcore.models.families.names import (
     Layout,
     Source,
     activation,
+    agreed,
     flag,
     frequencies,
     integer,
@@ -28,8 +29,15 @@ def gpt_neox(raw: Mapping[str, Any]) -> Layout:
     refuse(raw, {"attention_bias": (True,)})
     D, H, layers = integer(raw, "hidden_size"), integer(raw, "num_attention_heads"), integer(raw, "num_hidden_layers")
     K, M, V = D // H, integer(raw, "intermediate_size"), integer(raw, "vocab_size")
-    base, scaling = rope({"rope_theta": raw.get("rotary_emb_base"), **raw})
-    share = scaling.get("partial_rotary_factor") or raw.get("rotary_pct") or 0.25
+    base, scaling = rope(raw, "rotary_emb_base")
+    agreed("rope_theta", raw.get("rope_theta"), base)
+    share = positive(scaling, "partial_rotary_factor", default=positive(raw, "rotary_pct", default=0.25))
+    for name in ("rotary_pct", "partial_rotary_factor"):
+        agreed(name, raw.get(name), share)
+    if D % H or share > 1:
+        raise ValueError(
+            f"hidden_size {D} must be a multiple of num_attention_heads {H}, and rotary_pct at most 1, got {share:g}"
+        )
     config = ModelConfig(
         n_layers=layers,
         n_heads=H,

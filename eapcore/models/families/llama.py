@@ -1,4 +1,4 @@
-"""Llama, and those that are built like it: Mistral, Qwen2, Qwen3, SmolLM, Gemma 1 to 3, OLMo 2."""
+"""Llama, and those that are built like it: Mistral, Ministral, Qwen2, Qwen3, SmolLM, Gemma 1 to 3, OLMo 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from eapcore.models.families.names import (
     Layout,
     Source,
     activation,
+    agreed,
     flag,
     frequencies,
     integer,
@@ -30,20 +31,37 @@ _ONLY = {
     "use_bidirectional_attention": (False,),
     "partial_rotary_factor": (1, 1.0),
 }
-# What transformers takes where a configuration is silent; null is not silence.
-_SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
-_SIZES |= {
-    "num_attention_heads": 8,
-    "max_position_embeddings": 131072,
-}  # Google's own configurations are silent of them
+# What transformers takes where a configuration is silent, as those inside another often are of what is usual; null is
+# not silence.
+_SIZES = {
+    "llama": (32000, 4096, 11008, 32, 32, 2048),
+    "mistral": (32000, 4096, 14336, 32, 32, 131072),
+    "ministral": (32000, 4096, 14336, 32, 32, 131072),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32768),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32768),
+    "gemma": (256000, 3072, 24576, 28, 16, 8192),
+    "gemma2": (256000, 2304, 9216, 26, 8, 8192),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 131072),
+    "olmo2": (50304, 4096, 11008, 32, 32, 2048),
+}
+_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 _GEMMA2 = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _SILENT: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
     "gemma2": _GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": _SIZES | _GEMMA2 | {"rope_theta": 1e6},
+    "gemma3_text": _GEMMA2,
     "olmo2": {"rms_norm_eps": 1e-5},
 }
 
@@ -53,13 +71,16 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
 
     whole_gamma: its norms are stored as γ where the family stores γ − 1.
     """
-    raw = {**_SILENT.get(raw["model_type"], {}), **raw}
+    usual = dict(zip(_FIELDS, _SIZES[raw["model_type"]], strict=True))
+    raw = {**usual, **_SILENT.get(raw["model_type"], {}), **raw}
     refuse(raw, _ONLY)
     kind, gemma, olmo = raw["model_type"], raw["model_type"].startswith("gemma"), raw["model_type"] == "olmo2"
     later = gemma and kind != "gemma"
     behind = later or olmo  # there are norms behind heads and MLPs
     if behind:
         refuse(raw, {"attention_bias": (False,)})  # which the norm behind the heads would scale from prompt to prompt
+    if kind == "gemma3_text":
+        refuse(raw, {"attn_logit_softcapping": ()})  # which transformers takes and does not compute with
     d_model, heads, layers = (
         integer(raw, "hidden_size"),
         integer(raw, "num_attention_heads"),
@@ -75,7 +96,7 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
         d_mlp=integer(raw, "intermediate_size"),
         d_vocab=integer(raw, "vocab_size"),
         n_ctx=integer(raw, "max_position_embeddings"),
-        act_fn=_activation(raw, gemma),
+        act_fn=_activation(raw, kind),
         attn_scale=math.sqrt(positive(raw, "query_pre_attn_scalar", default=d_head) if later else d_head),
         normalization="rmsnorm",
         eps=positive(raw, "rms_norm_eps", default=1e-6),
@@ -131,9 +152,12 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
 
 def _frequencies(raw: Mapping[str, Any], d_head: int, layers: str) -> tuple[float, ...]:
     """The rotary frequencies of a kind of layer."""
-    if layers == "sliding_attention" and not raw.get("rope_parameters"):  # before there were kinds
-        return frequencies(positive(raw, "rope_local_base_freq", default=10000.0), d_head)
-    base, scaling = rope(raw, layers)
+    if raw["model_type"] != "gemma3_text":
+        base, scaling = rope(raw, "rope_theta")
+    elif layers == "full_attention":
+        base, scaling = rope(raw, "rope_theta", default=1e6, layers=layers)
+    else:
+        base, scaling = rope({**raw, "rope_scaling": None}, "rope_local_base_freq", layers=layers)
     refuse(scaling, {"partial_rotary_factor": (1, 1.0)})
     return frequencies(base, d_head, scaling)
 
@@ -142,21 +166,27 @@ def _cap(raw: Mapping[str, Any], name: str) -> float | None:
     return None if raw.get(name) is None else positive(raw, name, default=0)
 
 
-def _activation(raw: Mapping[str, Any], gemma: bool) -> str:
-    """Gemma's first configurations say gelu where the tanh form is meant; a later field says which."""
-    if gemma:
-        return activation(raw, "hidden_activation", None) if raw.get("hidden_activation") else "gelu_new"
-    return activation(raw, "hidden_act", "silu")
+def _activation(raw: Mapping[str, Any], kind: str) -> str:
+    """Gemma's first configurations say gelu where the tanh form is meant; a later field, which was read for a while,
+    said which."""
+    if not kind.startswith("gemma"):
+        return activation(raw, "hidden_act", "silu")
+    later = activation(raw, "hidden_activation", None) if raw.get("hidden_activation") else None
+    if kind != "gemma":
+        return later or "gelu_new"
+    found = "gelu_new" if raw.get("hidden_act") in (None, "gelu") else activation(raw, "hidden_act", None)
+    agreed("hidden_activation", later, found)
+    return found
 
 
 def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """For each layer how many positions a query sees; empty where all see all."""
-    kind = raw["model_type"]
-    asked = flag(raw, "use_sliding_window", False) or not kind.startswith("qwen")
-    if raw.get("sliding_window") is None or kind in ("llama", "gemma", "olmo2") or not asked:
+    kind, kinds = raw["model_type"], raw.get("layer_types")
+    if kind in ("llama", "gemma", "olmo2"):
         return ()
-    window, kinds = integer(raw, "sliding_window"), raw.get("layer_types")
-    if kind == "mistral" or kinds is None:  # before there were kinds of layers
+    asked = flag(raw, "use_sliding_window", False) or not kind.startswith("qwen")
+    window = integer(raw, "sliding_window") if asked and raw.get("sliding_window") is not None else None
+    if kinds is None:  # as before there were kinds of layers
         first, every = 0, layers + 1
         if kind.startswith("qwen"):
             first = (
@@ -166,8 +196,15 @@ def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
             )
         elif kind.startswith("gemma"):
             every = 2 if kind == "gemma2" else integer({"sliding_window_pattern": 6, **raw}, "sliding_window_pattern")
-        full = [index < first or (index + 1) % every == 0 for index in range(layers)]
+        full = [window is None or index < first or (index + 1) % every == 0 for index in range(layers)]
         kinds = ["full_attention" if here else "sliding_attention" for here in full]
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types of the configuration must be {layers} of full_attention and sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if kind == "mistral" and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
+        raise ValueError(
+            "layer_types of the configuration is read of a 'ministral' alone, not of every model_type 'mistral': say "
+            "which is meant, by that model_type or without layer_types"
+        )
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types of the configuration has sliding_attention, but sliding_window is not in use")
+    return () if window is None else tuple(window if each == "sliding_attention" else None for each in kinds)

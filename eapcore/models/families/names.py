@@ -376,7 +376,7 @@ def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None
     those far inside it not at all, those in between by a mixture.
 
     Raises:
-        ValueError: another kind of scaling; it is named.
+        ValueError: another kind of scaling, or one without a number that it needs; it is named.
     """
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -387,10 +387,18 @@ def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None
         raise ValueError(
             f"rope_type {_shown(kind)} of the configuration is not supported: expected default, linear or llama3"
         )
-    factor = positive(scaling, "factor", default=0)
+    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    numbers = [positive(scaling, name, default=0) for name in needed]
+    for name, number in zip(needed, numbers, strict=True):
+        if not number:
+            raise ValueError(f"the configuration lacks the {name} of rope_type {kind}")
     if kind == "linear":
-        return tuple(turn / factor for turn in turns)
-    low, high = (positive(scaling, name, default=0) for name in ("low_freq_factor", "high_freq_factor"))
+        return tuple(turn / numbers[0] for turn in turns)
+    factor, low, high = numbers
+    if low >= high:
+        raise ValueError(
+            f"low_freq_factor of the configuration must be below high_freq_factor, got {low:g} and {high:g}"
+        )
     context = integer(scaling, "original_max_position_embeddings")
     found = []
     for turn in turns:
@@ -400,13 +408,43 @@ def frequencies(base: float, dims: int, scaling: Mapping[str, Any] | None = None
     return tuple(found)
 
 
-def rope(raw: Mapping[str, Any], layers: str | None = None) -> tuple[float, Mapping[str, Any]]:
-    """(base, scaling) of a configuration, in the older form or in transformers 5's; layers: of which kind of layer."""
-    given = raw.get("rope_parameters") or {}
-    if layers is not None and layers in given:
-        given = given[layers]
-    scaling = given or raw.get("rope_scaling") or {}
-    return positive(given if "rope_theta" in given else raw, "rope_theta", default=10000.0), scaling
+def rope(
+    raw: Mapping[str, Any], *names: str, default: float = 10000.0, layers: str | None = None
+) -> tuple[float, Mapping[str, Any]]:
+    """(base, scaling) of a configuration, in the older form or in transformers 5's.
+
+    names: of the base in the older form; default: the base where nothing says it; layers: of which kind of layer, in a
+    family whose kinds of layers are turned in their own ways.
+
+    Raises:
+        ValueError: a configuration that says two things of one, or says it of kinds of layers where there are none.
+    """
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if new and old and new != old:
+        raise ValueError("the configuration has rope_parameters and rope_scaling: remove one of them")
+    kinds = [name for name, value in new.items() if isinstance(value, Mapping)]
+    if new and layers is None and kinds:
+        raise ValueError(f"rope_parameters of the configuration must not be by layers, got those of {', '.join(kinds)}")
+    if new and layers is not None and len(kinds) < sum(value is not None for value in new.values()):
+        raise ValueError("rope_parameters of the configuration must be by layers, full_attention and sliding_attention")
+    if layers is not None and "type" in old and "rope_type" not in old:  # which transformers 4 read, and 5 does not
+        raise ValueError("rope_scaling of the configuration must say what it is as rope_type, not as type")
+    scaling = (new.get(layers) or {}) if layers is not None and new else new or old
+    base = positive(scaling, "rope_theta", default=positive(raw, *names, default=default))
+    for name in names:
+        agreed(name, raw.get(name), base)
+    context = raw.get("original_max_position_embeddings")
+    if context is not None and "original_max_position_embeddings" in scaling:
+        agreed("original_max_position_embeddings", context, scaling["original_max_position_embeddings"])
+    return base, scaling
+
+
+def agreed(name: str, value: object, expected: object) -> None:
+    """ValueError for a field of another value than what stands elsewhere in the configuration for the same."""
+    if value is not None and value != expected:
+        raise ValueError(
+            f"the configuration says {name} {_shown(value)}, and elsewhere {_shown(expected)}: remove one of them"
+        )
 
 
 def linear(name: str, out: int, inside: int, heads: int | None = None) -> Source:
