@@ -122,6 +122,10 @@ def run(args: argparse.Namespace) -> None:
     print(heading(model, pairs, metric))
     print(table(("method", "CPR", "95 %", "CMD", "95 %", "seconds"), [_shown(row) for row in rows]))
     print("\nCPR: larger is better, of the edges by usefulness; CMD: smaller is better, of the edges by |score|")
+    if args.ablation != "corrupt":
+        print(
+            f"edges outside a circuit carried {args.ablation} here; the leaderboard's evaluation patches them (corrupt)"
+        )
     print(f"\nwrote    {args.out / _FILE}, and for the leaderboard")
     for row in rows:
         print(f"         {args.out / row.folder}")

@@ -104,8 +104,10 @@ def faithfulness(
         distributed: share the pairs among the processes of this run, as `attribute`.
 
     Returns:
-        Curve. By the MIB benchmark's convention CPR is read from the signed and CMD from the absolute ranking, see
-        `mib`; the axis is linear and nothing is added between 0 and the first fraction.
+        Curve. What is run of a circuit is what of it connects `embed` to the logits, by the MIB benchmark's convention:
+        it makes a difference where an edge that nothing reaches would carry something else than a mean or zero. CPR is
+        read from the signed and CMD from the absolute ranking there, see `mib`; the axis is linear and nothing is added
+        between 0 and the first fraction.
 
     Raises:
         ValueError: scores of another model; sizes outside the graph or not ascending; an unknown ranking or selection;
@@ -192,7 +194,8 @@ def _curves(
     pick = EdgeScores.top_n if selection == "top_n" else EdgeScores.greedy
     circuits = [pick(scores, n, signed=ranking == "signed") for ranking in rankings for n in counts]
     ends = [Circuit(graph.edge_mask(), graph), Circuit(torch.zeros_like(graph.edge_mask()), graph)]
-    rows = each_pair(experiment, [*ends, *circuits], recordings, progress=progress, resume=resume)
+    run = [circuit.prune() for circuit in circuits]
+    rows = each_pair(experiment, [*ends, *run], recordings, progress=progress, resume=resume)
     clean, ablated, *values = experiment.mean(rows.sum(1)).tolist()
     if experiment.no_scale(clean, ablated):
         raise ValueError(f"the metric is {clean:g} on the clean and on the ablated run: faithfulness has no scale")

@@ -40,6 +40,11 @@ def test_methods_are_judged_side_by_side_and_written_as_a_submission(eapcore, mo
         assert f"{row['method']} " in printed and f"{found['cpr']:.6g}" in printed
 
 
+def test_another_ablation_than_the_leaderboards_is_said(eapcore, tmp_path):
+    status, printed, _ = eapcore("mib", "--methods", "eap", "--ablation", "mean", out="circuits")
+    assert status == 0 and "carried mean here; the leaderboard's evaluation patches them (corrupt)" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

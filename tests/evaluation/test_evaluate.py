@@ -112,9 +112,15 @@ def test_every_result_states_its_convention(model, pairs, tmp_path):
 def test_circuits_can_be_grown_from_the_logits_and_ablated_with_zero(model, pairs):
     scores = attribute(model, pairs)
     curve = faithfulness(model, pairs, "nll", scores, sizes=[8], selection="greedy", ablation="zero")
-    (expected,) = metric_on(model, pairs, "nll", [scores.greedy(8)], ablation="zero")
+    (expected,) = metric_on(model, pairs, "nll", [scores.greedy(8).prune()], ablation="zero")
     assert curve.values == [pytest.approx(expected)]
     assert curve.meta["method"]["ablation"] == {"name": "zero"}
+    for ablation in ("corrupt", "zero", "mean"):  # as in MIB, what connects nothing is not run
+        circuit = scores.top_n(12)
+        found = faithfulness(model, pairs, "nll", scores, sizes=[12], ablation=ablation)
+        whole, connected = metric_on(model, pairs, "nll", [circuit, circuit.prune()], ablation=ablation)
+        assert found.values == [pytest.approx(connected, abs=1e-12)] and found.sizes == [12]
+        assert (abs(whole - connected) < 1e-12) == (ablation == "corrupt")
 
 
 # Completeness, minimality
@@ -300,7 +306,7 @@ def test_verify_refuses_scores_of_another_ablation(model, pairs):
 def test_scores_of_another_ablation_may_rank_and_the_curve_says_so(model, pairs):
     scores = attribute(model, pairs)
     curve = faithfulness(model, pairs, "logit_diff", scores, sizes=[9, 40], ablation="zero")
-    (expected,) = metric_on(model, pairs, "logit_diff", [scores.top_n(9)], ablation="zero")
+    (expected,) = metric_on(model, pairs, "logit_diff", [scores.top_n(9).prune()], ablation="zero")
     assert curve.values[0] == pytest.approx(expected)
     method = curve.meta["method"]
     assert (method["ablation"], method["ablation_of_scores"]) == ({"name": "zero"}, {"name": "corrupt"})
