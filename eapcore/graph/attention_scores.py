@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eapcore.graph.files import FORMAT_VERSION, save_tensors
-from eapcore.graph.given import take_tensors
+from eapcore.graph.given import ByValue, take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import KEY, check_count, check_ranked, read_scores
 from eapcore.graph.show import made_of
@@ -19,8 +19,8 @@ from eapcore.graph.show import made_of
 PARTS = ("q", "k", "v")
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionScores:
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionScores(ByValue):
     """What a head's query, key or value does along one edge of its attention, [L, H, T, T]: [layer, head, source,
     target], a mean over pairs; 0 where the source lies behind the target. meta: model, task, metric, method."""
 
@@ -62,7 +62,9 @@ class AttentionScores:
         order = every.abs().flatten().sort(descending=True, stable=True).indices[:n].tolist()
         found = []
         for flat in order:
-            part, layer, head, source, target = (int(i) for i in torch.unravel_index(torch.tensor(flat), every.shape))
+            part, layer, head, source, target = (
+                int(i) for i in torch.unravel_index(torch.tensor(flat, device="cpu"), every.shape)
+            )
             name = f"a{layer}.h{head}<{PARTS[part]}> {source}->{target}"
             found.append((name, float(every[part, layer, head, source, target])))
         return found

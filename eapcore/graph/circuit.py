@@ -22,20 +22,21 @@ from eapcore.graph.files import (
     replacing,
     write_text,
 )
-from eapcore.graph.given import take_tensors
+from eapcore.graph.given import ByValue, take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.paths import connected
 from eapcore.graph.show import card, made_of
 from eapcore.kernels.checks import short_repr
 
 
-@dataclass(frozen=True, slots=True)
-class Circuit:
-    """A set of edges: bool mask [S, R] over a graph, with what is known of where it comes from."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Circuit(ByValue):
+    """A set of edges: bool mask [S, R] over a graph, with what is known of where it comes from, which does not count in
+    whether two are equal."""
 
     mask: Annotated[Tensor, "bool S R"]
     graph: Graph
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         take_tensors(self, (), ("mask",))

@@ -24,7 +24,7 @@ from eapcore.graph.files import (
     load_tensors,
     save_tensors,
 )
-from eapcore.graph.given import take_tensors
+from eapcore.graph.given import ByValue, take_tensors
 from eapcore.graph.graph import Graph
 from eapcore.graph.show import card, made_of, report_room
 from eapcore.kernels.checks import short_repr
@@ -51,8 +51,8 @@ EDGE_WHEN = "the edge is ablated"
 EDGE_SIGN = sign_text("score", "predicted", EDGE_WHEN)  # where the scores do not say otherwise
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeScores:
+@dataclass(frozen=True, slots=True, eq=False)
+class EdgeScores(ByValue):
     """One score for every edge, [S, R] on the CPU, exactly 0 where there is none; `meta` says how they were made.
 
     score[s, r] is the predicted change of the metric, higher = better, when the edge is corrupted: a negative score is
@@ -380,8 +380,8 @@ NODE_SIGN = sign_text("score", "predicted", NODE_WHEN)
 _PARTS = ("per_pair", "per_position")
 
 
-@dataclass(frozen=True, slots=True)
-class NodeScores:
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeScores(ByValue):
     """First-order scores of what a model's senders send.
 
     scores: [S], one for each sender. units: [L, M], one for each MLP hidden unit, and dimensions: [S, D], one for each

@@ -120,7 +120,7 @@ class _Lazy(Sequence[T]):
         return self.keep[index]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A configuration with its weights, in one dtype, on one device or with its layers on several.
 
@@ -135,10 +135,10 @@ class Model:
     name: str = "unnamed"
     folder: Path | None = None
     family: str = "decoder"
-    tokenizer: Tokenizer | None = field(default=None, compare=False)
-    links: Links | None = field(default=None, repr=False, compare=False)
-    stream: Stream | None = field(default=None, repr=False, compare=False)
-    _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    tokenizer: Tokenizer | None = None
+    links: Links | None = None
+    stream: Stream | None = None
+    _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         c, dtype = self.config, str(self.dtype).removeprefix("torch.")

@@ -35,6 +35,11 @@ class Weights:
 
     __repr__ = short
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in another process too, is tied where this is: its hash says so."""
+        w_u = None if self._tied else self.w_u
+        return _restored, (self.w_e, self.w_pos, self.layers, w_u, self.b_u, self.ln_final)
+
     w_e: Annotated[Tensor, "V D"]
     w_pos: Annotated[Tensor, "n_ctx D"] | None
     layers: tuple[Layer, ...]
@@ -60,6 +65,10 @@ class Weights:
         yield from (("w_u", self.w_u), ("b_u", self.b_u))
         yield from _of_norm("ln_final", self.ln_final)
 
+    @property
+    def _tied(self) -> bool:
+        return self.w_u.data_ptr() == self.w_e.data_ptr()
+
     def state(self) -> tuple[Any, ...]:
         """What tells whether somebody wrote into the weights, see `tensors_state`."""
         return tensors_state(tensor for _, tensor in self.named())
@@ -72,7 +81,7 @@ class Weights:
         """
         digest = hashlib.sha256()
         for name, tensor in self.named():
-            if name == "w_u" and tensor.data_ptr() == self.w_e.data_ptr():
+            if name == "w_u" and self._tied:
                 digest.update(b"w_u tied")
                 continue
             group, _, index = name.partition(".w_qkv.")
@@ -81,6 +90,10 @@ class Weights:
             for part in tensor.detach().split(max(1, _HASH_BYTES * len(tensor) // max(1, tensor.nbytes))):
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+
+def _restored(w_e: Tensor, w_pos: Tensor | None, layers: tuple[Layer, ...], w_u: Tensor | None, *rest: Any) -> Weights:
+    return Weights(w_e, w_pos, layers, w_e.T if w_u is None else w_u, *rest)
 
 
 def _of_norm(name: str, norm: Norm) -> Iterator[tuple[str, Tensor | None]]:

@@ -207,7 +207,13 @@ def _in_unit(text: str, scores: EdgeScores) -> str:
 
 
 def _positions(axes: Axes, positions: dict[str, Any], scores: EdgeScores) -> None:
-    grid(axes, torch.tensor(positions["values"]).numpy(), "position", "edges into", _in_unit("sum of scores", scores))
+    grid(
+        axes,
+        torch.tensor(positions["values"], device="cpu").numpy(),
+        "position",
+        "edges into",
+        _in_unit("sum of scores", scores),
+    )
     axes.set_yticks(range(len(positions["names"])), positions["names"], fontsize=6)
 
 

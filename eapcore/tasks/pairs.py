@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from eapcore.graph.given import ByValue
 from eapcore.graph.show import card
 from eapcore.kernels.checks import short_repr
 from eapcore.text.tokenizer import Tokenizer, one_token, tokenizer_of
 
 
-@dataclass(frozen=True, slots=True)
-class PromptPairs:
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptPairs(ByValue):
     """N clean prompts, each with a corrupt one of the same length, and what counts as right and wrong behind them.
 
     clean, corrupt: int64 [N, T], padded on the right with 0; the same where nothing but an ablation with zero or a mean

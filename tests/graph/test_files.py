@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
+import pickle
 import signal
 import stat
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from refusal import refused
 
 import eapcore.graph.files as files
 from eapcore.attribution.attribute import attribute
+from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import load_tensors, replacing, replacing_all, target
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, NodeScores
@@ -219,6 +223,30 @@ def written(tmp_path):
     yield tmp_path / "edges", EdgeScores.load
     yield tmp_path / "nodes", NodeScores.load
     yield lane, lambda path: patch_edges(model, pairs, resume=path.parent)
+
+
+def test_results_are_equal_where_all_that_they_hold_is(tmp_path):
+    model = random_model(dtype=torch.float64)
+    pairs = PromptPairs.from_lists([[4, 8, 15], [1, 2]], [[4, 8, 16], [1, 3]], [2, 3], [4, 5], places={"S": [1, 1]})
+    scores = attribute(model, pairs, reduce="pair")
+    scores.save(tmp_path / "scores.safetensors")
+    circuit = scores.top_n(3)
+    nodes = attribute(model, pairs, level="neuron", reduce="pair")
+    for one in (scores, circuit, pairs, nodes):
+        for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert one == again and hash(one) == hash(again) and again in {one} and again in [0, one]
+    assert EdgeScores.load(tmp_path / "scores.safetensors") == scores
+    assert circuit == Circuit.from_edges(model.graph, circuit.edges) != scores.top_n(4)  # wherever they come from
+    assert scores != replace(scores, per_pair=scores.per_pair + 1) and scores != replace(scores, per_pair=None)
+    assert nodes != replace(nodes, per_pair={}) and scores != nodes and scores != 1
+    assert pairs != replace(pairs, places={"S": torch.tensor([1, 0])}) and pairs != pairs.select(torch.tensor([0]))
+    assert scores != replace(scores, scores=scores.scores.float()) and pairs != replace(pairs, name="another")
+    assert model == model != copy.deepcopy(model) and len({model, copy.copy(model)}) == 2  # weights may change in place
+    assert {again.content_hash for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))} == {
+        model.content_hash
+    }
+    tied = replace(model, weights=replace(model.weights, w_u=model.weights.w_e.T))
+    assert pickle.loads(pickle.dumps(tied)).content_hash == tied.content_hash != model.content_hash
 
 
 def test_a_file_of_which_a_bit_is_another_is_refused(tmp_path):
