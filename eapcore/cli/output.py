@@ -85,7 +85,11 @@ def rounding(model: Model, pairs: PromptPairs, metric: str) -> str:
     """How far half precision may move the scores, in one line; "" in float32 and float64."""
     from eapcore.evaluation.precision import PAIRS, rounding_error
 
-    error, name = rounding_error(model, pairs, metric), str(model.dtype).removeprefix("torch.")
+    name = str(model.dtype).removeprefix("torch.")
+    try:
+        error = rounding_error(model, pairs, metric)
+    except ValueError as reason:  # no fault of the scores, which are there
+        return f"dtype    {name}: not compared with float32 by the gradient at the clean run: {reason}\n"
     if error == 0:
         return ""
     if error is None:

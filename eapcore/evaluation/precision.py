@@ -25,6 +25,9 @@ def rounding_error(model: Model, pairs: PromptPairs, metric: str | Metric = "log
 
     Returns:
         The error of all scores together; None where the memory does not suffice, 0 for a model in float32 or float64.
+
+    Raises:
+        ValueError: the metric has no such gradient, as a divergence from the clean run has none there.
     """
     wide = accumulate_dtype(model.dtype)
     if wide == model.dtype:
@@ -37,4 +40,5 @@ def rounding_error(model: Model, pairs: PromptPairs, metric: str | Metric = "log
     ablation = "zero" if torch.equal(some.clean, some.corrupt) else "corrupt"
     found, exact = (attribute(m, some, metric, ablation=ablation, reduce="pair").per_pair for m in (model, other))
     assert found is not None and exact is not None
-    return float((found - exact).double().norm() / exact.double().norm())
+    off, size = (found - exact).double().norm(), exact.double().norm()
+    return float(off / size) if off else 0.0
