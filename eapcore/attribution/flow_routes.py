@@ -40,6 +40,7 @@ from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import Metric, MetricBatch
 
 ROUTES = ("threshold", "flow")
+REDUCE = ("all", "pair")
 _SIGN = {
     "threshold": "score = the largest threshold at which the edge is on a route from the logits, mean over pairs; ",
     "flow": "score = the share of what the logits read that comes along the edge, mean over pairs; ",
@@ -73,7 +74,7 @@ def flow_routes(
         ValueError: an unknown kind of routes; prompts that do not fit the model.
     """
     one_of("routes", routes, ROUTES)
-    one_of("reduce", reduce, ("all", "pair"))
+    one_of("reduce", reduce, REDUCE)
     experiment = Experiment.of(model, task, _nothing if metric is None else metric, "zero")
     model, pairs, graph = experiment.model, experiment.pairs, experiment.model.graph
     each = torch.zeros(len(pairs), graph.n_senders, graph.n_receivers, dtype=torch.float64, device="cpu")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import check_number, find_ablation, given, prepare_large, score, uncertainty
+from eapcore.cli.inputs import check_number, check_scoring, find_ablation, given, prepare_large, score, uncertainty
 from eapcore.cli.options import (
     METHOD,
     Command,
@@ -84,6 +84,9 @@ def run(args: argparse.Namespace) -> None:
     if args.level != "attention":
         check_number("--top-n", args.top_n, model, "edges" if args.level == "edge" else "senders")
     check_ablation(args.level, args.ablation)
+    options: dict[str, Any] = {"level": args.level, "reduce": args.reduce, "uncertainty": uncertainty(args)}
+    if args.level != "attention":
+        check_scoring(args, model, **options)
     ablation = find_ablation(args, model, pairs)
     start = time.perf_counter()
     if args.level == "attention":
@@ -92,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.pairs_out
     if folder is None and args.reduce == "pair" and not isinstance(pairs, PromptPairs):
         folder = args.out.with_suffix(".pairs")
-    options = {"level": args.level, "reduce": args.reduce, "pairs_to": folder, "uncertainty": uncertainty(args)}
-    scores = score(args, model, pairs, metric, ablation=ablation, **options)
+    scores = score(args, model, pairs, metric, ablation=ablation, pairs_to=folder, **options)
     seconds = time.perf_counter() - start
     write(args, scores)
     some = pairs if isinstance(pairs, PromptPairs) else pairs.first

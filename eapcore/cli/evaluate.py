@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import check_number, find_ablation, find_scores, load_circuit, load_truth, prepare, top
+from eapcore.cli.inputs import check_number, find_scores, load_circuit, load_truth, prepare, top
 from eapcore.cli.options import (
     RUN,
     TOP,
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"a ROC needs true and false edges, but all {n_edges} edges of {model.name} would be true")
     if args.bootstrap is not None and args.scores is None and len(pairs) < 2:
         raise ValueError("--bootstrap needs at least 2 prompt pairs to draw from, got 1")
-    ablation = find_ablation(args, model, pairs)
-    scores = find_scores(args, model, pairs, metric, ablation, "all" if args.bootstrap is None else "pair")
+    scores, ablation = find_scores(args, model, pairs, metric, "all" if args.bootstrap is None else "pair")
     if args.bootstrap is not None and (scores.per_pair is None or len(scores.per_pair) < 2):
         raise ValueError(
             f"--bootstrap needs the scores of each pair, at least 2, which {args.scores} does not hold: write it by "

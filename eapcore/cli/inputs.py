@@ -131,6 +131,13 @@ def find_ablation(args: argparse.Namespace, model: Model, pairs: PromptPairs | P
         return Ablation.of(model, pairs, args.ablation, reference, progress)
 
 
+def check_scoring(args: argparse.Namespace, model: Model, **options: Any) -> None:
+    """Refuse what `score` would with these options, before an ablation is made: constants take long to find."""
+    from eapcore.evaluation.screened import check_method
+
+    check_method(model.graph, ablation=args.ablation, **{**method_options(args), **options})
+
+
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the method's options that were given, as keywords of `attribute`."""
     from eapcore.models.backward_rules import Rules
@@ -241,15 +248,19 @@ def load_scores(args: argparse.Namespace, model: Model) -> EdgeScores:
 
 
 def find_scores(
-    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, ablation: Ablation, reduce: str = "all"
-) -> EdgeScores:
-    """The score file that --scores names, or scores by the method's options."""
+    args: argparse.Namespace, model: Model, pairs: PromptPairs, metric: str, reduce: str = "all"
+) -> tuple[EdgeScores, Ablation]:
+    """The score file that --scores names, or scores by the method's options; and the ablation, made when everything
+    else is known to be right."""
     from eapcore.graph.scores import EdgeScores
 
     if args.scores is None:
+        check_scoring(args, model, reduce=reduce)
+        ablation = find_ablation(args, model, pairs)
         found = score(args, model, pairs, metric, ablation=ablation, reduce=reduce)
         assert isinstance(found, EdgeScores)
-        return found
+        return found, ablation
     if options := given(args, *METHOD):
         raise ValueError(f"--scores names scores that are there, and {options} how to make some: give one of the two")
-    return load_scores(args, model)
+    scores = load_scores(args, model)
+    return scores, find_ablation(args, model, pairs)

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     """Score by each method, judge at MIB's sizes, write scores as a submission, and print one table."""
     from eapcore.attribution.methods import METHODS
     from eapcore.evaluation.faithfulness import measure_mib
-    from eapcore.evaluation.screened import FLOW, attribute
+    from eapcore.evaluation.screened import FLOW, attribute, check_method
     from eapcore.execution.experiment import Experiment
     from eapcore.graph.scores import EdgeScores
     from eapcore.interop.eap_ig.files import mib_path
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> None:
     model, pairs, metric = prepare(args)
     task = _name(args.as_task or Path(pairs.name).stem)
     model_name = _name(args.as_model or model.name.rstrip("/").split("/")[-1])
+    for method in methods:
+        check_method(model.graph, method=method, ablation=args.ablation)
     ablation = find_ablation(args, model, pairs)
     experiment = Experiment.of(model, pairs, metric, ablation, distributed=args.distributed)
     recordings, rows = Recordings(experiment, args.batch_size), []

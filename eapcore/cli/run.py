@@ -7,11 +7,11 @@ import csv
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import check_number, find_ablation, method_options, prepare, score, uncertainty
+from eapcore.cli.inputs import check_number, check_scoring, find_ablation, prepare, score, uncertainty
 from eapcore.cli.options import (
     Command,
     add_method,
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
     model, pairs, name = prepare(args)
     check_number("--top-n", args.top_n, model)
     varied = _uncertainty(args)
+    check_scoring(args, model, uncertainty=varied)
     experiment = Experiment.of(model, pairs, name, find_ablation(args, model, pairs), distributed=args.distributed)
     start = time.perf_counter()
     reduce = _reduce(args, model, pairs)
@@ -175,15 +176,12 @@ def _uncertainty(args: argparse.Namespace) -> bool | str:
 
 def _reduce(args: argparse.Namespace, model: Model, pairs: PromptPairs) -> str:
     """What a report wants of the scores: those of each position, where they are some and not too many."""
-    from eapcore.attribution.methods import Options, recipe
-
     graph = model.graph
     if not args.report or int(pairs.positions.max() + 1) * graph.n_senders * graph.n_receivers > _MOST_PARTS:
         return "all"
-    given = {key: value for key, value in method_options(args).items() if key in {f.name for f in fields(Options)}}
     try:
-        recipe(args.method or "eap", graph, Options(**given), ablation=args.ablation, level="edge", reduce="position")
-    except ValueError:  # no sum over positions, or an option that `attribute` refuses
+        check_scoring(args, model, reduce="position")
+    except ValueError:  # no sum over positions
         return "all"
     return "position"
 

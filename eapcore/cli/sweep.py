@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import find_ablation, method_options, prepare
+from eapcore.cli.inputs import check_scoring, find_ablation, method_options, prepare
 from eapcore.cli.options import Command, add_method, add_task, place
 from eapcore.cli.output import Stages, table, write
 
@@ -102,6 +102,7 @@ def _entry(args: argparse.Namespace, name: str, settings: dict[str, Any], where:
 
     def load() -> tuple[Model, Task]:
         model, pairs, _ = prepare(own)
+        check_scoring(own, model)
         options["ablation"] = find_ablation(own, model, pairs)
         return model, pairs
 

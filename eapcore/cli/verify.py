@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from eapcore.cli.inputs import check_number, find_ablation, find_scores, prepare, top
+from eapcore.cli.inputs import check_number, find_scores, prepare, top
 from eapcore.cli.options import TOP, Command, add_out, add_report, add_resume, add_scores, add_task, count, positive
 from eapcore.cli.output import Progress, check_out, heading, method, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
     n, curves = top(args, model), args.curve or []
     for edge in curves:
         model.graph.edge(edge)  # an unknown name is refused before the work
-    ablation = find_ablation(args, model, pairs)
-    scores = find_scores(args, model, pairs, metric, ablation)
+    scores, ablation = find_scores(args, model, pairs, metric)
     if args.sample is not None:
         _sample(args, model, pairs, metric, ablation, scores)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eapcore.attribution.attribute import attribute as first_order
-from eapcore.attribution.flow_routes import flow_routes
-from eapcore.attribution.methods import METHODS, exact_receivers
+from eapcore.attribution.flow_routes import REDUCE, flow_routes
+from eapcore.attribution.methods import METHODS, Options, exact_receivers, recipe
 from eapcore.attribution.score_batch import Both
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.batch import Batch, spans
@@ -24,8 +24,9 @@ from eapcore.execution.limits import limits
 from eapcore.execution.memory import free_bytes
 from eapcore.execution.progress import Count, Progress
 from eapcore.graph.circuit import Circuit
+from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores
-from eapcore.kernels.checks import short_repr
+from eapcore.kernels.checks import one_of, short_repr
 from eapcore.models.config import ModelConfig
 from eapcore.models.model import Model
 from eapcore.models.tensors import accumulate_dtype
@@ -159,15 +160,7 @@ def screened(
     Raises:
         ValueError: a budget below 1; as `attribute` and `patch_edges`.
     """
-    plain = {"level": "edge", "reduce": "all", "uncertainty": False}  # patching measures no single pairs
-    if options.get("uncertainty") == "auto":
-        options["uncertainty"] = False
-    for option, value in options.items():
-        if option not in ("storage", "impl", "graphs") and value is not None and value != plain.get(option):
-            raise ValueError(f"screened chooses for itself and takes a budget, but no {option}, got {value!r}")
-    options = {option: value for option, value in options.items() if option not in plain and value is not None}
-    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget >= 1:
-        raise ValueError(f"budget must be a number of at least 1, the cost of one gradient, got {budget!r}")
+    options = _of_screened(budget, **options)
     experiment = Experiment.of(model, task, metric, ablation, reference, distributed)
     graph, mask = model.graph, model.graph.edge_mask()
     cost = cost_of(experiment)
@@ -310,6 +303,44 @@ def cost_of(experiment: Experiment) -> Operations:
     return _cost(experiment.model, experiment.pairs, experiment.metric, shared=experiment.shared)
 
 
+def _of_screened(budget: float, **options: Any) -> dict[str, Any]:
+    """The options of `attribute` that `screened` takes; ValueError for others, and for a budget that is none."""
+    plain = {"level": "edge", "reduce": "all", "uncertainty": False}  # patching measures no single pairs
+    if options.get("uncertainty") == "auto":
+        options["uncertainty"] = False
+    for option, value in options.items():
+        if option not in ("storage", "impl", "graphs") and value is not None and value != plain.get(option):
+            raise ValueError(f"screened chooses for itself and takes a budget, but no {option}, got {value!r}")
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget >= 1:
+        raise ValueError(f"budget must be a number of at least 1, the cost of one gradient, got {budget!r}")
+    return {option: value for option, value in options.items() if option not in plain and value is not None}
+
+
+def check_method(
+    graph: Graph, *, method: str = "eap", budget: float | None = None, ablation: str = "corrupt", **options: Any
+) -> None:
+    """ValueError for what `attribute` refuses of a method and its options, before an ablation is made for it.
+
+    options: `level` and `reduce`, `uncertainty` and the method's own.
+    """
+    if method == "screened":
+        _of_screened(BUDGET if budget is None else budget, **options)
+    elif method in FLOW:
+        _of_flow(method, budget=budget, ablation=ablation, **options)
+    else:
+        _check_no_budget(method, budget)
+        how = {"level": options.get("level", "edge"), "reduce": options.get("reduce", "all")}
+        own = {field.name: options[field.name] for field in fields(Options) if field.name in options}
+        made = recipe(method, graph, Options(**own), ablation=ablation, **how)
+        if options.get("uncertainty") is True and (made.pruning or how["level"] != "edge"):
+            raise ValueError(f"uncertainty is of edges' own scores, got {method} and level {how['level']!r}")
+
+
+def _check_no_budget(method: str, budget: float | None) -> None:
+    if budget is not None:
+        raise ValueError(f"a budget belongs to the method 'screened', got {budget!r} with {method!r}")
+
+
 def _of_flow(method: str, **options: Any) -> dict[str, Any]:
     """The options of `flow_routes`; ValueError for others of `attribute` that are not as they are by themselves."""
     plain = {"level": "edge", "reference": None, "storage": "auto", "impl": "auto", "graphs": "auto"}
@@ -321,6 +352,7 @@ def _of_flow(method: str, **options: Any) -> dict[str, Any]:
     for option, value in options.items():
         if option not in taken and value not in (None, False, "auto", plain.get(option)):
             raise ValueError(f"{method} looks at a forward of the clean prompts alone and takes no {option}: {value!r}")
+    one_of("reduce", options.get("reduce", "all"), REDUCE)
     return {option: value for option, value in options.items() if option in taken}
 
 
@@ -336,8 +368,7 @@ def _any_method(function: Function) -> Function:
             return screened(*args, budget=BUDGET if budget is None else budget, **options)
         if method in FLOW:
             return flow_routes(*args, routes=FLOW[method], **_of_flow(method, budget=budget, **options))
-        if budget is not None:
-            raise ValueError(f"a budget belongs to the method 'screened', got {budget!r} with {method!r}")
+        _check_no_budget(method, budget)
         return function(*args, method=method, **options)
 
     return cast(Function, attribute)

@@ -161,6 +161,8 @@ def test_half_precision_says_how_far_it_is_off(eapcore, model, pairs, monkeypatc
         status, printed, _ = eapcore("attribute", "--dtype", dtype, "--metric", "logit_diff", out="half.safetensors")
         error = re.search(rf"dtype    {dtype}: on 2 pairs all scores together are (.*)% off those in float32", printed)
         assert status == 0 and 0 < float(error[1]) < 5
+    status, printed, _ = eapcore("attribute", "--dtype", "float16", "--metric", "kl", out="half.safetensors")
+    assert status == 0 and "dtype    float16: not compared with float32 by the gradient at the clean run" in printed
     monkeypatch.setattr(precision, "budget", lambda device: 1000)
     _, printed, _ = eapcore("run", "--dtype", "bfloat16", "--method", "eap", "--top-n", 3, out="half")
     assert "no memory to compare with float32" in printed

@@ -374,6 +374,26 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
 
 
+def test_options_that_do_not_suit_are_refused_before_constants_are_found(eapcore, monkeypatch, score_file):
+    made = []
+    monkeypatch.setattr(ablations.Ablation, "of", lambda *args, **options: made.append(args))
+    for command, arguments, message in (
+        ("attribute", ["--points", "left"], "need steps"),
+        ("attribute", ["--budget", "2"], "a budget belongs to"),
+        ("attribute", ["--method", "screened", "--reduce", "pair"], "no reduce"),
+        ("attribute", ["--method", "flow-sum"], "ablates nothing"),
+        ("attribute", ["--method", "hisp", "--uncertainty", "yes"], "with hisp of edges ablation must be"),
+        ("attribute", ["--level", "node", "--uncertainty", "yes"], "uncertainty is of edges' own scores"),
+        ("run", ["--rules", "temperature=2", "--qk", "exact"], "choose one of the two"),
+        ("verify", ["--steps", "3"], "steps need a rule"),
+        ("evaluate", ["--scores", score_file, "--qk", "exact"], "give one of the two"),
+        ("evaluate", ["--scores", score_file.with_name("none.safetensors")], "none.safetensors"),
+        ("mib", ["--methods", "eap,clean-corrupt"], "no prompt to take gradients at"),
+    ):
+        status, printed, _ = eapcore(command, "--ablation", "optimal", *arguments, out=f"of-{command}")
+        assert (status, made) == (2, []) and message in printed, (command, arguments, printed)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["evaluate", "--true-top", "100000"], "--true-top must be at most the 46 edges of small, got 100000"),
     (["evaluate", "--true-top", "46"], "a ROC needs true and false edges, but all 46 edges of small would be true"),

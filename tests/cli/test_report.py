@@ -52,8 +52,9 @@ def test_run_writes_a_report_with_sums_by_position(eapcore, scores, tmp_path, wi
     assert torch.allclose(run.scores.scores, scores.scores, atol=1e-6)
 
 
-def test_a_method_that_is_no_sum_over_positions_has_a_report_without(eapcore, tmp_path, without_pictures):
-    assert eapcore("run", "--method", "grad-drop", "--top-n", 9, "--report", out="run")[0] == 0
+@pytest.mark.parametrize("method", ["grad-drop", "flow-routes"])
+def test_a_method_that_is_no_sum_over_positions_has_a_report_without(eapcore, tmp_path, without_pictures, method):
+    assert eapcore("run", "--method", method, "--top-n", 9, "--report", out="run")[0] == 0
     assert Run.read(tmp_path / "run").scores.per_position is None
     assert (tmp_path / "run" / "report.html").exists()
 
