@@ -28,14 +28,12 @@ from typing import Protocol
 import torch
 
 from eapcore.attribution.attribute import attribute
-from pipeline.work import MIB, SMALL, Run, Work, implementation
+from pipeline.launches import count_batch
+from pipeline.work import B13, LLAMA8, MIB, SMALL, XL, Run, Work, implementation
 
 SECONDS = 400.0  # no part begins later, and none takes longer than a minute
 TINY = Work(3, 4, 64, 211, B=3, T=9)
 TINY_LLAMA = Work(3, 4, 64, 211, B=3, T=9, G=2, M=96)
-XL = Work(48, 25, 1600, 50257, B=32, T=20)
-B13 = Work(40, 40, 5120, 50257, B=8, T=20)
-LLAMA8 = Work(32, 32, 4096, 128256, B=32, T=20, G=8, M=14336)  # Llama-3.1-8B
 CONTRACTION = ("partial_scores", "sum_splits", "zero_non_edges")
 MAKING = ("tile_grads", "channel_grads", "channel_sums")
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
@@ -261,8 +259,6 @@ class Bench:
 
     def kernels(self, title: str, work: Work, dtype: torch.dtype) -> None:
         """The device's time of a dense batch by kernel, the longest first, as it runs and as it is predicted."""
-        from pipeline.launches import count_batch
-
         model = work.model(dtype=dtype, device=self.on.device)
         run = implementation("dense, no graphs", model, work.pairs(2), work.B)
         run()

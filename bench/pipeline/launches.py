@@ -45,8 +45,7 @@ from eapcore.execution.limits import limits
 from eapcore.models import attention as of_attention
 from eapcore.models import matmul, paired
 from eapcore.tasks.metrics import METRICS
-from pipeline.gpu import B13, LLAMA8, XL
-from pipeline.work import SMALL, Work, in_turns
+from pipeline.work import B13, LLAMA8, SMALL, XL, Work, in_turns
 
 COPY = 4.27e12  # bytes a second
 HALF, SINGLE = 784e12, 51e12  # operations a second

@@ -129,6 +129,9 @@ class Work:
 
 
 SMALL = Work(12, 12, 768, 50257, B=16, T=20)  # GPT-2 small
+XL = Work(48, 25, 1600, 50257, B=32, T=20)  # GPT-2 XL
+B13 = Work(40, 40, 5120, 50257, B=8, T=20)  # 13 billion parameters
+LLAMA8 = Work(32, 32, 4096, 128256, B=32, T=20, G=8, M=14336)  # Llama-3.1-8B
 LLAMA = Work(16, 32, 2048, 128256, B=4, T=20, G=8, M=8192, dtype="bfloat16")  # Llama-3.2-1B
 QWEN = Work(24, 14, 896, 151936, B=8, T=20, G=2, M=4864, biased=True)  # Qwen2.5-0.5B
 
