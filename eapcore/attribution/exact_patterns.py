@@ -85,7 +85,7 @@ def _add_exact(
                 there = _unrounded_part(there) if alone else there
                 made[delta.device] = [_Pattern(there, kind, reduce) for kind in mine]
             patterns = made[delta.device]
-            factors = None if part.attention.joint else store.factors(senders, at_read)
+            factors = store.factors(senders, at_read)
             projected = [pattern.through_factors(delta, factors, store.products, senders.start) for pattern in patterns]
             for some in patterns[0].parts(delta):
                 here = slice(senders.start + some.start, senders.start + some.stop)
@@ -220,11 +220,11 @@ class _Pattern:
     def scores(self, delta: Tensor, factors: list[Tensor] | None, rstd: Tensor | None) -> Tensor:
         """[S', H], [B, S', H] or [T, S', H] of some senders, from their delta [S', B, T, D], at the positions that are
         read for q of the last layer, or from factors."""
+        made = self._activations(delta, factors, rstd)
         if self.joint:
-            n, _ = self.attention.norm.forward((self.norm_in.x + delta).flatten(0, 1))
-            found = self._jointly_normed(n.unflatten(0, (-1, len(self.norm_in.x))))
+            found = self._jointly_normed(made)
         else:
-            found = self._changed(self._activations(delta, factors, rstd))
+            found = self._changed(made)
             if not self.queries and self.attention.grouped:
                 found = found.unflatten(2, (-1, self.attention.group)).sum(3)
         if self.by_key:
@@ -277,20 +277,18 @@ class _Pattern:
             return _key_by_key(self.known, other, self.d)
         return (other.softmax(-1) - self.pattern) * self.d
 
-    def _jointly_normed(self, n: Tensor) -> Tensor:
-        """Scores [B or T, S', C] where q and k are normed with those of all heads: an edge into one changes every
-        head's pattern. n: [S', B, T, D]."""
-        part, attention, channels = self.part, self.attention, self.channels
-        made = part.saved.q if self.queries else part.saved.kv[:, :, : attention.n_kv]
-        each = self.queries or attention.grouped
-        made = made if each else made.repeat_interleave(attention.group, 2)  # [B, T, C, K]
+    def _jointly_normed(self, made: Tensor) -> Tensor:
+        """Scores [B or T, S', C'] where q and k are normed with those of all heads: an edge into one changes every
+        head's pattern. made: the activations of all heads' own streams, [S', B, C, T, K]."""
+        part, count = self.part, self.channels.stop - self.channels.start
+        act = part.saved.q if self.queries else part.saved.kv[:, :, : self.attention.n_kv]
+        shared = count // act.shape[2]  # query heads of a key that each have a receiver
+        at_rest = act.to(self.wide).transpose(1, 2).repeat_interleave(shared, 1)  # [B, C', T, K]
         found = []
-        for channel in range(channels.start, channels.stop):
-            place = attention.projection(channel)
-            others = made.expand(len(n), *made.shape).clone()  # [S', B, T, C, K]
-            new = attention.project(n.flatten(0, 1), slice(place, place + 1))
-            others[:, :, :, channel - channels.start] = new.view(*n.shape[:3], -1)
-            found.append(self._changed(others.transpose(2, 3), summed=True))
+        for channel in range(count):
+            others = at_rest.expand(len(made), *at_rest.shape).clone()
+            others[:, :, channel] = made[:, :, channel // shared]
+            found.append(self._changed(others, summed=True))
         return torch.stack(found, -1)
 
 

@@ -82,6 +82,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_adapter(folder: Path) -> None:
+    """ValueError for a folder with an adapter, which transformers would add to the weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), such as LoRA's, which is not applied: merge it into its "
+            "model (merge_and_unload), or remove that file if this is done"
+        )
+
+
 def stored_config(path: Path) -> dict[str, Any] | None:
     """The configuration that a torch file holds beside its weights, nanoGPT's model_args; None if it has none."""
     if path.suffix == ".safetensors" or path.name.endswith(".json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from eapcore.models.checkpoint import (
     hub_id,
     read_config,
     read_weights,
+    refuse_adapter,
     stored,
     stored_config,
 )
@@ -38,6 +40,7 @@ from eapcore.models.wrappers import unwrapped
 from eapcore.text.folder import fetched_tokenizer, find_tokenizer
 from eapcore.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 TOYS = {f"toy-{name}": Path(__file__).parents[1] / "toys" / name for name in ("ioi", "induction")}
 
@@ -141,10 +144,13 @@ def load_weights(
     elif isinstance(source, str | Path):
         shapes_alone = where is not None and where.type == "meta"
         model_id, folder, path = _locate(source, revision, cache_dir, shapes_alone)
+        refuse_adapter(folder)
         raw = _config(folder, path) if config is None else config
         tokenizer = find_tokenizer(folder) or _tokenizer_on_the_hub(source, model_id, folder, raw)
         with _named(folder if config is None else "config"):
             layout = layout_of(raw)  # refused before the weights are opened
+        if raw.get("auto_map"):
+            _log.warning("code that comes with the model is not run, it is taken for a %s: %s", layout.family, folder)
         tensors = _without_memory(layout, raw) if shapes_alone else read_weights(path or find_weights(folder))
     else:
         if revision is not None:

@@ -131,7 +131,11 @@ def _constants(
     if layer is None:
         for field, tensor in part.named_buffers(recurse=False):
             if field.endswith("inv_freq") and "original" not in field and not _turns_so(tensor, config):
-                yield field, "with other frequencies", "others"
+                kind = str(tensor.dtype).removeprefix("torch.")
+                if tensor.itemsize < 4:
+                    yield field, f"rounded to {kind} (load it with dtype={kind}, which .to() is not)", "other numbers"
+                else:
+                    yield field, "with other frequencies", "others"
         return
     scale, window, cap = config.score_scale(layer), config.window(layer), config.attn_softcap
     for field, inverse in (("scaling", False), ("attn_scale", True)):
@@ -179,7 +183,9 @@ def _turns_so(found: Tensor, config: ModelConfig) -> bool:
     known = [config.rotary_frequencies, config.local_frequencies]
     sets = [torch.tensor(each, dtype=torch.float64, device="cpu") for each in known if each]
     own = found.detach().double().cpu()
-    return found.is_meta or any(own.shape == each.shape and torch.allclose(own, each, rtol=1e-3) for each in sets)
+    return found.is_meta or any(
+        own.shape == each.shape and torch.allclose(own, each, rtol=1e-4, atol=0) for each in sets
+    )
 
 
 def _tabled(found: Tensor, field: str, config: ModelConfig, layer: int) -> bool:

@@ -170,6 +170,18 @@ def test_a_tied_model_may_leave_out_either_end(tmp_path):
     refused(r"lacks wte\.weight", load, untied)
 
 
+def test_an_adapter_is_refused_and_code_of_a_model_s_own_is_said_not_to_run(tmp_path, caplog):
+    folder = save_checkpoint(random_model(), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}))
+    load(folder)
+    assert "code that comes with the model is not run, it is taken for a GPT-2" in caplog.text
+    (folder / "adapter_config.json").write_text("{}")
+    refused("holds an adapter .* merge it into its model", load, folder)
+    (folder / "config.json").unlink()
+    refused("holds an adapter", load, folder)
+
+
 def test_logits_may_be_of_fewer_tokens_than_are_read():
     """As compiled models and algorithmic tasks have it; in TransformerLens's names."""
     fields = {"n_layers": 1, "n_heads": 2, "d_model": 4, "d_head": 2, "d_mlp": 8, "n_ctx": 5, "d_vocab": 9,

@@ -670,9 +670,10 @@ def test_narrower_dtypes_are_near(name, dtype):
     scale = torch.tensor(narrow.config.embed_scale, dtype=narrow.dtype).item()
     wide = replace(narrow, config=replace(narrow.config, embed_scale=scale), weights=_widened(narrow))
     pairs = pairs_for(narrow)
-    exact, found = (eapcore.attribute(model, pairs).scores.double() for model in (wide, narrow))
-    error = float((found - exact).norm() / exact.norm())
-    assert error <= {"float32": 4e-6, "bfloat16": 8e-2, "float16": 1e-2}[dtype]
+    for method in ("eap", "qk-fix"):
+        exact, found = (eapcore.attribute(model, pairs, method=method).scores.double() for model in (wide, narrow))
+        error = float((found - exact).norm() / exact.norm())
+        assert error <= {"float32": 4e-6, "bfloat16": 8e-2, "float16": 1e-2}[dtype], method
 
 
 def _widened(model):
@@ -927,6 +928,8 @@ def test_graphs_have_the_published_sizes(sizes, counts):
         ({"model_type": "gpt_neox", "attention_bias": True, "rope_theta": 30}, "rope_theta 30, and elsewhere 10000.0"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "read of a 'ministral' alone"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "sliding_window is not in use"),
+        ({"is_causal": False}, "is_causal False of the configuration is not supported: expected True"),
+        ({"transformers_weights": "other.safetensors", "model_type": "gpt_neox"}, "transformers_weights 'other"),
         ({"per_layer_config": {"1": {"num_key_value_heads": 1}}}, "per_layer_config"),
         ({"model_type": "llava", "text_config": {"model_type": "gemma2"}}, "final_logit_softcapping inside a llava"),
     ],
@@ -993,6 +996,10 @@ def _another_rotation(module):
     module.model.rotary_emb.inv_freq *= 2
 
 
+def _rounded(module):
+    module.half()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1005,6 +1012,7 @@ def _another_rotation(module):
         (_field("sliding_window", 2), "model.layers.1.self_attn sliding_window 2, but its configuration says None"),
         (_field("attn_logit_softcapping", 5.0), "attn_logit_softcapping 5.0, but its configuration says None"),
         (_another_rotation, "model.rotary_emb inv_freq with other frequencies"),
+        (_rounded, r"model.rotary_emb inv_freq rounded to float16 \(load it with dtype=float16"),
         (_another_activation, "model.layers.1.mlp the activation GELU, but its configuration says silu"),
         (_another_eps, "model.layers.0.input_layernorm variance_epsilon 0.001, but its configuration says 1e-06"),
         (_another_forward, "model.layers.0.mlp a replaced forward"),
@@ -1089,7 +1097,8 @@ def test_a_module_that_has_other_tensors_now_is_said_and_what_was_converted_foll
         for parameter in module.parameters():
             parameter.data = torch.randn_like(parameter) * 0.2
     elif change == "to":
-        module.to(torch.bfloat16)
+        turns = module.model.rotary_emb.inv_freq
+        module.to(torch.bfloat16).model.rotary_emb.inv_freq = turns
     elif change == "assign":
         state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in module.state_dict().items()}
         module.load_state_dict(state, assign=True)

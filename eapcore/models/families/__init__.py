@@ -15,6 +15,8 @@ from eapcore.models.families.transformer_lens import transformer_lens
 # Of several models in one, those whose language model reads text as it would alone, and of which family it is if it
 # does not say so.
 _TEXT_ALONE = {"gemma3": "gemma3_text", "llava": "llama", "llava_next": "llama", "mistral3": "mistral"}
+# What transformers reads of every family: layers of other sizes, attention to later tokens, another file of weights.
+_ONLY = {"per_layer_config": ({},), "is_causal": (True,), "transformers_weights": ("model.safetensors",)}
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "gpt2": gpt2,
     "llama": llama,
@@ -47,7 +49,7 @@ def _layout_of(raw: Mapping[str, Any]) -> Layout:
             f"quantization_config of the configuration says that the weights are quantised ({by}), which "
             "is not supported: take the checkpoint that was quantised, or a GGUF file"
         )
-    refuse(raw, {"per_layer_config": ({},)})
+    refuse(raw, _ONLY)
     if isinstance(kind, str) and kind in _TEXT_ALONE and isinstance(text := raw.get("text_config"), Mapping):
         layout = _layout_of(_text_of(kind, raw, text))
         if layout.config.logits_softcap is not None:  # which some releases of transformers apply there, and some do not
