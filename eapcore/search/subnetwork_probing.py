@@ -1,6 +1,6 @@
 """Subnetwork probing: a mask on every edge, or on every node, trained to keep the behaviour with as few as possible.
 
-    u ~ uniform(0.0001, 0.9999)                                one draw for each mask and step
+    u ~ uniform(0, 1), cut off at 0.0001 and 0.9999            one draw for each mask and step
     s = σ((log u − log(1 − u) + log α)/β)
     m = min(1, max(0, s (ζ − γ) + γ))                          β = 2/3, γ = −0.1, ζ = 1.1
     loss = −mean over pairs of the metric + λ · mean over masks of P(m > 0),   P(m > 0) = σ(log α − β log(−γ/ζ))
@@ -46,7 +46,7 @@ from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-START = 0.9  # the mask with which the median draw begins
+START = 0.9  # σ(log α) (ζ − γ) + γ in the beginning, as published; the median draw is then 1
 STEPS, RATE = 300, 0.05
 PENALTY = {"edge": 10.0, "node": 1.0}
 _EDGE = "score = the probability that the trained mask of the edge is above 0; " + NO_SIGN
