@@ -233,4 +233,5 @@ def _sizes(sizes: Sequence[float | int], n_edges: int) -> tuple[list[float], lis
             f"sizes must ascend from 0 to at most the {n_edges} edges, as fractions (floats) or numbers of edges "
             f"(integers), got {sizes!r}"
         )
-    return fractions, [int(x * n_edges) if isinstance(x, float) else x for x in given]
+    # A float n / n_edges may lie just below n edges.
+    return fractions, [int(x * n_edges + 1e-9) if isinstance(x, float) else x for x in given]

@@ -19,7 +19,7 @@ from eapcore.attribution.attribute import attribute
 from eapcore.evaluation.agreement import agreement, overlap
 from eapcore.evaluation.completeness import completeness, minimality
 from eapcore.evaluation.evaluate import Evaluation, evaluate
-from eapcore.evaluation.faithfulness import MIB_FRACTIONS, faithfulness, mib
+from eapcore.evaluation.faithfulness import MIB_FRACTIONS, _sizes, faithfulness, mib
 from eapcore.evaluation.roc import area, roc, roc_of_circuits
 from eapcore.evaluation.sampled import verify_sample
 from eapcore.evaluation.stability import stability
@@ -67,6 +67,15 @@ def test_the_curve_is_the_metric_of_each_circuit_on_the_scale_from_ablated_to_cl
     x, f = (torch.tensor(values, dtype=torch.float64) for values in (curve.fractions, curve.faithfulness))
     areas = torch.trapezoid(f, x), torch.trapezoid((1 - f).abs(), x)
     assert (curve.cpr, curve.cmd) == pytest.approx([*map(float, areas)])
+
+
+def test_the_fraction_of_a_number_of_edges_is_that_number(model, pairs):
+    counts = list(range(model.graph.n_edges + 1))
+    by_count = faithfulness(model, pairs, "logit_diff", attribute(model, pairs), sizes=counts)
+    assert _sizes(by_count.fractions, model.graph.n_edges) == (by_count.fractions, counts)
+    for n in (49, 103, 32491):  # where n · (k / n) is less than k for some k
+        assert _sizes([k / n for k in range(min(n, 200) + 1)], n)[1] == list(range(min(n, 200) + 1))
+        assert _sizes(list(MIB_FRACTIONS), n)[1] == [int(x * n) for x in MIB_FRACTIONS]
 
 
 def test_cpr_is_read_from_the_signed_and_cmd_from_the_absolute_ranking(model, pairs, tmp_path):
