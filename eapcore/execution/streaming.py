@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,7 +26,7 @@ class Streamed:
     def __init__(self, layers: tuple[Layer, ...], device: torch.device) -> None:
         gpu = device.type == "cuda"
         self.device, self.layers = device, tuple(copied(x, torch.Tensor.pin_memory) if gpu else x for x in layers)
-        self.here: dict[int, Layer] = {}
+        self.here: dict[int, _Arrival] = {}
         self.at, self.step = 0, 1
         self.copy = _CudaCopy(device) if gpu else None
         sizes = [sum(x.numel() * x.itemsize for x in tensors_in(layer)) for layer in layers]
@@ -38,23 +38,33 @@ class Streamed:
             self.at, self.step = index, 1 if index > self.at else -1
         order = [index + n * self.step for n in (*range(AHEAD + 1), *range(-1, -AHEAD - 1, -1))]
         wanted = [n for n in order if 0 <= n < len(self.layers)][: AHEAD + 1]
-        for n in [n for n in self.here if n not in wanted]:
-            del self.here[n]
-            if self.copy is not None:
-                self.copy.left()
+        # What is there is another dict each time: another thread that runs the model goes on with its own.
+        here = {n: arrival for n, arrival in self.here.items() if n in wanted}
+        gone, self.here = len(self.here) > len(here), here
+        if gone and self.copy is not None:
+            self.copy.left()
         for n in wanted:
-            if n not in self.here:
-                self.here[n] = self._start(n)
+            if n not in here:
+                here[n] = self._start(n)
         if self.copy is not None:
-            self.copy.finish(self.here[index])
-        return self.here[index]
+            self.copy.finish(here[index])
+        return here[index].layer
 
     def forget(self) -> None:
         self.here = {}
 
-    def _start(self, index: int) -> Layer:
+    def _start(self, index: int) -> _Arrival:
         layer = self.layers[index]
-        return moved(layer, self.device) if self.copy is None else self.copy.start(layer)
+        return _Arrival(moved(layer, self.device)) if self.copy is None else self.copy.start(layer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A layer on its way to the device, or there; ready: None where nobody needs to wait. awaited: by which streams."""
+
+    layer: Layer
+    ready: torch.cuda.Event | None = None
+    awaited: set[torch.cuda.Stream] = field(default_factory=set)
 
 
 class _CudaCopy:
@@ -63,24 +73,22 @@ class _CudaCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.ready: dict[int, torch.cuda.Event] = {}
         self.used: torch.cuda.Event | None = None
 
-    def start(self, layer: Layer) -> Layer:
+    def start(self, layer: Layer) -> _Arrival:
         if self.used is not None:
             self.used.synchronize()
         with torch.cuda.stream(self.stream):
             made = copied(layer, lambda x: x.to(self.device, non_blocking=True))
-        self.ready[id(made)] = self.stream.record_event()
-        return made
+        return _Arrival(made, self.stream.record_event())
 
-    def finish(self, layer: Layer) -> None:
+    def finish(self, arrival: _Arrival) -> None:
         """From here on what is launched finds the layer whole."""
-        event = self.ready.pop(id(layer), None)
-        if event is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            for x in tensors_in(layer):
+        current = torch.cuda.current_stream(self.device)
+        if arrival.ready is not None and current not in arrival.awaited:
+            current.wait_event(arrival.ready)
+            arrival.awaited.add(current)
+            for x in tensors_in(arrival.layer):
                 x.record_stream(current)
 
     def left(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import weakref
 
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eapcore
 from eapcore.attribution.spread import spread_over, streams
 from eapcore.cli import main
-from eapcore.execution.streaming import Streamed, held_bytes, streamed
+from eapcore.execution.streaming import Streamed, _CudaCopy, held_bytes, streamed
 from eapcore.models.forward import run_with_senders
 from eapcore.models.placed import placed
 from eapcore.models.tensors import tensors_in
@@ -34,9 +35,9 @@ def test_every_pass_brings_all_but_three_layers_of_which_no_more_are_there_to_th
         alive[:] = [(n, x) for n, x in alive if x() is not None]
         assert len({n for n, _ in alive}) < most  # before one more comes
         brought.append(index)
-        layer = original(self, index)
-        alive.extend((index, weakref.ref(x.raw)) for x in tensors_in(layer))
-        return layer
+        arrival = original(self, index)
+        alive.extend((index, weakref.ref(x.raw)) for x in tensors_in(arrival.layer))
+        return arrival
 
     monkeypatch.setattr(Streamed, "_start", start)
     model, pairs = random_case([6, 5, 6], first_difference=1, **SIZES | {"n_layers": LAYERS})
@@ -97,3 +98,46 @@ def test_it_is_chosen_where_the_weights_do_not_fit_and_told(tmp_path, monkeypatc
         monkeypatch.setattr("eapcore.attribution.spread.streams", lambda model, device, memory=None: True)
         assert main(["attribute", "--n-pairs", "2", "--device", "accel:0", "--dtype", "float64"]) == 0
         assert "on accel:0, its layers streamed from the host" in capsys.readouterr().out
+
+
+def test_a_thread_that_runs_the_model_meanwhile_takes_no_layer_away(monkeypatch):
+    model, _ = random_case([3], **SIZES | {"n_layers": LAYERS})
+    stream, others = Streamed(model.weights.layers, torch.device("cpu")), []
+
+    def start(self, index, original=Streamed._start):
+        arrival = original(self, index)
+        if index == 3 and not others:  # when the fourth layer is there and the third on its way
+            others.append(self.layer(0))
+        return arrival
+
+    monkeypatch.setattr(Streamed, "_start", start)
+    found = [stream.layer(n) for n in (4, 3, 0, 1)]
+    for layer, n in zip([*found, *others], (4, 3, 0, 1, 0), strict=True):
+        assert layer[0][0].w_o is model.weights.layers[n][0][0].w_o, n
+
+
+def test_every_stream_that_reads_a_layer_waits_for_its_copy(monkeypatch):
+    waits, kept = [], []
+
+    class Stream:
+        def __init__(self, name="copies"):
+            self.name = name
+
+        def record_event(self):
+            return f"event of {self.name}"
+
+        def wait_event(self, event):
+            waits.append((self.name, event))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append(stream.name))
+    layer = random_case([3], **SIZES)[0].weights.layers[0]
+    copy = _CudaCopy(torch.device("cpu"))
+    arrival = copy.start(layer)
+    for current in (one := Stream("one"), Stream("two"), one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        copy.finish(arrival)
+    assert waits == [("one", "event of copies"), ("two", "event of copies")]
+    n = len(list(tensors_in(layer)))
+    assert kept == ["one"] * n + ["two"] * n
