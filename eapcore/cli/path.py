@@ -21,10 +21,16 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--senders", type=names, metavar="A,B", help="instead: from these senders … (default: none)")
     parser.add_argument(
-        "--receivers", type=names, metavar="A,B", help="… to these receivers, and on from there (default: none)"
+        "--receivers",
+        type=names,
+        metavar="A,B",
+        help="… to what these receivers read, with all behind them following (default: none)",
     )
     parser.add_argument(
-        "--through", type=names, metavar="A,B", help="components that may lie in between (default: none)"
+        "--through",
+        type=names,
+        metavar="A,B",
+        help="components in between that pass it on, e.g. all MLPs (default: none, what is sent directly)",
     )
     add_resume(parser)
     add_out(parser, "path.json")

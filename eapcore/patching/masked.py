@@ -30,9 +30,20 @@ class Changes:
         before = recording.model.graph.senders_everywhere
         return Changes(change[before].clone(), recording.at_read(change))
 
+    def take(self, own: Changes, senders: Tensor, copy: int = 0) -> None:
+        """Take over one copy's changes of some senders, bool [S], that were computed again."""
+        index = senders.nonzero().squeeze(1).to(self.at_read.device)
+        self.at_read[index] = own.at_read[copy]
+        self.everywhere[index[: own.everywhere.shape[1]]] = own.everywhere[copy]
+
 
 def run_masked(
-    recording: Recording, base: Run, masks: Tensor, fixed: Changes, recompute: Tensor
+    recording: Recording,
+    base: Run,
+    masks: Tensor,
+    fixed: Changes,
+    recompute: Tensor,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Changes]:
     """Run copies of a batch in which every receiver reads its own choice of senders.
 
@@ -47,11 +58,15 @@ def run_masked(
         masks: [C, S, R], bool or weights.
         fixed: the change of the senders that are not computed again, the same in all copies; others are ignored.
         recompute: bool [S].
+        given: bool [S, R], where the given changes go, those of senders that are computed again too; None: where the
+            masks let those of all others go.
 
     Returns:
         (the batch's logits float64 [C, B, V] or [C, B, n], changes of the recomputed senders in order [C, n, B, ., D]).
     """
     run = _Masked(recording, base, masks, fixed, recompute)
+    if given is not None:
+        run.held = given[None].to(run.held)
     for number, stage in enumerate(recording.model.stages):
         run.enter(number)
         if stage.attention is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from eapcore.execution.resume import Resume
 from eapcore.graph.circuit import Circuit
 from eapcore.graph.files import write_json
 from eapcore.graph.graph import Graph
-from eapcore.graph.paths import needed, reached
+from eapcore.graph.paths import moved_by, needed, reached
 from eapcore.graph.scores import sign_text
 from eapcore.graph.show import short
 from eapcore.models.model import Model
@@ -30,36 +30,56 @@ from eapcore.tasks.metrics import Metric
 from eapcore.tasks.pairs import PromptPairs
 
 
-def routes(
-    graph: Graph, senders: Sequence[str], receivers: Sequence[str], *, through: Sequence[str] = (), onward: bool = True
-) -> Circuit:
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Path patching from some senders to some receivers.
+
+    edges: by which what the senders send arrives there. receivers: their indices; what they then read is patched, and
+    everything behind them follows.
+    """
+
+    edges: Circuit
+    receivers: tuple[int, ...]
+
+    def onward(self, coupled: bool = False) -> tuple[Annotated[Tensor, "bool S"], Annotated[Tensor, "bool S R"]]:
+        """The senders that follow, and the edges by which: all from them but those into the receivers, whose inputs are
+        patched; coupled: see `graph.paths.moved_by`."""
+        graph, every = self.edges.graph, self.edges.graph.edge_mask()
+        behind = graph.members({s for r in self.receivers for s in moved_by(graph, r, coupled)})
+        follow = reached(graph, every, behind, coupled=coupled)
+        every[~follow] = False
+        every[:, list(self.receivers)] = False
+        return follow, every
+
+
+def routes(graph: Graph, senders: Sequence[str], receivers: Sequence[str], *, through: Sequence[str] = ()) -> Routes:
     """The edges of path patching from some senders to some receivers.
+
+    What a receiver reads is what it would read if the senders sent e_corrupt to it, and to the components that a path
+    may pass, which alone are run again; every other component sends what it sends on the clean prompts. With all
+    receivers' inputs so patched, the clean prompts run once more, and everything behind the receivers follows, the
+    senders and what a path may pass among it.
 
     Args:
         graph: the model's.
         senders: where the paths start.
         receivers: where they lead, e.g. `a9.h9<q>`: q, k and v apart.
         through: components that a path may pass on its way to a receiver, e.g. all MLPs; none are direct paths only.
-        onward: let everything behind the receivers follow, by all edges; False leaves the paths' last step to the
-            caller.
 
     Raises:
         ValueError: an unknown name.
 
-    Source: Wang et al. 2022, section 3.1.
+    Source: Wang et al. 2022, section 3.1 and appendix B.
     """
     chosen, passed = [graph.sender(name) for name in senders], {graph.sender(name) for name in through}
     ends = [graph.receiver(name) for name in receivers]
     edges, mask = graph.edge_mask(), torch.zeros_like(graph.edge_mask())
-    behind = [set(graph.senders_behind(r)) for r in range(graph.n_receivers)]
-    inner = [r for r, senders_behind in enumerate(behind) if senders_behind & passed]
+    inner = [r for r in range(graph.n_receivers) if passed.intersection(graph.senders_behind(r))]
     sources = sorted({*chosen, *passed})
     for r in {*inner, *ends}:
         mask[sources, r] = edges[sources, r]
-    if onward:
-        follow = reached(graph, edges, graph.members({s for r in ends for s in behind[r]}))
-        mask[follow] |= edges[follow]
-    return Circuit(mask, graph, {"senders": list(senders), "receivers": list(receivers), "through": list(through)})
+    meta = {"senders": list(senders), "receivers": list(receivers), "through": list(through)}
+    return Routes(Circuit(mask, graph, meta), tuple(dict.fromkeys(ends)))
 
 
 def _path_edges(graph: Graph, paths: Sequence[str]) -> Circuit:
@@ -102,7 +122,7 @@ def path_patch(
     task: Task,
     metric: str | Metric,
     senders: Sequence[str],
-    paths: Circuit | Sequence[str],
+    paths: Circuit | Routes | Sequence[str],
     *,
     ablation: str | Ablation = "corrupt",
     reference: PromptPairs | None = None,
@@ -119,8 +139,8 @@ def path_patch(
     Args:
         model, task, metric, ablation, reference, batch_size: as `patch_edges`.
         senders: where the change starts; they send e_corrupt whatever reaches them.
-        paths: written as `a0.h1->a1.h0<q>->logits`, or a circuit of edges, e.g. from `routes`. Several paths are the
-            union of their edges, so what arrives at a component by any of them leaves it by all of them.
+        paths: written as `a0.h1->a1.h0<q>->logits`, or a circuit of edges. Several paths are the union of their edges,
+            so what arrives at a component by any of them leaves it by all of them. Or what `routes` says.
         progress: called with (pairs done, pairs in all) after every batch.
         resume: a folder for what is done so far, batch by batch, as `patch_edges`.
         distributed: share the pairs among the processes of this run, as `attribute`.
@@ -137,22 +157,41 @@ def path_patch(
     graph = model.graph
     if isinstance(paths, str):
         raise ValueError(f"paths must be a list of paths or a circuit, got the text {paths!r}")
-    edges = paths if isinstance(paths, Circuit) else _path_edges(graph, paths)
+    onward = paths if isinstance(paths, Routes) else None
+    if isinstance(paths, Routes):
+        edges = paths.edges
+    else:
+        edges = paths if isinstance(paths, Circuit) else _path_edges(graph, paths)
     if edges.graph != graph:
         raise ValueError(f"the paths must belong to {graph}, got some of {edges.graph}")
     origins = graph.members(graph.sender(name) for name in senders)
     coupled = model.config.heads_coupled
-    useful = needed(graph, edges.mask, coupled=coupled)
-    if not bool((useful & origins).any()):
-        raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to the logits: end the paths there")
-    again = reached(graph, edges.mask, origins, coupled=coupled) & useful & ~origins
+    again = reached(graph, edges.mask, origins, coupled=coupled) & ~origins
+    follow, behind = (
+        (torch.zeros_like(origins), torch.zeros_like(edges.mask)) if onward is None else onward.onward(coupled)
+    )
+    if onward is None:
+        useful = needed(graph, edges.mask, coupled=coupled)
+        again &= useful
+        leads, where = bool((useful & origins).any()), "the logits: end the paths there"
+    else:
+        again &= edges.mask.any(1)
+        at_ends = edges.mask[:, list(onward.receivers)] & (origins | again)[:, None]
+        leads, where = bool(at_ends.any()), f"{', '.join(edges.meta['receivers'])}"
+    if not leads:
+        raise ValueError(f"no path leads from {', '.join(senders) or 'no sender'} to {where}")
     weights = edges.mask & (origins | again)[:, None]
-    what = {"paths": digest(edges.mask, origins)}
+    what = {"paths": digest(edges.mask, origins, follow, behind)}
     kept = Resume(resume, "path", lambda: what | experiment.identity(), experiment.ranks, experiment.ranks.size)
 
     def measure(recording: Recording, ends: Tensor) -> Tensor:
-        fixed = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
-        logits, _ = run_masked(recording, recording.clean, weights[None], fixed, again)
+        changes = Changes.between(recording, recording.ablated.senders, recording.clean.senders)
+        logits, own = run_masked(recording, recording.clean, weights[None], changes, again)
+        if onward is not None:
+            changes.take(own, again)
+            patched = torch.zeros_like(weights)
+            patched[:, list(onward.receivers)] = weights[:, list(onward.receivers)]
+            logits, _ = run_masked(recording, recording.clean, behind[None], changes, follow, patched)
         return torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1)
 
     total = summed(experiment, (3,), measure, kept, batch_size, progress)
@@ -160,4 +199,5 @@ def path_patch(
     method = {"name": "path-patch", "ablation": dict(experiment.ablation.meta), **edges.meta}
     sign = sign_text("effect", "measured", "what the senders send along the paths alone is ablated")
     meta = {**experiment.describe(), "sign": sign, "method": method}
+    edges = replace(edges, mask=edges.mask | behind)
     return PathEffect(list(senders), edges, patched - clean, clean, corrupt, patched, meta)

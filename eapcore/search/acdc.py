@@ -267,7 +267,7 @@ class _Search:
             for pool in (now.everywhere, now.at_read):
                 pool[1:] = 0
             logits, own = run_masked(recording, ablated, mask[None], now, present)
-            _store(now, own, present, 0)
+            now.take(own, present)
             self.states.append(_State(recording, now))
             ends = experiment.ends(recording.reference)
             values += torch.cat([ends, experiment.values(logits, recording.reference)]).sum(1).cpu()
@@ -306,15 +306,8 @@ class _Search:
             if removed:
                 mask[part[:removed], receiver] = False
                 for state, own in zip(self.states, made, strict=True):
-                    _store(state.now, own, again, removed - 1)
+                    state.now.take(own, again, removed - 1)
             stayed = removed < len(part)
             self.guess = max(1, removed) if stayed else 2 * self.guess
             self.decided += removed + stayed
             senders = senders[removed + stayed :]
-
-
-def _store(now: Changes, own: Changes, senders: Tensor, copy: int) -> None:
-    """Take over one copy's changes of some senders, bool [S]."""
-    index = senders.nonzero().squeeze(1).to(now.at_read.device)
-    now.at_read[index] = own.at_read[copy]
-    now.everywhere[index[: own.everywhere.shape[1]]] = own.everywhere[copy]

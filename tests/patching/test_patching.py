@@ -503,13 +503,40 @@ def test_routes_lead_through_the_named_components_and_onward_from_the_receivers(
     model = random_model(n_layers=3, n_heads=2)
     found = routes(model.graph, ["a0.h0"], ["a2.h1<q>"], through=["m0", "m1"])
     expected = {"a0.h0->m0", "a0.h0->m1", "m0->m1", "a0.h0->a2.h1<q>", "m0->a2.h1<q>", "m1->a2.h1<q>"}
-    expected |= {"a2.h1->m2", "a2.h1->logits", "m2->logits"}
-    assert set(found.edges) == expected
-    assert set(routes(model.graph, ["a0.h0"], ["logits"]).edges) == {"a0.h0->logits"}
-    # Everything behind one q input follows: the same as patching the edge into it.
+    assert set(found.edges.edges) == expected
     pairs = random_pairs(model, LENGTHS)
+    effect = path_patch(model, pairs, "logit_diff", ["a0.h0"], found)
+    assert set(effect.edges.edges) == expected | {"a2.h1->m2", "a2.h1->logits", "m2->logits"}
+    assert set(routes(model.graph, ["a0.h0"], ["logits"]).edges.edges) == {"a0.h0->logits"}
+    # Everything behind one q input follows: the same as patching the edge into it.
     onward = path_patch(model, pairs, "logit_diff", ["a0.h0"], routes(model.graph, ["a0.h0"], ["a1.h1<q>"]))
     assert abs(onward.effect - patch_edges(model, pairs, edges=["a0.h0->a1.h1<q>"])["a0.h0->a1.h1<q>"]) <= 1e-12
+
+
+@pytest.mark.parametrize(("senders", "receivers", "through"), [
+    ("a0.h0", "a1.h1<q>", "m0 m1 m2"),  # m1 and m2 lie behind the receiver
+    ("a0.h0", "a1.h1<q> a2.h0<q> a2.h1<k>", ""),  # of which one lies behind another
+    ("a0.h0 m0", "a1.h1<v> a2.h0<q> logits", "m1 a1.h0"),  # m1 between them
+    ("m0 m1 m2", "a1.h1<q>", ""),  # of which one alone lies before the receiver
+], ids=str)  # fmt: skip
+def test_path_patching_is_its_published_algorithm(senders, receivers, through):
+    model, pairs = random_case(LENGTHS, first_difference=1, n_layers=3, n_heads=2, d_model=12)
+    graph, names = model.graph, [text.split() for text in (senders, receivers, through)]
+    (chosen, passed), ends = ({graph.sender(s) for s in some} for some in names[::2]), [*map(graph.receiver, names[1])]
+
+    def score(pair):
+        clean, corrupt = pair.clean.senders, pair.corrupt.senders
+
+        def arrives(r, made, bias):
+            return bias + sum(corrupt[s] if s in chosen else x if s in passed else clean[s] for s, x in enumerate(made))
+
+        patched = oracle.run(model, pair.tokens, arrives).receivers
+        last = oracle.run(model, pair.tokens, lambda r, made, bias: patched[r] if r in ends else bias + sum(made))
+        return float(pair.value(last) - pair.value(pair.clean))
+
+    expected = oracle.mean_of(model, pairs, score)
+    found = path_patch(model, pairs, "logit_diff", names[0], routes(graph, *names[:2], through=names[2]), batch_size=1)
+    assert abs(expected) > 1e-3 and abs(found.effect - expected) <= 1e-10
 
 
 # Bad input
@@ -532,6 +559,8 @@ def test_routes_lead_through_the_named_components_and_onward_from_the_receivers(
     (lambda m, p: patch_nodes(m, p, nodes=["m7"]), "a sender is embed or"),
     (lambda m, p: interpolate(m, p, "nll", "m0->m1", points=1), "points must be at least 2, got 1"),
     (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0->m1"]), "no path leads from m0 to the logits"),
+    (lambda m, p: path_patch(m, p, "nll", ["m1"], routes(m.graph, ["m1"], ["a1.h0<q>", "m0"])),
+        "no path leads from m1 to a1.h0<q>, m0$"),
     (lambda m, p: path_patch(m, p, "nll", ["m0"], ["m0"]), "a path is written sender->receiver->"),
     (lambda m, p: path_patch(m, p, "nll", ["m0"], "m0->logits"), "paths must be a list of paths or a circuit"),
     (lambda m, p: run_circuit(m, p, []), "at least one circuit is needed"),
