@@ -373,7 +373,7 @@ def gated_grad(grad: Tensor, hidden: Tensor, up: Tensor, act_fn: str) -> tuple[T
     return made
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # few and small; recorded batches read them where they lie, so that none may go
 def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers in float64 on a device, copied there once: a copy in every call would wait, and could not be recorded."""
     return torch.tensor(numbers, dtype=torch.float64, device=device)

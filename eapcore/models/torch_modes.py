@@ -43,8 +43,10 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def _threads(of: Any) -> Iterator[None]:
-    """As many of torch's threads as the products of a small model are worth; a number that the environment sets
-    stays."""
+    """As many of torch's threads as the products of a small model are worth; a number that the environment sets stays.
+
+    torch gives the number to other threads that first use it meanwhile, and these keep it.
+    """
     before = torch.get_num_threads()
     config = getattr(getattr(of, "model", of), "config", None)
     device = getattr(getattr(of, "model", of), "device", None)

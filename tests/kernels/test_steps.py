@@ -203,6 +203,9 @@ def test_queries_and_keys_are_turned_and_turned_back(dtype, adjacent):
         copied = triton_steps._kept.cache_info().misses
         assert torch.equal(steps.turn(x, frequencies.clone(), before, where, **how, impl="triton"), made)
         assert triton_steps._kept.cache_info().misses == copied
+        kept = triton_steps._kept((1.0, 0.5), x.device)  # a recorded batch reads it where it lies: it may not go
+        others = [triton_steps._kept((float(n),), x.device) for n in range(100)]
+        assert triton_steps._kept((1.0, 0.5), x.device) is kept and len(others) == 100
         steps.turn(made, frequencies, before, where, sign=-1, **how, out=made, impl="triton")
         assert (made.double() - x.double()).norm() <= (2 * STORED[dtype] + 1e-6) * x.double().norm()
 
