@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -97,6 +98,11 @@ def rounding(model: Model, pairs: PromptPairs, metric: str) -> str:
         return f"dtype    {name}: no memory to compare with float32; on a language model they were {known} off\n"
     pairs_said = "one pair" if len(pairs) == 1 else f"{PAIRS} pairs"
     return f"dtype    {name}: on {pairs_said} all scores together are {error:.1%} off those in float32\n"
+
+
+def figure(value: float | None, form: str = ".4g") -> str:
+    """A number as people read it; a dash for none, or one that is not defined."""
+    return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 class Shown:
@@ -399,7 +405,7 @@ def write(args: argparse.Namespace, result: Saved, path: Path | None = None) -> 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float | int]]) -> str:
     """Rows under a header, text on the left, numbers on the right."""
-    cells = [[f"{c:.6g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    cells = [[figure(c, ".6g") if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(header, *cells, strict=True)]
     left = [bool(rows) and isinstance(c, str) for c in (rows[0] if rows else header)]
 

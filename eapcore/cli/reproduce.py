@@ -21,7 +21,7 @@ from eapcore.cli.options import (
     positive,
     several,
 )
-from eapcore.cli.output import Stages, check_out, described_prompts, heading, table, write
+from eapcore.cli.output import Stages, check_out, described_prompts, figure, heading, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
@@ -229,19 +229,19 @@ def _lines(found: Reproduction) -> Iterator[str]:
             groups.setdefault(key, {})[row["rule"]] = row["auc"]
         rows = [(*key, *(f"{areas[rule]:.4f}" for rule in rules)) for key, areas in groups.items()]
         yield table(("AUC by rule: edge set", "true", "ranking", "curve of", *rules), rows)
-        rows = [(r["role"], r["edges"], str(r["n"]), _short(r["mean"]), _short(r["std"])) for r in judged.roles]
+        rows = [(r["role"], r["edges"], str(r["n"]), figure(r["mean"]), figure(r["std"])) for r in judged.roles]
         yield table(("edges by the sender's role", "which", "n", "mean", "std"), rows)
     if found.exact is not None:
         e = found.exact
-        fit = f"{_short(e['slope'])} · EAP {e['intercept']:+.3g}"
-        yield f"\nexact patching of {e['which']}: exact = {fit}, R² {_short(e['r2'])}"
+        fit = f"{figure(e['slope'])} · EAP {figure(e['intercept'], '+.3g')}"
+        yield f"\nexact patching of {e['which']}: exact = {fit}, R² {figure(e['r2'])}"
     for curve in found.curves:
         way = ", ".join(f"{x:.3g}" for x in curve["effects"])
         yield f"curve    {curve['edge']}, 0 clean to 1 corrupt: {way}; EAP at 1: {curve['estimate']:.3g}"
     if found.searches:
         rows = [
             (r["start"], str(r["start_edges"]), f"{r['threshold']:g}", str(r["edges"]), str(r["connected"]),
-             _short(r["value"]), _short(r.get("j")), _short(r.get("start_j")))
+             figure(r["value"]), figure(r.get("j")), figure(r.get("start_j")))
             for r in found.searches
         ]  # fmt: skip
         metric = found.searches[0]["metric"]
@@ -255,22 +255,18 @@ def _lines(found: Reproduction) -> Iterator[str]:
         yield table(("AUC of", "edge set", *next(iter(others.values()))), rows)
     if found.subnetworks:
         rows = [
-            (r["selection"], str(r["edges"]), str(r["connected"]), _short(r.get("faithfulness")), _short(r.get("tpr")),
-             _short(r.get("fpr")), _short(r.get("j")))
+            (r["selection"], str(r["edges"]), str(r["connected"]), figure(r.get("faithfulness")), figure(r.get("tpr")),
+             figure(r.get("fpr")), figure(r.get("j")))
             for r in found.subnetworks
         ]  # fmt: skip
         yield table(("subnetwork", "edges", "connected", "kept", "TPR", "FPR", "J"), rows)
     if found.circuits:
-        rows = [(str(r["edges"]), str(r["connected"]), _short(r["faithfulness"])) for r in found.circuits]
+        rows = [(str(r["edges"]), str(r["connected"]), figure(r["faithfulness"])) for r in found.circuits]
         yield table(("largest edges", "connected", "kept of the behaviour"), rows)
     if found.areas:
-        yield f"\nCPR {_short(found.areas['cpr'])} (by −score)   CMD {_short(found.areas['cmd'])} (by |score|)"
+        yield f"\nCPR {figure(found.areas['cpr'])} (by −score)   CMD {figure(found.areas['cmd'])} (by |score|)"
     if found.heads:
-        rows = [(r["sender"], _short(r["score"]), r["role"] or "–") for r in found.heads]
+        rows = [(r["sender"], figure(r["score"]), r["role"] or "–") for r in found.heads]
         yield table(("largest senders", "score", "role"), rows)
     for sentence in found.left_out:
         yield f"\nwithout  {sentence}"
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4g}"

@@ -29,6 +29,7 @@ from eapcore.cli.output import (
     check_out,
     described_prompts,
     enough_prompts,
+    figure,
     rounding,
     score_table,
     scored_heading,
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     rows += [(f"circuit, {circuit.n_edges} edges", chosen.value, chosen.faithfulness)]
     rows += [(args.ablation, ablated, math.nan if same else 0.0)]
     for what, value, kept in rows:
-        print(f"{what:<24}{value:>12.4f}{'–' if math.isnan(kept) else format(kept, '.3f'):>15}")
+        print(f"{what:<24}{value:>12.4f}{figure(kept, '.3f'):>15}")
     print("\n" + enough_prompts(scores, chosen.selected.n_edges), end="")
     print(rounding(model, pairs, name) if args.leads else "", end="")
     print(f"wrote    {args.out}/{', '.join(_FILES)}")

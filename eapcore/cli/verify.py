@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from eapcore.cli.inputs import check_number, find_scores, prepare, top
 from eapcore.cli.options import TOP, Command, add_out, add_report, add_resume, add_scores, add_task, count, positive
-from eapcore.cli.output import Progress, check_out, heading, method, table, write
+from eapcore.cli.output import Progress, check_out, figure, heading, method, table, write
 from eapcore.cli.report import PAGE, check_report, report_folder
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     print(heading(model, pairs, metric))
     print(f"patched  the top {n} edges by |score| of {method(scores)}")
     print(
-        f"agree    exact = {agreement.slope:.4g} · score {agreement.intercept:+.4g}, R² {agreement.r2:.4f}, Spearman "
-        f"{agreement.spearman:.4f}, same sign {100 * agreement.signs:.1f} %"
+        f"agree    exact = {figure(agreement.slope)} · score {figure(agreement.intercept, '+.4g')}, R² "
+        f"{figure(agreement.r2, '.4f')}, Spearman {figure(agreement.spearman, '.4f')}, same sign "
+        f"{figure(100 * agreement.signs, '.1f')} %"
     )
     if args.show:
         print(table(("edges that differ most", "score", "exact"), found.worst))
@@ -97,10 +98,11 @@ def _sample(
         options["distributed"] = args.distributed
         found = verify_sample(model, pairs, metric, scores, args.sample, **options)
     write(args, replace(found, command=args.written))
-    (r2_low, r2_high), (low, high) = found.r2_interval, found.slope_interval
+    r2, r2_low, r2_high = (figure(x, ".3f") for x in (found.r2, *found.r2_interval))
+    slope, low, high = (figure(x, ".3g") for x in (found.slope, *found.slope_interval))
     print(
-        f"agree    over all edges, by {method(scores)}: R² {found.r2:.3f} ({r2_low:.3f} to {r2_high:.3f}), exact = "
-        f"{found.slope:.3g} ({low:.3g} to {high:.3g}) · score; in brackets three standard errors"
+        f"agree    over all edges, by {method(scores)}: R² {r2} ({r2_low} to {r2_high}), exact = {slope} ({low} to "
+        f"{high}) · score; in brackets three standard errors"
     )
     if args.show:
         rows = sorted(zip(found.edges, found.estimates, found.effects, strict=True), key=lambda r: -abs(r[1] - r[2]))

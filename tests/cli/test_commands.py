@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import eapcore.execution.ablation as ablations
 from eapcore.attribution.attribute import attribute
 from eapcore.attribution.positions import attention_edges
 from eapcore.cli import main
+from eapcore.cli.output import figure
 from eapcore.evaluation.faithfulness import mib
 from eapcore.evaluation.roc import roc
 from eapcore.evaluation.stability import stability
@@ -372,6 +374,13 @@ def test_verify_and_evaluate_score_by_the_method_that_they_are_told(eapcore, mod
     status, printed, content = eapcore("evaluate", "--metric", "logit_diff", *method)
     assert status == 0 and "scores   eap-ig" in printed
     assert content["mib"]["cpr"] == pytest.approx(mib(model, pairs, "logit_diff", expected).cpr)
+
+
+def test_what_is_not_defined_of_one_edge_is_a_dash_and_null(eapcore):
+    status, printed, content = eapcore("verify", "--top-n", 1)
+    assert status == 0 and "exact = – · score –, R² –, Spearman –, same sign 100.0 %" in printed
+    assert content["agreement"]["slope"] is None and "nan" not in json.dumps(content).lower()
+    assert figure(math.nan) == figure(None) == "–" and figure(0.25, "+.3g") == "+0.25"
 
 
 def test_options_that_do_not_suit_are_refused_before_constants_are_found(eapcore, monkeypatch, score_file):
