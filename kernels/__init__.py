@@ -6,18 +6,16 @@ under TRITON_INTERPRET=1) or "auto". A named implementation runs or raises; `cho
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, here, reference
 from . import dry_run as dry
 from .checks import FactoredReceivers, FactoredSenders, Norm, Sizes
 
@@ -36,7 +34,6 @@ __all__ = [
     "workspace_bytes",
 ]
 
-_log = logging.getLogger("eapcore")
 OPS = ("edge_scores", "receiver_grads", "edge_scores_factored")
 IMPLS = ("auto", "reference", "triton", "cpp")
 
@@ -47,30 +44,10 @@ def available() -> dict[str, str]:
 
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     if interprets or torch.cuda.is_available():
-        triton_reason = _no_triton(interprets)
+        triton_reason = here.no_triton(interprets)
     else:
         triton_reason = "no GPU is visible to torch (TRITON_INTERPRET=1 would run its interpreter)"
     return {"reference": "", "cpp": cpp.why_not(), "triton": triton_reason}
-
-
-@cache
-def _no_triton(interprets: bool) -> str:
-    """ "" if Triton, or its interpreter, can be used with the packages that are here, else why not, in a sentence."""
-    try:
-        import triton
-    except ImportError as error:
-        absent = error.name == "triton"
-        return "the package triton is not installed" if absent else f"the package triton cannot be imported ({error})"
-    # Its interpreter makes integers of arrays of one element, which is an error from numpy 2.4 on.
-    if interprets and _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
-        both = f"{triton.__version__}'s interpreter needs numpy below 2.4, and numpy is {np.__version__}"
-        return f"triton {both}: pip install 'numpy<2.4', or use triton 3.7 or newer"
-    return ""
-
-
-def _release(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def choose(op: str, *, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -78,19 +55,13 @@ def choose(op: str, *, device: torch.device | str, dtype: torch.dtype) -> str:
     checks.one_of("op", op, OPS)
     from . import cpp
 
-    kind = torch.device(device).type
-    if kind == "cpu" and cpp.supports(op, dtype):
-        if not cpp.why_not():
+    where = torch.device(device)
+    if where.type == "cpu" and cpp.supports(op, dtype):
+        why_not = cpp.why_not()
+        if not why_not:
             return "cpp"
-        _say_once(cpp.why_not())
-    if kind == "cuda" and dtype != torch.float64:
-        return "triton"
-    return "reference"
-
-
-@cache
-def _say_once(why_not: str) -> None:
-    _log.warning("the C++ kernels are not here, and torch's own operations take about twice the time: %s", why_not)
+        here.say_once(f"the C++ kernels are not here, and torch's own operations take about twice the time: {why_not}")
+    return "triton" if here.gpu_takes_triton(where, dtype) else "reference"
 
 
 class _Forks:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, here
 from . import dry_run as dry
 
 IMPLS = ("auto", "reference", "triton")
@@ -351,4 +351,4 @@ def takes_triton(impl: str, x: Tensor) -> bool:
     run = dry.active.get()
     device = x.device if run is None else run.device
     differentiated = x.requires_grad and torch.is_grad_enabled()  # which only torch's operations can be
-    return device.type == "cuda" and x.dtype != torch.float64 and not differentiated
+    return not differentiated and here.gpu_takes_triton(device, x.dtype)

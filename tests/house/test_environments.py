@@ -11,8 +11,11 @@ import tomllib
 import eapcore.kernels as kernels
 import numpy as np
 import pytest
+import torch
+from eapcore.kernels import here
 from models import ROOT
 
+import eapcore.attribution.plan as planning
 from eapcore.cli import main
 from eapcore.graph.files import replacing
 
@@ -32,7 +35,7 @@ def test_an_interpreter_that_this_numpy_breaks_is_refused(monkeypatch, triton_ve
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", triton_version)
     monkeypatch.setattr(np, "__version__", numpy_version)
-    reason = kernels._no_triton.__wrapped__(interprets)
+    reason = here.no_triton.__wrapped__(interprets)
     assert (not reason) == fits
     assert (
         fits or f"triton {triton_version}'s interpreter needs numpy below 2.4, and numpy is {numpy_version}" in reason
@@ -44,10 +47,28 @@ def test_a_package_that_is_there_but_broken_is_not_called_absent(monkeypatch, tm
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
-    reason = kernels._no_triton.__wrapped__(False)
+    reason = here.no_triton.__wrapped__(False)
     assert reason == "the package triton cannot be imported (No module named 'no_such_module')"
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert kernels._no_triton.__wrapped__(False) == "the package triton is not installed"
+    assert here.no_triton.__wrapped__(False) == "the package triton is not installed"
+
+
+def test_a_gpu_without_triton_runs_torch_s_operations_and_says_so_once(monkeypatch, caplog, capsys, request):
+    planning._run_dry.cache_clear()
+    request.addfinalizer(planning._run_dry.cache_clear)
+    for name in [name for name in sys.modules if name.startswith(("triton", "eapcore.kernels.triton_"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in vars(kernels) if name.startswith("triton_")]:
+        monkeypatch.delattr(kernels, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(here, "no_triton", here.no_triton.__wrapped__)
+    here.say_once.cache_clear()
+    assert kernels.choose("edge_scores", device="cuda", dtype=torch.bfloat16) == "reference"
+    # Such a model is planned by the code that would run.
+    assert main(["info", "toy-ioi", "--device", "cuda", "--memory", "80", "--tokens", "20"]) == 0
+    assert "auto takes reference" in capsys.readouterr().out
+    said = [record.getMessage() for record in caplog.records if "GPU's kernels are not here" in record.getMessage()]
+    assert len(said) == 1 and said[0].endswith("the package triton is not installed")
 
 
 def test_an_argument_that_no_file_can_hold_and_a_folder_that_is_gone_are_refused(tmp_path, monkeypatch, capsys):
