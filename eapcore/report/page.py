@@ -306,7 +306,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.circuit is not None:
         rows.append(("circuit", f"{run.circuit.n_edges:,} edges"))
     if run.scores.jaccard is not None:
-        n = max(1, run.circuit.n_edges if run.circuit is not None else min(50, graph.n_edges))
+        circuit = [min(50, graph.n_edges) if run.circuit is None else run.circuit.n_edges]
+        # Of the edges that were selected some may lie on no path, and are not in the circuit.
+        n = max(1, *(_part(run, "run", lambda _, content: content["curve"]["sizes"][-1:]) or circuit))
         text = f"Jaccard index {_number(run.scores.jaccard[n - 1])} of the top {n:,} edges of two draws of the pairs"
         few = task.get("n_pairs", FEWEST) < FEWEST
         rows.append(("prompts", f"{text}; " + ("too few to judge by" if few else f"{ENOUGH:g} is enough")))

@@ -59,6 +59,8 @@ def test_the_page_holds_the_uncertainty_of_every_edge(folder):
         assert there == pytest.approx(values.flatten()[flat].tolist(), rel=1e-6)
     assert "Jaccard index 0.5483 of the top 131 edges" in page
     assert known.meta["task"]["n_pairs"] == 2 and "of two draws of the pairs; too few to judge by" in page
+    selected = {"curve": {"sizes": [13, 140], "faithfulness": [0.1, 0.9], "intervals": None}}  # of which 131 connect
+    assert "of the top 140 edges" in render([Run(known, "known", known.top_n(131), run=selected)])
     more = replace(known, meta={**known.meta, "task": {**known.meta["task"], "n_pairs": 4}})
     assert "of two draws of the pairs; 0.8 is enough" in render([Run(more, "more", more.top_n(131))])
 
