@@ -19,6 +19,7 @@ from eapcore.execution.batch import Batch, cut, in_order, spans
 from eapcore.execution.distributed import ALONE, Ranks, deal
 from eapcore.graph.show import short
 from eapcore.models.forward import as_tokens, check_tokens, first_non_finite
+from eapcore.models.load import usable
 from eapcore.models.model import Model
 from eapcore.models.tensors import accumulate_dtype
 from eapcore.tasks.metrics import METRICS, Metric, MetricBatch, check_apart, evaluate, find_metric
@@ -225,11 +226,12 @@ def as_pairs(task: Task) -> PromptPairs:
 
 
 def check_model(model: Model) -> None:
-    """ValueError for what is no model, or one without values."""
+    """ValueError for what is no model, or one without values; RuntimeError for one on a device without float64."""
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, as eapcore.load returns, got a {type(model).__name__}")
     if model.device.type == "meta":
         raise ValueError("a model on the meta device has no weights: it is for planning alone, load it on another")
+    usable(model.device)
 
 
 def check_pairs(model: Model, pairs: PromptPairs, ablation: str) -> None:

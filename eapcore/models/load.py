@@ -278,11 +278,11 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def usable(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; RuntimeError where it cannot be used here."""
+    """The device that is meant; RuntimeError where it cannot be used here, or sums no scores in float64, as MPS."""
     if device is None:
         return None
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, dtype=torch.float64, device=device).device
     except Exception as error:  # torch raises many kinds of errors for devices that it lacks
         why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise RuntimeError(f"device {str(device)[:40]!r} cannot be used here: {why[:160]}") from error

@@ -69,6 +69,26 @@ def test_the_device_counts_what_the_host_waits_for():
         assert x.tolist() == [2.0, 7.0, 7.0] and view.data_ptr() == x.data_ptr() + 4
 
 
+def test_a_device_without_float64_is_refused_before_it_is_used():
+    class Narrow(on_accel):
+        def made(self, raw, device):
+            if raw.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype as it has none. Please use float32")
+            return super().made(raw, device)
+
+    model, pairs = random_case([5], dtype=torch.float32)
+    with Narrow():
+        there, message = (
+            on_device(model),
+            "device 'accel:0' cannot be used here: Cannot convert a MPS Tensor to float64",
+        )
+        refused(message, eapcore.attribute, there, pairs, error=RuntimeError)
+        refused(
+            message, eapcore.run_circuit, there, pairs, eapcore.Circuit.from_edges(model.graph, []), error=RuntimeError
+        )
+        refused(message, eapcore.load, "toy-ioi", device=DEVICE, error=RuntimeError)
+
+
 # Scores
 
 
