@@ -127,8 +127,9 @@ class Experiment:
     def no_scale(self, clean: float, ablated: float) -> bool:
         """Whether the metric's means on the clean and the ablated run are the same but for rounding: then no share of
         their difference is known."""
-        eps = torch.finfo(accumulate_dtype(self.model.dtype)).eps
-        return abs(clean - ablated) <= 64 * eps * max(abs(clean), abs(ablated))
+        of_metric, rounding = (64 * torch.finfo(x).eps for x in (torch.float64, accumulate_dtype(self.model.dtype)))
+        least = max(of_metric, rounding**2)  # of a KL of nearly the same, which is 0 on the clean run
+        return abs(clean - ablated) <= rounding * max(abs(clean), abs(ablated)) + least
 
     def check_finite(self, values: Annotated[Tensor, "2 N"]) -> None:
         """ValueError where the metric is not finite, naming the layer if it is the activations' fault."""

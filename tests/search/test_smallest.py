@@ -80,8 +80,9 @@ def test_a_metric_that_is_the_same_at_both_ends_has_no_share(case):
     experiment = Experiment.of(model, one, "logit_diff", "mean-positional")
     tried, clean, ablated = run_until(experiment, Recordings(experiment), selections(scores, [0.5, 1.0]))
     assert clean == pytest.approx(ablated, rel=1e-13) and math.isnan(tried[0].faithfulness) and len(tried) == 2
-    with pytest.raises(ValueError, match="on the clean and on the ablated run: faithfulness has no scale"):
-        faithfulness(model, one, "logit_diff", scores, ablation="mean-positional")
+    for metric in ("logit_diff", "kl"):
+        with pytest.raises(ValueError, match="on the clean and on the ablated run: faithfulness has no scale"):
+            faithfulness(model, one, metric, scores, ablation="mean-positional")
 
 
 def test_every_batch_is_recorded_once_however_many_circuits_are_run(case, recorded):
