@@ -17,6 +17,7 @@ from eapcore.kernels.checks import one_of, short_repr
 from eapcore.models.forward import check_tokens, embed, run_stages
 from eapcore.models.model import Model
 from eapcore.models.tensors import on
+from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean", "mean-positional", "optimal")
@@ -93,6 +94,7 @@ class Ablation:
         return str(self.meta["name"])
 
     @staticmethod
+    @own_modes
     def of(
         model: Model,
         pairs: PromptPairs,
@@ -146,6 +148,7 @@ class Ablation:
         return Ablation(meta, made, reference, model, model.weights.state())
 
     @staticmethod
+    @own_modes
     def optimal(
         model: Model,
         reference: PromptPairs,

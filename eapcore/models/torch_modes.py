@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from eapcore.models.config import ModelConfig
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +31,7 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
         with ExitStack() as modes:
-            modes.enter_context(_threads(args[0] if args else next(iter(options.values()), None)))
+            modes.enter_context(_threads((*args, *options.values())))
             if torch.is_inference_mode_enabled():
                 modes.enter_context(torch.inference_mode(False))
                 modes.enter_context(torch.no_grad())
@@ -42,14 +44,17 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _threads(of: Any) -> Iterator[None]:
-    """As many of torch's threads as the products of a small model are worth; a number that the environment sets stays.
+def _threads(given: Sequence[Any]) -> Iterator[None]:
+    """As many of torch's threads as the products of a small model are worth, one that a function is given or that of
+    an experiment; a number that the environment sets stays.
 
     torch gives the number to other threads that first use it meanwhile, and these keep it.
     """
     before = torch.get_num_threads()
-    config = getattr(getattr(of, "model", of), "config", None)
-    device = getattr(getattr(of, "model", of), "device", None)
+    models = [getattr(x, "model", x) for x in given]
+    config, device = next(
+        ((x.config, x.device) for x in models if isinstance(getattr(x, "config", None), ModelConfig)), (None, None)
+    )
     chosen = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
     if config is None or getattr(device, "type", None) != "cpu" or chosen:
         yield

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eapcore
 from eapcore.attribution.methods import METHODS
 from eapcore.evaluation.inside import inside_effects, inside_scores
+from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
@@ -223,6 +224,7 @@ def test_the_callers_modes_change_nothing(mode, storage):
             for way in ways},
         "run_with_senders": lambda m, p: eapcore.run_with_senders(m, p.clean)[1],
         **{name: EVERYTHING[name] for name in ("edges", "nodes", "a curve", "circuits", "acdc")},
+        **{name: lambda m, p, name=name: Ablation.of(m, p, name).values.z[-1] for name in ("mean", "optimal")},
     }  # fmt: skip
     expected = {name: torch.as_tensor(run(model, pairs)) for name, run in runs.items()}
     with mode():

@@ -44,6 +44,7 @@ def test_small_work_takes_one_thread_and_leaves_the_number_as_it_was(threads, mo
 
     for call in (
         lambda: attribute(model, pairs, metric),
+        lambda: attribute(metric=metric, task=pairs, model=model),
         lambda: patch_edges(model, pairs, metric),
         lambda: acdc(model, pairs, metric, threshold=0.1),
     ):
