@@ -180,8 +180,8 @@ def _is_causal(mask: Tensor, window: int | None) -> bool:
 
 def _turns_so(found: Tensor, config: ModelConfig) -> bool:
     """Whether frequencies [F] are one of the configuration's two sets."""
-    known = [config.rotary_frequencies, config.local_frequencies]
-    sets = [torch.tensor(each, dtype=torch.float64, device="cpu") for each in known if each]
+    known = [config.rotary_frequencies, config.local_frequencies or config.rotary_frequencies]
+    sets = [torch.tensor(each, dtype=torch.float64, device="cpu") for each in known]
     own = found.detach().double().cpu()
     return found.is_meta or any(
         own.shape == each.shape and torch.allclose(own, each, rtol=1e-4, atol=0) for each in sets

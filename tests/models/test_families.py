@@ -816,6 +816,7 @@ WRITTEN = {
     "mistral whose layers all have windows": ("mistral", {"sliding_window": 3}),
     "neox in Pythia's form": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 30, "head_dim": None}),
     "neox, silent": ("gpt_neox", {"head_dim": None}),
+    "neox whose heads are too small to be turned": ("gpt_neox", {"head_dim": None, "num_attention_heads": 9}),
 }
 
 
@@ -830,7 +831,8 @@ def test_a_file_s_fields_mean_what_they_mean_to_transformers(name, tmp_path):
     tokens = torch.randint(0, V, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module(tokens).logits
-    assert (forward(load(tmp_path), tokens) - expected).abs().max() <= 5e-6 * expected.abs().max()
+    for source in (tmp_path, module):
+        assert (forward(load(source), tokens) - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
 TEXT = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2, "head_dim": 6}
@@ -1000,6 +1002,11 @@ def _rounded(module):
     module.half()
 
 
+def _packed(module):
+    module.lm_head = torch.nn.Module()
+    module.lm_head.weight = lambda: torch.zeros(V, 18)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1012,6 +1019,7 @@ def _rounded(module):
         (_field("sliding_window", 2), "model.layers.1.self_attn sliding_window 2, but its configuration says None"),
         (_field("attn_logit_softcapping", 5.0), "attn_logit_softcapping 5.0, but its configuration says None"),
         (_another_rotation, "model.rotary_emb inv_freq with other frequencies"),
+        (_packed, r"lacks lm_head.weight \[29, 18\]"),
         (_rounded, r"model.rotary_emb inv_freq rounded to float16 \(load it with dtype=float16"),
         (_another_activation, "model.layers.1.mlp the activation GELU, but its configuration says silu"),
         (_another_eps, "model.layers.0.input_layernorm variance_epsilon 0.001, but its configuration says 1e-06"),
