@@ -169,8 +169,6 @@ class _Pattern:
         self.wide = accumulate_dtype(part.dz.dtype)
         self.q, self.k, v = attention.heads(part.saved.q, part.saved.kv, part.past, self.read)
         self.before = self.k.shape[2] - part.saved.kv.shape[1]
-        self.known = attention.causal.scores(self.q, self.k, self.before, self.read)
-        self.pattern = self.known.softmax(-1)  # [B, H, Q, P + T]
         self.d = by_group(part.dz.transpose(1, 2).to(self.wide), v.to(self.wide).transpose(-1, -2))
         self.by_key = reduce == "position" and not self.queries
         # The projections behind the channels: their activations [B, T, C, K], offsets [C, K] and W′ [D, C·K].
@@ -178,7 +176,11 @@ class _Pattern:
         act = part.saved.q if self.queries else part.saved.kv[:, :, :n_kv]
         each = 1 if self.queries or attention.grouped else attention.group
         self.offset = part.constants[1][channels][::each].to(self.wide)
-        self.moved = act.to(self.wide) - self.offset  # (x − μ) W′ without σ
+        at_rest = act.to(self.wide)
+        # Of what is not rounded between activations and scores, as those of the edges.
+        self.known = self._scores(at_rest.transpose(1, 2)[None])[0]
+        self.pattern = self.known.softmax(-1)  # [B, H, Q, P + T]
+        self.moved = at_rest - self.offset  # (x − μ) W′ without σ
         if self.norm_in.rstd is not None:
             self.moved = self.moved / self.norm_in.rstd[..., None]
         places = slice(attention.projection(channels.start), attention.projection(channels.stop - 1) + 1)
@@ -251,21 +253,21 @@ class _Pattern:
             made += self.offset
         return made.transpose(2, 3)
 
-    def _changed(self, made: Tensor, summed: bool = False) -> Tensor:
-        """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
+    def _scores(self, made: Tensor) -> Tensor:
+        """Attention scores [S', B, H, Q, P + T] of the channels' activations [S', B, H or G, T, K]."""
         attention, before, read = self.attention, self.before, self.read
         if self.queries:
-            other = attention.causal.scores(
-                attention.ready_queries(made, before, read), self.k.to(made.dtype), before, read
-            )
-        else:
-            front = self.k[:, :, :before].to(made.dtype)
-            front = front.repeat_interleave(made.shape[2] // self.k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
-            ready = attention.ready_keys(made, before)
-            keys = torch.cat([front, ready], 3) if before else ready  # [S', B, G, P + T, K]
-            q = self.q.to(made.dtype)
-            other = attention.causal.scores(q, keys, before, read)
-        change = self._change(other)  # [S', B, H, Q, P + T]
+            queries = attention.ready_queries(made, before, read)
+            return attention.causal.scores(queries, self.k.to(made.dtype), before, read)
+        front = self.k[:, :, :before].to(made.dtype)
+        front = front.repeat_interleave(made.shape[2] // self.k.shape[1], 1).expand(len(made), -1, -1, -1, -1)
+        ready = attention.ready_keys(made, before)
+        keys = torch.cat([front, ready], 3) if before else ready  # [S', B, G, P + T, K]
+        return attention.causal.scores(self.q.to(made.dtype), keys, before, read)
+
+    def _changed(self, made: Tensor, summed: bool = False) -> Tensor:
+        """[B or T, S', H] from the channels' activations [S', B, H or G, T, K], or summed over the heads."""
+        change = self._change(self._scores(made))  # [S', B, H, Q, P + T]
         change = change.sum(2) if summed else change
         if self.reduce != "position":
             return change.sum((-2, -1)).transpose(0, 1)

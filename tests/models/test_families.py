@@ -676,6 +676,25 @@ def test_narrower_dtypes_are_near(name, dtype):
         assert error <= {"float32": 4e-6, "bfloat16": 8e-2, "float16": 1e-2}[dtype], method
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_exact_patterns_of_small_differences_round_as_gradients_do(name, dtype):
+    """Where corrupt tokens are nearly the clean ones, what is rounded behind activations would be most of a score."""
+    state = {key: tensor.to(dtype) for key, tensor in theirs(name).state_dict().items()}
+    embedding = state["model.embed_tokens.weight"]
+    embedding[22:] = embedding[: V - 22]
+    embedding[22:, 0] *= 1 + 8 * torch.finfo(dtype).eps
+    config = theirs(name).config.to_dict()
+    half, exact = load(state, config=config), load(state, config=config, dtype="float64")
+    clean, corrupt = [[3, 10, 5, 11, 6, 1], [12, 4, 9, 2, 20, 5]], [[3, 10, 27, 11, 6, 1], [12, 26, 9, 2, 20, 5]]
+    pairs = PromptPairs.from_lists(clean, corrupt, [[1], [2]], [[4], [6]])
+    errors = []
+    for method in ("eap", "qk-fix"):
+        found, expected = (eapcore.attribute(model, pairs, method=method).scores for model in (half, exact))
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors[1] <= 1.02 * errors[0] < 0.5
+
+
 def _widened(model):
     return assemble(model.config, {name: tensor.double() for name, tensor in model.weights.named()})
 
