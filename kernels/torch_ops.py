@@ -128,15 +128,32 @@ def edge_scores(
     precision: str = "auto",
     impl: str = "auto",
 ) -> Annotated[Tensor | np.ndarray, "S R | B S R | T S R"]:
-    """`kernels.edge_scores` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
+    """Contract every sender's difference with every receiver's gradient, all pairs at once.
 
         scores[s, r] = Σ_{b,t} Σ_d delta[s, b, t, d] · grads[r, b, t, d]        where mask[s, r], else exactly 0
 
-    Args, raises: as `kernels.edge_scores`. Arrays are read in place; only what torch cannot view, read-only or reversed
-    arrays, is copied.
+    Accumulates in float32, in float64 for float64, in a fixed order: the same inputs give the same bits twice. Torch
+    tensors, numpy arrays and objects with `__dlpack__` are read in place, with any strides, also under torch.compile;
+    only what torch cannot view, read-only or reversed arrays, is copied.
+
+    Args:
+        delta: [S, B, T, D] e_corrupt − e_clean of the senders; float64, float32, bfloat16 or float16.
+        grads: [R, B, T, D] ∂metric/∂v of the receivers, same dtype and device.
+        mask: bool [S, R], True where there is an edge; None for all pairs.
+        reduce: "all" sums over b and t; "pair" over t only; "position" over b only.
+        rows: int64 [N], distinct indices b·T + t of the token rows to sum over; None for all.
+        precision: of float32 on a GPU: "ieee", "tf32x3" (three products on tensor cores, as exact), or "auto".
+        impl: "auto" by device and dtype, "reference", "triton" or "cpp"; a named one runs or raises.
 
     Returns:
-        [S, R], [B, S, R] or [T, S, R]: a numpy array if delta is one, else a tensor.
+        [S, R] for "all", [B, S, R] for "pair", [T, S, R] for "position"; float32, or float64 for float64. A numpy array
+        if delta is one, else a tensor.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or an option is unknown.
+        RuntimeError: the named implementation cannot run here, or a derivative is asked for: there is none.
+
+    Source: Syed, Rager, Conmy 2023, eq. 2.
     """
     tensors = [as_tensor(value, name) for name, value in (("delta", delta), ("grads", grads))]
     optional = [None if value is None else as_tensor(value, name) for name, value in (("mask", mask), ("rows", rows))]
@@ -176,14 +193,32 @@ def receiver_grads(
     offset: Annotated[_Array, "C K"] | None = None,
     impl: str = "auto",
 ) -> Annotated[Tensor | np.ndarray, "C B T D"]:
-    """`kernels.receiver_grads` on torch tensors, numpy arrays or DLPack objects, and under torch.compile.
+    """Gradients with respect to the residual stream that each head's q, k or v input reads, without splitting it.
+
+    For one channel with x̂ the normalised stream, n = γ∘x̂ + β and a = n·W + b, given g = ∂metric/∂a:
 
         ∂metric/∂v = rstd · ( γ∘(W g) − c1·1 − c2·x̂ )      c1 = ⟨g, Wᵀγ⟩/D      c2 = ⟨g, a − b − Wᵀβ⟩/D
 
-    Args, raises: as `kernels.receiver_grads`; the arrays in `norm` too.
+    RMSNorm has no c1; without a norm it is W g. Torch tensors, numpy arrays and objects with `__dlpack__`, also under
+    torch.compile.
+
+    Args:
+        g: [C, B, T, K] ∂metric/∂a; float64, float32, bfloat16 or float16.
+        act: [C', B, T, K] a, the activations that the forward pass made.
+        weight: [C', D, K]. C' is C, or a divisor of it: C / C' channels that follow one another share their a and W.
+        norm: an `eapcore.kernels.Norm`, the normalisation that all C channels read through.
+        w_gamma, offset: [C, K], Wᵀγ and b + Wᵀβ, from `eapcore.kernels.receiver_constants`; not needed without a norm
+            (w_gamma not for RMSNorm).
+        impl: "auto" by device and dtype, "reference", "triton" or "cpp"; a named one runs or raises.
 
     Returns:
-        [C, B, T, D]: a numpy array if g is one, else a tensor.
+        [C, B, T, D] in g's dtype: a numpy array if g is one, else a tensor.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or an option is unknown.
+        RuntimeError: the named implementation cannot run here, or a derivative is asked for: there is none.
+
+    Source: the LayerNorm derivative with both reductions moved to d_head; README, "The closed form".
     """
     if not isinstance(norm, kernels.Norm):
         raise ValueError(f"norm must be an eapcore.kernels.Norm, got {checks.short_repr(norm)}")

@@ -31,7 +31,7 @@ from eapcore.execution.batch import Batch
 from eapcore.execution.limits import LEAST_CHUNK, limits
 from eapcore.execution.memory import budget
 from eapcore.graph.graph import Graph
-from eapcore.kernels.checks import short_repr
+from eapcore.kernels.checks import FLOATS, short_repr
 from eapcore.kernels.dry_run import dry_run
 from eapcore.models.config import ModelConfig
 from eapcore.models.families.names import assemble
@@ -180,14 +180,18 @@ def dense_bytes(
             threads.
         groups: channel groups of a layer: 3 where a checkpoint stores q, k and v apart, 0 where each head as well.
         passes: of another method than one gradient at the clean run; `together` of them run as one batch.
+
+    Raises:
+        ValueError: sizes that are no positive integers, or another dtype than float64, float32, bfloat16 and float16.
+        RuntimeError: the named implementation cannot run here.
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(f"config must be a ModelConfig, as model.config is, got a {type(config).__name__}")
     for name, size in (("batch", batch), ("tokens", tokens), ("together", together)):
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST:
             raise ValueError(f"{name} must be an integer from 1 to {_MOST}, got {short_repr(size)}")
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be a torch.dtype, e.g. torch.float32, got {short_repr(dtype)}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {short_repr(dtype)}")
     return Plan(config, dtype, torch.device(device), impl, groups, passes).dense(batch, tokens, together)
 
 

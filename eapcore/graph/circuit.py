@@ -67,6 +67,7 @@ class Circuit(ByValue):
 
     @property
     def n_edges(self) -> int:
+        """How many edges it has."""
         return int(self.mask.sum())
 
     @property

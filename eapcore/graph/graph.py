@@ -74,6 +74,7 @@ class Graph:
 
     @property
     def senders_per_layer(self) -> int:
+        """A layer's heads, and its MLP where it has one."""
         return self.n_heads + self.has_mlp
 
     @property
@@ -83,18 +84,22 @@ class Graph:
 
     @property
     def receivers_per_layer(self) -> int:
+        """A layer's q, k and v inputs, and its MLP's where it has one."""
         return self.channels_per_layer + self.has_mlp
 
     @property
     def n_senders(self) -> int:
+        """S: the embedding, and each layer's."""
         return 1 + self.n_layers * self.senders_per_layer
 
     @property
     def n_receivers(self) -> int:
+        """R: each layer's, and the logits' input."""
         return self.n_layers * self.receivers_per_layer + 1
 
     @property
     def n_edges(self) -> int:
+        """E: a sender and a receiver that comes behind it."""
         return sum(self.senders_before(r) for r in range(self.n_receivers))
 
     def heads(self, layer: int) -> slice:
@@ -178,6 +183,7 @@ class Graph:
 
     @property
     def sender_names(self) -> list[str]:
+        """Of all S in order: embed, then each layer's heads a0.h0, a0.h1, … and its MLP m0."""
         names = ["embed"]
         for layer in range(self.n_layers):
             names += [f"a{layer}.h{head}" for head in range(self.n_heads)]
@@ -186,6 +192,7 @@ class Graph:
 
     @property
     def receiver_names(self) -> list[str]:
+        """Of all R in order: each layer's a0.h0<q>, …, a0.h0<k>, …, a0.h0<v>, … and m0, at the end logits."""
         names = []
         for layer in range(self.n_layers):
             names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
@@ -230,6 +237,7 @@ class Graph:
         return sender, receiver
 
     def edge_name(self, sender: int, receiver: int) -> str:
+        """The name of the edge between these places, e.g. `a3.h7->a5.h2<q>`."""
         return f"{self.sender_names[sender]}->{self.receiver_names[receiver]}"
 
     def _forms(self, suffix: str) -> str:

@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -302,8 +302,9 @@ def _first_line(error: BaseException) -> str:
 # The Hub
 
 
-def hub_id(source: str) -> str:
-    """A model's id on the Hub; ValueError for a text that is neither such an id nor a folder."""
+def hub_id(source: str, others: Sequence[str] = ()) -> str:
+    """A model's id on the Hub; ValueError for a text that is neither such an id nor a folder. others: names of models
+    that are not there."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -314,7 +315,7 @@ def hub_id(source: str) -> str:
         name = ""
     if "/" not in name:
         raise ValueError(
-            f"unknown model {source!r}: expected a folder that exists, one of {', '.join(PINNED)}, "
+            f"unknown model {source!r}: expected a folder that exists, one of {', '.join([*others, *PINNED])}, "
             "or an owner/name on the Hub"
         )
     return name

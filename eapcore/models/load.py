@@ -30,7 +30,7 @@ from eapcore.models.checkpoint import (
 )
 from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.families import layout_of
-from eapcore.models.families.gguf import find_gguf, gguf_model
+from eapcore.models.families.gguf import PACKAGED, find_gguf, gguf_model
 from eapcore.models.families.names import Layout, build_weights
 from eapcore.models.links import Links
 from eapcore.models.model import Model
@@ -197,7 +197,7 @@ def _locate(
             f"expected a folder with config.json and a weights file at {source}, or a GGUF or nanoGPT file, found "
             f"{found} there"
         )
-    repo = hub_id(source)
+    repo = hub_id(source, [*TOYS, *PACKAGED])
     if config_alone:
         return repo, fetch_config(repo, revision=revision, cache_dir=cache_dir).parent, None
     path = fetch_weights(repo, revision=revision, cache_dir=cache_dir)

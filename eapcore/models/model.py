@@ -176,10 +176,12 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
+        """Its senders, receivers and edges."""
         return self.config.graph
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of all weights; scores of a float64 model are float64, of all others float32."""
         return self.weights.w_e.dtype
 
     @property

@@ -47,6 +47,23 @@ def test_an_example_runs_on_its_own(example, tmp_path, monkeypatch, capsys):
     assert example.count("print(") == 0 or capsys.readouterr().out
 
 
+def test_a_docstring_says_what_every_argument_and_member_is():
+    for name in eapcore.__all__:
+        value = getattr(eapcore, name)
+        assert inspect.getdoc(value), name
+        if inspect.isclass(value):
+            for inner, member in vars(value).items():
+                for wrapped in ("fget", "func", "__func__"):
+                    member = getattr(member, wrapped, member)
+                if inspect.isfunction(member) and not inner.startswith("_"):
+                    assert inspect.getdoc(member), f"{name}.{inner}"
+            continue
+        for parameter in inspect.signature(value).parameters.values():
+            kinds = parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL
+            assert parameter.kind in kinds or re.search(rf"\b{parameter.name}\b", value.__doc__), (name, parameter.name)
+        assert "Raises:" in value.__doc__, name
+
+
 # Shapes in signatures
 
 LETTERS = set(re.findall(r"`([A-Z])`", PAGE))

@@ -124,7 +124,7 @@ CALLS = {
         lambda: eapcore.attribute(MODEL, (PAIRS.clean.to("meta"), PAIRS.corrupt)), "tokens with values, .* meta device"
     ),
     "a dtype as text": (
-        lambda: eapcore.dense_bytes(MODEL.config, batch=1, tokens=3, dtype="x"), "dtype must be a torch.dtype"
+        lambda: eapcore.dense_bytes(MODEL.config, batch=1, tokens=3, dtype="x"), "dtype must be one of torch.float64"
     ),
 }  # fmt: skip
 

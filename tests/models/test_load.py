@@ -675,7 +675,7 @@ def test_wrong_arguments_are_refused(folder):
     refused("expected a folder, a Hub id, a transformers model or a state dict, got a int", 3)
     refused("got a Linear without config", torch.nn.Linear(2, 2))
     for name in ("gpt5", "a/b/c", "a--b/c", "-a/b", "two words/model"):
-        refused(f"unknown model '{name}': .* one of gpt2, gpt2-medium, gpt2-large, gpt2-xl", name)
+        refused(f"unknown model '{name}': .* one of toy-ioi, toy-induction, smollm2-135m, gpt2, gpt2-medium", name)
     refused("device 'no-such-device' cannot be used here", folder, RuntimeError, device="no-such-device")
     if not torch.cuda.is_available():
         refused("device 'cuda' cannot be used here", folder, RuntimeError, device="cuda")
