@@ -136,10 +136,10 @@ class _Inside(Sink):
         self.sent[senders] += ((corrupt - clean).double() * grad.double()).sum((1, 2, 3)).cpu()
 
     def channels(self, part: Channels) -> Tensor:
-        other, attention = self.other[part.index], part.attention
+        other, own = self.other[part.index], part.saved
         assert other is not None
-        act = torch.cat([other.q, attention.of_each(other.kv)], 2)[:, :, part.channels]
-        self.inputs[part.receivers] += ((act - part.act).double() * part.g.double()).sum((0, 1, 3)).cpu()
+        moved = torch.cat([other.q - own.q, part.attention.of_each(other.kv - own.kv)], 2)[:, :, part.channels]
+        self.inputs[part.receivers] += (moved.double() * part.g.double()).sum((0, 1, 3)).cpu()
         return part.total()
 
 

@@ -29,6 +29,7 @@ from eapcore.attribution.methods import METHODS
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.positions import attention_edges
 from eapcore.evaluation.completeness import completeness
+from eapcore.evaluation.inside import inside_scores
 from eapcore.evaluation.screened import Runs
 from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
@@ -232,6 +233,8 @@ def test_grouped_scores_are_the_sums_of_the_others(name):
     assert shared.graph.n_kv == each.config.n_kv and each.graph.n_kv is None and size > 1
     pairs = pairs_for(each)
     methods = ["eap-ig", "relp"] + ["qk-fix"] * (not each.config.qk_norm_joint)  # which a norm of all keys joins
+    inside = [inside_scores(Experiment.of(model, pairs)) for model in (each, shared)]
+    torch.testing.assert_close(inside[0].sent, inside[1].sent, rtol=0, atol=1e-12)
     for options in ({"storage": "factored"}, *({"method": method} for method in methods)):
         many, few = (eapcore.attribute(model, pairs, **options) for model in (each, shared))
         for r, receiver in enumerate(few.graph.receiver_names):
@@ -240,7 +243,9 @@ def test_grouped_scores_are_the_sums_of_the_others(name):
                 layer, rest = receiver.split(".kv")
                 number, part = int(rest.split("<")[0]), rest[-2]
                 names = [f"{layer}.h{h}<{part}>" for h in range(number * size, (number + 1) * size)]
-            expected = sum(many.scores[:, many.graph.receiver(one)] for one in names)
+            places = [many.graph.receiver(one) for one in names]
+            torch.testing.assert_close(inside[1].inputs[r], inside[0].inputs[places].sum(), rtol=0, atol=1e-12)
+            expected = many.scores[:, places].sum(1)
             torch.testing.assert_close(few.scores[:, r], expected, rtol=0, atol=1e-12 * float(many.scores.abs().max()))
 
 
