@@ -44,6 +44,7 @@ FACTORS = (0.25, 1.0, 4.0)  # of the published threshold, where searches start
 SAMPLE, CURVES = 100, 4  # edges patched where not all are; of the outlying ones those that are followed
 SMALL = 5_000  # edges that are all patched, and all searched
 KEPT = 0.8  # of the behaviour, by the smallest circuit
+HEADS = 15  # senders of the largest scores that are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -591,9 +592,9 @@ def _described(circuit: Circuit) -> dict[str, int]:
     return {"edges": circuit.n_edges, "connected": circuit.prune().n_edges}
 
 
-def _heads(graph: Graph, truth: Truth | None, inside: Inside, unit: float, n: int = 15) -> list[dict[str, Any]]:
+def _heads(graph: Graph, truth: Truth | None, inside: Inside, unit: float) -> list[dict[str, Any]]:
     """The senders with the largest |score| of all that they send, but for the embedding."""
-    order = sorted(range(1, graph.n_senders), key=lambda s: -abs(float(inside.sent[s])))[:n]
+    order = sorted(range(1, graph.n_senders), key=lambda s: -abs(float(inside.sent[s])))[:HEADS]
     names = graph.sender_names
     return [
         {

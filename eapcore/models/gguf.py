@@ -157,7 +157,7 @@ def _read(
 ) -> Tensor:
     """A tensor; one that is quantised in a dtype, float32 for None, without a whole one in another."""
     if not size:
-        return torch.empty(shape, dtype=getattr(torch, kind.dtype))
+        return torch.empty(shape, dtype=getattr(torch, kind.dtype), device="cpu")
     raw = np.frombuffer(data, np.uint8, size, start)
     if kind.decode is None:
         return torch.from_numpy(raw).view(getattr(torch, kind.dtype)).view(shape)

@@ -237,10 +237,6 @@ class Model:
         weights = self._heads()[0].at_rest.w_qkv
         return len(weights) if all(as_matrix(w) is not None for w in weights) else 0
 
-    def stages_from(self, layer: int) -> tuple[Stage, ...]:
-        """The stages of a layer and of all behind it."""
-        return tuple(stage for stage in self.stages if stage.index >= layer)
-
     @cached_property
     def next_norms(self) -> tuple[Norm, ...]:
         """For each stage the norm of the one behind it, on its own device."""

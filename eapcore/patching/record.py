@@ -160,9 +160,9 @@ class Recording:
         return max(1, min(useful, limits.LOGITS // logits))
 
 
-def record(experiment: Experiment, batch_size: int | str = "auto", *, copies: int = 1) -> Iterator[Recording]:
-    """All pairs in batches of at most `batch_size`; copies: about how many of a batch go through a layer."""
-    for group in experiment.groups(useful_size(experiment, batch_size), copies):
+def record(experiment: Experiment, batch_size: int | str = "auto") -> Iterator[Recording]:
+    """All pairs in batches of at most `batch_size`."""
+    for group in experiment.groups(useful_size(experiment, batch_size), 1):
         yield Recording.of(experiment, group)
 
 

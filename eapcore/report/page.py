@@ -24,6 +24,7 @@ from eapcore.report.run_folder import PARTS, Run
 MOST = 60_000  # edges that a page holds: 8 bytes each, 16 with their uncertainty
 _HERE = Path(__file__).parent
 _ROWS = 24  # prompt pairs that a page shows
+_BINS, _DECADES = 24, 6  # of the histogram, to either side of 0
 
 
 def write_page(runs: Sequence[Run], path: str | Path, *, command: str | None = None) -> None:
@@ -210,19 +211,23 @@ def _agreement(run: Run, content: Any) -> list[str]:
     return [line, f"R² {_number(found['r2'])}, Spearman {_number(found['spearman'])}, same sign {_number(signs)} %"]
 
 
-def histogram(run: Run, per_side: int = 24, decades: int = 6) -> dict[str, Any]:
+def histogram(run: Run) -> dict[str, Any]:
     """Counts of edges by score, in and outside the circuit, on a logarithmic axis to both sides of 0.
 
-    ends: [bins + 1], where each bin begins and the last ends; the middle one is what lies within 10^−decades of the
-    largest |score|.
+    ends: [bins + 1], where each bin begins and the last ends; the middle one is what lies within 10^−6 of the largest
+    |score|.
     """
     scores = run.scores
     values = scores.scores[scores.mask].double()
     finite_ones = values[values.isfinite()].abs()
     most = (float(finite_ones.max()) if len(finite_ones) else 0.0) or 1.0
-    side = [most * 10 ** (decades * (i / per_side - 1)) for i in range(per_side + 1)]
+    side = [most * 10 ** (_DECADES * (i / _BINS - 1)) for i in range(_BINS + 1)]
     ends = torch.tensor([-x for x in reversed(side)] + side, dtype=torch.float64, device="cpu")
-    inside = torch.zeros(len(values), dtype=torch.bool) if run.circuit is None else run.circuit.mask[scores.mask]
+    inside = (
+        torch.zeros(len(values), dtype=torch.bool, device="cpu")
+        if run.circuit is None
+        else run.circuit.mask[scores.mask]
+    )
     places = torch.bucketize(values.clamp(-most, most), ends[1:-1], right=True)
     counts = [places[chosen].bincount(minlength=len(ends) - 1).tolist() for chosen in (inside, ~inside)]
     return {"ends": ends.tolist(), "inside": counts[0], "outside": counts[1], "circuit": run.circuit is not None}

@@ -256,7 +256,7 @@ def _cell(name: str, cell: str, where: str) -> Any:
 _CORRUPTED = r"corrupted(?:_(?!\w*id[xs]$)\w+)?"  # corrupted_hard and the like
 
 
-def _id_pairs(answer: str, wrong: str, aside: str, corrupt: str = _CORRUPTED) -> Format:
+def _id_pairs(answer: str, wrong: str, aside: str) -> Format:
     def entry(row: Row, field: str | None, where: str) -> Entry:
         return Entry(
             text(row["clean"], f"clean of {where}"),
@@ -271,7 +271,7 @@ def _id_pairs(answer: str, wrong: str, aside: str, corrupt: str = _CORRUPTED) ->
         entry,
         f"answer from {answer}, wrong from {wrong}, token ids",
         aside=aside,
-        corrupt=corrupt,
+        corrupt=_CORRUPTED,
         first=("corrupted",),
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FORM = 'an entry is {"clean": …, "corrupt": …, "answer": …, "wrong": …}, prompts as text or lists of token ids'
+_LISTED = 16  # names in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ def shown(value: object, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def listed(names: Collection[str], most: int = 16) -> str:
+def listed(names: Collection[str]) -> str:
     """Names in an error, in order."""
-    few = ", ".join(shown(name)[1:-1] or "one without a name" for name in list(names)[:most])
-    return few + (f" and {len(names) - most} more" if len(names) > most else "")
+    few = ", ".join(shown(name)[1:-1] or "one without a name" for name in list(names)[:_LISTED])
+    return few + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def read_rows(path: Path, known: Collection[str], n: int | None) -> Rows:
