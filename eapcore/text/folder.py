@@ -27,6 +27,7 @@ _DEFAULTS = {  # special tokens of the classes whose rules are known, where the 
     "GPTNeoXTokenizer": {"bos": _END, "eos": _END, "unk": _END, "pad": "<|padding|>"},
     "Qwen2Tokenizer": {"eos": _END, "unk": _END, "pad": _END},
     "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "CodeLlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     "GemmaTokenizer": {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"},
 }
 _BYTES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer")  # whose rule, with two files, is all there is to know
@@ -138,8 +139,9 @@ def _rule(kind: str | None, config: Mapping[str, Any]) -> tuple[Any, Any]:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     space = config.get("add_prefix_space")
-    if kind == "LlamaTokenizer":
-        scheme = "never" if space is False else "always" if config.get("legacy") is True else "first"
+    if kind in ("LlamaTokenizer", "CodeLlamaTokenizer"):
+        always = kind == "LlamaTokenizer" and config.get("legacy") is True
+        scheme = "never" if space is False else "always" if always else "first"
         return pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False), None
     if kind == "GemmaTokenizer":
         return pre_tokenizers.Split(" ", behavior="merged_with_previous"), normalizers.Replace(" ", "▁")

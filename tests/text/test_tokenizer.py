@@ -234,6 +234,7 @@ SETTINGS = {
     "Llama 3": (one_file, None, {**kind("LlamaTokenizerFast"), "config": {"model_type": "llama"}}, True),
     "Llama": (pieces, changed(pre_tokenizer=META), kind("LlamaTokenizer", legacy=False), True),
     "Llama, as once written": (pieces, changed(normalizer=SPACED), kind("LlamaTokenizer"), False),
+    "CodeLlama, as once written": (pieces, changed(normalizer=SPACED), kind("CodeLlamaTokenizer"), False),
     "Llama by its file": (pieces, changed(normalizer=SPACED), kind(FILE), True),
     "Gemma": (pieces, changed(normalizer=NORM.Replace(" ", "▁")), kind("GemmaTokenizer"), True),
 }  # fmt: skip
