@@ -1,4 +1,4 @@
-"""Judging scores and circuits by running the model: faithfulness, completeness, minimality, exact effects."""
+"""How much of the behaviour circuits of several sizes keep: faithfulness, and the MIB benchmark's CPR and CMD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing scores without running a model: ROC against a circuit, agreement, overlap, stability under resampling."""
+"""How well scores, or circuits, tell the edges of a reference circuit from the others; no model is run."""
 
 from __future__ import annotations
 
