@@ -259,10 +259,12 @@ class Model:
         if self.links is not None:
             self.links.follow()
         state = self.weights.state()
-        if state not in self._hashed:
+        found = self._hashed.get(state)
+        if found is None:
+            found = self._hash()
             self._hashed.clear()
-            self._hashed[state] = self._hash()
-        return self._hashed[state]
+            self._hashed[state] = found
+        return found  # as another thread may have cleared it
 
     def _hash(self) -> str:
         c = self.config
