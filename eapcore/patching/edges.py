@@ -1,4 +1,4 @@
-"""Exact patching: circuits, edges, nodes and paths, each by running the model rather than by its gradient."""
+"""Exact patching of edges: what the metric does where one of them alone carries the ablated activation."""
 
 from __future__ import annotations
 
