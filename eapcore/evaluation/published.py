@@ -152,13 +152,13 @@ def _thinned(found: Roc) -> Roc:
 
 
 def _moments(values: Annotated[Tensor, "float64 E"]) -> dict[str, Any]:
-    """How many there are, their mean and standard deviation (of all, not of a sample), and quantiles."""
-    nan = math.nan
+    """How many there are, and of the finite ones mean, standard deviation (of all, not of a sample) and quantiles."""
+    n, values, nan = len(values), values[values.isfinite()], math.nan
     if not len(values):
-        return {"n": 0, "mean": nan, "std": nan, "quantiles": [nan] * 5}
+        return {"n": n, "mean": nan, "std": nan, "quantiles": [nan] * 5}
     ends = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=values.dtype, device="cpu")
     return {
-        "n": len(values),
+        "n": n,
         "mean": float(values.mean()),
         "std": float(values.std(unbiased=False)),
         "quantiles": values.quantile(ends).tolist(),
@@ -166,8 +166,10 @@ def _moments(values: Annotated[Tensor, "float64 E"]) -> dict[str, Any]:
 
 
 def _histogram(values: Tensor, true: Tensor) -> dict[str, Any]:
-    """Counts by score in equal bins, of what is inside and outside a circuit; [bins + 1] ends."""
-    low, high = float(values.min()), float(values.max())
+    """Counts by score in equal bins, of what is inside and outside a circuit; [bins + 1] ends. Infinite scores, which
+    other people's files may have, are in the outermost bins."""
+    finite = values[values.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     high = high if high > low else low + 1
     ends = torch.linspace(low, high, BINS + 1, dtype=torch.float64, device="cpu")
     places = torch.bucketize(values, ends[1:-1], right=True)

@@ -122,7 +122,7 @@ def _scores(axes: Axes, judged: Content) -> None:
 
 
 def _roles(axes: Axes, judged: Content, published: Mapping[str, Sequence[float]]) -> None:
-    rows = [row for row in judged["roles"] if row["edges"] == "of the circuit" and row["n"]]
+    rows = [row for row in judged["roles"] if row["edges"] == "of the circuit" and row["mean"] is not None]
     for at, row in enumerate(rows):
         low, q1, median, q3, high = row["quantiles"]
         axes.plot([at, at], [low, high], color=QUIET, linewidth=0.9)

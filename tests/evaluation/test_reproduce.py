@@ -282,13 +282,20 @@ def test_scores_without_a_unit_or_mlps_are_judged_by_what_they_have(tmp_path):
 
 def test_a_page_and_pictures_are_written_beside(tmp_path, capsys, monkeypatch):
     truth, _ = known("docstring")
-    random_scores(truth.circuit.graph).save(tmp_path / "scores.safetensors")
+    scores = random_scores(truth.circuit.graph)
+    scores.scores[0, truth.circuit.graph.edge_mask()[0]] = torch.inf  # as ACDC's files have edges that nothing removed
+    scores.save(tmp_path / "scores.safetensors")
     monkeypatch.setattr(figures, "_save", lambda path, size, draw: path.with_suffix(".svg").touch())
     command = ["reproduce", "docstring", "--scores", str(tmp_path / "scores.safetensors")]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert "report.html" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml") == 2 and "24 true of 1281 edges" in page
+    judged = json.loads((tmp_path / "out" / "reproduction.json").read_text(encoding="utf-8"))["judged"]
+    histogram = judged["histogram"]
+    assert sum(histogram["inside"] + histogram["outside"]) == 1281 + 32 * 6 and None not in histogram["ends"]
+    assert [row["mean"] is None for row in judged["roles"] if row["role"] == "embed"] == [True, True]
+    assert judged["moments"][0]["n"] == 24 and judged["moments"][0]["mean"] is not None
     drawn = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"scores-by-circuit", "roles", "roc", "circuit"} <= drawn
     monkeypatch.setattr("eapcore.report.draw.find_spec", lambda name: None)
