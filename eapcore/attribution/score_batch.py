@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -263,7 +264,14 @@ def _end_pass(model: Model, sums: Sums, exact: list[Block], cut: frozenset[str])
             sums.replace("scores", effects, place)
             if "spread" in sums.scores:
                 sums.replace("spread", torch.zeros_like(effects), place)
-    keep = ~graph.members(dropped).to(sums.read.device) if dropped and sums.by_sender else None
+    keep = None
+    if dropped and sums.by_sender:  # made of nothing of the host's, which a recording could not copy again
+        keep, at = torch.ones(graph.n_senders, dtype=torch.bool, device=sums.read.device), 0
+        for name, senders in itertools.groupby(names):
+            behind = at + sum(1 for _ in senders)
+            if name in cut:
+                keep[at:behind].fill_(False)
+            at = behind
     sums.end_pass(keep)
 
 

@@ -15,6 +15,7 @@ from refusal import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eapcore
+import eapcore.execution.cuda_graphs as cuda_graphs
 from eapcore.attribution.methods import METHODS
 from eapcore.evaluation.inside import inside_effects, inside_scores
 from eapcore.execution.ablation import Ablation
@@ -207,6 +208,26 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
         if not isinstance(expected, tuple | torch.Tensor):
             there, expected = torch.as_tensor(there), torch.as_tensor(expected)
         assert_same(there, expected, 1e-12)  # the CPU's own attention and kernels: the same to rounding
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "atp-star", "level": "node"}, {"method": "eap-ig", "level": "neuron"}], ids=str
+)
+def test_a_batch_takes_nothing_from_the_host_that_a_recording_would_have_to_copy_again(monkeypatch, options):
+    model, pairs = random_case([6] * 6, first_difference=1)
+    given = []
+    with on_accel() as devices, sdpa_kernel(SDPBackend.MATH):
+
+        def run(self, batch, work, alike):
+            before = devices.given.total()
+            made = work(batch)
+            given.append(devices.given.total() - before)
+            return made
+
+        monkeypatch.setattr(cuda_graphs.Replays, "run", run)
+        there = eapcore.attribute(on_device(model), pairs, batch_size=2, **options)
+    assert len(given) == 3 and not any(given[1:])  # what is made once for a model is there
+    assert_same(there.scores, eapcore.attribute(model, pairs, batch_size=2, **options).scores, 1e-10)
 
 
 # Other modes of torch
