@@ -183,7 +183,7 @@ def receiver_constants(
     weight: [C, D, K]. bias: [C, K] or None for 0. gamma, beta: [D], None for ones and zeros.
     """
     channels, _, d_head = weight.shape
-    w_gamma = weight.sum(1) if gamma is None else torch.einsum("cdk,d->ck", weight, gamma)
+    w_gamma = weight.sum(1) if gamma is None else torch.einsum("cdk,d->ck", weight, gamma.to(weight.dtype))
     offset = weight.new_zeros(channels, d_head) if beta is None else torch.einsum("cdk,d->ck", weight, beta)
     return w_gamma, offset if bias is None else offset + bias
 

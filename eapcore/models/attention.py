@@ -141,7 +141,7 @@ class Attention:
     @property
     def w_send(self) -> Annotated[Tensor, "H K D"]:
         """What makes of a run's z what the heads send."""
-        return self.w_o if self.post.gamma is None else self.w_o * self.post.gamma
+        return self.w_o if self.post.gamma is None else (self.w_o * self.post.gamma).to(self.w_o.dtype)
 
     def projection(self, channel: int) -> int:
         """Which of the H + 2G projections a channel reads through."""

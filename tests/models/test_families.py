@@ -700,6 +700,20 @@ def test_exact_patterns_of_small_differences_round_as_gradients_do(name, dtype):
     assert errors[1] <= 1.02 * errors[0] < 0.5
 
 
+def test_gemma_s_gammas_are_not_rounded_to_half_precision():
+    """γ = 1 + w, of which transformers rounds w alone, and llama.cpp stores it in float32."""
+    for name in ("gemma", "gemma3"):
+        state = {key: tensor.to(torch.bfloat16) for key, tensor in theirs(name).state_dict().items()}
+        for dtype in (None, "bfloat16"):
+            model = load(state, config=theirs(name).config.to_dict(), dtype=dtype)
+            norms = [model.weights.ln_final, model.attentions[1].norm, model.attentions[0].q_norm]
+            names = ["norm", "layers.1.input_layernorm", "layers.0.self_attn.q_norm"]
+            for norm, key in zip(norms, names, strict=True):
+                if norm.gamma is not None:
+                    assert torch.equal(norm.gamma, 1 + state[f"model.{key}.weight"].float())
+            assert model.dtype == torch.bfloat16
+
+
 def _widened(model):
     return assemble(model.config, {name: tensor.double() for name, tensor in model.weights.named()})
 

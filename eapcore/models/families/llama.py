@@ -123,7 +123,7 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
     attention = at + "self_attn."
     ends = {
         "w_e": Source(("embed_tokens.weight",), (V, D)),
-        "ln_final.0": Source(("norm.weight",), (D,), shift),
+        "ln_final.0": Source(("norm.weight",), (D,), shift, wide=gemma),
         "w_u": Source(("lm_head.weight",), (V, D), lambda w: w.T, required=not tied),
     }
     layer = {
@@ -142,10 +142,12 @@ def llama(raw: Mapping[str, Any], *, whole_gamma: bool = False) -> Layout:
             layer["b_o"] = Source((attention + "o_proj.bias",), (D,))
     norms = {} if olmo else {"ln1": "input", "ln2": "pre_feedforward" if later else "post_attention"}
     norms |= {"post_a": "post_attention", "post_m": "post_feedforward"} if behind else {}
-    layer |= {f"{x}.0": Source((f"{at}{name}_layernorm.weight",), (D,), shift) for x, name in norms.items()}
+    layer |= {f"{x}.0": Source((f"{at}{name}_layernorm.weight",), (D,), shift, wide=gemma) for x, name in norms.items()}
     if config.qk_norm:
         sizes = (("q", H * K), ("k", G * K)) if olmo else (("q", K), ("k", K))
-        layer |= {f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (size,), shift) for x, size in sizes}
+        layer |= {
+            f"{x}_norm.0": Source((f"{attention}{x}_norm.weight",), (size,), shift, wide=gemma) for x, size in sizes
+        }
     what = f"{kind} of {layers} layers with {'a tied' if tied else 'an untied'} head"
     return Layout(what, config, ends, layer, tied, family=kind)
 

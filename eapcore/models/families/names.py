@@ -20,6 +20,7 @@ from eapcore.models.config import DTYPES, ModelConfig
 from eapcore.models.links import Links
 from eapcore.models.mlp import Mlp
 from eapcore.models.norm import NO_NORM, Norm
+from eapcore.models.tensors import accumulate_dtype
 from eapcore.models.weights import Layer, Weights
 
 _log = logging.getLogger(__name__)
@@ -61,13 +62,15 @@ class Source:
     """Which tensors of a checkpoint one of ours is made of.
 
     names: theirs, with {} for the number of the layer. shape: of each, or one for each of them. view: what makes ours
-    of them, without a copy where that is possible. required: whether a checkpoint must have them.
+    of them, without a copy where that is possible. required: whether a checkpoint must have them. wide: in half
+    precision ours is float32, which holds γ = 1 + w where w alone is stored.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     view: Callable[..., Tensor] = lambda x: x
     required: bool = True
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def build_weights(
         found = [by_name.get(their.format(index)) for their in source.names]
         stored = [one for one in found if one is not None]
         if stored:
-            make = partial(_made, source.view, device, dtype)
+            make = partial(_made, source, device, dtype)
             ours[name] = make(*(one.read() for one in stored))
             if links is not None:
                 links.add(ours[name], [one.name for one in stored], [one.read() for one in stored], make)
@@ -161,10 +164,10 @@ def build_weights(
     return assemble(layout.config, ours, folded=layout.folded)
 
 
-def _made(
-    view: Callable[..., Tensor], device: torch.device | None, dtype: torch.dtype | None, *parts: Tensor
-) -> Tensor:
-    return view(*(part.to(device=device, dtype=dtype) for part in parts))
+def _made(source: Source, device: torch.device | None, dtype: torch.dtype | None, *parts: Tensor) -> Tensor:
+    if source.wide:
+        dtype = accumulate_dtype(parts[0].dtype if dtype is None else dtype)
+    return source.view(*(part.to(device=device, dtype=dtype) for part in parts))
 
 
 def _turned(layout: Layout, by_name: dict[str, Stored]) -> None:
