@@ -9,6 +9,7 @@ it matters: in statistics, differences and sums, which are rounded once.
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import torch
@@ -231,6 +232,12 @@ def activation_grad(name: str, grad: Tensor, hidden: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, hidden, approximate=_APPROXIMATE[name])
 
 
+@functools.cache  # few and small; recorded batches read them where they lie, so that none may go
+def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers in float64 on a device, copied there once: a copy in every call would wait, and could not be recorded."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
 def turn(
     x: Annotated[Tensor, "B C T K"],
     frequencies: Annotated[Tensor, "float64 F"],
@@ -248,6 +255,8 @@ def turn(
     in order. adjacent: dimensions 2i and 2i + 1 are turned together instead. out: where it goes, unit stride along K;
     x itself will do.
     """
+    if frequencies.device != x.device:
+        frequencies = _kept(tuple(frequencies.tolist()), x.device)
     if takes_triton(impl, x):
         if out is None:  # a token's channels beside each other
             batch, channels, tokens, size = x.shape
@@ -261,7 +270,7 @@ def turn(
         return out
     wide, half = torch.float64 if x.dtype == torch.float64 else torch.float32, len(frequencies)
     positions = torch.arange(before, before + x.shape[-2], device=x.device) if read is None else before + read[:, None]
-    angles = positions[..., None] * (sign * frequencies.to(positions.device))
+    angles = positions[..., None] * (sign * frequencies)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)  # [.., T, F]
     if adjacent:
         both, rest = x.to(wide).split([2 * half, x.shape[-1] - 2 * half], -1)

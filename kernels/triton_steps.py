@@ -13,7 +13,6 @@ Offsets are 64-bit.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -373,12 +372,6 @@ def gated_grad(grad: Tensor, hidden: Tensor, up: Tensor, act_fn: str) -> tuple[T
     return made
 
 
-@functools.cache  # few and small; recorded batches read them where they lie, so that none may go
-def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers in float64 on a device, copied there once: a copy in every call would wait, and could not be recorded."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
 def turn(
     x: Tensor, frequencies: Tensor, before: int, read: Tensor | None, sign: int, adjacent: bool, out: Tensor
 ) -> None:
@@ -390,7 +383,7 @@ def turn(
         pairs = common.next_power_of_2(max(1, half))
         common.launch(
             turn_rows, batch * tokens,
-            x, _kept(tuple(frequencies.tolist()), x.device) if frequencies.device.type == "cpu" else frequencies,
+            x, frequencies,
             None if read is None else read.contiguous(), out,
             tokens, channels, size, half, before, sign, *x.stride()[:3], *out.stride()[:3],
             ADJACENT=adjacent, HAS_READ=read is not None, ROUND=_rounds(x),

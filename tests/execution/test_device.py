@@ -22,6 +22,7 @@ from eapcore.execution.ablation import Ablation
 from eapcore.execution.experiment import Experiment
 from eapcore.interop import eap_ig
 from eapcore.interop.transformers import from_gpt2
+from eapcore.models.families.names import assemble
 from eapcore.models.forward import forward
 
 ATTENTION_ONLY = {"d_mlp": None, "split_qkv": True}
@@ -215,6 +216,8 @@ def test_exact_methods_and_adapters_give_the_cpus_numbers(name):
 )
 def test_a_batch_takes_nothing_from_the_host_that_a_recording_would_have_to_copy_again(monkeypatch, options):
     model, pairs = random_case([6] * 6, first_difference=1)
+    config = dataclasses.replace(model.config, rotary_frequencies=(1.0, 0.1))
+    model = dataclasses.replace(model, config=config, weights=assemble(config, dict(model.weights.named())))
     given = []
     with on_accel() as devices, sdpa_kernel(SDPBackend.MATH):
 
