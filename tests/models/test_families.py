@@ -938,6 +938,7 @@ def test_graphs_have_the_published_sizes(sizes, counts):
         ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\), which is not supported"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised \(\{'group_size': 64, 'bits': 4\}\), which"),
         ({"quantization_config": {"quant_method": "fp8"}, "model_type": "gpt_neox"}, r"quantised \(fp8\), which"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}, "model_type": "x"}, r"quantised \(bitsandbytes\)"),
         ({"num_key_value_heads": 4}, "n_key_value_heads must divide n_heads 6, got 4"),

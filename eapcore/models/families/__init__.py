@@ -43,7 +43,7 @@ def layout_of(raw: Mapping[str, Any]) -> Layout:
 
 def _layout_of(raw: Mapping[str, Any]) -> Layout:
     kind = raw.get("model_type")
-    if quantized := raw.get("quantization_config"):
+    if quantized := raw.get("quantization_config") or raw.get("quantization"):  # MLX's name of it
         by = str((isinstance(quantized, Mapping) and quantized.get("quant_method")) or quantized)[:60]
         raise ValueError(
             f"quantization_config of the configuration says that the weights are quantised ({by}), which "
