@@ -192,7 +192,8 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
         weight = empty(d_model, c, d_head + cut, dtype=dtype)[..., cut:].transpose(0, 1)
         if turned:
             weight = empty(c, d_head, d_model, dtype=dtype).transpose(1, 2)
-        statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=dtype)
+        gains = single if ready and kind == "rmsnorm" else dtype  # Gemma's are not rounded to half precision
+        statistics = empty(b, t, d_model, dtype=single), empty(b, t, dtype=single), empty(d_model, dtype=gains)
         constants = empty(c, d_head, dtype=dtype)
         norm = Norm("none") if kind == "none" else Norm(kind, *statistics)
         sums = None
@@ -247,7 +248,7 @@ def _calls(machine: Machine) -> list[tuple[str, str, Any]]:
 
     def steps_of(case: str, dtype: torch.dtype, width: int, act_fn: str, gated: bool) -> None:
         x, hidden = empty(1, 320, width, dtype=dtype), empty(1, 320, 4 * width, dtype=dtype)
-        gamma, beta = empty(width, dtype=dtype), empty(width, dtype=dtype)
+        gamma, beta = empty(width, dtype=single if gated else dtype), empty(width, dtype=dtype)
         statistics = [empty(1, 320, 1, dtype=single) for _ in range(2)]
         mean, rstd = (None if gated else statistics[0]), statistics[1]
         total, read = x.float(), None
