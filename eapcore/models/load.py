@@ -263,9 +263,8 @@ def _in_memory(
     raw: dict[str, Any] = dict(own.to_dict() if config is None else config)
     ends = [getattr(source, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     embedding, head = (getattr(end, "weight", None) for end in ends)
-    if isinstance(head, Tensor) and isinstance(
-        embedding, Tensor
-    ):  # what it computes with counts, not what its configuration says
+    # What it computes with counts, not what its configuration says.
+    if isinstance(head, Tensor) and isinstance(embedding, Tensor):
         raw["tie_word_embeddings"] = head.data_ptr() == embedding.data_ptr()
     return getattr(own, "name_or_path", "") or name, raw, [stored(key, tensor, name) for key, tensor in state.items()]
 
