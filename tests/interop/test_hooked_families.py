@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import eapcore
+from eapcore.interop import eap_ig
 from eapcore.interop import transformer_lens as tl
+from eapcore.interop.eap_ig.names import in_our_order, their_shape
 from eapcore.tasks import PromptPairs
 
 transformers = pytest.importorskip("transformers")
@@ -145,6 +147,38 @@ def test_a_family_scores_as_its_transformers_model_does(name, kv):
     for options in ({}, {"method": "eap-ig", "ablation": "corrupt"}):
         a, b = (eapcore.attribute(model, pairs(), **options).scores for model in (found, expected))
         assert float((a - b).abs().max()) <= 1e-12 * float(b.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_verbatim_leaves_out_the_gradients_that_eap_ig_loses_without_position_embeddings(name):
+    model, task = eapcore.load(theirs(name)), pairs()
+    graph = SimpleNamespace(cfg={"n_layers": 2}, scores=torch.zeros(their_shape(model.graph)).double())
+    label = torch.cat((task.answers, task.wrong), 1)
+
+    def metric(logits, clean_logits, lengths, label):
+        return logits[:, -1].gather(1, label).diff().neg().mean()
+
+    batches = [(task.clean, task.corrupt, label)]
+    for verbatim in (False, True):
+        eap_ig.attribute(
+            model,
+            graph,
+            batches,
+            metric,
+            "EAP-IG-activations",
+            ig_steps=3,
+            quiet=True,
+            sign="metric",
+            verbatim=verbatim,
+        )
+        expected = eapcore.attribute(model, task, method="eap-ig-activations", steps=3, points="right").scores
+        if verbatim:  # one component of five is the embedding: its share, where nothing else is read
+            inputs = eapcore.attribute(model, task, method="eap-ig", steps=3, points="right").scores / 5
+            first = ("a0.", "m0") if model.config.parallel else ("a0.",)
+            alone = torch.tensor([receiver.startswith(first) for receiver in model.graph.receiver_names])
+            expected = (expected - inputs * alone) / len(task)
+            assert float((inputs * alone).abs().max()) > 1e-3
+        assert float((in_our_order(model.graph, graph.scores) - expected).abs().max()) <= 1e-12
 
 
 def test_weights_are_shared_and_biases_that_have_no_place_are_refused_or_made():

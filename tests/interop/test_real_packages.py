@@ -19,7 +19,16 @@ else:
     transformer_lens = pytest.importorskip("transformer_lens")
 
 from hooked_models import FAMILIES as OTHERS
-from hooked_models import FROM_3, PAIRS, config_fields, hooked_transformer, logit_diff, text_batches, word_tokenizer
+from hooked_models import (
+    FROM_3,
+    PAIRS,
+    ROTARY,
+    config_fields,
+    hooked_transformer,
+    logit_diff,
+    text_batches,
+    word_tokenizer,
+)
 from hooked_scores import hooked_scores
 
 from eapcore import attribute
@@ -357,8 +366,12 @@ def test_a_gpt2_and_its_hooked_transformer_give_one_model():
     assert len(PAIRS) == 5 and word_tokenizer().pad_token_id == 0
 
 
-@FAMILIES
-def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(attn_only, tmp_path, monkeypatch):
+SHAPES = {"gpt2-like": {}, "attn-only": {"attn_only": True}, "attn-only, rotary": {"attn_only": True} | ROTARY}
+SHAPES |= {name: OTHERS[name] for name in ("llama", "qwen3", "gemma", "neox", "neox, one after the other", "gpt-j")}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(shape, tmp_path, monkeypatch):
     """With a checkout of hannamw/EAP-IG at EAPCORE_EAP_IG, which is on no registry."""
     if not os.environ.get("EAPCORE_EAP_IG"):
         pytest.skip("EAPCORE_EAP_IG names no checkout of EAP-IG")
@@ -370,7 +383,8 @@ def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(attn_only, tm
 
     monkeypatch.setattr(torch, "zeros", torch.zeros)  # put back at the end
     on_this_device()
-    hooked = hooked_transformer(attn_only, tokenizer=True)
+    changes = {"attn_only": False, "n_ctx": 32} | SHAPES[shape]
+    hooked, attn_only = hooked_transformer(tokenizer=True, **changes), changes["attn_only"]
     for name, options in METHODS.items():
         if "mean" in options.get("intervention", ""):
             continue
@@ -383,7 +397,7 @@ def test_eap_ig_s_own_graph_is_filled_and_its_files_are_read_by_it(attn_only, tm
         print(f"{name}: EAP-IG {between - start:.3f} s, here {time.process_time() - between:.3f} s of CPU time")
         assert float((graph.scores - expected.scores).abs().max()) <= 1e-10
     graph.apply_topn(15, absolute=True)
-    ours = Graph(2, 2, not attn_only)
+    ours = Graph(2, hooked.cfg.n_heads, not attn_only, hooked.cfg.parallel_attn_mlp)
     scores = EdgeScores(eap_ig.in_our_order(ours, graph.scores), ours)
     circuit = Circuit(eap_ig.in_our_order(ours, graph.in_graph), ours)
     for suffix, read in ((".json", EapIgGraph.from_json), (".pt", EapIgGraph.from_pt)):

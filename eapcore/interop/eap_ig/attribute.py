@@ -76,8 +76,10 @@ def attribute(
     scores shrink as batches grow, and a short last batch weighs more; here each pair counts the same, whatever the
     batches are. A metric may also return one value a pair, [B].
 
-    The other difference is "mean": here each sender's mean over prompts and positions; there one vector for all, the
-    mean over senders of what they send at a prompt's last token, divided by its length. `verbatim` takes both back.
+    Another difference is "mean": here each sender's mean over prompts and positions; there one vector for all, the
+    mean over senders of what they send at a prompt's last token, divided by its length. A third one is in
+    "EAP-IG-activations" of models without a position embedding: there the receivers that read the embedding alone get
+    no gradient while it is on the way. `verbatim` takes all of it back.
 
     `graph.scores` gets the numbers as the package makes them, of a metric or of a loss, whichever was given. What is
     returned has our sign where it is known which of them it was: the keyword `loss` of the metric, as in
@@ -133,7 +135,8 @@ def attribute(
                 "its differences from the mean"
             )
         values = _values(own, model, intervention, intervention_dataloader, verbatim)
-    recipe = Recipe(passes, {})
+    recipe, lost = Recipe(passes, {}), Recipe(_lost(own, method, passes) if verbatim else (), {})
+    alone = own.graph.edge_mask().sum(0).eq(1).to(own.device)  # receivers that read the embedding and nothing else
     total = torch.zeros(own.graph.n_senders, own.graph.n_receivers, dtype=torch.float64, device=own.device)
     count = 0
     for clean, corrupt, label in _progress(dataloader, quiet):
@@ -142,6 +145,8 @@ def attribute(
             sign = sign_of_metric(metric, sign, partial(_on_random_logits, own, pairs, label))
         count += len(pairs)
         total += _score(own, pairs, metric, label, recipe, values, verbatim, impl)
+        if lost.passes:
+            total -= alone * _score(own, pairs, metric, label, lost, values, verbatim, impl)
     if count == 0:
         raise ValueError("the dataloader is empty: at least one pair is needed")
     scores = total / count
@@ -204,6 +209,18 @@ def _passes(
             passes = (Pass(1.0, share), *(replace(step, weight=step.weight * (1 - share)) for step in passes))
         return passes
     return tuple(Pass(k / ig_steps, 1 / ig_steps) for k in range(ig_steps))
+
+
+def _lost(model: Model, method: str, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The passes in which the package's receivers that read the embedding alone get no gradient.
+
+    Its interpolated embedding is a constant to autograd, and so is what they read if no position embedding, a
+    parameter, is added to it.
+    """
+    if method != "EAP-IG-activations" or model.weights.w_pos is not None:
+        return ()
+    own = passes[1:] if model.config.attn_only else passes  # but for the clean run, see `_passes`
+    return tuple(step for step in own if step.component == "embed")
 
 
 def _check_graph(graph: Any, model: Model) -> None:
