@@ -381,9 +381,10 @@ def metric_grad(
     with torch.enable_grad():
         leaf = logits.detach().to(torch.float64, copy=True).requires_grad_()
         values = torch.cat([evaluate(metric, part, reference) for part in leaf.chunk(len(weights))])
-        if not values.requires_grad:
+        found = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+        if found is None:
             raise ValueError("the metric has no gradient: it must be computed from the logits with torch operations")
-        (d_logits,) = torch.autograd.grad(values.sum(), leaf)
+        d_logits = found
     largest = d_logits.abs().max()
     if (cap := model.config.logits_softcap) is not None:
         d_logits = d_logits * (1 - (leaf.detach() / cap) ** 2)

@@ -1,8 +1,8 @@
 """Metrics: one number a prompt pair from the logits at its answer position. Higher is better, always.
 
 A metric is any callable that takes the logits, float64 [B, V] at the answer positions, and if it has a second required
-parameter also a `MetricBatch`, and returns one value a pair, [B]. The named ones are in METRICS; they also take the
-logits of several runs of the batch, [C, B, V], and return [C, B].
+parameter also a `MetricBatch`, changes neither of them, and returns one value a pair, [B]. The named ones are in
+METRICS; they also take the logits of several runs of the batch, [C, B, V], and return [C, B].
 """
 
 from __future__ import annotations
@@ -194,22 +194,43 @@ def evaluate(
     Whether it is finite is not looked at: that would wait for a GPU.
 
     Raises:
-        ValueError: the metric returned no tensor, or a wrong shape.
+        ValueError: the metric returned no real tensor, or a wrong shape, or changed what it was given.
     """
+    given = [logits, *(getattr(batch, part.name) for part in fields(batch))]
+    before = [_version(x) for x in given]
     try:
         values: Any = metric(logits, batch) if _takes_batch(metric) else metric(logits)
+    except RuntimeError as error:
+        if "modified inplace" in str(error) or "in an in-place operation" in str(error):  # what needs a gradient
+            raise ValueError(_IN_PLACE) from error
+        raise
     except IndexError as error:
         raise ValueError(
             f"the metric cannot be computed from logits [B, V] = {list(logits.shape)}: {error}. They are those at the "
             "position that is read alone, not [B, T, V]: leave out the index of the position"
         ) from error
+    if [_version(x) for x in given] != before:
+        raise ValueError(_IN_PLACE)
     # Another tool's metric may read several positions of a pair, [B, Q, V].
     expected = logits.shape[:1] if getattr(metric, "several_positions", False) else logits.shape[:-1]
     if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         hint = ": leave out the mean over the batch" if isinstance(values, Tensor) and values.ndim == 0 else ""
         raise ValueError(f"a metric must return one value a pair, [B] = {list(expected)}, got {got}{hint}")
+    if values.is_complex():
+        raise ValueError(f"a metric must return real numbers, got {values.dtype}")
     return values
+
+
+_IN_PLACE = (
+    "the metric changes the logits or the batch's tensors in place, which are read behind it too: make new ones, "
+    "logits - x instead of logits -= x"
+)
+
+
+def _version(x: Any) -> int:
+    """How often a tensor has been changed in place, 0 where that is not counted."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 def _parameters(metric: Metric) -> list[inspect.Parameter]:

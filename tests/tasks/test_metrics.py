@@ -14,8 +14,10 @@ from refusal import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eapcore.attribution.attribute import attribute
+from eapcore.attribution.flow_routes import flow_routes
 from eapcore.models.load import load
 from eapcore.patching.circuits import metric_on
+from eapcore.patching.nodes import patch_nodes
 from eapcore.tasks import PromptPairs, find_pairs
 from eapcore.tasks.metrics import (
     METRICS,
@@ -258,6 +260,8 @@ BAD = {
     "infinity": (lambda logits, batch: logits[:, 0] / (batch.index != 2), "NaN or infinite on pair 2"),
     "detached": (lambda logits: logits.detach()[:, 0], NO_GRADIENT),
     "integers": (lambda logits: logits.argmax(-1), NO_GRADIENT),
+    "a leaf of its own": (lambda logits: 2 * logits[:, 0].detach().requires_grad_(), NO_GRADIENT),
+    "complex numbers": (lambda logits: logits[:, 0] * 1j, "a metric must return real numbers, got torch.complex128"),
 }  # fmt: skip
 
 
@@ -265,6 +269,22 @@ BAD = {
 def test_a_metric_that_returns_something_else_is_refused(metric, message):
     model = random_model()
     refused(message, attribute, model, random_pairs(model, [4, 6, 3]), metric)
+
+
+IN_PLACE = {
+    "the logits": lambda logits: logits.sub_(logits[:, :1])[:, 1],
+    "the clean run's": lambda logits, batch: logits[:, 0] - batch.clean_logits.mul_(2)[:, 0],
+    "the answers": lambda logits, batch: logits.gather(1, batch.wrong.clamp_(min=0))[:, 0],
+    "the index": lambda logits, batch: logits[:, 0] * batch.index.add_(1),
+}
+
+
+def test_a_metric_that_changes_what_it_is_given_is_refused():
+    model = random_model()
+    pairs = random_pairs(model, [4, 6, 3])
+    for metric in IN_PLACE.values():
+        for call in (attribute, patch_nodes, flow_routes):
+            refused("the metric changes the logits or the batch's tensors in place", call, model, pairs, metric)
 
 
 def test_a_bad_pair_is_named_by_its_place_in_the_task_not_in_the_batch():
