@@ -128,6 +128,11 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"edges outside a circuit carried {args.ablation} here; the leaderboard's evaluation patches them (corrupt)"
         )
+    if model.config.post_norms:
+        print(
+            "a norm stands behind this model's heads: here each sends its share of what the norm makes of one run's, "
+            "there the evaluation norms anew what an edge's end reads of them, so that CPR and CMD are others"
+        )
     print(f"\nwrote    {args.out / _FILE}, and for the leaderboard")
     for row in rows:
         print(f"         {args.out / row.folder}")

@@ -107,7 +107,9 @@ def faithfulness(
         Curve. What is run of a circuit is what of it connects `embed` to the logits, by the MIB benchmark's convention:
         it makes a difference where an edge that nothing reaches would carry something else than a mean or zero. CPR is
         read from the signed and CMD from the absolute ranking there, see `mib`; the axis is linear and nothing is added
-        between 0 and the first fraction.
+        between 0 and the first fraction. Where a norm stands behind the heads (Gemma 2 and 3) each head sends its share
+        of what the norm makes of them in one run; MIB's evaluation norms anew what each receiver reads of a layer's
+        heads, so that its numbers are others there.
 
     Raises:
         ValueError: scores of another model; sizes outside the graph or not ascending; an unknown ranking or selection;

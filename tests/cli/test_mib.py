@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import eapcore.patching.circuits as circuits
 from eapcore.attribution.attribute import attribute
@@ -43,6 +44,27 @@ def test_methods_are_judged_side_by_side_and_written_as_a_submission(eapcore, mo
 def test_another_ablation_than_the_leaderboards_is_said(eapcore, tmp_path):
     status, printed, _ = eapcore("mib", "--methods", "eap", "--ablation", "mean", out="circuits")
     assert status == 0 and "carried mean here; the leaderboard's evaluation patches them (corrupt)" in printed
+
+
+def test_that_the_leaderboard_norms_heads_otherwise_is_said(eapcore, tmp_path):
+    sizes = {"vocab_size": 29, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    shapes = {"embed_tokens": (29, 12), "norm": (12,)} | {
+        f"layers.0.{name}": shape
+        for name, shape in {
+            "self_attn.q_proj": (8, 12), "self_attn.k_proj": (4, 12), "self_attn.v_proj": (4, 12),
+            "self_attn.o_proj": (12, 8), "mlp.gate_proj": (8, 12), "mlp.up_proj": (8, 12), "mlp.down_proj": (12, 8),
+            "input_layernorm": (12,), "post_attention_layernorm": (12,), "pre_feedforward_layernorm": (12,),
+            "post_feedforward_layernorm": (12,),
+        }.items()
+    }  # fmt: skip
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps({"model_type": "gemma2", **sizes}))
+    weights = {f"model.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "gemma" / "model.safetensors")
+    for model, said in (([], False), (["--model", "gemma"], True)):
+        status, printed, _ = eapcore("mib", "--methods", "eap", *model, out="circuits")
+        assert status == 0 and ("there the evaluation norms anew" in printed) == said
 
 
 @pytest.mark.parametrize(
