@@ -91,6 +91,8 @@ def _entries(args: argparse.Namespace) -> Iterator[Entry]:
 
 def _entry(args: argparse.Namespace, name: str, settings: dict[str, Any], where: str) -> Entry:
     from eapcore.evaluation.sweep import Entry
+    from eapcore.models.load import check_source
+    from eapcore.tasks import check_task
 
     parser = _Options(where)
     add_task(parser)
@@ -106,7 +108,13 @@ def _entry(args: argparse.Namespace, name: str, settings: dict[str, Any], where:
         options["ablation"] = find_ablation(own, model, pairs)
         return model, pairs
 
-    return Entry(name, load, _metric(own), options, settings)
+    def check() -> None:
+        check_source(own.model)
+        for task in (own.task, own.reference_task):
+            if task is not None:
+                check_task(task)
+
+    return Entry(name, load, _metric(own), options, settings, check)
 
 
 def _metric(own: argparse.Namespace) -> str:

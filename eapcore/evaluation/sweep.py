@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eapcore.patching.record import Recordings
 from eapcore.search.smallest import SIZES, run_until, selections
 from eapcore.tasks.metrics import Metric
 
+_SENTENCES = (ValueError, FileNotFoundError, ConnectionError, PermissionError, OSError, RuntimeError)
 _SCORES, _DONE, _KEPT = "scores.safetensors", "entry.json", "unfinished"
 
 
@@ -33,7 +35,8 @@ class Entry:
     """One of a sweep.
 
     name: of its folder. load: what makes its model and task, when its turn comes. metric, options: of `attribute`.
-    asked: what it was made from, for JSON; results of the same are not made again.
+    asked: what it was made from, for JSON; results of the same are not made again. check: what refuses, before any
+    entry of a sweep is scored, one that cannot be; it is not asked where the entry is done.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Entry:
     metric: str | Metric = "logit_diff"
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +103,13 @@ def sweep(
     """
     found: list[tuple[str, EdgeScores, list[float]]] = []
     done = 0
-    turns = _turns(entries, Path(folder), shares)
+    turns = iter(list(_turns(entries, Path(folder), shares)))  # all are looked at before the first is scored
     here = next(turns, None)
     while here is not None:
         ahead = next(turns, None)
         entry, done = here.entry, done + (here.kept is not None)
-        try:
+        with _named(entry):
             made = here.kept or _score(here, ahead, shares, progress(entry.name), distributed, leads)
-        except (ValueError, OSError, RuntimeError) as error:
-            if type(error) is not ValueError:
-                raise
-            raise ValueError(f"{entry.name}: {error}") from error
         found.append((entry.name, *made))
         here = ahead
     if not found:
@@ -156,7 +156,22 @@ def _turns(entries: Iterable[Entry], folder: Path, shares: Sequence[float]) -> I
         if not named or entry.name in names:
             raise ValueError(f"an entry's name must be that of a folder of its own, got {entry.name!r}")
         names.add(entry.name)
-        yield _Turn(entry, folder / entry.name, _read(folder / entry.name, _asked(entry, shares)))
+        kept = _read(folder / entry.name, _asked(entry, shares))
+        if kept is None:
+            with _named(entry):
+                entry.check()
+        yield _Turn(entry, folder / entry.name, kept)
+
+
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """Errors that say of which entry they are."""
+    try:
+        yield
+    except _SENTENCES as error:
+        if type(error) not in _SENTENCES or len(error.args) != 1:
+            raise  # an interruption, or what has more to say than a sentence
+        raise type(error)(f"{entry.name}: {error}") from error
 
 
 def _score(

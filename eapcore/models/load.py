@@ -191,17 +191,29 @@ def _locate(
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for models on the Hub, but {source} is a file here")
         return folder.stem, folder.parent, folder
-    if isinstance(source, Path) or folder.exists() or folder.is_absolute() or source.startswith((".", "~")):
-        found = "a file" if folder.exists() else "nothing"
-        raise FileNotFoundError(
-            f"expected a folder with config.json and a weights file at {source}, or a GGUF or nanoGPT file, found "
-            f"{found} there"
-        )
+    check_source(source)
+    if isinstance(source, Path) or folder.exists():
+        raise _not_there(source, "a file")
     repo = hub_id(source, [*TOYS, *PACKAGED])
     if config_alone:
         return repo, fetch_config(repo, revision=revision, cache_dir=cache_dir).parent, None
     path = fetch_weights(repo, revision=revision, cache_dir=cache_dir)
     return repo, path.parent, path
+
+
+def check_source(source: str | Path) -> None:
+    """FileNotFoundError for a path at which nothing lies; what lies elsewhere may be the Hub's."""
+    folder = Path(source).expanduser()
+    path = isinstance(source, Path) or folder.is_absolute() or source.startswith((".", "~"))
+    if path and not folder.exists():
+        raise _not_there(source, "nothing")
+
+
+def _not_there(source: str | Path, found: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"expected a folder with config.json and a weights file at {source}, or a GGUF or nanoGPT file, found {found} "
+        "there"
+    )
 
 
 def _tokenizer_on_the_hub(source: str | Path, model_id: str, folder: Path, raw: Mapping[str, Any]) -> Tokenizer | None:

@@ -66,6 +66,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def check_task(task: str | Path) -> None:
+    """ValueError for what is neither a name out of TASKS nor a file."""
+    if str(task) in TASKS or Path(task).is_file():
+        return
+    what = "a folder" if Path(task).is_dir() else "a file that is not there"
+    named = f", {what}" if Path(task).suffix.lower() in ENDINGS else ""
+    raise ValueError(
+        f"task must be one of {', '.join(TASKS)} or a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file, got "
+        f"{shown(str(task), 300)}{named}"
+    )
+
+
 def find_pairs(
     task: str | Path, *, n: int | None, seed: int, encode: Any = None, corruption: str | None = None
 ) -> PromptPairs:
@@ -97,14 +109,8 @@ def find_pairs(
         pairs = known.generate(64 if n is None else n, seed, encode, corruption or known.corruptions[0])
     elif known is not None:
         pairs = known.generate(64 if n is None else n, seed)
-    elif not Path(task).is_file():
-        what = "a folder" if Path(task).is_dir() else "a file that is not there"
-        named = f", {what}" if Path(task).suffix.lower() in ENDINGS else ""
-        raise ValueError(
-            f"task must be one of {', '.join(TASKS)} or a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file, got "
-            f"{shown(str(task), 300)}{named}"
-        )
     else:
+        check_task(task)
         pairs = read_pairs(task, encode, n=n, corruption=corruption)
     if isinstance(encode, Tokenizer) and encode.bos != "auto" and "bos" not in pairs.details:
         raise ValueError(f"bos is for prompts as text, but those of {pairs.name} are token ids: leave it at auto")

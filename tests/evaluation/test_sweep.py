@@ -7,6 +7,7 @@ import math
 import threading
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -111,10 +112,13 @@ def test_the_next_model_is_loaded_while_this_one_runs_if_there_is_memory(entries
     found = sweep(made, tmp_path, shares=SHARES, progress=lambda name: lambda done, total: scoring.set())
     assert [entry.name for entry in found.entries] == ["a", "b", "c"] and loads == {"second": 1, "third": 2}
 
-    def damaged():
-        raise ValueError("no weights")
+    def damaged(error):
+        raise error
 
-    refused("^e: no weights", sweep, [replace(first, name="d"), replace(second, name="e", load=damaged)], tmp_path)
+    for error in (ValueError("no weights"), FileNotFoundError("no weights"), RuntimeError("no weights")):
+        made = [replace(first, name="d"), replace(second, name="e", load=partial(damaged, error))]
+        with pytest.raises(type(error), match=r"^e: no weights"):
+            sweep(made, tmp_path)
     assert (tmp_path / "d" / "entry.json").exists()
 
 
@@ -131,7 +135,11 @@ def test_the_command_reads_entries_from_a_file(tmp_path, monkeypatch, capsys):
     assert (meta["method"]["name"], meta["task"]["n_pairs"], meta["metric"]["name"]) == ("relp", 4, "logit_diff")
     assert all(math.isfinite(x) for e in json.loads((tmp_path / "all" / "table.json").read_text())["entries"]
                for x in e["faithfulness"])  # fmt: skip
+    first = '[[entry]]\nname = "first"\n[[entry]]\nname = "z"\n'
     for broken, said in {
+        first + 'model = "./none"\n': "s.toml: z: expected a folder with config.json and a weights file at ./none,",
+        first + 'task = "none.jsonl"\n': "s.toml: z: task must be one of",
+        first + 'reference-task = "none.csv"\n': "got 'none.csv', a file that is not there",
         "[[entry]]\nname = 3\n": "entry 1 of s.toml must have a name of its own, got 3",
         '[[entry]]\nname = "z"\ncolour = "red"\n': "entry 'z' of s.toml: unrecognized arguments: --colour red",
         "entry = 3\n": "s.toml must have [[entry]] tables and at most [defaults], got no [[entry]]",
@@ -139,3 +147,4 @@ def test_the_command_reads_entries_from_a_file(tmp_path, monkeypatch, capsys):
     }.items():
         (tmp_path / "s.toml").write_text(broken)
         assert main(["sweep", "s.toml", "--out", "all"]) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "all" / "first").exists()
