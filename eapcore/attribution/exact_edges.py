@@ -112,7 +112,7 @@ class LastLayer:
                 assert place is not None and saved is not None
                 stream, mlp = saved.norm_in.x, place.component
                 change = mlp.forward((stream + some).flatten(0, 1)).sent.view_as(some) - mlp.forward(stream).sent
-            effects.append(self._effect(number, change))
+            effects.append(self._effect(number, some, change))
         return torch.cat(effects).T
 
     def _heads(self, store: Store, place: Place[Attention], number: int, wanted: set[int]) -> Iterator[Block]:
@@ -135,7 +135,7 @@ class LastLayer:
                     sent = None
                     if behind is not None and len(heads) * z.shape[-1] < self.out.shape[-1]:
                         sent = behind.sent(heads, z - run.z[:, :, heads.start : heads.stop], change)
-                    found[channel].append(self._effect(number, change, sent))
+                    found[channel].append(self._effect(number, some, change, sent))
             yield from ((first + channel, torch.cat(effects).T) for channel, effects in found.items())
 
     def _mixtures(
@@ -168,15 +168,17 @@ class LastLayer:
             behind = attention.behind(channel)
             yield channel, z[..., behind.start : behind.stop, :]
 
-    def _effect(self, number: int, change: Tensor, sent: Tensor | None = None) -> Tensor:
-        """[C, B] the metric's change where other C·[B, Q, D] are added behind the layer's stage `number`; sent: what
-        the MLP of the next one makes of it, where that is known."""
+    def _effect(self, number: int, delta: Tensor, change: Tensor, sent: Tensor | None = None) -> Tensor:
+        """[C, B] the metric's change where other C·[B, Q, D] are added behind the layer's stage `number`, exactly 0
+        where nothing in delta, C·[B, ., D], moves what is read; sent: what the MLP of the next one makes of it, where
+        that is known."""
         behind = self._stages()[number + 1 :]
         x = change + (self.saved[number + 1].stream if behind else self.out)
         for stage in behind:
             assert stage.mlp is not None
             x = x + (stage.mlp.component.forward(x.flatten(0, 1)).sent.view_as(x) if sent is None else sent)
-        return self.values(x) - self.clean
+        effect = self.values(x) - self.clean
+        return effect.where(on(delta.flatten(2).any(-1), effect.device), 0.0)
 
     def values(self, x: Tensor) -> Tensor:
         """[C, B] the metric of last residual streams [C, B, Q, D]."""

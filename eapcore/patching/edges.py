@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from eapcore.graph.circuit import Circuit
 from eapcore.graph.graph import Graph
 from eapcore.graph.scores import EdgeScores, sign_text
 from eapcore.models.model import Model
+from eapcore.models.tensors import on
 from eapcore.models.torch_modes import own_modes
 from eapcore.patching.one_receiver import Readers, reader_of
 from eapcore.patching.record import Recording, useful_size
@@ -188,9 +189,11 @@ def _measure(
             ends = experiment.ends(recording.reference)
             lane.done = lane.done.begin(group, ends)
             delta = recording.ablated.senders - recording.clean.senders
+            moves = _moving(recording, delta)
             for chunk, logits in _patched(recording, mask & ~lane.done.edges, delta):
-                change = experiment.values(logits, recording.reference) - ends[0]
                 senders, receivers = (list(side) for side in zip(*chunk, strict=True))
+                change = experiment.values(logits, recording.reference) - ends[0]
+                change = change.where(on(moves(senders, receivers), change.device), 0.0)
                 lane.done.found.append((senders, receivers, change.sum(1).cpu()))
                 count.add(len(group) * len(chunk))
                 if lane.resume.due:
@@ -198,6 +201,25 @@ def _measure(
             lane.done = lane.done.end()
     finally:
         lane.save()
+
+
+def _moving(recording: Recording, delta: Tensor) -> Callable[[list[int], list[int]], Tensor]:
+    """Of edges by their senders and receivers whether anything moves where the receiver reads it for the answer, bool
+    [C, B]: where nothing does the effect is exactly 0, and what is measured rounding. delta: [S, B, T, D]."""
+    model, read = recording.model, recording.read
+    before = torch.arange(delta.shape[-2], device=delta.device) <= on(read, delta.device).amax(-1, keepdim=True)
+    there = delta.any(-1)
+    anywhere, at_answer = (there & before).any(-1), recording.at_read(there[..., None])[..., 0, 0]  # [S, B]
+    alone = {model.graph.logits}  # which read at the answer alone: the last layer's MLP and q too
+    for stage in (stage for stage in model.stages if stage.last):
+        for place, count in ((stage.attention, model.config.n_heads), (stage.mlp, 1)):
+            alone |= set() if place is None else set(range(place.receivers.start, place.receivers.start + count))
+
+    def moves(senders: list[int], receivers: list[int]) -> Tensor:
+        short = torch.tensor([r in alone for r in receivers], device="cpu").to(delta.device)
+        return torch.where(short[:, None], at_answer[senders], anywhere[senders])
+
+    return moves
 
 
 def _dealt(model: Model, mask: Tensor, lane: int, lanes: int) -> Tensor:

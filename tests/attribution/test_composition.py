@@ -3,6 +3,8 @@ parts say."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -156,6 +158,18 @@ def test_edges_of_the_last_layer_are_patched_for_any_metric_and_ablation(options
                 near(found.per_pair.mean(0), expected, 1e-4)
                 alone = attribute(model, pairs.select(torch.tensor([1])), metric, exact=exact, **how)
                 near(found.per_pair[1], alone.scores, 1e-4)
+
+
+def test_an_edge_that_carries_no_change_to_what_is_read_has_an_effect_of_exactly_zero():
+    """Where both prompts end alike, so does the embedding there: what is measured of its edges would be rounding."""
+    model = random_model(dtype=torch.float32)
+    pairs = random_pairs(model, [5, 7, 6, 4])
+    clean, corrupt = (x.scatter(1, pairs.positions[:, None], 3) for x in (pairs.clean, pairs.corrupt))
+    pairs = replace(pairs, clean=clean, corrupt=corrupt)
+    still = ["logits", "m1", *(f"a1.h{h}<q>" for h in range(3))]
+    for scores in (attribute(model, pairs, exact="last", batch_size=2), patch_edges(model, pairs, batch_size=2)):
+        assert all(scores[f"embed->{name}"] == 0 for name in still)
+        assert int((scores.scores[scores.mask] == 0).sum()) == len(still)
 
 
 def test_exact_edges_by_position_by_node_and_without_sign(tmp_path):
