@@ -74,18 +74,23 @@ def prepare_large(args: argparse.Namespace) -> tuple[Model, PromptPairs | PairSt
     return model, find_pairs(task, seed=args.seed, **what), metric
 
 
+def task_of(args: argparse.Namespace) -> str:
+    """The task that was named, or a toy's own."""
+    from eapcore.tasks import TASKS
+
+    if args.task is None and args.model not in TASKS:
+        raise ValueError(
+            f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl, .json, .csv, .tsv or "
+            ".parquet file"
+        )
+    return str(args.task or args.model)
+
+
 def _begin(args: argparse.Namespace) -> tuple[Model, str, str]:
     """The model with its tokenizer, the task by its name or path, and the metric."""
     from eapcore.tasks import TASKS
 
-    task = args.task
-    if task is None:
-        if args.model not in TASKS:
-            raise ValueError(
-                f"--task is needed with --model {args.model}: one of {', '.join(TASKS)}, or a .jsonl, .json, .csv, "
-                ".tsv or .parquet file"
-            )
-        task = args.model
+    task = task_of(args)
     model = load_model(args, args.model)
     if model.folder is not None and args.out.is_file():  # a folder that was found on the Hub
         check_apart([args.out], model.folder, "--model")

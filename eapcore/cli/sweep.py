@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapcore.cli.inputs import check_scoring, find_ablation, method_options, prepare
+from eapcore.cli.inputs import check_scoring, find_ablation, method_options, prepare, task_of
 from eapcore.cli.options import Command, add_method, add_task, place
 from eapcore.cli.output import Stages, table, write
 
@@ -110,9 +110,9 @@ def _entry(args: argparse.Namespace, name: str, settings: dict[str, Any], where:
 
     def check() -> None:
         check_source(own.model)
-        for task in (own.task, own.reference_task):
-            if task is not None:
-                check_task(task)
+        check_task(task_of(own), own.n, own.corruption)
+        if own.reference_task is not None:
+            check_task(own.reference_task, own.n)
 
     return Entry(name, load, _metric(own), options, settings, check)
 

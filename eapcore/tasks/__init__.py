@@ -66,9 +66,17 @@ TASKS: dict[str, Task] = {
 }
 
 
-def check_task(task: str | Path) -> None:
-    """ValueError for what is neither a name out of TASKS nor a file."""
-    if str(task) in TASKS or Path(task).is_file():
+def check_task(task: str | Path, n: int | None = None, corruption: str | None = None) -> None:
+    """ValueError for what is neither a name out of TASKS nor a file, and for what `find_pairs` would not draw of it."""
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1 pair, got {n}")
+    known = TASKS.get(str(task))
+    if known is not None and n is not None and n > _MOST:
+        raise ValueError(f"n must be at most {_MOST} pairs of a built-in task, got {n}")
+    if known is not None and corruption is not None and corruption not in known.corruptions:
+        which = f"must be one of {', '.join(known.corruptions)}" if known.corruptions else "cannot be chosen"
+        raise ValueError(f"the corruption of {task} {which}, got {shown(corruption, 100)}")
+    if known is not None or Path(task).is_file():
         return
     what = "a folder" if Path(task).is_dir() else "a file that is not there"
     named = f", {what}" if Path(task).suffix.lower() in ENDINGS else ""
@@ -94,14 +102,8 @@ def find_pairs(
         ValueError: an unknown name or corruption, n < 1, a file that `files.read_pairs` refuses, words of several
             tokens that a task needs as one, or a tokenizer whose `bos` was set where no prompt is text.
     """
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1 pair, got {n}")
+    check_task(task, n, corruption)
     known = TASKS.get(str(task))
-    if known is not None and n is not None and n > _MOST:
-        raise ValueError(f"n must be at most {_MOST} pairs of a built-in task, got {n}")
-    if known is not None and corruption is not None and corruption not in known.corruptions:
-        which = f"must be one of {', '.join(known.corruptions)}" if known.corruptions else "cannot be chosen"
-        raise ValueError(f"the corruption of {task} {which}, got {shown(corruption, 100)}")
     if known is not None and known.corruptions:
         if encode is None:
             raise ValueError(f"the task {task} is text, but this model has no tokenizer here: give --tokenizer FOLDER")
@@ -110,7 +112,6 @@ def find_pairs(
     elif known is not None:
         pairs = known.generate(64 if n is None else n, seed)
     else:
-        check_task(task)
         pairs = read_pairs(task, encode, n=n, corruption=corruption)
     if isinstance(encode, Tokenizer) and encode.bos != "auto" and "bos" not in pairs.details:
         raise ValueError(f"bos is for prompts as text, but those of {pairs.name} are token ids: leave it at auto")

@@ -139,6 +139,8 @@ def test_the_command_reads_entries_from_a_file(tmp_path, monkeypatch, capsys):
     for broken, said in {
         first + 'model = "./none"\n': "s.toml: z: expected a folder with config.json and a weights file at ./none,",
         first + 'task = "none.jsonl"\n': "s.toml: z: task must be one of",
+        first + 'task = "ioi"\ncorruption = "none"\n': "s.toml: z: the corruption of ioi must be one of other-names,",
+        first + 'model = "gpt2"\n': "s.toml: z: --task is needed with --model gpt2",
         first + 'reference-task = "none.csv"\n': "got 'none.csv', a file that is not there",
         "[[entry]]\nname = 3\n": "entry 1 of s.toml must have a name of its own, got 3",
         '[[entry]]\nname = "z"\ncolour = "red"\n': "entry 'z' of s.toml: unrecognized arguments: --colour red",
