@@ -28,12 +28,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from eapcore.attribution.exact_edges import widened
 from eapcore.attribution.methods import Pass, Passes
 from eapcore.attribution.plan import Plan
 from eapcore.attribution.pruning import EndStore
 from eapcore.attribution.score_batch import score_batch
 from eapcore.attribution.sums import Sums
-from eapcore.execution.ablation import FROM_REFERENCE, Ablation
+from eapcore.execution.ablation import FROM_REFERENCE, Ablation, Values
 from eapcore.execution.batch import Batch
 from eapcore.execution.distributed import reported
 from eapcore.execution.experiment import Experiment, Task, result_dtype
@@ -47,7 +48,7 @@ from eapcore.models.backward import Sink, backward
 from eapcore.models.forward import StageSaved
 from eapcore.models.matmul import product
 from eapcore.models.model import Model
-from eapcore.models.norm import NO_NORM
+from eapcore.models.norm import NO_NORM, NormInput
 from eapcore.models.tensors import accumulate_dtype, at_positions, on
 from eapcore.models.torch_modes import own_modes
 from eapcore.tasks.metrics import Metric
@@ -106,8 +107,8 @@ def attention_edges(
     count, name = Count(progress, len(pairs)), experiment.metric_name
     for group in experiment.groups(size, 1):
         batch = experiment.batch(group)
-        store, sums = _Store(model, batch, totals, method), Sums({}, batch, "all", "auto")
         ablated = experiment.ablation.values
+        store, sums = _Store(model, batch, totals, method, ablated), Sums({}, batch, "all", "auto")
         found = score_batch(model, batch, experiment.metric, store, sums, passes, [1], values=ablated, check=name)
         values[:, batch.index.cpu()] = found.values.cpu()
         experiment.check_finite(values)
@@ -129,14 +130,32 @@ def attention_edges(
 class _Store(EndStore):
     """Differences of the stream and of q, k and v, which meet the gradient layer by layer in `totals`."""
 
-    def __init__(self, model: Model, batch: Batch, totals: dict[str, Tensor], method: str) -> None:
+    def __init__(
+        self, model: Model, batch: Batch, totals: dict[str, Tensor], method: str, ablated: Values | None
+    ) -> None:
         super().__init__(model, batch)
         self.batch, self.totals, self.method = batch, totals, method
+        self.sent = None if ablated is None else ablated.senders(model)
 
     def contract(
         self, sums: Sums, saved: list[StageSaved], grad: Tensor, past: list[Tensor] | None, step: Pass
     ) -> None:
         backward(self.model, saved, grad, _Positions(self), rules=step.rules, past=past, read=self.read)
+
+    def along(self, index: int, norm_in: NormInput) -> Tensor:
+        """How the norm of what a layer's heads read moves to first order, [B, T, D], in float32 at least.
+
+        Where senders are set to values the stream moves against itself, and what a norm leaves of that is its eps: from
+        the stream as it is, in float64, so that the rest is no rounding.
+        """
+        norm = self.model.attentions[index].norm
+        if self.sent is None or norm.kind == "none":
+            return norm.along(self.stream(index), norm_in)
+        norm, x = widened(norm, torch.float64), norm_in.x.double()
+        count = self.model.graph.senders_before(self.model.graph.qkv(index).start)
+        there = on(self.sent[:count].sum(0, dtype=torch.float64), x.device)  # [1 or T, D]
+        biases = [on(other.b_o, x.device) for other in self.model.attentions[:index] if other.b_o is not None]
+        return norm.along(there[: x.shape[1]] + sum(b.double() for b in biases) - x, norm.forward(x)[1])
 
     def stream(self, index: int) -> Tensor:
         """Δ of what a layer's heads read, [B, T, D], in float32 at least."""
@@ -172,7 +191,7 @@ class _Positions(Sink):
             dq, (dk, dv) = moved_q.transpose(1, 2).to(wide), moved_kv.transpose(1, 2).to(wide).split(kv, 1)
             other_q = attention.ready_queries(q + dq, before, read) - attention.ready_queries(q, before, read)
             return other_q, attention.ready_keys(k + dk, before) - attention.ready_keys(k, before), dv
-        n = attention.norm.along(self.store.stream(part.index), saved.norm_in)
+        n = self.store.along(part.index, saved.norm_in)
         heads, plain = attention.n_heads, replace(attention, b_qkv=None)
         n = n.to(saved.kv.dtype)
         dq = plain.project(at_positions(n, read), slice(0, heads)).transpose(1, 2).to(wide)

@@ -104,6 +104,21 @@ def test_narrow_dtypes_come_near(dtype):
         assert float((found - exact).norm() / exact.norm()) <= limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_norm_leaves_of_a_stream_that_is_taken_away_is_no_rounding(dtype):
+    """Without biases the stream moves against itself, which a norm but for its eps does not see."""
+    narrow = random_model(dtype=dtype)
+    narrow = with_weights(narrow, {n: 0 * x for n, x in narrow.weights.named() if n.endswith("b_o")})
+    pairs = random_pairs(narrow, LENGTHS)
+    exact, found = (
+        torch.stack([getattr(attention_edges(m, pairs, ablation="zero"), part) for part in PARTS]).double()
+        for m in (with_weights(narrow, torch.Tensor.double), narrow)
+    )
+    assert 0 < float(exact.norm()) < 1e-3
+    limit = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    assert float((found - exact).norm() / exact.norm()) <= limit
+
+
 @pytest.mark.parametrize("scale", [0.8, 3.0])
 def test_a_key_that_has_nearly_all_of_the_pattern_or_moves_far_is_exact(scale):
     """What the other keys have is then less than a rounding of 1, or underflows."""
