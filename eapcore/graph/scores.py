@@ -357,7 +357,7 @@ def read_scores(
     if content_hash is not None and model.get("content_hash") != content_hash:
         raise ValueError(
             f"{path} holds scores of {model.get('name')!r} (content hash {model.get('content_hash')}), but the "
-            f"model here has the content hash {content_hash}: score this model, or load that one"
+            f"model here has the content hash {content_hash}: score this model, or load that one, in its dtype"
         )
     return scores
 

@@ -309,7 +309,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("method", str(method.get("name", "unnamed"))))
     rows.append(("edges", f"{graph.n_edges:,} ({graph.n_senders} senders × {graph.n_receivers} receivers)"))
     if run.circuit is not None:
-        rows.append(("circuit", f"{run.circuit.n_edges:,} edges"))
+        rows.append(("circuit", f"{run.circuit.n_edges:,} edge{'s' * (run.circuit.n_edges != 1)}"))
     if run.scores.jaccard is not None:
         circuit = [min(50, graph.n_edges) if run.circuit is None else run.circuit.n_edges]
         # Of the edges that were selected some may lie on no path, and are not in the circuit.
