@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -269,7 +270,12 @@ def survivor(rank, size, folder):
             if killed < 5:
                 time.sleep(draw.uniform(0, 0.5 * seconds))
                 os.kill(child, signal.SIGKILL)
-                killed += 1
-            assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            assert status in (0, signal.SIGKILL)
+            killed += status == signal.SIGKILL
+            if killed < 2 and result.exists():  # the undisturbed run took longer, by what happened meanwhile: anew
+                result.unlink()
+                shutil.rmtree(kept)
+                killed, seconds = 0, seconds / 2
         found[name] = [result.read_bytes() == expected, killed, len([f for f in kept.iterdir() if "tmp" in f.name])]
     return found
